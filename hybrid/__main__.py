@@ -1,0 +1,5 @@
+"""`python -m hybrid`: the command line."""
+
+from .cli import main
+
+main()

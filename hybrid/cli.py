@@ -1,0 +1,242 @@
+"""The command line: parse, call one function, print. Imports no torch until a command needs it.
+
+Exit status: 0 held; 1 the run failed or parity did not hold; 2 the job or the command line is wrong
+(one line); 3 this machine lacks something needed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Train one job under every parallel strategy, prove the runs equal, measure their cost.",
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job: a TOML file.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results.")]
+Nproc = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes. Left out: what the job's [parallel] says, or 2."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="Override one key of the job; repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+@app.command()
+def compare(
+    job: JobFile,
+    strategies: Annotated[
+        str | None, typer.Option(help="Comma-separated names. Left out: all.")
+    ] = None,
+    nproc: Nproc = None,
+    out: Out = Path("out/compare"),
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Run the job under each strategy and hold every run against `single`."""
+    from . import records
+    from .compare import compare as compare_strategies
+    from .strategies import registry
+
+    loaded = _load(job, overrides)
+    names = [n.strip() for n in strategies.split(",")] if strategies else list(registry.NAMES)
+    for name in names:
+        registry.get(name)
+    watcher = _progress()
+    try:
+        result = compare_strategies(loaded, names, nproc, out, watcher)
+    finally:
+        watcher.close()
+    if json:
+        print(records.dumps(result), file=_stdout)
+    else:
+        _print_table(result)
+        print(f"{out / 'report.html'}  {out / 'compare.md'}  {out / 'compare.json'}")
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+def train(
+    job: JobFile,
+    strategy: Annotated[str, typer.Option(help="The strategy's name; see `hybrid strategies`.")],
+    nproc: Nproc = None,
+    out: Out = Path("out/train"),
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Run the job once, on a launcher's processes or on `--nproc` of its own."""
+    from . import records
+    from .strategies import registry
+
+    loaded = _load(job, overrides)
+    registry.get(strategy)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        record = _train_as_rank(loaded, strategy, nproc, out)
+    else:
+        record = _train_by_launching(loaded, strategy, nproc, out)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if json:
+        print(records.dumps(record), file=_stdout)
+    elif "HYBRID_PARENT" not in os.environ:
+        rate = f", {record.throughput.samples_per_s:.0f} samples/s" if record.throughput else ""
+        last = record.steps[-1]
+        print(f"{strategy}: {len(record.steps)} steps, loss {last.loss:.6f}{rate}; {out}")
+
+
+@app.command()
+def strategies(json: Json = False) -> None:
+    """List the strategies and what each accepts."""
+    from . import records
+    from .config import Strategies
+    from .strategies import registry
+
+    table: dict[str, Any] = {}
+    for name in registry.NAMES:
+        section = Strategies.model_fields["two_d" if name == "2d" else name].default
+        settings = {key: getattr(section, key) for key in type(section).model_fields}
+        table[name] = {"summary": registry.get(name).summary, "settings": settings}
+    if json:
+        print(records.dumps(table), file=_stdout)
+        return
+    for name, row in table.items():
+        accepts = ", ".join(f"{key} = {value!r}" for key, value in row["settings"].items())
+        print(f"{name:10} {row['summary']}\n{'':10} [strategy.{name}] {accepts}")
+
+
+def _load(path: Path, overrides: list[str] | None) -> Any:
+    from .config import load_job
+    from .data import SOURCES
+    from .importing import check_name
+    from .models import FAMILIES
+
+    job = load_job(path, overrides or [])
+    check_name("model", job.model.name, FAMILIES)
+    check_name("data", job.data.name, SOURCES)
+    if "HYBRID_PARENT" not in os.environ:
+        for line in job.warnings():
+            print(f"hybrid: warning: {line}", file=sys.stderr)
+    return job
+
+
+def _train_as_rank(job: Any, strategy: str, nproc: int | None, out: Path) -> Any:
+    from . import rank
+    from .config import JobError
+
+    rank.end_with_parent()
+    world = int(os.environ["WORLD_SIZE"])
+    if nproc not in (None, world):
+        raise JobError(f"--nproc {nproc}: the launcher started {world} processes")
+    from .train import train
+
+    return train(job, strategy, out)
+
+
+def _train_by_launching(job: Any, strategy: str, nproc: int | None, out: Path) -> Any:
+    from . import launch, records
+    from .compare import default_nproc
+    from .config import to_dict
+    from .prepare import prepare
+    from .strategies import registry
+
+    prepared = prepare(job)
+    layout = registry.plan(
+        prepared.job, strategy, nproc or default_nproc(job), prepared.layer_parameters
+    )
+    file = out / "job.json"
+    records.write(to_dict(prepared.job), file)
+    watcher = _progress()
+    watcher.started(strategy, prepared.job.train.steps or 0, out)
+    try:
+        arguments = ["train", str(file), "--strategy", strategy, "--out", str(out)]
+        launch.run(_processes(layout, job, strategy), arguments, out, watcher.poll)
+        record = records.read(records.Record, out / "record.json")
+        watcher.finished(strategy, record)
+    finally:
+        watcher.close()
+    return record
+
+
+def _processes(layout: Any, job: Any, strategy: str) -> int:
+    emulating = strategy == "local_sgd" and job.strategy.local_sgd.emulate_replicas
+    return 1 if emulating else layout.world_size
+
+
+def _progress() -> Any:
+    from .progress import Progress
+
+    return Progress()
+
+
+def _print_table(result: Any) -> None:
+    from rich.console import Console
+
+    from . import report
+
+    Console().print(report.console_table(result))
+
+
+_stdout: Any = sys.stdout
+
+
+def _keep_stdout() -> None:
+    """Libraries print to stdout while they are imported; only results may: the rest goes to stderr."""
+    global _stdout
+    _stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+
+def main() -> None:
+    """Run the command line and leave with its exit status."""
+    import click
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if "--json" in sys.argv:
+        _keep_stdout()
+    try:
+        status = app(standalone_mode=False)
+    except click.exceptions.Exit as leave:
+        status = leave.exit_code
+    except click.ClickException as error:
+        status = _say(error.format_message(), 2)
+    except (KeyboardInterrupt, click.Abort):
+        status = _say("interrupted", 130)
+    except Exception as error:
+        status = _explain(error)
+    _stdout.flush()
+    sys.exit(status or 0)
+
+
+def _explain(error: Exception) -> int:
+    """Print what an error means to the user; returns the exit status."""
+    from .config import JobError
+    from .launch import RunFailed
+    from .layout import LayoutError
+    from .strategies.base import Unsupported
+
+    if isinstance(error, (JobError, LayoutError, Unsupported)):
+        return _say(str(error), 2)
+    if isinstance(error, RunFailed):
+        print(f"hybrid: {error}\n{error.failure.details}", file=sys.stderr)
+        return 2 if error.failure.is_job else 1
+    if isinstance(error, ModuleNotFoundError) and error.name != "hybrid":
+        return _say(str(error), 3)
+    raise error
+
+
+def _say(message: str, status: int) -> int:
+    print(f"hybrid: {' '.join(message.split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,30 @@
+"""Data sets: map-style, of `(input, target)`. The order of the batches is `hybrid.data.batches`.
+
+A data function takes the job's `data.options` as keyword arguments and returns `(train, test)`, the
+same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..config import Job, JobError
+from ..importing import call_named
+
+SOURCES = {"random": "hybrid.data.random:random", "mnist": "hybrid.data.mnist:mnist"}
+
+
+def build_data(job: Job) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The job's train and test sets; JobError where the name, the options or the sets are wrong."""
+    built = call_named("data", job.data.name, job.data.options, SOURCES)
+    if not (isinstance(built, tuple) and len(built) == 2):
+        raise JobError(f"data.name = {job.data.name!r}: must return (train, test)")
+    for name, samples in zip(("train", "test"), built, strict=True):
+        if not (hasattr(samples, "__getitem__") and hasattr(samples, "__len__")):
+            raise JobError(
+                f"data.name = {job.data.name!r}: the {name} set needs a length and indexing"
+            )
+        if len(samples) == 0:
+            raise JobError(f"data.name = {job.data.name!r}: the {name} set is empty")
+    return built

@@ -1,0 +1,82 @@
+"""Which samples each rank sees at each step: a pure function of (seed, step, rank), and their tensors.
+
+Each epoch is a fresh permutation, cut into global batches (the last may be smaller), a batch into
+shares of the data-parallel ranks, a share into micro-batches; sizes differ by at most one sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import default_collate
+
+from ..layout import split
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """`input` and `target` of one micro-batch, sample by sample along axis 0, and the samples' `ids`,
+    int64 [n]. Rows past the n-th are padding, which no loss or count ever sees."""
+
+    input: Any
+    target: Any
+    ids: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """The order of one run's samples.
+
+    num_samples in the set; global_batch: samples an optimizer step; shares: data-parallel ranks;
+    micro_batches: pieces of a share; seed None keeps the set's own order (evaluation).
+    """
+
+    num_samples: int
+    global_batch: int
+    shares: int
+    micro_batches: int
+    seed: int | None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_samples // self.global_batch)
+
+    def batch(self, step: int) -> list[int]:
+        """Sample ids of the global batch of `step` (optimizer steps from 0)."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        order = self._order(epoch)
+        return order[index * self.global_batch : (index + 1) * self.global_batch]
+
+    def micro_batch_ids(self, step: int, share: int) -> list[list[int]]:
+        """Sample ids of each micro-batch of one data-parallel rank; some may be empty."""
+        return split(split(self.batch(step), self.shares)[share], self.micro_batches)
+
+    def _order(self, epoch: int) -> list[int]:
+        if self.seed is None:
+            return list(range(self.num_samples))
+        if _last_order.get("key") != (self.num_samples, self.seed, epoch):
+            draw = torch.Generator().manual_seed(_mix(self.seed, epoch))
+            order = torch.randperm(self.num_samples, generator=draw).tolist()
+            _last_order.update(key=(self.num_samples, self.seed, epoch), order=order)
+        return _last_order["order"]
+
+
+_last_order: dict[str, Any] = {}  # one epoch's permutation: asked for at every step of the epoch
+
+
+def _mix(seed: int, epoch: int) -> int:
+    """A seed of its own for each epoch; the odd constant keeps (s, e+1) off (s+1, e)."""
+    return (seed * 0x9E3779B97F4A7C15 + epoch) % 2**63
+
+
+def load(samples: Sequence[Any], ids: list[int], size: int | None = None) -> MicroBatch:
+    """The tensors of `ids`, padded to `size` rows (None: to one row where there is no sample, since
+    layers need not take an empty batch) with copies of the set's first sample."""
+    rows = [samples[i] for i in ids]
+    missing = (size if size is not None else max(1, len(ids))) - len(ids)
+    rows += [samples[0]] * missing
+    inputs, targets = default_collate(rows)
+    return MicroBatch(inputs, targets, torch.tensor(ids, dtype=torch.int64))

@@ -1,0 +1,25 @@
+"""Random samples of the shapes of an image classifier, from a seed."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.data import TensorDataset
+
+
+def random(
+    samples: int = 1000,
+    test_samples: int = 200,
+    features: int = 784,
+    classes: int = 10,
+    seed: int = 0,
+) -> tuple[TensorDataset, TensorDataset]:
+    """Train and test sets of normal `input` float32 [features] and uniform `target` int64 []."""
+    if min(samples, test_samples, features, classes) < 1:
+        raise ValueError("samples, test_samples, features and classes must be at least 1")
+    draw = torch.Generator().manual_seed(seed)
+
+    def one_set(size: int) -> TensorDataset:
+        inputs = torch.randn(size, features, generator=draw)
+        return TensorDataset(inputs, torch.randint(classes, (size,), generator=draw))
+
+    return one_set(samples), one_set(test_samples)

@@ -1,0 +1,54 @@
+"""Calls what a job names: one of our own by its short name, or a user's by `package.module:function`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .config import JobError
+
+
+def check_name(section: str, name: str, known: Mapping[str, str]) -> None:
+    """Raise JobError unless `name` is a known one or looks like package.module:function."""
+    module, colon, function = name.partition(":")
+    if name in known or (colon and function.isidentifier() and module):
+        return
+    raise JobError(
+        f"{section}.name = {name!r}: unknown; valid: {', '.join(known)}, package.module:function"
+    )
+
+
+def call_named(
+    section: str, name: str, options: Mapping[str, Any], known: Mapping[str, str]
+) -> Any:
+    """What the function that `section` of the job names returns for `options`; JobError where it
+    cannot be imported or refuses them."""
+    check_name(section, name, known)
+    function = _import(section, name, known.get(name, name))
+    try:
+        inspect.signature(function).bind(**options)
+    except TypeError as error:
+        valid = ", ".join(inspect.signature(function).parameters)
+        raise JobError(f"{section}.options = {dict(options)!r}: {error}; valid: {valid}") from None
+    try:
+        return function(**options)
+    except (TypeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise JobError(f"{section}.options = {dict(options)!r}: {first}") from error
+
+
+def _import(section: str, name: str, path: str) -> Callable[..., Any]:
+    module, _, function = path.partition(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a user's own file lies where the command is typed
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise JobError(f"{section}.name = {name!r}: cannot be imported: {error}") from error
+    if not callable(found):
+        raise JobError(f"{section}.name = {name!r}: is not a function")
+    return found

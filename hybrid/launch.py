@@ -1,0 +1,170 @@
+"""Starts the processes of one run on this machine, watches them, and says what went wrong first.
+
+Each rank is a `python -m hybrid train ...` with the variables that torchrun would set. Its output
+goes to `OUT/logs/rankN.log`; a rank that raises leaves `OUT/logs/rankN.error.json` (`hybrid.rank`).
+The first cause is the earliest by time, where a lost connection to a peer that died counts last. No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+GRACE_S = 3.0  # between SIGTERM and SIGKILL, for ranks to flush their logs
+POLL_S = 0.02
+# How a rank words that a peer went away: an effect, never the first cause.
+PEER_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket closed",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """The first cause of a failed run."""
+
+    rank: int
+    message: str
+    details: str
+    is_job: bool = False
+
+
+class RunFailed(RuntimeError):
+    """A run's processes ended without a result; `failure` is the first cause."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(f"rank {failure.rank} on {socket.gethostname()}: {failure.message}")
+        self.failure = failure
+
+
+def run(
+    nproc: int,
+    arguments: Sequence[str],
+    out: Path,
+    on_poll: Callable[[], None] | None = None,
+    program: Sequence[str] = (sys.executable, "-m", "hybrid"),
+) -> None:
+    """Run `program arguments` as `nproc` ranks until all have ended well; raises RunFailed as soon
+    as one has not, when no rank is left running."""
+    logs = out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    for old in logs.glob("rank*"):
+        old.unlink()
+    with contextlib.ExitStack() as stack:
+        ranks: list[subprocess.Popen[bytes]] = []
+        stack.callback(_end_all, ranks)
+        port = _free_port()
+        for rank in range(nproc):
+            log = stack.enter_context((logs / f"rank{rank}.log").open("wb"))
+            environment = _environment(rank, nproc, port, logs)
+            ranks.append(_start([*program, *arguments], environment, log))
+        _wait(ranks, logs, on_poll)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _environment(rank: int, nproc: int, port: int, logs: Path) -> dict[str, str]:
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    ranks = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": nproc,
+        "LOCAL_WORLD_SIZE": nproc,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        # More threads than cores made two ranks 17 times slower; a user's own setting stands.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, cores // nproc)),
+        "HYBRID_LOGS": logs,
+        "HYBRID_PARENT": os.getpid(),
+    }
+    return os.environ | {key: str(value) for key, value in ranks.items()}
+
+
+def _start(
+    command: list[str], environment: dict[str, str], log: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a Ctrl-C reaches this process alone, which ends the ranks in order
+    )
+
+
+def _wait(
+    ranks: list[subprocess.Popen[bytes]], logs: Path, on_poll: Callable[[], None] | None
+) -> None:
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if on_poll:
+            on_poll()
+        bad = [i for i, code in enumerate(codes) if code]
+        if bad:
+            seen = time.time()
+            time.sleep(0.2)  # peers that fail in the same moment leave their word too
+            dead = {i: code for i, r in enumerate(ranks) if (code := r.poll())}
+            raise RunFailed(first_cause(dead, logs, seen))
+        if all(code == 0 for code in codes):
+            return
+        time.sleep(POLL_S)
+
+
+def _end_all(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Leave nothing running: TERM to every rank's process group, then KILL."""
+    for rank in ranks:
+        _signal(rank, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_S
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.wait(max(0.0, deadline - time.monotonic()))
+    for rank in ranks:
+        _signal(rank, signal.SIGKILL)
+        rank.wait()
+
+
+def _signal(rank: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(rank.pid, number)
+
+
+def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
+    """Which of the ranks that ended badly (rank to exit code) came first, and why."""
+    found: list[tuple[bool, float, Failure]] = []
+    for rank, code in dead.items():
+        path = logs / f"rank{rank}.error.json"
+        if path.exists():
+            left = json.loads(path.read_text())
+            secondary = any(words in left["message"] for words in PEER_LOST)
+            failure = Failure(rank, left["message"], left["details"], left["is_job"])
+            found.append((secondary, left["time"], failure))
+        else:
+            tail = _tail(logs / f"rank{rank}.log")
+            how = (
+                f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+            )
+            found.append((False, seen, Failure(rank, how, tail)))
+    return min(found, key=lambda f: f[:2])[2]
+
+
+def _tail(log: Path, lines: int = 20) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

@@ -1,0 +1,151 @@
+"""Degrees of parallelism, ranks and their coordinates, and how a batch is shared out. Pure Python.
+
+One object, `Layout`, owns all degrees; nothing else multiplies them. Ranks are numbered stage by
+stage: rank = stage * dp + column, DeepSpeed's order for pipelines with data parallelism
+(https://deepspeed.readthedocs.io/en/latest/pipeline.html).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+
+class LayoutError(ValueError):
+    """Degrees that do not multiply to the processes there are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How `world_size` processes are arranged.
+
+    `pp` stages, `dp` data-parallel ranks, each on its own samples; dp = `replicate` copies of the
+    training state x `shard` pieces that each copy is cut into.
+    """
+
+    pp: int = 1
+    dp: int = 1
+    replicate: int = 1
+    shard: int = 1
+
+    def __post_init__(self) -> None:
+        for axis, degree in dataclasses.asdict(self).items():
+            if degree < 1:
+                raise LayoutError(f"{axis} = {degree}: a degree is at least 1")
+        if self.replicate * self.shard != self.dp:
+            raise LayoutError(
+                f"replicate {self.replicate} x shard {self.shard} is not dp = {self.dp}"
+            )
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp
+
+    def stage(self, rank: int) -> int:
+        """Pipeline stage of `rank`."""
+        return rank // self.dp
+
+    def dp_rank(self, rank: int) -> int:
+        """Data-parallel rank (column) of `rank`: which share of a batch it computes."""
+        return rank % self.dp
+
+    def to_dict(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """Which process of a run this is."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_env(cls) -> Ranks:
+        """What torchrun, accelerate, the deepspeed launcher and `hybrid` itself set."""
+        rank = int(os.environ.get("RANK", 0))
+        return cls(
+            rank,
+            int(os.environ.get("WORLD_SIZE", 1)),
+            int(os.environ.get("LOCAL_RANK", rank)),
+        )
+
+
+def fill_degrees(nproc: int, first: int | None, second: int | None, names: str) -> tuple[int, int]:
+    """Two degrees whose product is `nproc`, one or both given; LayoutError where there are none.
+
+    With neither given, the first is 1.
+    """
+    if first is None and second is None:
+        return 1, nproc
+    first = first or (nproc // second if second else 1)
+    second = second or nproc // first
+    if first * second != nproc:
+        raise LayoutError(f"{names}: {first} x {second} is not {nproc} processes")
+    return first, second
+
+
+def split_sizes(total: int, parts: int) -> list[int]:
+    """`total` in `parts` sizes that differ by at most one, larger ones first."""
+    return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+def split(items: Sequence[int], parts: int) -> list[list[int]]:
+    """`items` in `parts` runs, in order, of `split_sizes`."""
+    pieces, start = [], 0
+    for size in split_sizes(len(items), parts):
+        pieces.append(list(items[start : start + size]))
+        start += size
+    return pieces
+
+
+def micro_batch_size(global_batch: int, dp: int, micro_batches: int) -> int:
+    """Samples in the largest micro-batch: the fixed size where a layout needs one."""
+    share = split_sizes(global_batch, dp)[0]
+    return split_sizes(share, micro_batches)[0]
+
+
+def partition_uniform(num_layers: int, stages: int) -> list[range]:
+    """Layers of each stage, as equal in number as possible, later stages smaller."""
+    return _ranges(split_sizes(num_layers, stages))
+
+
+def partition_by_weight(weights: Sequence[int], stages: int) -> list[range]:
+    """Layers of each stage so that the heaviest stage is as light as possible; no stage is empty.
+
+    `weights` is one number a layer, such as its parameters. Dynamic programming over cut points,
+    O(stages * layers**2); ties go to the earlier cut.
+    """
+    total = [0]
+    for weight in weights:
+        total.append(total[-1] + weight)
+    layers = len(weights)
+    best: list[dict[int, tuple[int, list[int]]]] = [{0: (0, [])}]
+    for stage in range(1, stages + 1):
+        row: dict[int, tuple[int, list[int]]] = {}
+        for stop in range(stage, layers - (stages - stage) + 1):
+            options = [
+                (max(worst, total[stop] - total[start]), [*sizes, stop - start])
+                for start, (worst, sizes) in best[-1].items()
+                if start < stop
+            ]
+            row[stop] = min(options, key=lambda option: option[0])
+        best.append(row)
+    return _ranges(best[-1][layers][1])
+
+
+def partition_explicit(sizes: Sequence[int], num_layers: int, stages: int) -> list[range]:
+    """Layers of each stage from their numbers of layers; LayoutError where these do not fit."""
+    if len(sizes) != stages or sum(sizes) != num_layers:
+        raise LayoutError(
+            f"partition {list(sizes)} names {len(sizes)} stages and {sum(sizes)} layers, "
+            f"the run has {stages} stages and {num_layers} layers"
+        )
+    return _ranges(sizes)
+
+
+def _ranges(sizes: Sequence[int]) -> list[range]:
+    stops = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [range(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]

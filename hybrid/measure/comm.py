@@ -1,0 +1,227 @@
+"""What one rank communicates: the collectives it calls, and the bytes its sockets carry.
+
+    counter = CollectiveCounter()
+    before = tcp_bytes_sent()
+    counter.start()
+    ...                                # some whole steps, under any strategy
+    counter.stop()
+    counter.counts()["all_reduce"]     # OpCount(calls=..., payload_bytes=..., sent_bytes=...)
+    after = tcp_bytes_sent()           # minus `before`: what the sockets really carried
+
+Every collective of torch ends in one operator `c10d::*`, whether Python called it, DDP's C++
+reducer, FSDP2, DeepSpeed, a pipeline's send and receive, or a functional collective, which is what
+`full_tensor()` uses. The counter gives each of these operators a kernel that counts and passes on.
+Its dispatch key is `BackendSelect`, below autograd, which each call passes on every device: kernels
+on the autograd keys miss what is called under `inference_mode` and by functional collectives
+(FSDP2's gradient norm is one), where autograd has been left behind already.
+Not seen: symmetric memory, and communication that does not go through torch.distributed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+@dataclasses.dataclass(frozen=True)
+class OpCount:
+    """One kind of collective on this rank. `payload_bytes` is the whole tensor it is about (what is
+    gathered, what is scattered), `sent_bytes` what this rank puts on the wire of it."""
+
+    calls: int
+    payload_bytes: int
+    sent_bytes: float
+
+
+class _Meaning(NamedTuple):
+    """Which argument of an operator holds its payload, or (`of_one_rank`) one rank's n-th of it."""
+
+    name: str
+    argument: int | None
+    of_one_rank: bool = False
+
+
+# The operators of c10d by the start of their names, longer ones first. What follows (`_`, `_base_`,
+# `_coalesced_`, `_into_tensor_coalesced_`) changes how tensors are passed, not what is sent, and
+# differs between releases, so the operators are enumerated in the running torch and matched here.
+_MEANINGS = {
+    "allreduce": _Meaning("all_reduce", 0),
+    "allgather": _Meaning("all_gather", 0),
+    "reduce_scatter": _Meaning("reduce_scatter", 1),
+    "alltoall": _Meaning("all_to_all", 1),
+    "broadcast": _Meaning("broadcast", 0),
+    "reduce": _Meaning("reduce", 0),
+    "gather": _Meaning("gather", 1, of_one_rank=True),
+    "scatter": _Meaning("scatter", 0, of_one_rank=True),
+    "send": _Meaning("send", 0),
+    "recv": _Meaning("recv", 0),
+    "barrier": _Meaning("barrier", None),
+    "monitored_barrier": _Meaning("barrier", None),
+}
+
+
+def sent_share(name: str, size: int, backend: str) -> float:
+    """The part of a payload that one of `size` ranks sends, by the ring algorithms.
+
+    Rooted collectives (broadcast, reduce, gather, scatter) load ranks unequally: theirs is the mean
+    over the group. The ring: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md.
+    gloo differs twice: its reduce_scatter is an all_reduce inside (pytorch issue 118911), and its
+    reduce is a reduce-scatter and a gather (ranks send all of it, the root all but its own part).
+    Both, and all others, agree with `tcp_bytes_sent` on 2 and 4 ranks.
+    """
+    others = (size - 1) / size
+    if backend == "gloo" and name == "reduce_scatter":
+        return 2 * others
+    if backend == "gloo" and name == "reduce":
+        return others * (size + 1) / size
+    return {
+        "all_reduce": 2 * others,
+        "all_gather": others,
+        "reduce_scatter": others,
+        "all_to_all": others,
+        "broadcast": others,
+        "reduce": others,
+        "gather": others / size,
+        "scatter": others / size,
+        "send": 1.0,
+        "recv": 0.0,
+        "barrier": 0.0,
+    }[name]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in an argument: one, a list, or a list of lists."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    else:
+        for item in value:
+            yield from _tensors(item)
+
+
+def _operators() -> Iterator[tuple[Any, _Meaning]]:
+    """Every communicating operator of the running torch with its meaning; an unknown one raises,
+    since a release that adds a collective would otherwise go uncounted without anybody noticing."""
+    for qualified in torch._C._dispatch_get_all_op_names():
+        namespace, _, base = qualified.partition("::")
+        if namespace != "c10d":
+            continue
+        operator = getattr(torch.ops.c10d, base).default
+        if not any(argument.name == "process_group" for argument in operator._schema.arguments):
+            continue  # `check_for_nan` looks at a tensor and sends nothing
+        plain = base.strip("_")
+        for start in sorted(_MEANINGS, key=len, reverse=True):
+            if plain.startswith(start):
+                yield operator, _MEANINGS[start]
+                break
+        else:
+            raise RuntimeError(f"torch {torch.__version__} has an unknown collective {qualified}")
+
+
+class CollectiveCounter:
+    """Counts this process's collectives between `start()` and `stop()`, over several such windows.
+
+    A collective costs some 15 us more while it counts and nothing while it is stopped. A process
+    can have one counter started at a time: torch refuses the second one's kernels.
+    """
+
+    def __init__(self) -> None:
+        self._library: torch.library.Library | None = None
+        self._counts: dict[str, OpCount] = {}
+        # CUDA's backward runs collectives from autograd's own threads.
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Puts the counting kernels in place."""
+        if self._library is not None:
+            raise RuntimeError("this counter is already started")
+        kernels = [(op._schema.name, self._kernel(op, meaning)) for op, meaning in _operators()]
+        library = torch.library.Library("c10d", "IMPL")
+        for name, kernel in kernels:
+            library.impl(name, kernel, "BackendSelect", with_keyset=True, allow_override=False)
+        self._library = library
+
+    def stop(self) -> None:
+        """Takes the kernels out again, so that torch calls its own ones directly."""
+        if self._library is None:
+            raise RuntimeError("this counter is not started")
+        self._library._destroy()
+        self._library = None
+
+    def counts(self) -> dict[str, OpCount]:
+        """All windows so far by plain name (`all_reduce`, `send`, ...), only what was called."""
+        with self._lock:
+            return dict(self._counts)
+
+    def _kernel(self, operator: Any, meaning: _Meaning) -> Callable[..., Any]:
+        names = [argument.name for argument in operator._schema.arguments]
+        group_at = names.index("process_group")
+        below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
+
+        def count_and_call(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+            self._add(meaning, args, args[group_at])
+            return operator.redispatch(keyset & below, *args, **kwargs)
+
+        return count_and_call
+
+    def _add(self, meaning: _Meaning, args: tuple[Any, ...], boxed_group: Any) -> None:
+        payload, sent = 0, 0.0
+        if meaning.argument is not None:
+            group = dist.ProcessGroup.unbox(boxed_group)
+            size = group.size()
+            device = torch.device("cpu")
+            for tensor in _tensors(args[meaning.argument]):
+                # Not `nbytes`, which a sparse gradient does not have.
+                payload += tensor.numel() * tensor.element_size()
+                device = tensor.device
+            payload *= size if meaning.of_one_rank else 1
+            # By device, since one group can have gloo for the CPU and nccl for the GPU.
+            backend = group._get_backend(device).name()
+            sent = payload * sent_share(meaning.name, size, backend)
+        with self._lock:
+            old = self._counts.get(meaning.name, OpCount(0, 0, 0.0))
+            self._counts[meaning.name] = OpCount(
+                old.calls + 1, old.payload_bytes + payload, old.sent_bytes + sent
+            )
+
+
+_IPPROTO_TCP = 6
+_TCP_INFO = 11
+# tcpi_bytes_sent and tcpi_bytes_retrans in struct tcp_info of linux/tcp.h, since Linux 4.19.
+_SENT_AND_RETRANSMITTED = struct.Struct("=QQ")
+_SENT_AT = 200
+
+
+def tcp_bytes_sent() -> int | None:
+    """Bytes this process's open TCP sockets have sent so far; None where the system does not say.
+
+    Use differences, with a barrier before each reading; a socket closed in between takes its bytes
+    with it. Without what TCP sent again: up to a tenth of a large message between processes of one
+    busy host. Costs some 5 us a descriptor. NVLink, InfiniBand and shared memory do not show.
+    """
+    try:
+        descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
+        getsockopt = ctypes.CDLL(None).getsockopt
+    except (OSError, AttributeError):
+        return None
+    by_inode: dict[int, int] = {}
+    # libc's call rather than a `socket.socket` around the descriptor: that one would own it, and
+    # make it non-blocking for gloo as well where a default timeout is set.
+    info = ctypes.create_string_buffer(512)
+    for descriptor in descriptors:
+        length = ctypes.c_uint32(len(info))
+        if getsockopt(descriptor, _IPPROTO_TCP, _TCP_INFO, info, ctypes.byref(length)) != 0:
+            continue  # closed meanwhile, not a socket, or not TCP
+        if length.value < _SENT_AT + _SENT_AND_RETRANSMITTED.size:
+            return None
+        sent, again = _SENT_AND_RETRANSMITTED.unpack_from(info, _SENT_AT)
+        # A duplicated descriptor is the same socket.
+        by_inode[os.fstat(descriptor).st_ino] = sent - again
+    return sum(by_inode.values())

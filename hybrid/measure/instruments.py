@@ -1,0 +1,96 @@
+"""What a run measures of itself, and in which steps: counting slows a step, so those are not timed.
+
+The first steps carry the memory meter and the collective counter, for as long as the communication
+takes to repeat; the steps after them are timed. A run too short for that counts collectives in every
+step and times all but the warm-up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..processes import device, gather_objects
+from ..records import Comm, Memory, Throughput
+from .comm import CollectiveCounter, tcp_bytes_sent
+from .memory import StorageMeter
+
+if TYPE_CHECKING:
+    from .comm import OpCount
+
+WARMUP_STEPS = 2  # the first makes optimizer state and rebuilds DDP's buckets, the second settles
+FEWEST_TIMED = 3
+
+
+class Instruments:
+    """Meter, counter and clock of one run of `steps` steps whose communication repeats every
+    `period` steps."""
+
+    def __init__(self, steps: int, period: int) -> None:
+        self.meter, self.counter = StorageMeter(device()), CollectiveCounter()
+        first = WARMUP_STEPS
+        if steps >= first + period + FEWEST_TIMED:
+            self.metered, self.counted = range(first + period), range(first, first + period)
+            self.timed = range(first + period, steps)
+        else:
+            self.metered, self.counted = range(first), range(steps)
+            self.timed = range(first if steps > first else 0, steps)
+        self.seconds: list[float] = []
+        self._tcp: list[int | None] = []
+
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Around one optimizer step: the instruments that are due, and the clock."""
+        if step == self.counted.start:
+            self._tcp.append(tcp_bytes_sent())
+            self.counter.start()
+        with self.meter if step in self.metered else contextlib.nullcontext():
+            start = _now()
+            yield
+            seconds = _now() - start
+        if step in self.timed:
+            self.seconds.append(seconds)
+        if step == self.counted.stop - 1:
+            self.counter.stop()
+            self._tcp.append(tcp_bytes_sent())
+
+    def throughput(self, samples_per_step: int) -> Throughput | None:
+        """Over the timed steps; None where there was none."""
+        if not self.seconds:
+            return None
+        median = statistics.median(self.seconds)
+        mean = statistics.fmean(self.seconds)
+        return Throughput(samples_per_step / median, median, mean, len(self.seconds))
+
+    def memory(self) -> Memory:
+        """Peaks of all ranks; collective."""
+        return Memory(gather_objects(self.meter.peak_bytes), self.meter.how)
+
+    def comm(self) -> Comm:
+        """Bytes of all ranks, per step of the counted ones; collective."""
+        steps = max(1, len(self.counted))
+        by_rank: list[dict[str, OpCount]] = gather_objects(self.counter.counts())
+        names = sorted({name for counts in by_rank for name in counts})
+        by_op = {
+            name: {
+                what: [getattr(c[name], what) / steps if name in c else 0.0 for c in by_rank]
+                for what in ("calls", "payload_bytes", "sent_bytes")
+            }
+            for name in names
+        }
+        sent = [sum(c.sent_bytes for c in counts.values()) / steps for counts in by_rank]
+        tcp = gather_objects(self._tcp)
+        known = all(len(t) == 2 and None not in t for t in tcp)
+        wire = [(t[1] - t[0]) / steps for t in tcp] if known else None
+        return Comm(sent, by_op, len(self.counted), wire)
+
+
+def _now() -> float:
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

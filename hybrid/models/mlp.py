@@ -1,0 +1,61 @@
+"""A multi-layer perceptron in which each layer of the flat list holds one weight matrix.
+
+The activation belongs to the layer before it, so that a cut between any two layers gives stages
+that all have parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from .losses import Loss, cross_entropy
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": nn.functional.gelu,
+    "relu": nn.functional.relu,
+    "tanh": torch.tanh,
+}
+
+
+class Dense(nn.Linear):
+    """A linear layer followed by an activation."""
+
+    def __init__(self, in_features: int, out_features: int, activation: str) -> None:
+        super().__init__(in_features, out_features)
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, in_features] to [batch, out_features]."""
+        return ACTIVATIONS[self.activation](super().forward(x))
+
+
+def mlp(
+    sizes: Sequence[int] = (784, 512, 256, 10),
+    activation: str = "gelu",
+    init: Literal["torch", "xavier"] = "torch",
+) -> tuple[list[nn.Module], Loss]:
+    """Layers sizes[0] -> ... -> sizes[-1], an activation after each but the last, cross-entropy.
+
+    `init`: torch's default for linear layers, or Xavier's uniform with zero biases (Glorot and
+    Bengio 2010). `activation`: relu has a kink: where a unit's input is within rounding of zero,
+    two equal runs can part there for good (README, "How equal is equal").
+    """
+    if len(sizes) < 2 or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise ValueError(f"sizes = {list(sizes)}: two or more positive integers are needed")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation = {activation!r}: valid: {', '.join(ACTIVATIONS)}")
+    if init not in ("torch", "xavier"):
+        raise ValueError(f"init = {init!r}: valid: torch, xavier")
+    layers: list[nn.Module] = [
+        Dense(a, b, activation) for a, b in zip(sizes[:-2], sizes[1:-1], strict=True)
+    ]
+    layers.append(nn.Linear(sizes[-2], sizes[-1]))
+    if init == "xavier":
+        for layer in layers:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return layers, cross_entropy

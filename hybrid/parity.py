@@ -1,0 +1,261 @@
+"""Did two runs compute the same thing, and if not, where did they part and why? Reads records only.
+
+Steps are compared in order, quantities in the order of `_step_differences`; the first one past its
+tolerance is named. Where rounding alone may have grown past the tolerance, control runs (the
+reference with its batches summed in other orders) say by how much rounding alone moves that step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .records import Difference, Parity, Record
+
+# Relative, for fp32. Weights: greatest |a-b| of a tensor over its greatest |b|. A communication hook
+# rounds gradients on the way (bf16 keeps 8 bits, fp16 11) or keeps a low-rank part of them: such runs
+# only approximate the reference, and the figures below were measured on launch/jobs/mnist.toml.
+TOLERANCES: dict[str, dict[str, float]] = {
+    "fp32": {"loss": 1e-6, "grad_norm": 1e-4, "weights": 1e-5, "eval_loss": 1e-6, "correct": 0.0},
+    "fp16": {"loss": 1e-2, "grad_norm": 5e-2, "weights": 1e-2, "eval_loss": 1e-2, "correct": 0.02},
+    "bf16": {"loss": 5e-2, "grad_norm": 2e-1, "weights": 5e-2, "eval_loss": 5e-2, "correct": 0.05},
+    "powersgd": {"loss": 2.0, "grad_norm": 5.0, "weights": 2.0, "eval_loss": 2.0, "correct": 0.2},
+}
+NEVER_EXCUSED_STEPS = 20
+SHARE_OF_CONTROL = 0.25  # a control must differ by at least this part of a difference to excuse it
+SAME_START = 1e-9  # float64 projections of equal fp32 weights, summed in another order
+Arrays = Mapping[str, Any]  # numpy arrays by name
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A record and its final weights, as numpy arrays by name."""
+
+    record: Record
+    weights: Arrays
+
+
+def relative(got: float, expected: float) -> float:
+    """|a-b|/|b|, 0 where they are equal."""
+    if got == expected:
+        return 0.0
+    return abs(got - expected) / abs(expected) if expected else float("inf")
+
+
+def weight_difference(got: Arrays, expected: Arrays) -> tuple[float, str]:
+    """The greatest difference of a tensor, over its greatest expected magnitude, and its name."""
+    if got.keys() != expected.keys():
+        odd = sorted(got.keys() ^ expected.keys())
+        return float("inf"), odd[0]
+    worst = (0.0, "")
+    for name, reference in expected.items():
+        away = float(abs(got[name].astype("float64") - reference.astype("float64")).max())
+        size = float(abs(reference).max())
+        worst = max(worst, (relative(size + away, size) if size else away, name))
+    return worst
+
+
+def judge(
+    run: Run,
+    reference: Run,
+    name: str,
+    tolerance: Mapping[str, float],
+    factors: Mapping[str, int],
+    controls: Sequence[Run] = (),
+) -> Parity:
+    """The verdict on `run` against `reference` (called `name` in the comparison).
+
+    factors: what a wrong scale would be a multiple of, by its name (micro-batches, ...).
+    """
+    excused: list[dict[str, Any]] = []
+    first = None
+    for found in _differences(run, reference, tolerance):
+        allowed = _noise(found, reference, controls)
+        if allowed is not None and allowed >= SHARE_OF_CONTROL * found.size:
+            excused.append(
+                {
+                    "step": found.step,
+                    "quantity": found.quantity,
+                    "difference": found.size,
+                    "control": allowed,
+                }
+            )
+            continue
+        first = Difference(
+            found.step,
+            found.quantity,
+            found.got,
+            found.expected,
+            likely_cause(run.record, reference.record, found.quantity, factors),
+        )
+        break
+    steps = list(zip(run.record.steps, reference.record.steps, strict=False))
+    return Parity(
+        ok=first is None,
+        max_loss_diff=max((relative(a.loss, b.loss) for a, b in steps), default=None),
+        max_weight_diff=weight_difference(run.weights, reference.weights)[0],
+        tolerance=dict(tolerance),
+        first_difference=first,
+        reference=name,
+        max_grad_norm_diff=max(
+            (relative(a.grad_norm, b.grad_norm) for a, b in steps), default=None
+        ),
+        excused=excused,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    step: int | None
+    quantity: str
+    got: Any
+    expected: Any
+    size: float
+
+
+def _differences(run: Run, reference: Run, tolerance: Mapping[str, float]) -> list[_Found]:
+    """Everything past its tolerance, in the order in which it happened."""
+    found = _start_differences(run.record, reference.record)
+    if len(run.record.steps) != len(reference.record.steps):
+        counts = len(run.record.steps), len(reference.record.steps)
+        found.append(_Found(min(counts), "steps", *counts, float("inf")))
+    for got, expected in zip(run.record.steps, reference.record.steps, strict=False):
+        for quantity in ("samples", "sample_digest", "lr", "loss", "grad_norm"):
+            a, b = getattr(got, quantity), getattr(expected, quantity)
+            size = float(a != b) if isinstance(a, str) else relative(a, b)
+            if size > tolerance.get(quantity, 1e-12):
+                found.append(_Found(got.step, quantity, a, b, size))
+    size, name = weight_difference(run.weights, reference.weights)
+    if size > tolerance["weights"]:
+        found.append(_Found(None, f"weights of {name}", size, 0.0, size))
+    return found + _eval_differences(run.record, reference.record, tolerance)
+
+
+def _start_differences(run: Record, reference: Record) -> list[_Found]:
+    if run.weights is None or reference.weights is None:
+        return []
+    mine, theirs = run.weights.initial, reference.weights.initial
+    return [
+        _Found(0, f"initial weights of {name}", mine.get(name), value, float("inf"))
+        for name, value in theirs.items()
+        if name not in mine or relative(mine[name], value) > SAME_START
+    ]
+
+
+def _eval_differences(
+    run: Record, reference: Record, tolerance: Mapping[str, float]
+) -> list[_Found]:
+    got, expected = run.eval, reference.eval
+    if got is None or expected is None:
+        return []
+    found = []
+    if got.samples != expected.samples:
+        found.append(_Found(None, "eval samples", got.samples, expected.samples, float("inf")))
+    size = relative(got.loss, expected.loss)
+    if size > tolerance["eval_loss"]:
+        found.append(_Found(None, "eval loss", got.loss, expected.loss, size))
+    away = abs((got.correct or 0) - (expected.correct or 0)) / expected.samples
+    if away > tolerance["correct"]:
+        found.append(_Found(None, "eval correct", got.correct, expected.correct, away))
+    return found
+
+
+def _noise(found: _Found, reference: Run, controls: Sequence[Run]) -> float | None:
+    """By how much the controls differ from the reference in the same place; None where rounding
+    cannot be the reason."""
+    early = found.step is not None and found.step < NEVER_EXCUSED_STEPS
+    if early or not controls or len(reference.record.steps) <= NEVER_EXCUSED_STEPS:
+        return None
+    if found.quantity in ("loss", "grad_norm") and found.step is not None:
+        at = found.step
+        expected = getattr(reference.record.steps[at], found.quantity)
+        return max(
+            relative(getattr(c.record.steps[at], found.quantity), expected) for c in controls
+        )
+    if found.quantity.startswith("weights of "):
+        return max(weight_difference(c.weights, reference.weights)[0] for c in controls)
+    evals = [(c.record.eval, reference.record.eval) for c in controls]
+    if found.quantity == "eval loss":
+        return max(relative(c.loss, r.loss) for c, r in evals if c and r)
+    if found.quantity == "eval correct":
+        return max(
+            abs((c.correct or 0) - (r.correct or 0)) / r.samples for c, r in evals if c and r
+        )
+    return None
+
+
+def likely_cause(
+    run: Record, reference: Record, quantity: str, factors: Mapping[str, int]
+) -> str | None:
+    """What would explain a difference whose first trace is `quantity`; None where nothing fits."""
+    if quantity.startswith("initial weights"):
+        return "other initial weights"
+    if quantity in ("samples", "sample_digest"):
+        return "other samples in the batch"
+    if quantity == "lr":
+        return "another learning-rate schedule"
+    if quantity not in ("loss", "grad_norm") or not run.steps or not reference.steps:
+        return None
+    ratio = run.steps[0].grad_norm / reference.steps[0].grad_norm
+    scale = _explain_ratio(ratio, factors)
+    if scale:
+        return f"gradients {scale}"
+    return _explain_updates(run, reference)
+
+
+def _explain_ratio(ratio: float, factors: Mapping[str, int]) -> str | None:
+    """Words for a ratio that is one of the factors or its inverse, within 1 %."""
+    products = dict(factors)
+    if len(factors) > 1:
+        product = 1
+        for value in factors.values():
+            product *= value
+        products[" x ".join(factors)] = product
+    for inverse in (False, True):
+        names = [
+            name
+            for name, value in products.items()
+            if value > 1 and abs(ratio * (value if inverse else 1 / value) - 1) < 0.01
+        ]
+        if names:
+            way = "small: divided twice by" if inverse else "large: not divided by"
+            size = 1 / ratio if inverse else ratio
+            return f"{size:.3g} times too {way} the number of {' or of '.join(names)}"
+    return None
+
+
+def _explain_updates(run: Record, reference: Record) -> str | None:
+    """What the ratios of the first updates say, tensor by tensor and stage by stage."""
+    ratios = _update_ratios(run, reference)
+    if not ratios:
+        return None
+    off = {name: r for name, r in ratios.items() if abs(r - 1) > 1e-3}
+    if not off:
+        return None
+    low, high = min(off.values()), max(off.values())
+    alike = f" {low:.4g} times the reference's" if high - low < 0.01 * abs(high) else " different"
+    if len(off) == len(ratios):
+        return f"every first update is{alike}: another learning rate" if "times" in alike else None
+    layers = {int(name.split(".")[0]) for name in off}
+    cut = (run.receipt.evidence if run.receipt else {}).get("layers_by_stage", [])
+    for stage, held in enumerate(cut):
+        if layers <= set(held):
+            return (
+                f"one stage only: the first update of stage {stage} (layers {held}) is{alike}, "
+                "such as by another learning rate there"
+            )
+    return f"only layers {sorted(layers)}: their first update is{alike}"
+
+
+def _update_ratios(run: Record, reference: Record) -> dict[str, float]:
+    """First update of each tensor over the reference's, from the projections; tiny ones left out."""
+    if run.weights is None or reference.weights is None:
+        return {}
+    mine, theirs = run.weights, reference.weights
+    ratios = {}
+    for name, after in theirs.after_first_step.items():
+        expected = after - theirs.initial[name]
+        if name in mine.after_first_step and abs(expected) > 1e-6 * abs(after):
+            ratios[name] = (mine.after_first_step[name] - mine.initial[name]) / expected
+    return ratios

@@ -1,0 +1,187 @@
+"""What a run leaves behind: dataclasses to JSON and back. No torch, so that reading a comparison is cheap.
+
+`Record` is one run (`record.json`), `Comparison` is one `hybrid compare` (`compare.json`). Every
+relative difference is |a-b|/|b|; every size is in bytes, every time in seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+Status = Literal["ok", "failed", "not_possible"]
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step, the same on every rank. `loss` is the sum over the global batch divided
+    by its count, taken before the update; `grad_norm` is global and before clipping;
+    `sample_digest` is the sum modulo 2**64 of a hash of each sample id, in hexadecimal."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    samples: int
+    sample_digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Receipt:
+    """What really ran, read off the live objects. `engaged` is False where the evidence contradicts
+    the request, and `reason` says how."""
+
+    engaged: bool
+    evidence: dict[str, Any]
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalResult:
+    """One pass over the test set: every sample once. `correct` and `accuracy` are None where the
+    targets are not classes. `prediction_digest` is additive over (sample id, predicted class)."""
+
+    loss: float
+    samples: int
+    correct: int | None = None
+    accuracy: float | None = None
+    prediction_digest: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+    """Over the timed steps, those after warm-up in which no instrument ran. `samples_per_s` is the
+    global batch over the median step; the mean is there for strategies whose steps are not alike."""
+
+    samples_per_s: float
+    step_s_median: float
+    step_s_mean: float
+    timed_steps: int
+    tokens_per_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Peak of the live tensor storages of each rank, from building the engine through the warm-up
+    steps; `how` names the instrument."""
+
+    peak_bytes: list[int]
+    how: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Comm:
+    """Bytes that each rank sent per optimizer step, averaged over `counted_steps` whole steps.
+
+    `bytes_per_step` and `by_op` are counted calls times the ring algorithm's share of each payload;
+    `tcp_bytes_per_step` is what the process's own sockets sent meanwhile (None where unknown)."""
+
+    bytes_per_step: list[float]
+    by_op: dict[str, dict[str, list[float]]]
+    counted_steps: int
+    tcp_bytes_per_step: list[float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """One number a parameter (a fixed projection of it, in float64) at the start and after the first
+    step: cheap to keep, and linear, so that a ratio of updates shows what scaled them."""
+
+    initial: dict[str, float]
+    after_first_step: dict[str, float]
+    file: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One run of one strategy: `record.json`."""
+
+    strategy: str
+    status: Status
+    reason: str | None = None
+    world_size: int = 0
+    layout: dict[str, int] = dataclasses.field(default_factory=dict)
+    receipt: Receipt | None = None
+    steps: list[StepRecord] = dataclasses.field(default_factory=list)
+    eval: EvalResult | None = None
+    throughput: Throughput | None = None
+    memory: Memory | None = None
+    comm: Comm | None = None
+    weights: Weights | None = None
+    drift: list[dict[str, float]] | None = None
+    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The first place where a run left its reference."""
+
+    step: int | None
+    quantity: str
+    got: float | str | None
+    expected: float | str | None
+    likely_cause: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """Verdict on one strategy. `excused` lists steps past the tolerance where a control run, the
+    reference with its batches summed in another order, differs by at least a quarter as much."""
+
+    ok: bool
+    max_loss_diff: float | None
+    max_weight_diff: float | None
+    tolerance: dict[str, float]
+    first_difference: Difference | None = None
+    reference: str = "single"
+    max_grad_norm_diff: float | None = None
+    excused: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One job under several strategies: `compare.json`. `controls` are further records that the
+    verdict used: the one-process emulation of `local_sgd`, `single` in other summing orders."""
+
+    job: dict[str, Any]
+    machine: dict[str, Any]
+    reference: str
+    strategies: dict[str, Record]
+    parity: dict[str, Parity]
+    ok: bool
+    controls: dict[str, Record] = dataclasses.field(default_factory=dict)
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """The JSON object of a record."""
+    return dataclasses.asdict(value)
+
+
+def dumps(value: Any) -> str:
+    """Strict JSON text of a record or a plain object; ValueError on a number JSON cannot hold."""
+    plain = to_dict(value) if dataclasses.is_dataclass(value) else value
+    return json.dumps(plain, indent=1, allow_nan=False)
+
+
+def write(value: Any, path: Path) -> None:
+    """Write a record so that a reader sees the whole file or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(dumps(value) + "\n")
+    os.replace(part, path)
+
+
+def read(kind: type[T], path: Path) -> T:
+    """Read back what `write` wrote; ValueError where the file does not hold a `kind`."""
+    return from_dict(kind, json.loads(path.read_text()))
+
+
+def from_dict(kind: type[T], data: Any) -> T:
+    """A `kind` from its JSON object; ValueError (pydantic's) where a key is missing or mistyped."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind).validate_python(data)

@@ -1,0 +1,197 @@
+"""What report.html draws: curves as plain dicts in plotly's format, bars as plain rows.
+
+None of this imports plotly. Names are escaped before they enter a figure, since plotly reads a small
+HTML of its own in any text; those in `Bars` are plain.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from hybrid.records import Comparison, Record
+from hybrid.report.verdict import format_bytes, format_diff, format_pace, judge
+
+GREY, RED = "#868e99", "#d6453d"
+# Eight hues, for on white and on black; dashes and symbols serve who sees no colours.
+COLOURS = ("#2f7ed8", "#e08a00", "#0f9d76", "#d1549b", "#8a63d2", "#c8501e", "#23a6c4", "#8f9a1c")
+DASHES = ("solid", "dash", "dot", "longdash", "dashdot")
+SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up", "triangle-down", "star")
+
+Runs = Mapping[str, Record]
+Styles = dict[str, dict[str, Any]]
+
+
+class Curves(NamedTuple):
+    """A figure with its heading and the sentence below it."""
+
+    title: str
+    caption: str
+    figure: dict[str, Any]
+
+
+class Bars(NamedTuple):
+    """Of each run the figure to print and its lines, one below the other, each made of pieces end to
+    end: what it is, how long, its colour. `key` tells colours where they do not stand for runs."""
+
+    title: str
+    caption: str
+    rows: dict[str, tuple[str, list[list[tuple[str, float, str]]]]]
+    key: Mapping[str, str]
+
+
+def curves(comparison: Comparison) -> list[Curves]:
+    """Those there are figures for. Runs that lost parity stay: this is where one sees how."""
+    runs, styles = comparison.strategies, _make_styles(comparison)
+    found = [_loss(runs, styles), _difference(comparison, styles), _drift(runs, styles)]
+    return [one for one in found if one.figure["data"]]
+
+
+def bars(comparison: Comparison) -> list[Bars]:
+    """Costs, and only of the runs that earned that they are shown."""
+    runs = {n: comparison.strategies[n] for n, run in judge(comparison).items() if not run.problem}
+    colours = {name: style["line"]["color"] for name, style in _make_styles(comparison).items()}
+    found = [_throughput(runs, colours), _memory(runs, colours), _bytes(runs)]
+    return [one for one in found if one.rows]
+
+
+def _make_styles(comparison: Comparison) -> Styles:
+    """The reference is a broad grey band, so that the lines that cover it leave it in sight."""
+    styles = {}
+    for n, (name, (state, problem)) in enumerate(judge(comparison).items()):
+        parity, colour, label = comparison.parity.get(name), COLOURS[n % len(COLOURS)], name
+        line: dict[str, Any] = {"color": colour, "width": 2, "dash": DASHES[n % len(DASHES)]}
+        if name == comparison.reference:
+            line = {"color": GREY, "width": 6}
+        elif problem:
+            label = f"{name} ({state})"
+        elif parity and parity.reference != comparison.reference:
+            label = f"{name} (as {parity.reference})"
+        marker = {"color": colour, "symbol": SYMBOLS[n % len(SYMBOLS)]}
+        styles[name] = {"name": escape(label), "line": line, "marker": marker}
+    return styles
+
+
+def _layout(title: str, hovermode: str = "x unified", **y: Any) -> dict[str, Any]:
+    axis = {"gridcolor": "rgba(128,136,150,.25)", "zeroline": False, "automargin": True}
+    x = {"title": {"text": "optimizer step"}, "spikethickness": 1, "spikedash": "solid"}
+    return {
+        **{"height": 440, "margin": {"l": 8, "r": 12, "t": 12, "b": 8}, "hovermode": hovermode},
+        **{"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "showlegend": True},
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": GREY},
+        "xaxis": {**axis, **x},
+        "yaxis": {**axis, "title": {"text": title}, **y},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+    }
+
+
+def _curve(points: Sequence[tuple[float, float]], style: Mapping[str, Any], hover: str) -> dict:
+    hover = f"step %{{x}}, {hover}<extra>%{{fullData.name}}</extra>"
+    x, y = [step for step, _ in points], [value for _, value in points]
+    return {"type": "scatter", "mode": "lines", "x": x, "y": y, "hovertemplate": hover, **style}
+
+
+def _loss(runs: Runs, styles: Styles) -> Curves:
+    points = {name: [(s.step, s.loss) for s in run.steps] for name, run in runs.items()}
+    traces = [_curve(p, styles[name], "loss %{y:.7g}") for name, p in points.items() if p]
+    caption = (
+        "Runs that agree lie on top of each other; the broad grey line is the reference. "
+        "Click a name to hide its line, double-click to keep it alone."
+    )
+    return Curves("Training loss", caption, {"data": traces, "layout": _layout("loss")})
+
+
+def _relative_differences(run: Record, judge: Record) -> list[tuple[int, float]]:
+    """(step, |a-b|/|b|) of the loss at the steps both have, where that is a number."""
+    expected = {step.step: step.loss for step in judge.steps}
+    pairs = [(s.step, s.loss, expected[s.step]) for s in run.steps if s.step in expected]
+    return [(n, abs(a - b) / abs(b) if b else 0.0) for n, a, b in pairs if b or a == b]
+
+
+def _difference(comparison: Comparison, styles: Styles) -> Curves:
+    """Each run from the record it is judged by, in dots, which do not hide one another as lines up
+    and down do. A log axis has no zero, so 'equal' is a line of its own, a decade below all."""
+    known, parity = {**comparison.controls, **comparison.strategies}, comparison.parity
+    found = {n: _relative_differences(known[n], known[p.reference]) for n, p in parity.items()}
+    limits = sorted({p.tolerance["loss"] for p in parity.values()})
+    values = [value for points in found.values() for _, value in points if value] + limits
+    low = math.floor(math.log10(min(values, default=1)))
+    high = math.ceil(math.log10(max(values, default=1)))
+    floor, decades = 10.0 ** (low - 1), range(low, high + 1, 1 + (high - low) // 10)
+    traces = []
+    for name, points in found.items():
+        excused = {step["step"] for step in parity[name].excused}
+        sizes = [11 if n in excused else 5 for n, _ in points]
+        texts = [format_diff(value) if value else "equal" for _, value in points]
+        marker = {**styles[name]["marker"], "size": sizes}
+        style = {**styles[name], "mode": "markers", "marker": marker, "customdata": texts}
+        drawn = [(n, value or floor) for n, value in points]
+        traces += [_curve(drawn, style, "difference %{customdata}")] if drawn else []
+    y = {"type": "log", "range": [low - 1.3, high + 0.3]}
+    y |= {"tickvals": [floor, *(10.0**power for power in decades)]}
+    y |= {"ticktext": ["equal", *(f"1e{power}" for power in decades)]}
+    layout = _layout("relative difference", "closest", **y)
+    layout["shapes"] = [_tolerance(limit) for limit in limits]
+    caption = (
+        "|a-b|/|b| of the loss, each run against the record it is judged by. Dots on the line "
+        '"equal" are equal in every digit recorded; large ones, if any, are excused steps.'
+    )
+    return Curves("Difference from the reference", caption, {"data": traces, "layout": layout})
+
+
+def _tolerance(limit: float) -> dict[str, Any]:
+    label = {"text": f"tolerance {format_diff(limit)}", "textposition": "start"}
+    return {
+        **{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit, "y1": limit},
+        **{"line": {"color": RED, "width": 1.5, "dash": "dash"}, "label": label},
+    }
+
+
+def _drift(runs: Runs, styles: Styles) -> Curves:
+    key = "max_relative_drift"
+    points = {n: [(at["step"], at[key]) for at in run.drift or []] for n, run in runs.items()}
+    traces = [_curve(p, styles[name], "drift %{y:.3g}") for name, p in points.items() if p]
+    caption = "How far the rank furthest away was from the mean of all, just before they merged."
+    layout = _layout("relative drift", rangemode="tozero")
+    return Curves("Drift between ranks", caption, {"data": traces, "layout": layout})
+
+
+def _throughput(runs: Runs, colours: Mapping[str, str]) -> Bars:
+    paces = {name: run.throughput for name, run in runs.items() if run.throughput}
+    rows = {
+        name: (format_pace(pace), [[(format_pace(pace), pace.samples_per_s, colours[name])]])
+        for name, pace in paces.items()
+    }
+    caption = "By the median step; by the mean one too where the two are unlike."
+    return Bars("Samples per second", caption, rows, {})
+
+
+def _memory(runs: Runs, colours: Mapping[str, str]) -> Bars:
+    memories = {name: run.memory for name, run in runs.items() if run.memory}
+    rows = {}
+    for name, memory in memories.items():
+        lines = [
+            [(f"rank {rank}: {format_bytes(peak)}", float(peak), colours[name])]
+            for rank, peak in enumerate(memory.peak_bytes)
+        ]
+        rows[name] = (format_bytes(max(memory.peak_bytes)), lines)
+    hows = "; ".join(sorted({memory.how for memory in memories.values()}))
+    return Bars("Peak memory", f"A bar a rank; the figure is the greatest. By {hows}.", rows, {})
+
+
+def _bytes(runs: Runs) -> Bars:
+    comms = {name: run.comm for name, run in runs.items() if run.comm}
+    ops = {op for c in comms.values() for op, by in c.by_op.items() if any(by["sent_bytes"])}
+    key = dict(zip(sorted(ops), itertools.cycle(COLOURS), strict=False))
+    rows = {}
+    for name, comm in comms.items():
+        top = max(comm.bytes_per_step)
+        rank = comm.bytes_per_step.index(top)
+        sent = {op: comm.by_op[op]["sent_bytes"][rank] for op in key if op in comm.by_op}
+        pieces = [(f"{op}: {format_bytes(value)}", value, key[op]) for op, value in sent.items()]
+        rows[name] = (format_bytes(top), [pieces])
+    caption = "Of the rank that sends most: calls counted, ring algorithms assumed."
+    return Bars("Bytes sent a step", caption, rows, key)

@@ -1,0 +1,184 @@
+"""Plain torch training: one model in one process, or replicas that step alone and are merged.
+
+`single` is one replica with all samples. `local_sgd` is one replica a rank; its emulation holds all
+replicas in one process and merges them by the same rule, which is what a real run is compared with.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..config import Job
+from ..data.batches import MicroBatch
+from ..layout import Layout, Ranks
+from ..models.losses import Loss
+from ..processes import device, gather_objects, gather_rows
+from ..records import EvalResult, Receipt
+from ..schedule import learning_rate
+from . import _torch
+from .base import RunError, StepResult, make_receipt
+
+
+class ReplicaEngine:
+    """Replicas of a model, each stepping on its own share of the global batch.
+
+    `merge_every` optimizer steps (None: never) their parameters and floating-point buffers are
+    averaged, each replica weighted by the samples it saw since the last merge (federated averaging,
+    McMahan et al. 2017, https://arxiv.org/abs/1602.05629), and once more after the last step.
+    """
+
+    micro_batch_size = None
+
+    def __init__(
+        self,
+        job: Job,
+        layout: Layout,
+        layers: list[nn.Module],
+        loss: Loss,
+        merge_every: int | None = None,
+        replicas: int = 1,
+    ) -> None:
+        self.job, self.layout, self.loss, self.merge_every = job, layout, loss, merge_every
+        self.device = device()
+        first = nn.Sequential(*layers).to(self.device)
+        self.models = [first, *(copy.deepcopy(first) for _ in range(replicas - 1))]
+        self.optimizers = [_torch.build_optimizer(job, m.parameters()) for m in self.models]
+        rank = Ranks.from_env().rank
+        self.shares = tuple(range(replicas)) if replicas > 1 else (layout.dp_rank(rank),)
+        self.step = 0
+        self.seen = [0] * layout.dp
+        self.drift: list[dict[str, float]] = []
+        self.digests: tuple[str, ...] = ()
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        """See `Engine`. The gradient norm of several replicas is the root mean square of theirs."""
+        each = len(micro_batches) // len(self.models)
+        mine = [
+            self._step_replica(i, micro_batches[i * each : (i + 1) * each])
+            for i in range(len(self.models))
+        ]
+        rows = mine if len(mine) > 1 else gather_rows(mine[0])
+        self.seen = [n + int(row[2]) for n, row in zip(self.seen, rows, strict=True)]
+        norm = math.sqrt(sum(row[-2] ** 2 for row in rows) / len(rows))
+        result = _torch.step_result([[*row[:-2], norm, row[-1]] for row in rows], None)
+        self.digests = self.digests or result.digest_by_rank
+        self.step += 1
+        if self.merge_every and (
+            self.step % self.merge_every == 0 or self.step == self.job.train.steps
+        ):
+            self._merge()
+        return result
+
+    def _step_replica(self, i: int, micro_batches: Sequence[MicroBatch]) -> list[int | float]:
+        model, optimizer = self.models[i], self.optimizers[i]
+        tally = _torch.Tally(self.device)
+        count = sum(_torch.count_targets(self.loss, mb) for mb in micro_batches)
+        model.train()
+        for micro_batch in micro_batches:
+            micro_batch = _on(micro_batch, self.device)
+            loss_sum = tally.add(self.loss, model(micro_batch.input), micro_batch)
+            (loss_sum / max(1, count)).backward()
+        if int(tally.count) != count:
+            raise RunError(f"the loss counted {int(tally.count)} targets, {count} were expected")
+        limit = self.job.train.clip_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+        _torch.set_learning_rate(optimizer, learning_rate(self.job, self.step))
+        optimizer.step()
+        optimizer.zero_grad()
+        return [*tally.row(), float(norm), _torch.read_learning_rate(optimizer)]
+
+    @torch.no_grad()
+    def _merge(self) -> None:
+        """Replace every replica by their weighted mean, and note how far they were from it."""
+        total = sum(self.seen)
+        groups = [_merged_tensors(model) for model in self.models]
+        flats = [torch.cat([t.reshape(-1) for t in tensors]) for tensors in groups]
+        weights = [self.seen[share] / total for share in self.shares]
+        mean = torch.stack([f * w for f, w in zip(flats, weights, strict=True)]).sum(0)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(mean)
+        size = float(torch.linalg.vector_norm(mean))
+        away = [float(torch.linalg.vector_norm(f - mean)) / size for f in flats]
+        rows = [[a] for a in away] if len(away) > 1 else gather_rows(away)
+        all_away = [float(row[0]) for row in rows]
+        self.drift.append(
+            {
+                "step": self.step - 1,
+                "max_relative_drift": max(all_away),
+                "mean_relative_drift": sum(all_away) / len(all_away),
+            }
+        )
+        for tensors in groups:
+            start = 0
+            for t in tensors:
+                t.copy_(mean[start : start + t.numel()].view_as(t))
+                start += t.numel()
+        self.seen = [0] * self.layout.dp
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
+        """See `Engine`."""
+        self._require_merged()
+        tally = _torch.Tally(self.device)
+        model = self.models[0].eval()
+        for micro_batches in batches:
+            for micro_batch in micro_batches:
+                micro_batch = _on(micro_batch, self.device)
+                tally.add(self.loss, model(micro_batch.input), micro_batch, score=True)
+        return _torch.eval_result(tally.row())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """See `Engine`."""
+        self._require_merged()
+        if Ranks.from_env().rank:
+            return {}
+        return _torch.copy_of_state(self.models[0])
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """See `Engine`."""
+        for model in self.models:
+            _torch.copy_state(_torch.named_tensors(model), state)
+
+    def _require_merged(self) -> None:
+        if self.merge_every and any(self.seen) and self.layout.dp > 1:
+            raise RunError(f"replicas stepped alone since the last merge (step {self.step})")
+
+    def receipt(self) -> Receipt:
+        """See `Engine`."""
+        alone = self.merge_every is None
+        groups = gather_objects(dist.is_initialized() and dist.get_world_size())
+        evidence: dict[str, Any] = {
+            "model": type(self.models[0]).__name__,
+            "replicas": len(self.models) * len(groups),
+            "parameters_per_replica": sum(p.numel() for p in self.models[0].parameters()),
+            "gradient_collectives": "none",
+        }
+        conditions = {
+            f"{self.layout.dp} replicas": evidence["replicas"] == self.layout.dp,
+        }
+        if not alone:
+            evidence |= {"merge_every": self.merge_every, "merges": len(self.drift)}
+            evidence |= {"sample_digest_by_rank": list(self.digests), "drift": self.drift}
+            ran_alone = all(d["max_relative_drift"] > 0 for d in self.drift)
+            conditions["replicas differ before each merge"] = ran_alone or self.layout.dp == 1
+        return make_receipt(evidence, conditions)
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self.models, self.optimizers = [], []
+
+
+def _merged_tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [t.data for t in _torch.named_tensors(model).values() if t.is_floating_point()]
+
+
+def _on(micro_batch: MicroBatch, where: torch.device) -> MicroBatch:
+    inputs = _torch.to_device(micro_batch.input, where)
+    return MicroBatch(inputs, _torch.to_device(micro_batch.target, where), micro_batch.ids)

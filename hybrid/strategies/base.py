@@ -1,0 +1,117 @@
+"""The two protocols that every strategy keeps, and what passes between an engine and the loop.
+
+A `Strategy` knows what it can run and builds an `Engine`; an `Engine` trains whole optimizer steps,
+the smallest unit that all engines share (DeepSpeed's pipeline offers no smaller one). No torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..config import Job
+from ..layout import Layout
+from ..records import EvalResult, Receipt
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..data.batches import MicroBatch
+    from ..models.losses import Loss
+
+
+class Unsupported(ValueError):
+    """A strategy cannot run this job on these processes, and why: `not_possible`, no failure."""
+
+
+class RunError(RuntimeError):
+    """A run that must not go on: ranks disagree, a receipt is refused, a loss is not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank. Digests are hexadecimal, one a rank in
+    `digest_by_rank` ("" where a rank computes no loss)."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    samples: int
+    sample_digest: str
+    digest_by_rank: tuple[str, ...] = ()
+
+
+class Strategy(Protocol):
+    """What a file of this folder offers: the module itself is the strategy."""
+
+    name: str
+    summary: str
+
+    def layout(self, job: Job, nproc: int) -> Layout:
+        """Degrees on `nproc` processes; raises Unsupported, or LayoutError for the job's own."""
+        ...
+
+    def check(self, job: Job, layout: Layout, layer_parameters: Sequence[int]) -> None:
+        """Raise Unsupported where this job cannot run so, before any process starts.
+
+        layer_parameters: numbers of trainable parameters, layer by layer.
+        """
+        ...
+
+    def period(self, job: Job) -> int:
+        """Optimizer steps after which the communication repeats."""
+        ...
+
+    def build(self, job: Job, layout: Layout, layers: list[torch.nn.Module], loss: Loss) -> Engine:
+        """Put the whole, initialised model on this rank's part of the layout; collective."""
+        ...
+
+
+class Engine(Protocol):
+    """A model being trained. Every method is collective: all ranks call it together.
+
+    `shares` are the data-parallel ranks whose samples this process computes (all but an emulation
+    have one); `micro_batch_size` is the fixed number of rows a micro-batch must have, None where any
+    will do.
+    """
+
+    layout: Layout
+    shares: tuple[int, ...]
+    micro_batch_size: int | None
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        """One optimizer step on the micro-batches of this process's shares, share after share."""
+        ...
+
+    def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
+        """Loss and counts over all ranks' batches; every rank passes equally many."""
+        ...
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Full parameters and buffers by canonical name (layer index, dot, name in the layer), on
+        the CPU of rank 0; empty elsewhere."""
+        ...
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `state` gave; every rank passes all of it."""
+        ...
+
+    def receipt(self) -> Receipt:
+        """What really runs, read off the live objects of all ranks."""
+        ...
+
+    def close(self) -> None:
+        """Release what the engine holds; the process group is the caller's."""
+        ...
+
+
+def refuse_unless(conditions: Mapping[str, bool]) -> str | None:
+    """The first condition, worded as what should have been, that does not hold; None if all do."""
+    return next((what for what, holds in conditions.items() if not holds), None)
+
+
+def make_receipt(evidence: dict[str, Any], conditions: Mapping[str, bool]) -> Receipt:
+    """A receipt that is engaged when every condition holds on the evidence."""
+    reason = refuse_unless(conditions)
+    return Receipt(reason is None, evidence, reason and f"not so: {reason}")

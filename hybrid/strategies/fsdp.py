@@ -1,0 +1,124 @@
+"""FSDP2 through Accelerate: parameters, gradients and optimizer state sharded, layer by layer.
+
+Zhao et al. 2023, https://arxiv.org/abs/2304.11277; torch's `fully_shard`. With `parallel.replicate`
+and `parallel.shard` the shards are replicated: hybrid sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..config import Job
+from ..layout import Layout, fill_degrees
+from ..records import Receipt
+from .base import Engine, make_receipt
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..models.losses import Loss
+
+name = "fsdp"
+summary = "everything sharded (FSDP2); `reshard_after_forward`; replicate x shard"
+
+
+def layout(job: Job, nproc: int) -> Layout:
+    """All processes share one copy unless `parallel` says replicate x shard."""
+    wanted = job.parallel
+    names = "parallel.replicate x parallel.shard"
+    replicate, shard = fill_degrees(nproc, wanted.replicate, wanted.shard, names)
+    return Layout(dp=nproc, replicate=replicate, shard=shard)
+
+
+def check(job: Job, layout: Layout, layer_parameters: Sequence[int]) -> None:
+    """Runs everything."""
+
+
+def period(job: Job) -> int:
+    """Every step is alike."""
+    return 1
+
+
+def build(job: Job, layout: Layout, layers: list[nn.Module], loss: Loss) -> Engine:
+    """The model under FSDP2, one unit a layer."""
+    from . import _accelerate
+
+    accumulation = job.micro_batches(name)
+    accelerator, prepared = _accelerate.prepare_fsdp(job, layout, layers, accumulation)
+    return _accelerate.AccelerateEngine(
+        job,
+        layout,
+        loss,
+        accelerator,
+        prepared,
+        inspect=_inspect,
+        gather=_gather,
+        scatter=_scatter,
+    )
+
+
+def _gather(engine: Any) -> dict[str, torch.Tensor]:
+    from . import _torch
+
+    full = {n: _whole(t.detach()) for n, t in _torch.named_tensors(engine.model).items()}
+    return {n: t.cpu().clone() for n, t in full.items()}
+
+
+def _scatter(engine: Any, state: Mapping[str, torch.Tensor]) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, strict=True)
+    set_model_state_dict(engine.model, dict(state), options=options)
+
+
+def _whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _inspect(engine: Any) -> Receipt:
+    """Every parameter a DTensor, shards that add up to the whole once, the mesh, the setting."""
+    from ..processes import gather_objects
+
+    parameters = list(engine.model.parameters())
+    sharded = [p for p in parameters if hasattr(p, "to_local")]
+    total = sum(p.numel() for p in parameters)
+    local = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters)
+    by_rank = gather_objects(local)
+    mesh = list(sharded[0].device_mesh.mesh.shape) if sharded else []
+    asked = engine.job.strategy.fsdp.reshard_after_forward
+    units = _units(engine.model)
+    evidence = {
+        "model": type(engine.model).__name__,
+        "distributed_type": str(engine.accelerator.distributed_type),
+        "dtensor_parameters": len(sharded),
+        "parameters": len(parameters),
+        "elements_total": total,
+        "elements_by_rank": by_rank,
+        "local_share": local / total,
+        "mesh": mesh,
+        "units": len(units),
+        "reshard_after_forward": units,
+        "sample_digest_by_rank": list(engine.digests),
+    }
+    lay = engine.layout
+    wanted_mesh = [lay.replicate, lay.shard] if lay.replicate > 1 else [lay.shard]
+    conditions = {
+        "every parameter is a DTensor": len(sharded) == len(parameters),
+        f"the mesh is {wanted_mesh}": mesh == wanted_mesh,
+        f"the shards are the model {lay.replicate} times": sum(by_rank) == total * lay.replicate,
+        f"reshard_after_forward is {asked} in every unit": set(units) <= {asked},
+    }
+    return make_receipt(evidence, conditions)
+
+
+def _units(model: nn.Module) -> list[bool]:
+    """Of each FSDP unit with parameters of its own, but the root (torch leaves the root's gathered):
+    whether it frees them after forward. torch has no public reader for what it has a setter for."""
+    found = []
+    for module in list(model.modules())[1:]:
+        group = getattr(module, "_get_fsdp_state", lambda: None)()
+        if group is not None and group._fsdp_param_group is not None:
+            found.append(group._fsdp_param_group._reshard_after_forward)
+    return found

@@ -1,0 +1,50 @@
+"""Local SGD: each rank steps alone; parameters are averaged every N steps or once an epoch.
+
+Stich 2019, https://arxiv.org/abs/1805.09767. With `emulate_replicas = R` one process plays R ranks:
+the reference for a real run, which between merges is a different algorithm from `single`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..config import Job, JobError
+from ..layout import Layout
+from .base import Engine, Unsupported
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..models.losses import Loss
+
+name = "local_sgd"
+summary = "replicas step alone; parameters averaged every `sync_every` steps or epoch"
+
+
+def layout(job: Job, nproc: int) -> Layout:
+    """All processes are replicas; an emulation is one process with `emulate_replicas` of them."""
+    replicas = job.strategy.local_sgd.emulate_replicas
+    if replicas and nproc != 1:
+        raise Unsupported(f"emulate_replicas = {replicas} runs in one process, not in {nproc}")
+    return Layout(dp=replicas or nproc, replicate=replicas or nproc)
+
+
+def check(job: Job, layout: Layout, layer_parameters: Sequence[int]) -> None:
+    """Runs everything."""
+
+
+def period(job: Job) -> int:
+    """Steps from merge to merge."""
+    every = job.strategy.local_sgd.sync_every
+    if not isinstance(every, int):
+        raise JobError("strategy.local_sgd.sync_every = 'epoch': its length in steps is not known")
+    return every
+
+
+def build(job: Job, layout: Layout, layers: list[nn.Module], loss: Loss) -> Engine:
+    """This rank's replica, or all of them."""
+    from ._replicas import ReplicaEngine
+
+    replicas = job.strategy.local_sgd.emulate_replicas or 1
+    return ReplicaEngine(job, layout, layers, loss, merge_every=period(job), replicas=replicas)

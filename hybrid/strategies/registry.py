@@ -1,0 +1,68 @@
+"""Names of strategies to their files, and one way to get an engine."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+from ..config import Job, JobError
+from ..layout import Layout, Ranks
+from .base import Engine, Strategy
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..models.losses import Loss
+
+_MODULES = {
+    "single": "single",
+    "ddp": "ddp",
+    "local_sgd": "local_sgd",
+    "fsdp": "fsdp",
+    "zero1": "zero1",
+    "zero2": "zero2",
+    "zero3": "zero3",
+    "pipeline": "pipeline",
+    "2d": "two_d",
+}
+NAMES = tuple(_MODULES)
+
+
+def get(name: str) -> Strategy:
+    """The strategy of that name; JobError, listing the valid ones, where there is none."""
+    if name not in _MODULES:
+        raise JobError(f"strategy = {name!r}: unknown; valid: {', '.join(NAMES)}")
+    return cast(Strategy, importlib.import_module(f".{_MODULES[name]}", __package__))
+
+
+def plan(job: Job, name: str, nproc: int, layer_parameters: Sequence[int]) -> Layout:
+    """The layout of one strategy on `nproc` processes, checked for this job; raises Unsupported or
+    JobError. Starts nothing and imports no torch."""
+    strategy = get(name)
+    layout = strategy.layout(job, nproc)
+    strategy.check(job, layout, layer_parameters)
+    return layout
+
+
+def open_engine(job: Job, strategy: str, layers: list[nn.Module], loss: Loss) -> Engine:
+    """An engine on the processes that a launcher started, for people who keep their own loop.
+
+    Every rank calls it with the same job and the same initialised `layers` (at least as many
+    parameters as ranks share must be equal: seed torch before making them). Joins the process group
+    unless the caller has; `hybrid.processes.cleanup` leaves it. The job must give `train.steps`.
+    Raises Unsupported or JobError before anything is built.
+    """
+    from .. import processes
+
+    ranks = Ranks.from_env()
+    parameters = [sum(p.numel() for p in x.parameters() if p.requires_grad) for x in layers]
+    layout = plan(job, strategy, ranks.world_size, parameters)
+    if layout.world_size != ranks.world_size and ranks.world_size > 1:
+        raise JobError(
+            f"strategy = {strategy!r}: runs on {layout.world_size} process, "
+            f"the launcher started {ranks.world_size}"
+        )
+    if strategy != "single":
+        processes.join(ranks)
+    return get(strategy).build(job, layout, layers, loss)

@@ -1,0 +1,39 @@
+"""One process, plain torch: the reference that every other run is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..config import Job
+from ..layout import Layout
+from .base import Engine
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..models.losses import Loss
+
+name = "single"
+summary = "one process, plain torch: the reference"
+
+
+def layout(job: Job, nproc: int) -> Layout:
+    """One process, whatever is offered."""
+    return Layout()
+
+
+def check(job: Job, layout: Layout, layer_parameters: Sequence[int]) -> None:
+    """Runs everything."""
+
+
+def period(job: Job) -> int:
+    """No communication."""
+    return 1
+
+
+def build(job: Job, layout: Layout, layers: list[nn.Module], loss: Loss) -> Engine:
+    """One replica with all samples."""
+    from ._replicas import ReplicaEngine
+
+    return ReplicaEngine(job, layout, layers, loss)

@@ -1,0 +1,69 @@
+"""2D: pipeline stages x data-parallel columns on DeepSpeed, with ZeRO-0 or ZeRO-1 over the columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..config import Job, TwoD
+from ..layout import Layout, fill_degrees
+from .base import Engine, Unsupported
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..models.losses import Loss
+
+name = "2d"
+summary = "stages x data-parallel columns; `zero_stage` 0 or 1; parallel.pp x parallel.dp"
+
+
+def layout(job: Job, nproc: int) -> Layout:
+    """`parallel.pp` x `parallel.dp`; left out, two stages and as many columns as that leaves."""
+    pp, dp = job.parallel.pp, job.parallel.dp
+    if pp is None and dp is None:
+        if nproc < 4 or nproc % 2:
+            raise Unsupported(
+                f"2 stages x 2 or more columns need 4, 6, 8, ... processes, not {nproc}"
+            )
+        pp = 2
+    pp, dp = fill_degrees(nproc, pp, dp, "parallel.pp x parallel.dp")
+    if pp < 2 or dp < 2:
+        raise Unsupported(f"pp {pp} x dp {dp} has only one axis; pipeline or ddp is that")
+    return Layout(pp=pp, dp=dp, **_axis(job.strategy.two_d, dp))
+
+
+def _axis(settings: TwoD, dp: int) -> dict[str, int]:
+    return {"shard": dp} if settings.zero_stage else {"replicate": dp}
+
+
+def check(job: Job, layout: Layout, layer_parameters: Sequence[int]) -> None:
+    """Every stage must get layers with parameters."""
+    from . import _ds_config
+    from ._partition import check_stages
+
+    settings = job.strategy.two_d
+    _ds_config.load(settings.ds_config or _file(settings), settings.zero_stage)
+    check_stages(settings.partition, layer_parameters, layout.pp)
+
+
+def period(job: Job) -> int:
+    """Every step is alike."""
+    return 1
+
+
+def build(job: Job, layout: Layout, layers: list[nn.Module], loss: Loss) -> Engine:
+    """This rank's stage in its column."""
+    from . import _deepspeed, _stages
+
+    settings = job.strategy.two_d
+    stage = settings.zero_stage
+    path = settings.ds_config or _file(settings)
+    _deepspeed.prepare_process()
+    config = _deepspeed.full_config(job, layout, layers, name, path, stage)
+    return _stages.StageEngine(job, layout, layers, loss, settings, stage, config)
+
+
+def _file(settings: TwoD) -> str:
+    """The shipped configuration of each of the two ZeRO stages."""
+    return name if settings.zero_stage else "pipeline"

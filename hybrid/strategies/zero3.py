@@ -1,0 +1,59 @@
+"""ZeRO-3 through Accelerate and DeepSpeed: optimizer state, gradients and parameters sharded.
+
+Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ..config import Job
+from ..layout import Layout
+from .base import Engine
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..models.losses import Loss
+
+name = "zero3"
+summary = "DeepSpeed: optimizer state, gradients and parameters sharded"
+
+
+def layout(job: Job, nproc: int) -> Layout:
+    """All processes share one copy of what is sharded."""
+    return Layout(dp=nproc, shard=nproc)
+
+
+def check(job: Job, layout: Layout, layer_parameters: Sequence[int]) -> None:
+    """Runs everything; refuses a `ds_config` with keys that are not its to set."""
+    from . import _ds_config
+
+    _ds_config.load(job.strategy.zero3.ds_config or name, stage=3)
+
+
+def period(job: Job) -> int:
+    """Every step is alike."""
+    return 1
+
+
+def build(job: Job, layout: Layout, layers: list[nn.Module], loss: Loss) -> Engine:
+    """The model under ZeRO-3."""
+    from . import _accelerate, _deepspeed
+
+    accumulation = job.micro_batches(name)
+    config = _deepspeed.full_config(job, layout, layers, name, job.strategy.zero3.ds_config, 3)
+    _deepspeed.prepare_process()
+    accelerator, prepared = _accelerate.prepare_zero(job, layers, accumulation, config)
+    return _accelerate.AccelerateEngine(
+        job,
+        layout,
+        loss,
+        accelerator,
+        prepared,
+        inspect=partial(_deepspeed.inspect_zero, wanted=3),
+        gather=_deepspeed.gather_zero,
+        scatter=_deepspeed.scatter_zero,
+    )

@@ -1,0 +1,164 @@
+"""The only training loop. It never asks which strategy runs; it asks the engine for its receipt.
+
+`train` runs in the processes that a launcher started (or in this one alone); `hybrid.launch` starts
+some. What it leaves in `out` is described in `hybrid.records`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import environment, processes, rank, records, weights
+from .config import Job, resolve_lengths
+from .data import build_data
+from .data.batches import BatchPlan
+from .evaluate import evaluate, step_batches
+from .layout import Ranks
+from .measure.instruments import Instruments
+from .models import build_model
+from .records import Record, StepRecord, Weights
+from .strategies import registry
+from .strategies.base import Engine, RunError, StepResult
+
+OnStep = Callable[[StepRecord, int], None]
+
+
+def train(
+    job: Job, strategy: str, out: Path | None = None, on_step: OnStep | None = None
+) -> Record:
+    """Train the job under one strategy, on the ranks of the environment.
+
+    Returns the record, on every rank; rank 0 also writes `out/record.json`, `out/steps.jsonl` and
+    `out/checkpoints/final/`. Raises RunError where the run is not what was asked for, Unsupported or
+    JobError before it starts.
+    """
+    train_set, test_set = build_data(job)
+    job = resolve_lengths(job, len(train_set))
+    assert job.train.steps is not None
+    instruments = Instruments(job.train.steps, registry.get(strategy).period(job))
+    try:
+        with instruments.meter:
+            layers, loss = build_model(job)
+            engine = registry.open_engine(job, strategy, layers, loss)
+            del layers
+        run = _Run(job, strategy, engine, instruments, out, on_step)
+        return run.go(train_set, test_set)
+    except BaseException as error:
+        rank.leave_error(error)  # before leaving the group, which can wait for a peer that is gone
+        raise
+    finally:
+        processes.cleanup()
+
+
+class _Run:
+    """One run in progress: the steps so far, and where they are written."""
+
+    def __init__(
+        self,
+        job: Job,
+        strategy: str,
+        engine: Engine,
+        instruments: Instruments,
+        out: Path | None,
+        on_step: OnStep | None,
+    ) -> None:
+        self.job, self.strategy, self.engine = job, strategy, engine
+        self.instruments, self.on_step = instruments, on_step
+        self.ranks = Ranks.from_env()
+        self.out = out if self.ranks.rank == 0 else None
+        self.steps: list[StepRecord] = []
+        if self.out:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "steps.jsonl").write_text("")
+
+    def go(self, train_set: Any, test_set: Any) -> Record:
+        """Train, evaluate, and put the record together."""
+        micro_batches = self.job.micro_batches(self.strategy)
+        initial = weights.project(self.engine.state())
+        first = self._steps(train_set, micro_batches)
+        receipt = self._require_receipt()
+        result = evaluate(self.engine, test_set, self.job, micro_batches)
+        file = self._save()
+        record = Record(
+            strategy=self.strategy,
+            status="ok",
+            world_size=self.ranks.world_size,
+            layout=self.engine.layout.to_dict(),
+            receipt=receipt,
+            steps=self.steps,
+            eval=result,
+            throughput=self.instruments.throughput(self.job.train.global_batch),
+            memory=self.instruments.memory(),
+            comm=self.instruments.comm(),
+            weights=Weights(initial, first, file),
+            drift=receipt.evidence.get("drift"),
+            environment=environment.describe() | {"threads_per_rank": torch.get_num_threads()},
+        )
+        self.engine.close()
+        if self.out:
+            records.write(record, self.out / "record.json")
+        return record
+
+    def _steps(self, train_set: Any, micro_batches: int) -> dict[str, float]:
+        """All optimizer steps; returns the weights' projections after the first period."""
+        job, engine = self.job, self.engine
+        plan = BatchPlan(
+            len(train_set),
+            job.train.global_batch,
+            engine.layout.dp,
+            micro_batches,
+            job.train.seed,
+        )
+        total = job.train.steps or 0
+        period = min(total, registry.get(self.strategy).period(job))
+        first: dict[str, float] = {}
+        for step in range(total):
+            batches = step_batches(plan, engine, train_set, step)
+            with self.instruments.step(step):
+                result = engine.train_step(batches)
+            self._note(step, result, total)
+            if step == 0:
+                self._require_receipt()
+            if step + 1 == period:
+                first = weights.project(engine.state())
+        return first
+
+    def _note(self, step: int, result: StepResult, total: int) -> None:
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise RunError(
+                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite; "
+                "lower optimizer.lr or set train.clip_norm"
+            )
+        record = StepRecord(
+            step, result.loss, result.grad_norm, result.lr, result.samples, result.sample_digest
+        )
+        self.steps.append(record)
+        if self.out:
+            with (self.out / "steps.jsonl").open("a") as file:
+                file.write(json.dumps(records.to_dict(record)) + "\n")
+        if self.on_step:
+            self.on_step(record, total)
+
+    def _require_receipt(self) -> records.Receipt:
+        receipt = self.engine.receipt()
+        seen = [d for d in receipt.evidence.get("sample_digest_by_rank", []) if d]
+        if len(seen) != len(set(seen)):
+            reason = f"data-parallel ranks trained on the same samples: {seen}"
+            receipt = records.Receipt(False, receipt.evidence, reason)
+        if not receipt.engaged:
+            raise RunError(f"receipt refused: {self.strategy} was asked for; {receipt.reason}")
+        return receipt
+
+    def _save(self) -> str | None:
+        state = self.engine.state()
+        if not self.out:
+            return None
+        about = {"step": len(self.steps), "strategy": self.strategy}
+        path = weights.save(state, self.out / "checkpoints" / "final", about)
+        return str(path.relative_to(self.out))

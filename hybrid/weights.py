@@ -1,0 +1,37 @@
+"""Weights on disk, as safetensors with a checksum beside them, and weights as one number a tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+FILE = "model.safetensors"
+
+
+def save(state: Mapping[str, torch.Tensor], folder: Path, about: Mapping[str, Any]) -> Path:
+    """Write `folder/model.safetensors` and `folder/checkpoint.json` (its SHA-256 and `about`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE
+    save_file({name: t.contiguous() for name, t in state.items()}, path)
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    text = json.dumps({"file": FILE, "sha256": checksum, **about}, indent=1)
+    (folder / "checkpoint.json").write_text(text + "\n")
+    return path
+
+
+def project(state: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """One number a tensor: its dot product, in float64, with a fixed sequence of cosines. Linear, so
+    that the ratio of two runs' changes shows by what a gradient or a rate was scaled."""
+    return {name: _project(t) for name, t in state.items() if t.is_floating_point()}
+
+
+def _project(tensor: torch.Tensor) -> float:
+    flat = tensor.detach().to("cpu", torch.float64).flatten()
+    places = torch.arange(flat.numel(), dtype=torch.float64)
+    return float(flat @ torch.cos(places * 12.9898 + 78.233))

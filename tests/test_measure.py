@@ -1,0 +1,266 @@
+"""The instruments against figures known beforehand, in one process and in groups of 2 and 4."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hybrid.measure.comm import CollectiveCounter, tcp_bytes_sent
+from hybrid.measure.memory import StorageMeter
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKER = ROOT / "tests" / "_measure_worker.py"
+STEPS = 3  # as in the worker
+LARGE = 4_000_000
+
+
+# Memory
+
+
+def build_mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 1024), nn.Linear(1024, 256))
+
+
+def adamw_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.ones(2, 256)).sum().backward()
+    optimizer.step()
+
+
+def test_adamw_holds_what_theory_says() -> None:
+    meter = StorageMeter()
+    with meter:
+        model = build_mlp()
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        total = sum(sizes)
+        assert meter.live_bytes == 4 * total
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        for _ in range(2):
+            optimizer.zero_grad()
+            adamw_step(model, optimizer)
+        # Parameter, gradient and two moments; AdamW's step counters are a few bytes more.
+        assert meter.live_bytes == pytest.approx(16 * total, rel=1e-3)
+        optimizer.zero_grad()
+    assert meter.live_bytes == pytest.approx(12 * total, rel=1e-3)
+    # Updating one parameter after the other needs two temporaries of its size.
+    assert meter.peak_bytes == pytest.approx(16 * total + 2 * 4 * max(sizes), rel=1e-2)
+    assert meter.how == "counted tensor storages"
+
+
+def test_views_of_a_storage_count_once() -> None:
+    meter = StorageMeter()
+    with meter:
+        whole = torch.zeros(1000)
+        views = [whole[10:], whole.view(10, 100), whole.detach(), nn.Parameter(whole)]
+        assert meter.live_bytes == 4000
+        del whole
+        assert meter.live_bytes == 4000  # the views keep all of it
+        del views
+    assert meter.live_bytes == 0
+
+
+def test_entering_again_keeps_counting() -> None:
+    meter = StorageMeter()
+    with meter:
+        kept, freed, resized = torch.zeros(1000), torch.zeros(500), torch.zeros(100)
+        assert meter.live_bytes == 6400
+    unseen = torch.zeros(7000)
+    del freed
+    assert meter.live_bytes == 4400
+    resized.untyped_storage().resize_(0)
+    with meter:
+        assert meter.live_bytes == 4000
+        more = torch.zeros(10)
+        assert meter.live_bytes == 4040
+        assert meter.peak_bytes == 6400
+        unseen.sum()
+        assert meter.live_bytes == 32040
+    another = torch.zeros(100)
+    meter.adopt([another, kept, more])
+    assert meter.live_bytes == 32440 == meter.peak_bytes
+
+
+def test_resized_storages_count_as_they_are() -> None:
+    meter = StorageMeter()
+    with meter:
+        tensor = torch.zeros(1000)
+        tensor.untyped_storage().resize_(0)
+        assert meter.live_bytes == 0
+        tensor.untyped_storage().resize_(8000)
+        assert meter.live_bytes == 8000
+        torch.zeros(1).resize_(5000)
+        assert meter.live_bytes == 8000
+    assert meter.peak_bytes == 28000
+    assert "resize_" not in vars(torch.UntypedStorage)
+
+
+def test_tensors_without_memory_count_nothing_and_those_of_numpy_do() -> None:
+    meter = StorageMeter()
+    with meter:
+        meta = torch.zeros(1000, device="meta") + 1
+        assert meta.untyped_storage().nbytes() == 4000
+        null = torch._C._construct_storage_from_data_pointer(0, torch.device("cpu"), 4000)
+        empty = torch.empty(0).set_(null)
+        assert (empty.untyped_storage().nbytes(), empty.data_ptr()) == (4000, 0)
+        assert meter.live_bytes == 0
+        foreign = torch.from_numpy(np.zeros(50))
+        assert meter.live_bytes == foreign.nbytes == 400
+
+
+def test_a_module_is_adopted_with_gradients() -> None:
+    model = build_mlp()
+    model(torch.ones(2, 256)).sum().backward()
+    meter = StorageMeter()
+    meter.adopt(model)
+    assert meter.live_bytes == 8 * sum(parameter.numel() for parameter in model.parameters())
+    with meter, pytest.raises(RuntimeError, match="already entered"):
+        meter.__enter__()
+
+
+# Communication
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_workers(size: int, out: Path) -> list[dict[str, Any]]:
+    """Starts a process a rank, waits for all, leaves none behind; what each wrote."""
+    common = {
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    processes = []
+    try:
+        for rank in range(size):
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with (out / f"{rank}.log").open("w") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, str(WORKER), str(out)],
+                        env={**os.environ, **common, **ranks},
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        codes = [process.wait(timeout=100) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    logs = "".join((out / f"{rank}.log").read_text() for rank in range(size))
+    assert codes == [0] * size, logs
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run_workers(request.param, tmp_path_factory.mktemp(f"ranks{request.param}"))
+
+
+def test_ddp_reduces_its_parameters_once_a_step(ranks: list[dict[str, Any]]) -> None:
+    size = len(ranks)
+    for rank in ranks:
+        bytes_ = 4 * rank["num_parameters"] * STEPS
+        assert rank["ddp"]["counts"].keys() == {"all_reduce"}
+        reduced = rank["ddp"]["counts"]["all_reduce"]
+        assert reduced["payload_bytes"] == bytes_
+        assert reduced["sent_bytes"] == pytest.approx(2 * (size - 1) / size * bytes_)
+        # AdamW's 12 bytes a parameter and DDP's buckets, which hold the gradients once more.
+        assert rank["ddp"]["live_bytes"] == pytest.approx(16 * rank["num_parameters"], rel=0.01)
+
+
+def test_fsdp_gathers_twice_and_scatters_once_a_step(ranks: list[dict[str, Any]]) -> None:
+    size = len(ranks)
+    for rank in ranks:
+        bytes_ = 4 * rank["num_parameters"] * STEPS
+        counts = rank["fsdp"]["counts"]
+        assert counts.keys() == {"all_gather", "reduce_scatter"}
+        assert counts["all_gather"]["payload_bytes"] == 2 * bytes_
+        assert counts["reduce_scatter"]["payload_bytes"] == bytes_
+        sent = counts["all_gather"]["sent_bytes"] + counts["reduce_scatter"]["sent_bytes"]
+        assert sent == pytest.approx(4 * (size - 1) / size * bytes_)
+        theory = 12 * rank["num_parameters"] / size
+        assert rank["fsdp"]["live_bytes"] == pytest.approx(theory, rel=0.02)
+
+
+def test_each_collective_is_counted_by_its_name_and_payload(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for name, measured in rank["ops"].items():
+            counted = measured["counts"]
+            assert counted.keys() == ({"send", "recv"} if name == "send" else {name})
+            assert all(count["calls"] == 1 for count in counted.values())
+            assert all(count["payload_bytes"] == LARGE for count in counted.values())
+        assert rank["ops"]["send"]["counts"]["send"]["sent_bytes"] == LARGE
+        assert rank["ops"]["send"]["counts"]["recv"]["sent_bytes"] == 0
+
+
+def test_sent_bytes_agree_with_the_sockets(ranks: list[dict[str, Any]]) -> None:
+    if ranks[0]["ops"]["all_reduce"]["tcp"] is None:
+        pytest.skip("this system does not give TCP_INFO")
+    for name in ranks[0]["ops"]:
+        measured = [rank["ops"][name] for rank in ranks]
+        # Rooted ones are given as the mean over the group, so the group is what is compared.
+        sent = sum(count["sent_bytes"] for one in measured for count in one["counts"].values())
+        assert sum(one["tcp"] for one in measured) == pytest.approx(sent, rel=0.05), name
+    for rank in ranks:
+        one = rank["ops"]["all_reduce"]
+        assert one["tcp"] == pytest.approx(one["counts"]["all_reduce"]["sent_bytes"], rel=0.05)
+
+
+def test_objects_single_groups_and_calls_below_autograd_are_counted(
+    ranks: list[dict[str, Any]],
+) -> None:
+    for rank in ranks:
+        assert rank["objects"]["counts"]["broadcast"]["calls"] == 2  # the length, then the bytes
+        alone = rank["alone"]["counts"]["all_reduce"]
+        assert (alone["calls"], alone["payload_bytes"], alone["sent_bytes"]) == (1, 16, 0)
+        assert rank["hidden"]["counts"]["all_reduce"]["calls"] == 1
+        assert rank["hidden"]["counts"]["all_gather"]["payload_bytes"] == 4 * 256 * 512
+
+
+def test_a_stopped_counter_counts_nothing(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["windows"] == {"window": 1, "pause": 1, "again": 2, "barrier_bytes": 0}
+
+
+def test_only_one_counter_can_be_started() -> None:
+    counter = CollectiveCounter()
+    with pytest.raises(RuntimeError, match="not started"):
+        counter.stop()
+    counter.start()
+    try:
+        with pytest.raises(RuntimeError, match="already"):
+            CollectiveCounter().start()
+    finally:
+        counter.stop()
+    other = CollectiveCounter()
+    other.start()
+    other.stop()
+
+
+def test_tcp_counts_each_socket_of_this_process_once() -> None:
+    before = tcp_bytes_sent()
+    if before is None:
+        pytest.skip("this system does not give TCP_INFO")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sender = socket.create_connection(server.getsockname())
+        receiver, _ = server.accept()
+        with sender, receiver, sender.dup():
+            sender.sendall(bytes(10_000))
+            assert len(receiver.recv(10_000, socket.MSG_WAITALL)) == 10_000
+            assert tcp_bytes_sent() == before + 10_000
