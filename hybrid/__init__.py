@@ -37,8 +37,8 @@ __all__ += ["open_engine", "train"]
 
 
 class _Package(types.ModuleType):
-    """Looks its public names up when asked. `hybrid.train` and `hybrid.compare` are functions although
-    files of these names lie here: importing such a file must not put the module in their place."""
+    """Looks its public names up when asked. `hybrid.train` and `hybrid.compare` are functions,
+    although files of these names lie here: importing such a file must not put the module there."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in _HOMES:

@@ -193,7 +193,7 @@ _stdout: Any = sys.stdout
 
 
 def _keep_stdout() -> None:
-    """Libraries print to stdout while they are imported; only results may: the rest goes to stderr."""
+    """Send to stderr what libraries print to stdout while they are imported: only results may."""
     global _stdout
     _stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

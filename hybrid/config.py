@@ -1,7 +1,7 @@
 """The job: what is trained, on what, how. A TOML file plus `--set a.b=value`, read strictly.
 
-Every field is documented where it stands. An unknown key, a wrong type or an impossible value raises
-`JobError`, whose text is one line naming the field, the value and what would be valid. No torch.
+Every field is documented where it stands. An unknown key, a wrong type or an impossible value
+raises `JobError`, whose text is one line naming the field, the value and what is valid. No torch.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Optimizer(_Section):
 
 class Schedule(_Section):
     """Learning rate over optimizer steps: linear warm-up, then constant, or down to `min_lr` at the
-    last step along a line or half a cosine."""
+    end of the run along a line or half a cosine."""
 
     name: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)

@@ -1,4 +1,4 @@
-"""What a figure must be quoted with: host, processor, versions, commit, command, threads. No torch."""
+"""What a figure must be quoted with: host, processor, versions, commit, command. No torch."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ def describe() -> dict[str, Any]:
         "host": socket.gethostname(),
         "system": platform.platform(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": num_cores(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
         "command": " ".join(sys.argv),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
+
+
+def num_cores() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _version(name: str) -> str | None:

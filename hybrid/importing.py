@@ -1,4 +1,4 @@
-"""Calls what a job names: one of our own by its short name, or a user's by `package.module:function`."""
+"""Calls what a job names: ours by its short name, a user's by `package.module:function`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Each rank is a `python -m hybrid train ...` with the variables that torchrun would set. Its output
 goes to `OUT/logs/rankN.log`; a rank that raises leaves `OUT/logs/rankN.error.json` (`hybrid.rank`).
-The first cause is the earliest by time, where a lost connection to a peer that died counts last. No torch.
+The first cause is the earliest by time, a lost connection to a peer that died counting last. No
+torch.
 """
 
 from __future__ import annotations
@@ -20,15 +21,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
+from .environment import num_cores
+
 GRACE_S = 3.0  # between SIGTERM and SIGKILL, for ranks to flush their logs
 POLL_S = 0.02
 # How a rank words that a peer went away: an effect, never the first cause.
-PEER_LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Socket closed",
-)
+PEER_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +78,6 @@ def _free_port() -> int:
 
 
 def _environment(rank: int, nproc: int, port: int, logs: Path) -> dict[str, str]:
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
     ranks = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -91,7 +86,7 @@ def _environment(rank: int, nproc: int, port: int, logs: Path) -> dict[str, str]
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         # More threads than cores made two ranks 17 times slower; a user's own setting stands.
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, cores // nproc)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, num_cores() // nproc)),
         "HYBRID_LOGS": logs,
         "HYBRID_PARENT": os.getpid(),
     }
@@ -107,7 +102,7 @@ def _start(
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # a Ctrl-C reaches this process alone, which ends the ranks in order
+        start_new_session=True,  # Ctrl-C reaches this process alone, which ends the ranks
     )
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from .records import Difference, Parity, Record
 
-# Relative, for fp32. Weights: greatest |a-b| of a tensor over its greatest |b|. A communication hook
-# rounds gradients on the way (bf16 keeps 8 bits, fp16 11) or keeps a low-rank part of them: such runs
-# only approximate the reference, and the figures below were measured on launch/jobs/mnist.toml.
+# Relative, for fp32. Weights: greatest |a-b| of a tensor over its greatest |b|. A communication
+# hook rounds gradients on the way (bf16 keeps 8 bits, fp16 11) or keeps a low-rank part of them:
+# such runs only approximate the reference; benchmarks/comm_hooks.md has what was measured.
 TOLERANCES: dict[str, dict[str, float]] = {
     "fp32": {"loss": 1e-6, "grad_norm": 1e-4, "weights": 1e-5, "eval_loss": 1e-6, "correct": 0.0},
     "fp16": {"loss": 1e-2, "grad_norm": 5e-2, "weights": 1e-2, "eval_loss": 1e-2, "correct": 0.02},
@@ -249,7 +249,7 @@ def _explain_updates(run: Record, reference: Record) -> str | None:
 
 
 def _update_ratios(run: Record, reference: Record) -> dict[str, float]:
-    """First update of each tensor over the reference's, from the projections; tiny ones left out."""
+    """First update of each tensor over the reference's, from the projections; no tiny ones."""
     if run.weights is None or reference.weights is None:
         return {}
     mine, theirs = run.weights, reference.weights

@@ -10,7 +10,7 @@ from .config import Job, resolve_lengths
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """`job` has its lengths in steps; `layer_parameters` are trainable parameters layer by layer."""
+    """`job` has its lengths in steps; `layer_parameters` counts what each layer can train."""
 
     job: Job
     layer_parameters: list[int]

@@ -1,7 +1,7 @@
 """The communication layer: joins this process to the others of its run, and leaves again.
 
-`init_process(rank, world_size)` and `cleanup()` around what a run does; in between, `gather_rows` is
-how ranks tell one another numbers. Ranks come from the launcher's environment (`Ranks.from_env`).
+`init_process(rank, world_size)` and `cleanup()` around what a run does; in between, `gather_rows`
+is how ranks tell one another numbers. Ranks come from the launcher (`Ranks.from_env`).
 """
 
 from __future__ import annotations

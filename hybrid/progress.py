@@ -1,4 +1,4 @@
-"""Shows runs as they go: a live line each in a terminal, plain lines elsewhere. Writes to stderr."""
+"""Shows runs as they go, on stderr: a live line each in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

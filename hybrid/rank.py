@@ -1,4 +1,4 @@
-"""What a rank does for the process that started it: leaves its error, and ends when that is gone."""
+"""What a rank does for the process that started it: leaves its error, and ends with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: dataclasses to JSON and back. No torch, so that reading a comparison is cheap.
+"""What a run leaves behind: dataclasses to JSON and back. No torch: reading them is cheap.
 
 `Record` is one run (`record.json`), `Comparison` is one `hybrid compare` (`compare.json`). Every
 relative difference is |a-b|/|b|; every size is in bytes, every time in seconds.
@@ -55,7 +55,7 @@ class EvalResult:
 @dataclasses.dataclass(frozen=True)
 class Throughput:
     """Over the timed steps, those after warm-up in which no instrument ran. `samples_per_s` is the
-    global batch over the median step; the mean is there for strategies whose steps are not alike."""
+    global batch over the median step; the mean is for strategies whose steps are not alike."""
 
     samples_per_s: float
     step_s_median: float
@@ -88,8 +88,9 @@ class Comm:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """One number a parameter (a fixed projection of it, in float64) at the start and after the first
-    step: cheap to keep, and linear, so that a ratio of updates shows what scaled them."""
+    """One number a parameter (a fixed projection of it, in float64) at the start and after the
+    first step (local SGD: the first merge): linear, so that a ratio of updates shows what scaled
+    them. `file` holds the final weights, relative to the record."""
 
     initial: dict[str, float]
     after_first_step: dict[str, float]

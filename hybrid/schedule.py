@@ -10,8 +10,9 @@ from .config import Job
 def learning_rate(job: Job, step: int) -> float:
     """Rate of optimizer step `step`, from 0; `job.train.steps` must be known (`resolve_lengths`).
 
-    Warm-up rises in equal parts to `optimizer.lr`; a linear or cosine schedule then reaches
-    `schedule.min_lr` in the run's last step (cosine: Loshchilov and Hutter 2017, without restarts).
+    Warm-up rises in equal parts to `optimizer.lr`; a linear or cosine schedule then falls towards
+    `schedule.min_lr`, which the step after the last would have (cosine: Loshchilov and Hutter 2017,
+    without restarts).
     """
     peak, warmup, low = job.optimizer.lr, job.schedule.warmup_steps, job.schedule.min_lr
     if step < warmup:
@@ -20,8 +21,8 @@ def learning_rate(job: Job, step: int) -> float:
         return peak
     if job.train.steps is None:
         raise ValueError("train.steps is not known yet; call resolve_lengths first")
-    progress = min(1.0, (step - warmup) / max(1, job.train.steps - 1 - warmup))
-    falling = (
-        1 - progress if job.schedule.name == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    )
+    progress = (step - warmup) / (job.train.steps - warmup)
+    falling = 1 - progress
+    if job.schedule.name == "cosine":
+        falling = (1 + math.cos(math.pi * progress)) / 2
     return low + (peak - low) * falling

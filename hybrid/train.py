@@ -35,8 +35,8 @@ def train(
     """Train the job under one strategy, on the ranks of the environment.
 
     Returns the record, on every rank; rank 0 also writes `out/record.json`, `out/steps.jsonl` and
-    `out/checkpoints/final/`. Raises RunError where the run is not what was asked for, Unsupported or
-    JobError before it starts.
+    `out/checkpoints/final/`. Raises RunError where the run is not what was asked for, Unsupported
+    or JobError before it starts.
     """
     train_set, test_set = build_data(job)
     job = resolve_lengths(job, len(train_set))

@@ -1,4 +1,4 @@
-"""Weights on disk, as safetensors with a checksum beside them, and weights as one number a tensor."""
+"""Weights on disk, as safetensors with a checksum, and weights as one number a tensor."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def save(state: Mapping[str, torch.Tensor], folder: Path, about: Mapping[str, An
 
 
 def project(state: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """One number a tensor: its dot product, in float64, with a fixed sequence of cosines. Linear, so
-    that the ratio of two runs' changes shows by what a gradient or a rate was scaled."""
+    """One number a tensor: its dot product, in float64, with a fixed sequence of cosines. Linear,
+    so that the ratio of two runs' changes shows by what a gradient or a rate was scaled."""
     return {name: _project(t) for name, t in state.items() if t.is_floating_point()}
 
 

@@ -1,4 +1,4 @@
-"""Which samples each rank sees at each step: a pure function of (seed, step, rank), and their tensors.
+"""Which samples each rank sees at each step, a pure function of (seed, step, rank); their tensors.
 
 Each epoch is a fresh permutation, cut into global batches (the last may be smaller), a batch into
 shares of the data-parallel ranks, a share into micro-batches; sizes differ by at most one sample.
@@ -18,8 +18,8 @@ from ..layout import split
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """`input` and `target` of one micro-batch, sample by sample along axis 0, and the samples' `ids`,
-    int64 [n]. Rows past the n-th are padding, which no loss or count ever sees."""
+    """`input` and `target` of one micro-batch, sample by sample along axis 0, and the samples'
+    `ids`, int64 [n]. Rows past the n-th are padding, which no loss or count ever sees."""
 
     input: Any
     target: Any

@@ -1,8 +1,8 @@
 """What a run measures of itself, and in which steps: counting slows a step, so those are not timed.
 
 The first steps carry the memory meter and the collective counter, for as long as the communication
-takes to repeat; the steps after them are timed. A run too short for that counts collectives in every
-step and times all but the warm-up.
+takes to repeat; the steps after them are timed. A run too short for that counts collectives in
+every step and times all but the warm-up.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ that all have parameters.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -50,12 +51,12 @@ def mlp(
         raise ValueError(f"activation = {activation!r}: valid: {', '.join(ACTIVATIONS)}")
     if init not in ("torch", "xavier"):
         raise ValueError(f"init = {init!r}: valid: torch, xavier")
-    layers: list[nn.Module] = [
-        Dense(a, b, activation) for a, b in zip(sizes[:-2], sizes[1:-1], strict=True)
-    ]
+    hidden = itertools.pairwise(sizes[:-1])
+    layers: list[nn.Module] = [Dense(a, b, activation) for a, b in hidden]
     layers.append(nn.Linear(sizes[-2], sizes[-1]))
     if init == "xavier":
         for layer in layers:
+            assert isinstance(layer, nn.Linear)
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
     return layers, cross_entropy

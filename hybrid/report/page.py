@@ -16,7 +16,6 @@ from hybrid.report.verdict import (
     IDENTITY,
     LEGEND,
     build_rows,
-    excused_steps,
     format_value,
     judge,
     verdict,
@@ -35,7 +34,7 @@ def write(comparison: Comparison, out: Path) -> list[Path]:
 
 def html(comparison: Comparison) -> str:
     """What report.html holds. Needs plotly."""
-    said = verdict(comparison)
+    said, found, runs = verdict(comparison), judge(comparison), comparison.strategies
     tone, mark = ("good", "\N{CHECK MARK}") if said.ok else ("bad", "\N{BALLOT X}")
     return "\n".join(
         [
@@ -49,7 +48,7 @@ def html(comparison: Comparison) -> str:
             '<div class="plots">',
             *map(_draw_bars, plots.bars(comparison)),
             "</div><h2>Receipts</h2><p class=soft>What really ran, read off the live objects.</p>",
-            *(_receipt(comparison, name, *run) for name, run in judge(comparison).items()),
+            *(_receipt(runs[name], run.state, run.problem) for name, run in found.items()),
             "<h2>Job and machine</h2>",
             _fold("Job", _value(comparison.job)),
             _fold("Machine", _value(comparison.machine)),
@@ -91,7 +90,9 @@ def _draw_curves(found: Iterable[plots.Curves]) -> Iterable[str]:
         ) from None
     config = {"displaylogo": False, "responsive": True, "displayModeBar": False}
     for n, (title, caption, figure) in enumerate(found):
-        drawn = to_html(figure, config, full_html=False, include_plotlyjs=n == 0)
+        drawn = to_html(
+            figure, config, full_html=False, include_plotlyjs=n == 0, div_id=f"curves-{n}"
+        )
         yield (
             f"<figure><h2>{escape(title)}</h2>"
             f'<div role="img" aria-label="{escape(title)}">{drawn}</div>'
@@ -114,22 +115,22 @@ def _draw_bars(found: plots.Bars) -> str:
             ]
             body.append(f"<div>{''.join(pieces)}</div>")
         body.append(f"</div><span class=num>{escape(text)}</span>")
-    key = [f'<b style="color:{c}">\N{BLACK SQUARE}</b> {escape(k)} ' for k, c in found.key.items()]
+    key = [
+        f'<b style="color:{c}">\N{BLACK SQUARE}</b>\N{NO-BREAK SPACE}{escape(k)} '
+        for k, c in found.key.items()
+    ]
     return (
         f"<figure><h2>{escape(found.title)}</h2><div class=bars>{''.join(body)}</div>"
         f"<figcaption>{''.join(key)}<p>{escape(found.caption)}</p></figcaption></figure>"
     )
 
 
-def _receipt(comparison: Comparison, name: str, state: str, problem: str) -> str:
-    """Open where something is wrong. With every excused step and both of its figures."""
-    record, parity = comparison.strategies[name], comparison.parity.get(name)
-    shown = dict(record.receipt.evidence) if record.receipt else {"receipt": None}
-    for n, step in enumerate(excused_steps(parity) if parity else [], 1):
-        shown[f"excused {n}"] = step
+def _receipt(record: records.Record, state: str, problem: str) -> str:
+    """Open where something is wrong."""
+    evidence = record.receipt.evidence if record.receipt else {"receipt": None}
     body = f"<pre>{escape(problem)}</pre>" if problem else ""
-    body += _value({**shown, "environment": record.environment})
-    return _fold(f"{name}: {state}", body, " open" if problem else "")
+    body += _value({**evidence, "environment": record.environment})
+    return _fold(f"{record.strategy}: {state}", body, " open" if problem else "")
 
 
 def _fold(title: str, body: str, unfold: str = "") -> str:
@@ -184,7 +185,7 @@ figure { margin: 0; min-width: 0; }
  gap: .4rem .75rem; align-items: center; font-size: .9rem; }
 .lines { display: flex; flex-direction: column; gap: 1px; min-height: 1.2rem; }
 .lines div { display: flex; flex: 1 0 4px; }
-figcaption p { margin: .25rem 0; }
+figcaption, figcaption p { margin: .4rem 0; }
 details { border-bottom: 1px solid var(--line); padding: .4rem 0; }
 summary { cursor: pointer; font-weight: 600; }
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) minmax(0, 1fr);

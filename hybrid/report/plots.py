@@ -1,7 +1,7 @@
 """What report.html draws: curves as plain dicts in plotly's format, bars as plain rows.
 
-None of this imports plotly. Names are escaped before they enter a figure, since plotly reads a small
-HTML of its own in any text; those in `Bars` are plain.
+None of this imports plotly. Names in a figure are escaped, since plotly reads a small HTML of its
+own in any text; those in `Bars` are plain.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from hybrid.records import Comparison, Record
+from hybrid.records import Comm, Comparison, Record
 from hybrid.report.verdict import format_bytes, format_diff, format_pace, judge
 
 GREY, RED = "#868e99", "#d6453d"
@@ -21,7 +21,8 @@ COLOURS = ("#2f7ed8", "#e08a00", "#0f9d76", "#d1549b", "#8a63d2", "#c8501e", "#2
 DASHES = ("solid", "dash", "dot", "longdash", "dashdot")
 SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up", "triangle-down", "star")
 
-Runs = Mapping[str, Record]
+Row = tuple[str, list[list[tuple[str, float, str]]]]
+Points = Sequence[tuple[float, float]]
 Styles = dict[str, dict[str, Any]]
 
 
@@ -34,19 +35,31 @@ class Curves(NamedTuple):
 
 
 class Bars(NamedTuple):
-    """Of each run the figure to print and its lines, one below the other, each made of pieces end to
-    end: what it is, how long, its colour. `key` tells colours where they do not stand for runs."""
+    """A row a run: the figure to print, and lines one below the other, each of pieces end to end
+    (what it is, how long, its colour). `key` tells what colours mean that are not a run's."""
 
     title: str
     caption: str
-    rows: dict[str, tuple[str, list[list[tuple[str, float, str]]]]]
+    rows: dict[str, Row]
     key: Mapping[str, str]
 
 
 def curves(comparison: Comparison) -> list[Curves]:
     """Those there are figures for. Runs that lost parity stay: this is where one sees how."""
     runs, styles = comparison.strategies, _make_styles(comparison)
-    found = [_loss(runs, styles), _difference(comparison, styles), _drift(runs, styles)]
+    losses = {name: [(s.step, s.loss) for s in run.steps] for name, run in runs.items()}
+    key = "max_relative_drift"
+    drifts = {n: [(at["step"], at[key]) for at in run.drift or []] for n, run in runs.items()}
+    overlaid = (
+        "Runs that agree lie on top of each other; the broad grey line is the reference. "
+        "Click a name to hide its line, double-click to keep it alone."
+    )
+    apart = "How far the rank furthest away was from the mean of all, just before they merged."
+    found = [
+        _lines("Training loss", overlaid, "loss", losses, styles),
+        _difference(comparison, styles),
+        _lines("Drift between ranks", apart, "relative drift", drifts, styles),
+    ]
     return [one for one in found if one.figure["data"]]
 
 
@@ -54,14 +67,26 @@ def bars(comparison: Comparison) -> list[Bars]:
     """Costs, and only of the runs that earned that they are shown."""
     runs = {n: comparison.strategies[n] for n, run in judge(comparison).items() if not run.problem}
     colours = {name: style["line"]["color"] for name, style in _make_styles(comparison).items()}
-    found = [_throughput(runs, colours), _memory(runs, colours), _bytes(runs)]
+    paces: dict[str, Row] = {
+        name: (format_pace(pace), [[("median step", pace.samples_per_s, colours[name])]])
+        for name, run in runs.items()
+        if (pace := run.throughput)
+    }
+    peaks = {n: _rank_lines(r.memory.peak_bytes, colours[n]) for n, r in runs.items() if r.memory}
+    hows = "; ".join(sorted({run.memory.how for run in runs.values() if run.memory}))
+    median = "By the median step; by the mean one too where the two are unlike."
+    found = [
+        Bars("Samples per second", median, paces, {}),
+        Bars("Peak memory", f"A bar a rank; the figure is the greatest. By {hows}.", peaks, {}),
+        _bytes({name: run.comm for name, run in runs.items() if run.comm}),
+    ]
     return [one for one in found if one.rows]
 
 
 def _make_styles(comparison: Comparison) -> Styles:
     """The reference is a broad grey band, so that the lines that cover it leave it in sight."""
     styles = {}
-    for n, (name, (state, problem)) in enumerate(judge(comparison).items()):
+    for n, (name, (state, problem, _)) in enumerate(judge(comparison).items()):
         parity, colour, label = comparison.parity.get(name), COLOURS[n % len(COLOURS)], name
         line: dict[str, Any] = {"color": colour, "width": 2, "dash": DASHES[n % len(DASHES)]}
         if name == comparison.reference:
@@ -88,20 +113,17 @@ def _layout(title: str, hovermode: str = "x unified", **y: Any) -> dict[str, Any
     }
 
 
-def _curve(points: Sequence[tuple[float, float]], style: Mapping[str, Any], hover: str) -> dict:
+def _curve(points: Points, style: Mapping[str, Any], hover: str) -> dict:
     hover = f"step %{{x}}, {hover}<extra>%{{fullData.name}}</extra>"
     x, y = [step for step, _ in points], [value for _, value in points]
     return {"type": "scatter", "mode": "lines", "x": x, "y": y, "hovertemplate": hover, **style}
 
 
-def _loss(runs: Runs, styles: Styles) -> Curves:
-    points = {name: [(s.step, s.loss) for s in run.steps] for name, run in runs.items()}
-    traces = [_curve(p, styles[name], "loss %{y:.7g}") for name, p in points.items() if p]
-    caption = (
-        "Runs that agree lie on top of each other; the broad grey line is the reference. "
-        "Click a name to hide its line, double-click to keep it alone."
-    )
-    return Curves("Training loss", caption, {"data": traces, "layout": _layout("loss")})
+def _lines(
+    title: str, caption: str, noun: str, points: Mapping[str, Points], styles: Styles
+) -> Curves:
+    traces = [_curve(p, styles[n], f"{noun} %{{y:.7g}}") for n, p in points.items() if p]
+    return Curves(title, caption, {"data": traces, "layout": _layout(noun)})
 
 
 def _relative_differences(run: Record, judge: Record) -> list[tuple[int, float]]:
@@ -124,9 +146,9 @@ def _difference(comparison: Comparison, styles: Styles) -> Curves:
     traces = []
     for name, points in found.items():
         excused = {step["step"] for step in parity[name].excused}
-        sizes = [11 if n in excused else 5 for n, _ in points]
+        sizes = [12 if n in excused else 6 for n, _ in points]
         texts = [format_diff(value) if value else "equal" for _, value in points]
-        marker = {**styles[name]["marker"], "size": sizes}
+        marker = {**styles[name]["marker"], "size": sizes, "line": {"width": 0}}
         style = {**styles[name], "mode": "markers", "marker": marker, "customdata": texts}
         drawn = [(n, value or floor) for n, value in points]
         traces += [_curve(drawn, style, "difference %{customdata}")] if drawn else []
@@ -134,6 +156,7 @@ def _difference(comparison: Comparison, styles: Styles) -> Curves:
     y |= {"tickvals": [floor, *(10.0**power for power in decades)]}
     y |= {"ticktext": ["equal", *(f"1e{power}" for power in decades)]}
     layout = _layout("relative difference", "closest", **y)
+    layout["legend"]["itemsizing"] = "constant"
     layout["shapes"] = [_tolerance(limit) for limit in limits]
     caption = (
         "|a-b|/|b| of the loss, each run against the record it is judged by. Dots on the line "
@@ -150,40 +173,12 @@ def _tolerance(limit: float) -> dict[str, Any]:
     }
 
 
-def _drift(runs: Runs, styles: Styles) -> Curves:
-    key = "max_relative_drift"
-    points = {n: [(at["step"], at[key]) for at in run.drift or []] for n, run in runs.items()}
-    traces = [_curve(p, styles[name], "drift %{y:.3g}") for name, p in points.items() if p]
-    caption = "How far the rank furthest away was from the mean of all, just before they merged."
-    layout = _layout("relative drift", rangemode="tozero")
-    return Curves("Drift between ranks", caption, {"data": traces, "layout": layout})
+def _rank_lines(peaks: list[int], colour: str) -> Row:
+    lines = [[(f"rank {n}: {format_bytes(p)}", float(p), colour)] for n, p in enumerate(peaks)]
+    return format_bytes(max(peaks)), lines
 
 
-def _throughput(runs: Runs, colours: Mapping[str, str]) -> Bars:
-    paces = {name: run.throughput for name, run in runs.items() if run.throughput}
-    rows = {
-        name: (format_pace(pace), [[(format_pace(pace), pace.samples_per_s, colours[name])]])
-        for name, pace in paces.items()
-    }
-    caption = "By the median step; by the mean one too where the two are unlike."
-    return Bars("Samples per second", caption, rows, {})
-
-
-def _memory(runs: Runs, colours: Mapping[str, str]) -> Bars:
-    memories = {name: run.memory for name, run in runs.items() if run.memory}
-    rows = {}
-    for name, memory in memories.items():
-        lines = [
-            [(f"rank {rank}: {format_bytes(peak)}", float(peak), colours[name])]
-            for rank, peak in enumerate(memory.peak_bytes)
-        ]
-        rows[name] = (format_bytes(max(memory.peak_bytes)), lines)
-    hows = "; ".join(sorted({memory.how for memory in memories.values()}))
-    return Bars("Peak memory", f"A bar a rank; the figure is the greatest. By {hows}.", rows, {})
-
-
-def _bytes(runs: Runs) -> Bars:
-    comms = {name: run.comm for name, run in runs.items() if run.comm}
+def _bytes(comms: Mapping[str, Comm]) -> Bars:
     ops = {op for c in comms.values() for op, by in c.by_op.items() if any(by["sent_bytes"])}
     key = dict(zip(sorted(ops), itertools.cycle(COLOURS), strict=False))
     rows = {}

@@ -22,6 +22,7 @@ LEGEND = (
     "only a run proved equal has its costs shown."
 )
 BROKEN = ("not equal", "failed", "not proved", "not compared")  # gravest first
+STATES = (*BROKEN, "equal", "not possible")
 UNLIKE_STEPS = 1.2  # a mean step this much longer than the median one deserves a word
 
 
@@ -30,6 +31,7 @@ class Standing(NamedTuple):
 
     state: str
     problem: str = ""
+    where: str = ""
 
 
 class Verdict(NamedTuple):
@@ -60,56 +62,44 @@ def _judge_run(comparison: Comparison, name: str) -> Standing:
         return Standing("reference")
     if parity is None:
         return Standing("not compared", f"{name} was not compared with {comparison.reference}")
-    return Standing("equal") if parity.ok else Standing("not equal", _difference(name, parity))
+    return Standing("equal") if parity.ok else _describe_difference(name, parity)
 
 
-def _difference(name: str, parity: Parity) -> str:
+def _describe_difference(name: str, parity: Parity) -> Standing:
     """Where `name` left its reference: step, quantity, both values, likely cause."""
     found = parity.first_difference
     if found is None:
-        return f"{name} differs from {parity.reference}"
-    where = "" if found.step is None else f" at step {found.step}"
+        return Standing("not equal", f"{name} differs from {parity.reference}")
+    step = "" if found.step is None else f"step {found.step}"
     values = (found.got, found.expected)
     got, expected = (f"{v:.9g}" if isinstance(v, float) else str(v) for v in values)
     cause = f"; likely cause: {found.likely_cause}" if found.likely_cause else ""
-    pair = f"got {got}, expected {expected}"
-    return f"{name} leaves {parity.reference}{where} in {found.quantity}: {pair}{cause}"
+    place = f"{step and f' at {step}'} in {found.quantity}: got {got}, expected {expected}{cause}"
+    where = f"{step and f' from {step}'} ({found.quantity})"
+    return Standing("not equal", f"{name} leaves {parity.reference}{place}", where)
 
 
 def verdict(comparison: Comparison) -> Verdict:
     """What went wrong first, then what agrees and how closely."""
     found, reference = judge(comparison), comparison.reference
-    states = {state: [n for n in found if found[n].state == state] for state in BROKEN}
-    broken = [name for names in states.values() for name in names]
-    equal = [name for name in found if found[name].state == "equal"]
-    agree = f"equal: {_who_agrees(comparison, equal)}"
+    states = {state: [n for n in found if found[n].state == state] for state in STATES}
+    broken = {state: names for state, names in states.items() if names and state in BROKEN}
+    agree = f"equal: {_who_agrees(comparison, states['equal'])}"
     if reference not in found or found[reference].problem:
         headline = f"failed: the reference {reference} gave nothing to compare with"
     elif broken:
-        parts = {state: [_name_step(comparison, n) for n in states[state]] for state in states}
-        headline = "; ".join(
-            f"{state}: {', '.join(parts[state])}" for state in parts if parts[state]
-        )
+        parts = {state: [n + found[n].where for n in names] for state, names in broken.items()}
+        headline = "; ".join(f"{state}: {', '.join(names)}" for state, names in parts.items())
     elif not comparison.ok:
         headline = "not equal: the comparison did not hold; compare.json has the figures"
     else:
-        headline = agree if equal else f"nothing compared: only {reference} ran"
-    away = [name for name in found if found[name].state == "not possible"]
-    details = [f"{flatten(found[name].problem, 400)}." for name in broken]
-    details += [f"E{agree[1:]}."] if broken and equal else []
-    details += _how_closely(comparison, equal)
-    details += [f"{flatten(found[name].problem, 400)}." for name in away]
+        headline = agree if states["equal"] else f"nothing compared: only {reference} ran"
+    details = [f"{_flatten(found[n].problem)}." for names in broken.values() for n in names]
+    details += [f"E{agree[1:]}."] if broken and states["equal"] else []
+    details += _how_closely({name: comparison.parity[name] for name in states["equal"]})
+    details += [f"{_flatten(found[name].problem)}." for name in states["not possible"]]
     ok = comparison.ok and not broken and reference in found
     return Verdict(ok, f"{headline[0].upper()}{headline[1:]}.", details)
-
-
-def _name_step(comparison: Comparison, name: str) -> str:
-    parity = comparison.parity.get(name)
-    first = parity.first_difference if parity else None
-    if first is None:
-        return name
-    where = "" if first.step is None else f" from step {first.step}"
-    return f"{name}{where} ({first.quantity})"
 
 
 def _who_agrees(comparison: Comparison, equal: list[str]) -> str:
@@ -120,37 +110,41 @@ def _who_agrees(comparison: Comparison, equal: list[str]) -> str:
     return "; ".join(f"{', '.join(names)} computed what {r} did" for r, names in groups.items())
 
 
-def _how_closely(comparison: Comparison, equal: list[str]) -> list[str]:
+def _how_closely(equal: dict[str, Parity]) -> list[str]:
     """The greatest differences of runs that held, and what was excused."""
-    parity, worst, sentences = {n: comparison.parity[n] for n in equal}, [], []
-    for what, key in (("loss", "max_loss_diff"), ("weights", "max_weight_diff")):
-        known = [(d, n) for n in equal if (d := getattr(parity[n], key)) is not None]
-        if known:
-            value, name = max(known)
-            worst.append(f"{format_diff(value)} in the {what}" + (f" ({name})" if value else ""))
-    if worst:
-        sentences.append(f"Greatest relative difference among them: {', '.join(worst)}.")
-    for name in equal:
-        if steps := excused_steps(parity[name]):
-            more = f"; {len(steps) - 3} more" if len(steps) > 3 else ""
+    losses = [(p.max_loss_diff, name) for name, p in equal.items() if p.max_loss_diff is not None]
+    weights = [(p.max_weight_diff, n) for n, p in equal.items() if p.max_weight_diff is not None]
+    pairs = [
+        (what, *max(known)) for what, known in (("loss", losses), ("weights", weights)) if known
+    ]
+    worst = [f"{format_diff(d)} in the {what} ({name})" for what, d, name in pairs]
+    sentences = [f"Greatest relative difference among them: {', '.join(worst)}."] if worst else []
+    for name, parity in equal.items():
+        steps = sorted(parity.excused, key=lambda step: -step["difference"])
+        shown = "; ".join(
+            f"step {s['step']:.0f}, difference {format_diff(s['difference'])}, "
+            f"control {format_diff(s['control'])}"
+            for s in steps[:3]
+        )
+        if steps:
             sentences.append(
                 f"{name} passed the tolerance at {len(steps)} steps, excused since a control, the "
                 "reference with its batches summed in another order, differs by at least a quarter "
-                f"as much there ({'; '.join(steps[:3])}{more})."
+                f"as much there. The greatest: {shown}."
             )
     return sentences
 
 
-def excused_steps(parity: Parity) -> list[str]:
-    """Both figures of every step that passed the tolerance and was let through all the same."""
-    shown = [(x["step"], format_diff(x["difference"]), x["control"]) for x in parity.excused]
-    return [f"step {n:.0f}: {diff}, control {format_diff(control)}" for n, diff, control in shown]
+def _flatten(text: str) -> str:
+    """`text` on one line of at most 400 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= 400 else f"{line[:399]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def build_rows(comparison: Comparison) -> dict[str, list[str]]:
     """The table below `HEADERS`, a row for each strategy."""
     rows = {}
-    for name, (state, problem) in judge(comparison).items():
+    for name, (state, problem, _) in judge(comparison).items():
         record, parity = comparison.strategies[name], comparison.parity.get(name)
         diffs = (parity.max_loss_diff, parity.max_weight_diff) if parity else (None, None)
         costs = [DASH] * len(COSTS) if problem else _costs(record)
@@ -174,12 +168,6 @@ def _test_result(record: Record) -> str:
         return DASH
     accuracy = record.eval.accuracy
     return f"loss {record.eval.loss:.5g}" if accuracy is None else f"{accuracy:.2%}"
-
-
-def flatten(text: str, limit: int = 2000) -> str:
-    """`text` on one line, cut at `limit` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else f"{line[: limit - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def format_diff(value: float | None) -> str:

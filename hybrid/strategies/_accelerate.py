@@ -35,7 +35,8 @@ class AccelerateEngine:
     and `scatter(engine, state)` takes them back: the three things that differ between strategies.
     """
 
-    micro_batch_size = None
+    micro_batch_size: int | None = None
+    shares: tuple[int, ...]
 
     def __init__(
         self,

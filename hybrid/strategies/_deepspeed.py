@@ -1,5 +1,5 @@
-"""The one file that imports DeepSpeed: its configuration, ZeRO's receipts and weights, and the making
-of a pipeline engine, which `_stages.py` drives."""
+"""The one file that imports DeepSpeed: its configuration, ZeRO's receipts and weights, and the
+making of a pipeline engine, which `_stages.py` drives."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ State = dict[str, torch.Tensor]
 def prepare_process() -> None:
     """Bring DeepSpeed into the process group that there is.
 
-    On CPUs it would first compile a shared-memory all-reduce (20 to 80 s, and a build that is killed
-    leaves a lock that stops every later start); gloo does that work, where it can be counted.
+    On CPUs it would first compile a shared-memory all-reduce (20 to 80 s, and a killed build leaves
+    a lock that stops every later start); gloo does that work, where it can be counted.
     """
     import deepspeed
 
@@ -36,9 +36,9 @@ def full_config(
 ) -> dict[str, Any]:
     """DeepSpeed's whole configuration: the file's keys and the job's.
 
-    Buckets larger than the model are memory without use (DeepSpeed's default of 5e8 elements is 2 GB
-    live), so they are cut to it. Leaving `gradient_clipping` out would not be off: Accelerate fills
-    in 1.0.
+    Buckets larger than the model are memory without use (DeepSpeed's default of 5e8 elements is
+    2 GB live), so they are cut to it. Leaving `gradient_clipping` out would not be off: Accelerate
+    fills in 1.0.
     """
     config = _ds_config.load(path or name, stage)
     micro_batches = job.micro_batches(name)
@@ -127,8 +127,8 @@ def make_pipeline(
 ) -> Any:
     """A `PipelineEngine` in which this rank's stage is one module.
 
-    DeepSpeed is given a list of `pp` modules, ours at this rank's place and empty ones elsewhere (it
-    keeps the whole list alive), and cuts it into as many stages; the cut was made before.
+    DeepSpeed is given a list of `pp` modules, ours at this rank's place and empty ones elsewhere
+    (it keeps the whole list alive), and cuts it into as many stages; the cut was made before.
     """
     import deepspeed
     from deepspeed.pipe import PipelineModule

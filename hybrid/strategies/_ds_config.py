@@ -1,4 +1,4 @@
-"""DeepSpeed configuration files: only what DeepSpeed alone owns; the rest comes from the job. No torch."""
+"""DeepSpeed configuration files: what DeepSpeed alone owns; the rest comes from the job."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ class ReplicaEngine:
     McMahan et al. 2017, https://arxiv.org/abs/1602.05629), and once more after the last step.
     """
 
-    micro_batch_size = None
+    micro_batch_size: int | None = None
+    shares: tuple[int, ...]
 
     def __init__(
         self,
@@ -166,8 +167,8 @@ class ReplicaEngine:
         if not alone:
             evidence |= {"merge_every": self.merge_every, "merges": len(self.drift)}
             evidence |= {"sample_digest_by_rank": list(self.digests), "drift": self.drift}
-            ran_alone = all(d["max_relative_drift"] > 0 for d in self.drift)
-            conditions["replicas differ before each merge"] = ran_alone or self.layout.dp == 1
+            ran_alone = any(d["max_relative_drift"] > 0 for d in self.drift) or not self.drift
+            conditions["replicas differ before merges"] = ran_alone or self.layout.dp == 1
         return make_receipt(evidence, conditions)
 
     def close(self) -> None:

@@ -30,6 +30,9 @@ class StageEngine:
     DeepSpeed would not notice two different batches (deepspeedai/DeepSpeed#5729).
     """
 
+    micro_batch_size: int | None
+    shares: tuple[int, ...]
+
     def __init__(
         self,
         job: Job,
@@ -42,7 +45,8 @@ class StageEngine:
     ) -> None:
         self.job, self.layout, self.loss, self.zero_stage = job, layout, loss, zero_stage
         rank = Ranks.from_env().rank
-        self.stage, self.shares = layout.stage(rank), (layout.dp_rank(rank),)
+        self.stage = layout.stage(rank)
+        self.shares = (layout.dp_rank(rank),)
         self.micro_batches = config["gradient_accumulation_steps"]
         self.micro_batch_size = micro_batch_size(
             job.train.global_batch, layout.dp, self.micro_batches
@@ -52,8 +56,8 @@ class StageEngine:
         own = nn.Sequential(OrderedDict((str(i), layers[i]) for i in self.parts[self.stage]))
         self.engine = _deepspeed.make_pipeline(job, layout, own, self._take_loss, config)
         if zero_stage == 0:
-            # In fp32 without ZeRO, DeepSpeed 0.19 takes the norm of the first stage alone, clips each
-            # stage by its own, and reports None; test_pipeline.py tells when that is mended.
+            # In fp32 without ZeRO, DeepSpeed 0.19 takes the norm of the first stage alone, clips
+            # stages differently and reports None; test_deepspeed.py tells when that is mended.
             _deepspeed.wrap_optimizer_step(self.engine, self._clip)
         self.device = device()
         self.tally = _torch.Tally(self.device)

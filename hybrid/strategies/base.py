@@ -1,7 +1,7 @@
 """The two protocols that every strategy keeps, and what passes between an engine and the loop.
 
 A `Strategy` knows what it can run and builds an `Engine`; an `Engine` trains whole optimizer steps,
-the smallest unit that all engines share (DeepSpeed's pipeline offers no smaller one). No torch here.
+the smallest unit that all engines share (DeepSpeed's pipeline offers no smaller one). No torch.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Engine(Protocol):
     """A model being trained. Every method is collective: all ranks call it together.
 
     `shares` are the data-parallel ranks whose samples this process computes (all but an emulation
-    have one); `micro_batch_size` is the fixed number of rows a micro-batch must have, None where any
-    will do.
+    have one); `micro_batch_size` is the fixed number of rows a micro-batch must have, None where
+    any will do.
     """
 
     layout: Layout

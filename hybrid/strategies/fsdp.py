@@ -114,8 +114,8 @@ def _inspect(engine: Any) -> Receipt:
 
 
 def _units(model: nn.Module) -> list[bool]:
-    """Of each FSDP unit with parameters of its own, but the root (torch leaves the root's gathered):
-    whether it frees them after forward. torch has no public reader for what it has a setter for."""
+    """Of each FSDP unit with parameters of its own, but the root (which torch leaves gathered):
+    whether it frees them after forward. torch has a public setter for this, but no reader."""
     found = []
     for module in list(model.modules())[1:]:
         group = getattr(module, "_get_fsdp_state", lambda: None)()

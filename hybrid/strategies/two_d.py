@@ -1,4 +1,4 @@
-"""2D: pipeline stages x data-parallel columns on DeepSpeed, with ZeRO-0 or ZeRO-1 over the columns."""
+"""2D: pipeline stages x data-parallel columns on DeepSpeed, ZeRO-0 or ZeRO-1 over the columns."""
 
 from __future__ import annotations
 
