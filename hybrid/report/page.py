@@ -11,15 +11,7 @@ from hybrid import records
 from hybrid.records import Comparison
 from hybrid.report import plots
 from hybrid.report.markdown import markdown
-from hybrid.report.verdict import (
-    HEADERS,
-    IDENTITY,
-    LEGEND,
-    build_rows,
-    format_value,
-    judge,
-    verdict,
-)
+from hybrid.report.verdict import HEADERS, LEGEND, build_rows, format_value, judge, verdict
 
 
 def write(comparison: Comparison, out: Path) -> list[Path]:
@@ -34,7 +26,7 @@ def write(comparison: Comparison, out: Path) -> list[Path]:
 
 def html(comparison: Comparison) -> str:
     """What report.html holds. Needs plotly."""
-    said, found, runs = verdict(comparison), judge(comparison), comparison.strategies
+    said = verdict(comparison)
     tone, mark = ("good", "\N{CHECK MARK}") if said.ok else ("bad", "\N{BALLOT X}")
     return "\n".join(
         [
@@ -48,7 +40,7 @@ def html(comparison: Comparison) -> str:
             '<div class="plots">',
             *map(_draw_bars, plots.bars(comparison)),
             "</div><h2>Receipts</h2><p class=soft>What really ran, read off the live objects.</p>",
-            *(_receipt(runs[name], run.state, run.problem) for name, run in found.items()),
+            *(_receipt(comparison, name, *run[:2]) for name, run in judge(comparison).items()),
             "<h2>Job and machine</h2>",
             _fold("Job", _value(comparison.job)),
             _fold("Machine", _value(comparison.machine)),
@@ -66,14 +58,13 @@ def _job_line(comparison: Comparison) -> str:
 
 
 def _table(comparison: Comparison) -> str:
-    kinds = ["" if head in IDENTITY else " class=num" for head in HEADERS]
-    head = [f'<th scope="col"{k}>{text}</th>' for text, k in zip(HEADERS, kinds, strict=True)]
+    head = [f'<th scope="col">{text}</th>' for text in HEADERS]
     body = []
     for row in build_rows(comparison).values():
         name, layout, state, *figures = map(escape, row)
         badge = f'<span class="state {state.replace(" ", "-")}">{state}</span>'
         body.append(f'<tr><th scope="row">{name}</th><td>{layout}</td><td>{badge}</td>')
-        body += [f"<td class=num>{text}</td>" for text in figures]
+        body += [f"<td>{text}</td>" for text in figures]
     return (
         '<div class=scroll role="region" aria-label="Results and costs" tabindex="0"><table>'
         f"<thead><tr>{''.join(head)}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
@@ -88,11 +79,9 @@ def _draw_curves(found: Iterable[plots.Curves]) -> Iterable[str]:
         raise ModuleNotFoundError(
             "report.html needs plotly, which is not installed: pip install hybrid[report]"
         ) from None
-    config = {"displaylogo": False, "responsive": True, "displayModeBar": False}
+    fixed: Any = {"full_html": False, "config": {"responsive": True, "displayModeBar": False}}
     for n, (title, caption, figure) in enumerate(found):
-        drawn = to_html(
-            figure, config, full_html=False, include_plotlyjs=n == 0, div_id=f"curves-{n}"
-        )
+        drawn = to_html(figure, **fixed, include_plotlyjs=n == 0, div_id=f"curves-{n}")
         yield (
             f"<figure><h2>{escape(title)}</h2>"
             f'<div role="img" aria-label="{escape(title)}">{drawn}</div>'
@@ -115,22 +104,21 @@ def _draw_bars(found: plots.Bars) -> str:
             ]
             body.append(f"<div>{''.join(pieces)}</div>")
         body.append(f"</div><span class=num>{escape(text)}</span>")
-    key = [
-        f'<b style="color:{c}">\N{BLACK SQUARE}</b>\N{NO-BREAK SPACE}{escape(k)} '
-        for k, c in found.key.items()
-    ]
+    key = [f'<b style="color:{c}">\u25a0</b>\u00a0{escape(k)} ' for k, c in found.key.items()]
     return (
         f"<figure><h2>{escape(found.title)}</h2><div class=bars>{''.join(body)}</div>"
         f"<figcaption>{''.join(key)}<p>{escape(found.caption)}</p></figcaption></figure>"
     )
 
 
-def _receipt(record: records.Record, state: str, problem: str) -> str:
-    """Open where something is wrong."""
-    evidence = record.receipt.evidence if record.receipt else {"receipt": None}
+def _receipt(comparison: Comparison, name: str, state: str, problem: str) -> str:
+    """Open where something is wrong. With both figures of every excused step."""
+    record, parity = comparison.strategies[name], comparison.parity.get(name)
+    shown: dict[str, Any] = record.receipt.evidence if record.receipt else {"receipt": None}
+    excused = dict(enumerate(map(format_value, parity.excused), 1)) if parity else {}
+    shown = {**shown, "environment": record.environment, "excused steps": excused}
     body = f"<pre>{escape(problem)}</pre>" if problem else ""
-    body += _value({**evidence, "environment": record.environment})
-    return _fold(f"{record.strategy}: {state}", body, " open" if problem else "")
+    return _fold(f"{name}: {state}", body + _value(shown), " open" if problem else "")
 
 
 def _fold(title: str, body: str, unfold: str = "") -> str:
@@ -154,16 +142,16 @@ HEAD = """<!doctype html>
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2128; --soft: #59636e; --page: #fff; --line: #d5dae0;
- --good: #116329; --good-bg: #e6f6ea; --bad: #a40e26; --bad-bg: #ffebe9; --odd-bg: #eff1f4; }
+ --good: #116329; --good-bg: #e6f6ea; --bad: #a40e26; --bad-bg: #ffebe9; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ed; --soft: #9da7b3; --page: #12161c;
- --line: #363d47; --good: #6fdd8b; --good-bg: #12301c; --bad: #ff9a92; --bad-bg: #3d1416;
- --odd-bg: #232932; } }
+ --line: #363d47; --good: #6fdd8b; --good-bg: #12301c; --bad: #ff9a92; --bad-bg: #3d1416; } }
 * { box-sizing: border-box; }
 body { margin: 0; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
  overflow-wrap: anywhere; }
 header, main { max-width: 1240px; margin: 0 auto; padding: 1rem clamp(1rem, 3vw, 2rem); }
 header { border-left: 6px solid; margin-top: 1.5rem; }
 header p { margin: .25rem 0; color: var(--ink); }
+.state { background: var(--line); padding: .1rem .5rem; border-radius: 1rem; font-size: .85rem; }
 .good, .equal { color: var(--good); background: var(--good-bg); }
 .bad, .not-equal, .failed, .not-proved, .not-compared { color: var(--bad);
  background: var(--bad-bg); }
@@ -174,10 +162,8 @@ h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--line); text-align: left;
  white-space: nowrap; }
-.num { text-align: right; }
+.num, tr > :nth-child(n+4) { text-align: right; }
 tbody th { position: sticky; left: 0; background: var(--page); }
-.state { padding: .1rem .5rem; border-radius: 1rem; font-size: .85rem; font-weight: 600; }
-.reference, .not-possible { background: var(--odd-bg); }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr));
  gap: 0 2.5rem; }
 figure { margin: 0; min-width: 0; }
@@ -188,13 +174,13 @@ figure { margin: 0; min-width: 0; }
 figcaption, figcaption p { margin: .4rem 0; }
 details { border-bottom: 1px solid var(--line); padding: .4rem 0; }
 summary { cursor: pointer; font-weight: 600; }
-dl { display: grid; grid-template-columns: minmax(6rem, max-content) minmax(0, 1fr);
- gap: .15rem 1rem; margin: .4rem 0 .4rem 1rem; }
+dl { display: grid; grid-template-columns: fit-content(40%) minmax(0, 1fr); gap: .15rem 1rem;
+ margin: .4rem 0 .4rem 1rem; }
 dd, dd > dl { margin: 0; }
 pre { white-space: pre-wrap; margin: .5rem 1rem; font-size: .85rem; }
 .js-plotly-plot text { fill: var(--ink) !important; }
-.spikeline { stroke: var(--soft) !important; }
-.hoverlayer rect, .hoverlayer .hovertext path { fill: var(--page) !important; }
+.spikeline, .hovertext path { stroke: var(--soft) !important; }
+.hoverlayer rect, .hovertext path { fill: var(--page) !important; }
 """
 
 # A plot takes the width it finds, which a scroll bar or a turned telephone changes afterwards.

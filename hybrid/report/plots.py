@@ -50,10 +50,8 @@ def curves(comparison: Comparison) -> list[Curves]:
     losses = {name: [(s.step, s.loss) for s in run.steps] for name, run in runs.items()}
     key = "max_relative_drift"
     drifts = {n: [(at["step"], at[key]) for at in run.drift or []] for n, run in runs.items()}
-    overlaid = (
-        "Runs that agree lie on top of each other; the broad grey line is the reference. "
-        "Click a name to hide its line, double-click to keep it alone."
-    )
+    overlaid = "Runs that agree lie on each other, over the broad grey line of the reference. "
+    overlaid += "Click a name to hide its line, double-click to keep it alone."
     apart = "How far the rank furthest away was from the mean of all, just before they merged."
     found = [
         _lines("Training loss", overlaid, "loss", losses, styles),
@@ -102,12 +100,11 @@ def _make_styles(comparison: Comparison) -> Styles:
 
 def _layout(title: str, hovermode: str = "x unified", **y: Any) -> dict[str, Any]:
     axis = {"gridcolor": "rgba(128,136,150,.25)", "zeroline": False, "automargin": True}
-    x = {"title": {"text": "optimizer step"}, "spikethickness": 1, "spikedash": "solid"}
     return {
         **{"height": 440, "margin": {"l": 8, "r": 12, "t": 12, "b": 8}, "hovermode": hovermode},
         **{"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "showlegend": True},
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": GREY},
-        "xaxis": {**axis, **x},
+        "xaxis": {**axis, "title": {"text": "optimizer step"}, "spikethickness": 1},
         "yaxis": {**axis, "title": {"text": title}, **y},
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
     }
@@ -119,16 +116,14 @@ def _curve(points: Points, style: Mapping[str, Any], hover: str) -> dict:
     return {"type": "scatter", "mode": "lines", "x": x, "y": y, "hovertemplate": hover, **style}
 
 
-def _lines(
-    title: str, caption: str, noun: str, points: Mapping[str, Points], styles: Styles
-) -> Curves:
+def _lines(title: str, caption: str, noun: str, points: dict, styles: Styles) -> Curves:
     traces = [_curve(p, styles[n], f"{noun} %{{y:.7g}}") for n, p in points.items() if p]
     return Curves(title, caption, {"data": traces, "layout": _layout(noun)})
 
 
-def _relative_differences(run: Record, judge: Record) -> list[tuple[int, float]]:
+def _relative_differences(run: Record, other: Record) -> list[tuple[int, float]]:
     """(step, |a-b|/|b|) of the loss at the steps both have, where that is a number."""
-    expected = {step.step: step.loss for step in judge.steps}
+    expected = {step.step: step.loss for step in other.steps}
     pairs = [(s.step, s.loss, expected[s.step]) for s in run.steps if s.step in expected]
     return [(n, abs(a - b) / abs(b) if b else 0.0) for n, a, b in pairs if b or a == b]
 

@@ -7,6 +7,7 @@ table without the costs of runs with a problem. All text is plain; each format e
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from hybrid.records import Comparison, Parity, Record, Throughput
@@ -16,10 +17,9 @@ IDENTITY = ("strategy", "layout", "status")  # flush left, the figures flush rig
 COSTS = ("samples/s", "step ms", "peak memory", "bytes sent")
 HEADERS = (*IDENTITY, "loss diff", "weight diff", "test result", *COSTS)
 LEGEND = (
-    "Differences are |a-b|/|b| from the reference, the greatest of any step or parameter. Speed is "
-    "that of the median step, and of the mean one too where the two are unlike; memory and bytes "
-    "sent a step are those of the rank that has most. A dash: not measured, or not shown, since "
-    "only a run proved equal has its costs shown."
+    "Differences: |a-b|/|b|, the greatest of any step or parameter. Speed: by the median step, by "
+    "the mean too where they are unlike. Memory, bytes sent a step: the rank that has most. Dash: "
+    "not measured, or not shown, since only runs proved equal have their costs shown."
 )
 BROKEN = ("not equal", "failed", "not proved", "not compared")  # gravest first
 STATES = (*BROKEN, "equal", "not possible")
@@ -27,7 +27,8 @@ UNLIKE_STEPS = 1.2  # a mean step this much longer than the median one deserves 
 
 
 class Standing(NamedTuple):
-    """How far a run may be trusted, in a word or two. With a `problem` it has earned no cost."""
+    """How far a run may be trusted, in a word or two; with a `problem` no cost is shown. `where` it
+    left its reference goes into the headline."""
 
     state: str
     problem: str = ""
@@ -84,8 +85,9 @@ def verdict(comparison: Comparison) -> Verdict:
     found, reference = judge(comparison), comparison.reference
     states = {state: [n for n in found if found[n].state == state] for state in STATES}
     broken = {state: names for state, names in states.items() if names and state in BROKEN}
+    held = reference in found and not found[reference].problem
     agree = f"equal: {_who_agrees(comparison, states['equal'])}"
-    if reference not in found or found[reference].problem:
+    if not held:
         headline = f"failed: the reference {reference} gave nothing to compare with"
     elif broken:
         parts = {state: [n + found[n].where for n in names] for state, names in broken.items()}
@@ -94,12 +96,13 @@ def verdict(comparison: Comparison) -> Verdict:
         headline = "not equal: the comparison did not hold; compare.json has the figures"
     else:
         headline = agree if states["equal"] else f"nothing compared: only {reference} ran"
-    details = [f"{_flatten(found[n].problem)}." for names in broken.values() for n in names]
+    problems = {n: f"{shorten(run.problem, 400, placeholder=' ...')}." for n, run in found.items()}
+    details = [problems[name] for names in broken.values() for name in names]
     details += [f"E{agree[1:]}."] if broken and states["equal"] else []
     details += _how_closely({name: comparison.parity[name] for name in states["equal"]})
-    details += [f"{_flatten(found[name].problem)}." for name in states["not possible"]]
-    ok = comparison.ok and not broken and reference in found
-    return Verdict(ok, f"{headline[0].upper()}{headline[1:]}.", details)
+    details += [problems[name] for name in states["not possible"]]
+    headline = f"{headline[0].upper()}{headline[1:]}."
+    return Verdict(comparison.ok and held and not broken, headline, details)
 
 
 def _who_agrees(comparison: Comparison, equal: list[str]) -> str:
@@ -112,33 +115,20 @@ def _who_agrees(comparison: Comparison, equal: list[str]) -> str:
 
 def _how_closely(equal: dict[str, Parity]) -> list[str]:
     """The greatest differences of runs that held, and what was excused."""
-    losses = [(p.max_loss_diff, name) for name, p in equal.items() if p.max_loss_diff is not None]
-    weights = [(p.max_weight_diff, n) for n, p in equal.items() if p.max_weight_diff is not None]
-    pairs = [
-        (what, *max(known)) for what, known in (("loss", losses), ("weights", weights)) if known
-    ]
-    worst = [f"{format_diff(d)} in the {what} ({name})" for what, d, name in pairs]
-    sentences = [f"Greatest relative difference among them: {', '.join(worst)}."] if worst else []
+    losses = [p.max_loss_diff for p in equal.values() if p.max_loss_diff is not None]
+    weights = [p.max_weight_diff for p in equal.values() if p.max_weight_diff is not None]
+    most = [f"{format_diff(max(losses))} in the loss"] if losses else []
+    most += [f"{format_diff(max(weights))} in the weights"] if weights else []
+    sentences = [f"They differ by at most {', '.join(most)}."] if most else []
     for name, parity in equal.items():
-        steps = sorted(parity.excused, key=lambda step: -step["difference"])
-        shown = "; ".join(
-            f"step {s['step']:.0f}, difference {format_diff(s['difference'])}, "
-            f"control {format_diff(s['control'])}"
-            for s in steps[:3]
-        )
-        if steps:
+        if parity.excused:
+            worst = max(parity.excused, key=lambda step: step["difference"])
             sentences.append(
-                f"{name} passed the tolerance at {len(steps)} steps, excused since a control, the "
-                "reference with its batches summed in another order, differs by at least a quarter "
-                f"as much there. The greatest: {shown}."
+                f"{name} passed the tolerance at {len(parity.excused)} steps, excused since a "
+                "control, the reference with its batches summed in another order, differs by a "
+                f"quarter as much or more. The greatest: {format_value(worst)}."
             )
     return sentences
-
-
-def _flatten(text: str) -> str:
-    """`text` on one line of at most 400 characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= 400 else f"{line[:399]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def build_rows(comparison: Comparison) -> dict[str, list[str]]:
@@ -196,12 +186,10 @@ def format_pace(pace: Throughput) -> str:
 
 
 def format_layout(layout: Mapping[str, int]) -> str:
-    """The axes longer than 1: pp 2 x dp 2 / shard 2. `replicate` that is just `dp` is left out."""
-    inner = ["shard"] if layout.get("replicate") == layout.get("dp") else ["replicate", "shard"]
-    groups = [
-        [f"{a} {layout[a]}" for a in g if layout.get(a, 1) > 1] for g in (["pp", "dp"], inner)
-    ]
-    return " / ".join(" x ".join(group) for group in groups if group) or DASH
+    """The axes longer than 1: 'pp 2, dp 2'. `replicate` that is just `dp` is left out."""
+    again = layout.get("replicate") == layout.get("dp")
+    axes = [a for a, n in layout.items() if n > 1 and not (again and a == "replicate")]
+    return ", ".join(f"{axis} {layout[axis]}" for axis in axes) or DASH
 
 
 def format_value(value: Any) -> str:
@@ -213,4 +201,4 @@ def format_value(value: Any) -> str:
         return f"({', '.join([*map(format_value, value[:6]), *more])})"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}".replace("e-0", "e-") if isinstance(value, float) else str(value)

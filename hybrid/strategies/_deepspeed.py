@@ -47,7 +47,7 @@ def full_config(
     zero = config.setdefault("zero_optimization", {})
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
         if bucket in zero:
-            zero[bucket] = min(zero[bucket], elements)
+            zero[bucket] = min(zero[bucket], elements + elements % 2)  # DeepSpeed wants it even
     return config | {
         "train_micro_batch_size_per_gpu": size,
         "gradient_accumulation_steps": micro_batches,

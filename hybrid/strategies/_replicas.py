@@ -101,10 +101,12 @@ class ReplicaEngine:
         total = sum(self.seen)
         groups = [_merged_tensors(model) for model in self.models]
         flats = [torch.cat([t.reshape(-1) for t in tensors]) for tensors in groups]
-        weights = [self.seen[share] / total for share in self.shares]
+        # Weights around 1, divided at the end: equal shares then lose nothing to a rounded 1/3.
+        weights = [self.seen[share] * self.layout.dp / total for share in self.shares]
         mean = torch.stack([f * w for f, w in zip(flats, weights, strict=True)]).sum(0)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(mean)
+        mean /= self.layout.dp
         size = float(torch.linalg.vector_norm(mean))
         away = [float(torch.linalg.vector_norm(f - mean)) / size for f in flats]
         rows = [[a] for a in away] if len(away) > 1 else gather_rows(away)

@@ -1,0 +1,65 @@
+"""What the tests share: small jobs, and running one comparison for many assertions."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+JOBS = ROOT / "launch" / "jobs"
+
+# Ranks import the tests' own models by `tests.workloads:...` from wherever they are started.
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split()])
+
+SMALL: dict[str, Any] = {
+    "model": {"name": "mlp", "options": {"sizes": [32, 24, 16, 12, 10], "activation": "tanh"}},
+    "data": {"name": "random", "options": {"samples": 100, "test_samples": 37, "features": 32}},
+    "optimizer": {"name": "sgd", "lr": 0.1},
+    "train": {"global_batch": 24, "micro_batches": 2, "steps": 6},
+}
+
+
+def small_job(**changes: Any) -> Any:
+    """The small job (batches of 24 in 100 samples: the last of an epoch has 4) with changes, such as
+    `train__steps=3` or `strategy__ddp={...}`."""
+    import hybrid
+
+    return hybrid.load_job(SMALL, {k.replace("__", "."): v for k, v in changes.items()})
+
+
+def hybrid_command(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """Run `python -m hybrid ARGUMENTS` and return what it printed."""
+    return subprocess.run(
+        [sys.executable, "-m", "hybrid", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+    )
+
+
+def compare_by_command(out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """`hybrid compare ... --json`: its exit status and result."""
+    done = hybrid_command("compare", *arguments, "--out", str(out), "--json")
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def largest_differences(result: dict[str, Any], name: str) -> float:
+    """Greatest relative loss difference of a strategy from `single` over all steps."""
+    runs = result["strategies"]
+    pairs = zip(runs[name]["steps"], runs["single"]["steps"], strict=True)
+    return max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in pairs)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT

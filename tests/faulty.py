@@ -1,0 +1,194 @@
+"""Plants one fault in the toolkit or its engines, then runs the command line: `faulty.py FAULT ...`.
+
+Each fault is what a bug would do; the tests start runs through this file and expect each caught.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def not_divided_by_accumulation() -> None:
+    """The loss is not divided by the number of micro-batches."""
+    from accelerate import Accelerator
+
+    backward = Accelerator.backward
+
+    def too_large(self: Any, loss: torch.Tensor, **options: Any) -> None:
+        backward(self, loss * self.gradient_accumulation_steps, **options)
+
+    Accelerator.backward = too_large  # type: ignore[method-assign]
+
+
+def stage_not_divided_by_accumulation() -> None:
+    """The same in a pipeline, whose loss is taken elsewhere."""
+    from hybrid.strategies._stages import StageEngine
+
+    take = StageEngine._take_loss
+
+    def too_large(self: Any, output: Any, labels: Any) -> torch.Tensor:
+        return take(self, output, labels) * self.micro_batches
+
+    StageEngine._take_loss = too_large  # type: ignore[method-assign]
+
+
+def same_samples_on_two_ranks() -> None:
+    """Rank 1 computes rank 0's share."""
+    _share_ids(lambda share, step: (0 if share == 1 else share, step))
+
+
+def samples_of_another_step() -> None:
+    """Rank 1 computes its share of the next step's batch."""
+    _share_ids(lambda share, step: (share, step + 1 if share == 1 else step))
+
+
+def _share_ids(change: Callable[[int, int], tuple[int, int]]) -> None:
+    from hybrid.data.batches import BatchPlan
+
+    ids = BatchPlan.micro_batch_ids
+
+    def others(self: Any, step: int, share: int) -> list[list[int]]:
+        share, step = change(share, step)
+        return ids(self, step, share)
+
+    BatchPlan.micro_batch_ids = others  # type: ignore[method-assign]
+
+
+def targets_of_another_batch() -> None:
+    """The last stage reads its targets from another order of the batch than the first stage."""
+    from hybrid.strategies._stages import StageEngine
+
+    feed = StageEngine._feed
+
+    def shifted(self: Any, micro_batches: Any) -> Any:
+        import dataclasses
+
+        if self.stage:
+            other = [(mb.ids + 1) % 100 for mb in micro_batches]
+            pairs = zip(micro_batches, other, strict=True)
+            micro_batches = [dataclasses.replace(mb, ids=ids) for mb, ids in pairs]
+        return feed(self, micro_batches)
+
+    StageEngine._feed = shifted  # type: ignore[method-assign]
+
+
+def rank_skips_all_reduce() -> None:
+    """Rank 1 takes part in DDP's all-reduce and keeps its own gradient."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    init = DistributedDataParallel.__init__
+
+    def hook(state: Any, bucket: Any) -> Any:
+        mine = bucket.buffer().clone()
+        mean = bucket.buffer().div_(torch.distributed.get_world_size())
+        work = torch.distributed.all_reduce(mean, async_op=True)
+        keep = torch.distributed.get_rank() == 1
+        return work.get_future().then(lambda f: mine if keep else f.value()[0])
+
+    def hooked(self: Any, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        super(DistributedDataParallel, self).__init__  # noqa: B018 - the module is whole here
+        self.reducer._register_builtin_comm_hook  # noqa: B018
+        torch.distributed._register_comm_hook(self.reducer, None, hook)
+
+    DistributedDataParallel.__init__ = hooked  # type: ignore[method-assign]
+
+
+def stage_with_another_rate() -> None:
+    """Stage 1's optimizer is given ten times the learning rate."""
+    from hybrid.layout import Ranks
+    from hybrid.strategies import _torch
+
+    give = _torch.set_learning_rate
+
+    def larger(optimizer: Any, lr: float) -> None:
+        give(optimizer, lr * 10 if Ranks.from_env().rank == 1 else lr)
+
+    _torch.set_learning_rate = larger
+
+
+def stage_with_larger_updates() -> None:
+    """Stage 1 steps ten times as far, and its optimizer shows the right rate all the same."""
+    from hybrid.layout import Ranks
+    from hybrid.strategies import _torch
+
+    build = _torch.build_optimizer
+
+    def farther(job: Any, parameters: Any) -> torch.optim.Optimizer:
+        optimizer = build(job, parameters)
+        if Ranks.from_env().rank == 1:
+            step = optimizer.step
+
+            def ten_times(*arguments: Any, **options: Any) -> Any:
+                for group in optimizer.param_groups:
+                    for p in group["params"]:
+                        p.grad.mul_(10)
+                return step(*arguments, **options)
+
+            optimizer.step = ten_times  # type: ignore[method-assign]
+        return optimizer
+
+    _torch.build_optimizer = farther
+
+
+def other_initial_weight() -> None:
+    """One weight of the whole model starts elsewhere."""
+    import hybrid.models as models
+    import hybrid.train
+
+    build = models.build_model
+
+    def nudged(job: Any) -> Any:
+        layers, loss = build(job)
+        with torch.no_grad():
+            layers[1].weight[0, 0] += 1e-3
+        return layers, loss
+
+    sys.modules["hybrid.train"].build_model = nudged  # type: ignore[attr-defined]
+
+
+def fsdp_falls_back() -> None:
+    """Accelerate is left to itself on a host without a GPU: it trains DDP and says nothing."""
+    from hybrid.strategies import _accelerate
+
+    _accelerate._keep_fsdp = lambda *_: None
+
+
+def rank_raises() -> None:
+    """Rank 1 raises in its third step."""
+    _in_step(lambda: (_ for _ in ()).throw(RuntimeError("planted: the sky fell")))
+
+
+def rank_is_killed() -> None:
+    """Rank 1 is killed in its third step."""
+    import os
+    import signal
+
+    _in_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def _in_step(act: Callable[[], Any]) -> None:
+    from hybrid.layout import Ranks
+    from hybrid.measure.instruments import Instruments
+
+    enter = Instruments.step
+
+    def step(self: Any, number: int) -> Any:
+        if number == 2 and Ranks.from_env().rank == 1:
+            act()
+        return enter(self, number)
+
+    Instruments.step = step  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    fault = sys.argv.pop(1)
+    if "single" not in sys.argv:  # the reference stays whole
+        globals()[fault]()
+    from hybrid.cli import main
+
+    main()

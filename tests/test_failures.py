@@ -1,0 +1,122 @@
+"""A rank that raises or dies ends the whole command soon, with that rank's error shown first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hybrid import records
+from hybrid.config import to_dict
+from tests.conftest import ROOT, small_job
+
+WITHIN_S = 30
+
+
+def ranks_of(out: Path) -> list[str]:
+    """Command lines of processes that still run for a result folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                words = (entry / "cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if str(out) in words:
+                found.append(" ".join(words))
+    return found
+
+
+def start_train(out: Path, strategy: str, steps: int = 6, nproc: int = 2) -> subprocess.Popen[str]:
+    """`hybrid train` of the small job, in the background."""
+    out.mkdir()
+    records.write(to_dict(small_job(train__steps=steps)), out / "small.json")
+    words = ["train", str(out / "small.json"), "--strategy", strategy, "--nproc", str(nproc)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "hybrid", *words, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def ranks_pids(out: Path) -> list[int]:
+    """Process ids of a run's ranks (not of its launcher)."""
+    pids = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                environment = (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if f"HYBRID_LOGS={out}/logs".encode() in environment.split(b"\0"):
+                pids.append(int(entry.name))
+    return sorted(pids)
+
+
+def wait_for_steps(out: Path, at_least: int) -> None:
+    """Until rank 0 has written that many steps."""
+    deadline = time.monotonic() + 60
+    file = out / "steps.jsonl"
+    while not file.exists() or len(file.read_text().splitlines()) < at_least:
+        assert time.monotonic() < deadline, "the run did not begin"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "strategy", "words"),
+    [
+        ("rank_raises", "ddp", "rank 1 on "),
+        ("rank_raises", "pipeline", "planted: the sky fell"),
+        ("rank_is_killed", "fsdp", "was ended by SIGKILL"),
+        ("rank_is_killed", "zero1", "rank 1 on "),
+    ],
+)
+def test_first_cause_is_named(fault: str, strategy: str, words: str, tmp_path: Path) -> None:
+    from hybrid import compare
+
+    program = [sys.executable, str(ROOT / "tests" / "faulty.py"), fault]
+    started = time.monotonic()
+    result = compare(small_job(), [strategy], nproc=2, out=tmp_path, program=program)
+    assert time.monotonic() - started < 2 * WITHIN_S  # `single` runs first
+    reason = result.strategies[strategy].reason
+    assert reason and words in reason, reason
+    assert ranks_of(tmp_path / strategy) == []
+
+
+def test_a_killed_rank_ends_the_command(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run = start_train(out, "ddp", steps=100_000)
+    wait_for_steps(out, 3)
+    pids = ranks_pids(out)
+    assert len(pids) == 2
+    os.kill(pids[1], signal.SIGKILL)
+    killed = time.monotonic()
+    _, stderr = run.communicate(timeout=WITHIN_S)
+    assert time.monotonic() - killed < WITHIN_S
+    assert run.returncode == 1
+    first = next(line for line in stderr.splitlines() if line.startswith("hybrid: "))
+    assert "rank 1" in first and "SIGKILL" in first, stderr
+    assert ranks_pids(out) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_ending_the_command_ends_its_ranks(number: int, status: int, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run = start_train(out, "zero1", steps=100_000)
+    wait_for_steps(out, 2)
+    run.send_signal(number)
+    run.communicate(timeout=WITHIN_S)
+    assert run.returncode == status
+    deadline = time.monotonic() + 10
+    while ranks_pids(out) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ranks_pids(out) == []

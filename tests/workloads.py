@@ -1,0 +1,50 @@
+"""A user's own model and data, named by import path in the tests' jobs."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    """A residual layer of a user's own making, with a buffer and a parameter used twice."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width, bias=False)
+        self.scale = nn.Parameter(torch.ones(width))
+        self.register_buffer("shift", torch.linspace(-0.1, 0.1, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, width] to [batch, width]."""
+        return x + self.scale * self.second(torch.tanh(self.first(x) * self.scale + self.shift))
+
+
+def squared_error(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Summed over every element, counted by elements."""
+    return ((output - target) ** 2).sum(), target.numel()
+
+
+def regression() -> tuple[list[nn.Module], object]:
+    """Five layers, 12 numbers in, 3 out."""
+    return [nn.Linear(12, 20), Block(20), Block(20), nn.Tanh(), nn.Linear(20, 3)], squared_error
+
+
+class Points:
+    """A map-style data set: points and a smooth function of them."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.points = torch.randn(size, 12, generator=draw)
+        self.values = torch.sin(self.points[:, :3]) + 0.1 * torch.randn(size, 3, generator=draw)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.points[i], self.values[i]
+
+
+def points(size: int = 60) -> tuple[Points, Points]:
+    """`size` points to train on and 31 to test on, which divides by nothing."""
+    return Points(size, 1), Points(31, 2)
