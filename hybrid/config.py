@@ -177,22 +177,22 @@ class Job(_Section):
         return self.settings(strategy).micro_batches or self.train.micro_batches
 
     def warnings(self) -> list[str]:
-        """Settings that were given and have no effect, a line each."""
-        unused = {"sgd": ("betas", "eps"), "adamw": ("momentum",)}[self.optimizer.name]
-        given = self.optimizer.model_fields_set
-        lines = [
-            f"optimizer.{key} has no effect with optimizer.name = {self.optimizer.name!r}"
-            for key in unused
-            if key in given
+        """Settings that differ from their default and have no effect, a line each."""
+        optimizer, schedule, ddp = self.optimizer, self.schedule, self.strategy.ddp
+        unused: list[tuple[str, str, str, BaseModel]]
+        unused = [("optimizer", key, "name", optimizer) for key in _UNUSED[optimizer.name]]
+        if schedule.name == "constant":
+            unused.append(("schedule", "min_lr", "name", schedule))
+        if ddp.comm_hook != "powersgd":
+            unused.append(("strategy.ddp", "powersgd_rank", "comm_hook", ddp))
+        return [
+            f"{where}.{key} has no effect with {where}.{because} = {getattr(section, because)!r}"
+            for where, key, because, section in unused
+            if getattr(section, key) != type(section).model_fields[key].default
         ]
-        if self.schedule.name == "constant" and "min_lr" in self.schedule.model_fields_set:
-            lines.append("schedule.min_lr has no effect with schedule.name = 'constant'")
-        ddp = self.strategy.ddp
-        if "powersgd_rank" in ddp.model_fields_set and ddp.comm_hook != "powersgd":
-            lines.append(
-                f"strategy.ddp.powersgd_rank has no effect with comm_hook = {ddp.comm_hook!r}"
-            )
-        return lines
+
+
+_UNUSED = {"sgd": ("betas", "eps"), "adamw": ("momentum",)}
 
 
 def load_job(

@@ -82,7 +82,9 @@ def rank_skips_all_reduce() -> None:
 
     init = DistributedDataParallel.__init__
 
-    def hook(state: Any, bucket: Any) -> Any:
+    def hook(
+        state: object, bucket: torch.distributed.GradBucket
+    ) -> torch.futures.Future[torch.Tensor]:
         mine = bucket.buffer().clone()
         mean = bucket.buffer().div_(torch.distributed.get_world_size())
         work = torch.distributed.all_reduce(mean, async_op=True)
@@ -91,9 +93,7 @@ def rank_skips_all_reduce() -> None:
 
     def hooked(self: Any, *arguments: Any, **options: Any) -> None:
         init(self, *arguments, **options)
-        super(DistributedDataParallel, self).__init__  # noqa: B018 - the module is whole here
-        self.reducer._register_builtin_comm_hook  # noqa: B018
-        torch.distributed._register_comm_hook(self.reducer, None, hook)
+        self.register_comm_hook(None, hook)
 
     DistributedDataParallel.__init__ = hooked  # type: ignore[method-assign]
 

@@ -21,6 +21,7 @@ sections = {
     "data": {"name": "own"},
     "optimizer": {"name": "adamw", "lr": 0.01},
     "train": {"global_batch": 60, "micro_batches": 2, "steps": STEPS},
+    "strategy": {"local_sgd": {"sync_every": 5}},  # in steps: an engine does not know epochs
 }
 job = hybrid.load_job(sections)
 engine = hybrid.open_engine(job, STRATEGY, layers, cross_entropy)

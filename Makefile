@@ -1,0 +1,32 @@
+# `make demo` and `make test` work on a fresh machine: the first one to run sets up .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test check clean
+
+demo: $(INSTALLED)
+	$(BIN)/hybrid compare launch/jobs/mnist.toml --nproc 4 --out out/demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) out build hybrid.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or later is needed, as PYTHON=...; $(PYTHON) is: $$($(PYTHON) -V 2>&1)"; \
+	  exit 1; }
+	@echo "[1/2] virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "[2/2] packages, a few minutes this once"
+	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[demo,report,dev]'
+	@touch $@
