@@ -186,7 +186,9 @@ def _print_table(result: Any) -> None:
 
     from . import report
 
-    Console().print(report.console_table(result))
+    console = Console()
+    console.width = max(80, console.width)
+    console.print(report.console_table(result))
 
 
 _stdout: Any = sys.stdout

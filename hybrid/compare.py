@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from . import environment, launch, records, report
 from .config import Job, JobError, to_dict
 from .layout import Layout, LayoutError
-from .parity import TOLERANCES, Run, judge
+from .parity import NEVER_EXCUSED_STEPS, TOLERANCES, Run, judge
 from .records import Comparison, Parity, Record
 from .strategies import registry
 from .strategies.base import Unsupported
@@ -97,7 +97,6 @@ class _Session:
     def __init__(self, job: Job, out: Path, watcher: Watcher, program: Program) -> None:
         self.job, self.out, self.watcher, self.program = job, out, watcher, program
         self.controls: dict[str, Record] = {}
-        out.mkdir(parents=True, exist_ok=True)
 
     def run_planned(self, name: str, layout: Layout | str) -> Record:
         """The record of one strategy; `layout` is text where it cannot run, and why."""
@@ -166,7 +165,7 @@ class _Session:
         run, reference = self._load(name), self._load(against)
         strict = judge(run, reference, against, tolerance, factors)
         late = strict.first_difference
-        if late is None or (late.step is not None and late.step < 20):
+        if late is None or (late.step is not None and late.step < NEVER_EXCUSED_STEPS):
             return strict
         controls = [self._load(label) for label in self._controls(against, record)]
         return judge(run, reference, against, tolerance, factors, controls)

@@ -192,6 +192,7 @@ class Job(_Section):
         ]
 
 
+_INSTEAD = {"train.steps": "epochs", "train.epochs": "steps"}
 _UNUSED = {"sgd": ("betas", "eps"), "adamw": ("momentum",)}
 
 
@@ -247,6 +248,8 @@ def _parse_pair(text: str) -> tuple[str, Any]:
 
 
 def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+    if key in _INSTEAD:  # of the two lengths of a run, the override is the one that counts
+        data.get("train", {}).pop(_INSTEAD[key], None)
     *parents, last = key.split(".")
     for parent in parents:
         data = data.setdefault(parent, {})

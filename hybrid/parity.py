@@ -8,6 +8,7 @@ reference with its batches summed in other orders) say by how much rounding alon
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,8 @@ def relative(got: float, expected: float) -> float:
     """|a-b|/|b|, 0 where they are equal."""
     if got == expected:
         return 0.0
-    return abs(got - expected) / abs(expected) if expected else float("inf")
+    size = abs(got - expected) / abs(expected) if expected else math.inf
+    return math.inf if math.isnan(size) else size
 
 
 def weight_difference(got: Arrays, expected: Arrays) -> tuple[float, str]:
@@ -52,7 +54,7 @@ def weight_difference(got: Arrays, expected: Arrays) -> tuple[float, str]:
     for name, reference in expected.items():
         away = float(abs(got[name].astype("float64") - reference.astype("float64")).max())
         size = float(abs(reference).max())
-        worst = max(worst, (relative(size + away, size) if size else away, name))
+        worst = max(worst, (relative(size + away, size), name))
     return worst
 
 

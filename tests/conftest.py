@@ -27,8 +27,8 @@ SMALL: dict[str, Any] = {
 
 
 def small_job(**changes: Any) -> Any:
-    """The small job (batches of 24 in 100 samples: the last of an epoch has 4) with changes, such as
-    `train__steps=3` or `strategy__ddp={...}`."""
+    """The small job (batches of 24 in 100 samples: the last of an epoch has 4) with changes, such
+    as `train__steps=3` or `strategy__ddp={...}`."""
     import hybrid
 
     return hybrid.load_job(SMALL, {k.replace("__", "."): v for k, v in changes.items()})

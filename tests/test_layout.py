@@ -1,4 +1,4 @@
-"""Degrees, ranks and coordinates, shares of a batch, layers of a stage: figures known beforehand."""
+"""Degrees of parallelism, coordinates of ranks, shares of a batch, stages of a pipeline."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_degree_left_out_follows(
 
 @pytest.mark.parametrize("given", [(3, None), (None, 3), (2, 3), (5, None), (None, 5), (5, 5)])
 def test_degrees_that_do_not_multiply_are_named(given: tuple[int | None, int | None]) -> None:
-    with pytest.raises(LayoutError, match="a x b: .* is not 4 processes") as error:
+    with pytest.raises(LayoutError, match=r"a x b: .* is not 4 processes") as error:
         fill_degrees(4, *given, "a x b")
     assert all(str(degree) in str(error.value) for degree in given if degree)
     assert " 0 " not in str(error.value), "nobody asked for a degree of 0"

@@ -1,5 +1,5 @@
-"""Every strategy against a plain torch loop that uses nothing of this project: a user's own model and
-data by import path, one full batch of 60 samples in 4 micro-batches, AdamW, 20 steps."""
+"""Every strategy against a plain torch loop that uses nothing of this project: a user's own model
+and data by import path, one full batch of 60 samples in 4 micro-batches, AdamW, 20 steps."""
 
 from __future__ import annotations
 

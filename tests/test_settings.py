@@ -1,4 +1,4 @@
-"""Settings of single strategies, each on real processes: engaged as asked, and still the same job."""
+"""Settings of single strategies on real processes: engaged as asked, and still the same job."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_clipping_under_the_others(tmp_path: Path) -> None:
 
 
 def test_batches_and_tests_that_do_not_divide(tmp_path: Path) -> None:
-    """25 of 100 samples a batch on 3 ranks, the last batch of 23 epochs partial, 37 test samples."""
+    """Batches of 25 in 107 samples on 3 ranks, so that the fifth has 7; 37 test samples."""
     data = {"data__options": {"samples": 107, "test_samples": 37, "features": 32}}
     names = ["ddp", "fsdp", "zero3", "pipeline"]
     result = compare(tmp_path, names, 3, train__global_batch=25, train__steps=11, **data)

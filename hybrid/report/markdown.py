@@ -45,6 +45,9 @@ def _escape(text: str) -> str:
     return re.sub(marks, r"\\\1", " ".join(text.split()))
 
 
+LEFT_TO_THE_FILES = ("layout", "weight diff", "step ms")  # so that 80 columns are enough
+
+
 def console_table(comparison: Comparison) -> Table:
     """The short table for a terminal, verdict above and what it rests on below."""
     from rich.table import Table
@@ -52,9 +55,11 @@ def console_table(comparison: Comparison) -> Table:
 
     said = verdict(comparison)
     title = Text(said.headline, "bold green" if said.ok else "bold red")
-    table = Table(title=title, caption=Text("\n".join(said.details)), title_justify="left")
+    table = Table(
+        title=title, caption=Text("\n".join(said.details)), title_justify="left", box=None
+    )
     table.caption_justify = "left"
-    shown = [n for n, head in enumerate(HEADERS) if head != "layout"]
+    shown = [n for n, head in enumerate(HEADERS) if head not in LEFT_TO_THE_FILES]
     for n in shown:
         left = HEADERS[n] in IDENTITY
         table.add_column(HEADERS[n], justify="left" if left else "right", overflow="fold")

@@ -124,18 +124,34 @@ class AccelerateEngine:
 
 def prepare_ddp(
     job: Job, layers: list[nn.Module], accumulation: int, hook: str, state_options: dict[str, Any]
-) -> tuple[Any, tuple[nn.Module, Any]]:
+) -> tuple[Any, tuple[Any, Any]]:
     """The model under DistributedDataParallel, with a communication hook ("no", "bf16", "fp16",
     "power_sgd") and `strategy.ddp.bucket_cap_mb`."""
+    bf16_on_cpu = hook == "bf16" and device().type == "cpu"
     from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 
     handler = DistributedDataParallelKwargs(
         bucket_cap_mb=job.strategy.ddp.bucket_cap_mb,
-        comm_hook=DDPCommunicationHookType(hook),
+        comm_hook=DDPCommunicationHookType("no" if bf16_on_cpu else hook),
         comm_state_option=state_options,
     )
     accelerator = _accelerator(accumulation, kwargs_handlers=[handler])
-    return accelerator, _prepare(job, accelerator, layers)
+    prepared: tuple[Any, Any] = _prepare(job, accelerator, layers)
+    if bf16_on_cpu:
+        prepared[0].register_comm_hook(None, _bf16_hook())
+    return accelerator, prepared
+
+
+def _bf16_hook() -> Callable[..., Any]:
+    """torch's bf16 hook under a name of its own: torch takes the original, by its name, on NCCL and
+    XCCL only (torch/nn/parallel/distributed.py), while gloo all-reduces bf16 as well."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+    def bf16_hook_on_gloo(state: Any, bucket: Any) -> Any:
+        return bf16_compress_hook(state, bucket)
+
+    bf16_hook_on_gloo.__annotations__ = dict(bf16_compress_hook.__annotations__)  # DDP reads them
+    return bf16_hook_on_gloo
 
 
 def prepare_fsdp(

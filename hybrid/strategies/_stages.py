@@ -53,6 +53,7 @@ class StageEngine:
         )
         sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
         self.parts = partition(settings.partition, sizes, layout.pp)
+        self.num_layers = len(layers)
         own = nn.Sequential(OrderedDict((str(i), layers[i]) for i in self.parts[self.stage]))
         self.engine = _deepspeed.make_pipeline(job, layout, own, self._take_loss, config)
         if zero_stage == 0:
@@ -163,11 +164,11 @@ class StageEngine:
 
     def receipt(self) -> Receipt:
         """See `Engine`: every rank's stage, the layers it holds, and their parameters."""
-        names = list(self._own_tensors())
+        own = [n for part in self.engine.module.children() for n, _ in part.named_children()]
         mine = {
             "stage": self.engine.stage_id,
             "column": self.engine.grid.get_data_parallel_id(),
-            "layers": sorted({int(name.split(".")[0]) for name in names}),
+            "layers": [int(name) for name in own],
             "parameters": sum(p.numel() for p in self.engine.module.parameters()),
         }
         ranks = gather_objects(mine)
@@ -177,12 +178,11 @@ class StageEngine:
             "columns": self.engine.dp_world_size,
             "zero_stage": int(self.engine.zero_optimization_stage()),
             "ranks": ranks,
-            "layers_by_stage": [list(part) for part in self.parts],
+            "layers_by_stage": [r["layers"] for r in ranks if r["column"] == 0],
             "sample_digest_by_rank": list(self.digests),
         }
         lay = self.layout
         held = [layer for r in ranks if r["column"] == 0 for layer in r["layers"]]
-        parametrised = [layer for r in ranks if r["column"] == 0 for layer in r["layers"]]
         conditions = {
             f"{lay.pp} stages": evidence["stages"] == lay.pp,
             f"{lay.dp} columns": evidence["columns"] == lay.dp,
@@ -191,7 +191,10 @@ class StageEngine:
                 (r["stage"], r["column"]) == (lay.stage(i), lay.dp_rank(i))
                 for i, r in enumerate(ranks)
             ),
-            "every layer on one stage": len(held) == len(set(held)) and held == parametrised,
+            "every layer on one stage, in order": held == list(range(self.num_layers)),
+            "columns alike": all(
+                r["layers"] == evidence["layers_by_stage"][r["stage"]] for r in ranks
+            ),
         }
         return make_receipt(evidence, conditions)
 

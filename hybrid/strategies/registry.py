@@ -48,9 +48,10 @@ def plan(job: Job, name: str, nproc: int, layer_parameters: Sequence[int]) -> La
 def open_engine(job: Job, strategy: str, layers: list[nn.Module], loss: Loss) -> Engine:
     """An engine on the processes that a launcher started, for people who keep their own loop.
 
-    Every rank calls it with the same job and the same initialised `layers` (at least as many
-    parameters as ranks share must be equal: seed torch before making them). Joins the process group
-    unless the caller has; `hybrid.processes.cleanup` leaves it. The job must give `train.steps`.
+    Every rank calls it with the same job and the same initialised `layers` (equal on
+    every rank: seed torch before making them). Joins the process group
+    unless the caller has; `hybrid.processes.cleanup` leaves it. Lengths must be given in steps,
+    `train.steps` and local SGD's `sync_every`, since the size of the data is not known here.
     Raises Unsupported or JobError before anything is built.
     """
     from .. import processes
