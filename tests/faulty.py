@@ -149,6 +149,31 @@ def other_initial_weight() -> None:
     train.build_model = nudged  # type: ignore[attr-defined]
 
 
+def deepspeed_clips_alone() -> None:
+    """A pipeline without ZeRO is left to DeepSpeed's own clipping."""
+    from hybrid.strategies import _deepspeed
+    from hybrid.strategies._stages import StageEngine
+
+    make = _deepspeed.make_pipeline
+
+    def clipping(job: Any, layout: Any, stage: Any, loss: Any, config: dict[str, Any]) -> Any:
+        return make(job, layout, stage, loss, config | {"gradient_clipping": job.train.clip_norm})
+
+    def only_measure(self: Any, engine: Any) -> None:
+        limit, self.job = (
+            self.job,
+            self.job.model_copy(
+                update={"train": self.job.train.model_copy(update={"clip_norm": 0.0})}
+            ),
+        )
+        clip(self, engine)
+        self.job = limit
+
+    clip = StageEngine._clip
+    StageEngine._clip = only_measure  # type: ignore[method-assign]
+    _deepspeed.make_pipeline = clipping
+
+
 def fsdp_falls_back() -> None:
     """Accelerate is left to itself on a host without a GPU: it trains DDP and says nothing."""
     from hybrid.strategies import _accelerate

@@ -156,10 +156,19 @@ def test_section_that_is_a_value_is_refused(section: str) -> None:
 
 
 def test_exactly_one_of_epochs_and_steps() -> None:
-    assert "train: epochs = 2, steps = 3: give one" in refusal(JOB, {"train.epochs": 2})
+    both = JOB | {"train": {"global_batch": 6, "steps": 3, "epochs": 2}}
+    assert "train: epochs = 2, steps = 3: give one" in refusal(both)
     neither = JOB | {"train": {"global_batch": 6}}
     assert "train: epochs = None, steps = None: give one" in refusal(neither)
-    assert load_job(neither, ["train.epochs=2"]).train.epochs == 2
+
+
+def test_an_overriding_length_takes_the_place_of_the_other() -> None:
+    by_epochs = load_job(JOB, ["train.epochs=2"])
+    assert (by_epochs.train.epochs, by_epochs.train.steps) == (2, None)
+    back = load_job(to_dict(by_epochs), ["train.steps=4"])
+    assert (back.train.epochs, back.train.steps) == (None, 4)
+    assert JOB["train"]["steps"] == 3, "the mapping given stays as it was"
+    assert "train" in refusal(JOB | {"train": 3}, ["train.steps=4"])
 
 
 def test_a_long_value_is_cut_short() -> None:

@@ -219,7 +219,7 @@ def _keep_fsdp(accelerator: Any, plugin: Any, layout: Layout) -> None:
     On a host without a GPU its state silently becomes MULTI_CPU, that is DDP, because
     `accelerate/state.py` (1.15) grants FSDP to GPU-like types only, though its FSDP2 code runs on
     CPUs as it is. The receipt refuses a run where this did not take: a DTensor is what counts.
-    test_receipts.py::test_accelerate_still_falls_back tells when this can go.
+    test_workarounds.py tells when this can go.
     """
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType

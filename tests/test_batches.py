@@ -1,0 +1,127 @@
+"""Which samples a step sees depends on its seed alone, and each is seen once an epoch."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from hybrid.data import batches
+from hybrid.data.batches import BatchPlan, load
+
+SHARES = [1, 2, 3, 4]
+
+
+def flatten(pieces: list[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(pieces))
+
+
+def used(plan: BatchPlan, step: int) -> list[int]:
+    """What all shares together take at a step, in their order."""
+    return flatten([flatten(plan.micro_batch_ids(step, s)) for s in range(plan.shares)])
+
+
+def samples(size: int = 5) -> TensorDataset:
+    """Sample i has inputs (2i, 2i + 1) and target i."""
+    return TensorDataset(torch.arange(2.0 * size).reshape(size, 2), torch.arange(size))
+
+
+def test_a_plan_is_a_pure_function_of_seed_step_and_share() -> None:
+    plan = BatchPlan(50, 8, 3, 2, seed=4)
+    places = [(step, share) for step in range(20) for share in range(3)]
+    once = {place: plan.micro_batch_ids(*place) for place in places}
+    torch.manual_seed(99)
+    batches._last_order.clear()
+    again = BatchPlan(50, 8, 3, 2, seed=4)
+    for place in reversed(places):
+        BatchPlan(50, 8, 3, 2, seed=5).batch(place[0])  # another plan between two calls
+        assert again.micro_batch_ids(*place) == once[place]
+
+
+def test_asking_for_a_batch_leaves_torch_and_the_plan_alone() -> None:
+    before = torch.get_rng_state()
+    plan = BatchPlan(30, 7, 1, 1, seed=0)
+    first = plan.batch(0)
+    expected = list(first)
+    first.clear()
+    assert plan.batch(0) == expected
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("shares", SHARES)
+@pytest.mark.parametrize(("total", "batch"), [(24, 8), (100, 24), (37, 10), (5, 7), (13, 1)])
+def test_each_sample_is_used_once_an_epoch(shares: int, total: int, batch: int) -> None:
+    for micro_batches in (1, 2, 5):
+        plan = BatchPlan(total, batch, shares, micro_batches, seed=1)
+        per_epoch = plan.steps_per_epoch
+        assert (per_epoch - 1) * batch < total <= per_epoch * batch
+        for epoch in range(3):
+            steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+            assert sorted(flatten([used(plan, s) for s in steps])) == list(range(total))
+
+
+@pytest.mark.parametrize("seed", [0, None])
+def test_the_global_batch_depends_on_no_layout(seed: int | None) -> None:
+    alone = BatchPlan(37, 10, 1, 1, seed)
+    for shares, micro_batches in itertools.product(SHARES, (1, 2, 3, 11)):
+        plan = BatchPlan(37, 10, shares, micro_batches, seed)
+        for step in range(9):
+            assert plan.batch(step) == alone.batch(step) == used(plan, step)
+
+
+def test_shares_and_micro_batches_differ_by_at_most_one_sample() -> None:
+    plan = BatchPlan(100, 23, 4, 3, seed=0)
+    for step in range(5):
+        shares = [plan.micro_batch_ids(step, s) for s in range(4)]
+        sizes = [len(flatten(s)) for s in shares]
+        assert max(sizes) - min(sizes) <= 1
+        for share in shares:
+            pieces = [len(p) for p in share]
+            assert len(pieces) == 3 and max(pieces) - min(pieces) <= 1
+
+
+def test_a_share_smaller_than_its_micro_batches_has_empty_ones() -> None:
+    plan = BatchPlan(2, 2, 2, 2, seed=None)
+    assert plan.micro_batch_ids(0, 0) == [[0], []]
+    assert plan.micro_batch_ids(0, 1) == [[1], []]
+    assert BatchPlan(1, 1, 2, 2, seed=None).micro_batch_ids(0, 1) == [[], []]
+
+
+def test_seeds_and_epochs_have_orders_of_their_own() -> None:
+    orders = {
+        (seed, epoch): tuple(BatchPlan(40, 40, 1, 1, seed).batch(epoch))
+        for seed in (0, 1, 2, 2**63 - 1)
+        for epoch in range(4)
+    }
+    assert len(set(orders.values())) == len(orders)
+    assert tuple(range(40)) not in orders.values()
+
+
+def test_no_seed_keeps_the_order_of_the_set() -> None:
+    plan = BatchPlan(10, 4, 2, 1, seed=None)
+    ids = [plan.batch(step) for step in range(6)]
+    assert ids == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]] * 2
+    assert plan.micro_batch_ids(0, 1) == [[2, 3]]
+
+
+def test_loading_gives_the_samples_of_the_ids_in_their_order() -> None:
+    got = load(samples(), [3, 1])
+    assert got.input.tolist() == [[6, 7], [2, 3]] and got.target.tolist() == [3, 1]
+    assert got.ids.tolist() == [3, 1] and got.ids.dtype == torch.int64
+
+
+def test_loading_pads_to_a_size_and_names_only_real_samples() -> None:
+    got = load(samples(), [3, 1], size=4)
+    assert got.input.tolist() == [[6, 7], [2, 3], [0, 1], [0, 1]]
+    assert got.target.tolist() == [3, 1, 0, 0] and got.ids.tolist() == [3, 1]
+    assert load(samples(), [2, 4], size=2).target.tolist() == [2, 4]
+
+
+def test_an_empty_micro_batch_has_one_row_and_no_ids() -> None:
+    got = load(samples(), [])
+    assert got.input.shape == (1, 2) and got.target.shape == (1,)
+    assert got.ids.shape == (0,) and got.ids.dtype == torch.int64
+    padded = load(samples(), [], size=3)
+    assert padded.input.shape == (3, 2) and padded.ids.shape == (0,)

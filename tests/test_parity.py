@@ -1,0 +1,252 @@
+"""The verdict names the first difference and its cause, and excuses only what rounding explains."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import numpy
+import pytest
+
+from hybrid import records
+from hybrid.parity import TOLERANCES, Run, judge, relative, weight_difference
+from hybrid.records import EvalResult, Parity, Receipt, Record, StepRecord, Weights
+
+STEPS = 40
+FACTORS = {"micro-batches": 2, "data-parallel ranks": 3}
+NAMES = [f"{layer}.{kind}" for layer in range(4) for kind in ("weight", "bias")]
+START = {name: 1.0 + i for i, name in enumerate(NAMES)}
+UPDATES = {name: 0.01 * (1 + i) for i, name in enumerate(NAMES)}
+CUT = Receipt(True, {"layers_by_stage": [[0, 1], [2, 3]]})
+
+
+def make_weights(scale: dict[str, float] | None = None) -> Weights:
+    """Projections, with the first update of some tensors multiplied by `scale`."""
+    by = scale or {}
+    return Weights(START, {n: START[n] + by.get(n, 1.0) * UPDATES[n] for n in NAMES})
+
+
+def make_run(**changes: Any) -> Run:
+    """A run that agrees with every other one of these, but for `changes` of its record."""
+    steps = [StepRecord(n, 2.0 - n / 40, 1.5, 0.1, 24, f"{n:016x}") for n in range(STEPS)]
+    record = Record(
+        "ddp",
+        "ok",
+        steps=steps,
+        eval=EvalResult(0.5, 1000, 900, 0.9, "0a"),
+        weights=make_weights(),
+        receipt=CUT,
+    )
+    tensors = {n: numpy.linspace(-1, 1, 5, dtype="float32") for n in NAMES}
+    return Run(dataclasses.replace(record, **changes), tensors)
+
+
+def at_steps(which: range | list[int], **factors: float) -> Run:
+    """A run whose quantities are multiplied by `factors` at some steps."""
+    steps = list(make_run().record.steps)
+    for n in which:
+        changed = {key: getattr(steps[n], key) * by for key, by in factors.items()}
+        steps[n] = dataclasses.replace(steps[n], **changed)
+    return make_run(steps=steps)
+
+
+def with_weights(name: str, by: float) -> Run:
+    """A run whose last element of one final tensor is off by the factor `by`."""
+    run = make_run()
+    changed = run.weights[name].copy()
+    changed[-1] *= by
+    return Run(run.record, {**run.weights, name: changed})
+
+
+def verdict(run: Run, *controls: Run, factors: dict[str, int] = FACTORS) -> Parity:
+    return judge(run, make_run(), "single", TOLERANCES["fp32"], factors, controls)
+
+
+def first(run: Run, *controls: Run, **more: Any) -> tuple[int | None, str, str | None]:
+    """Step, quantity and cause of the first difference."""
+    found = verdict(run, *controls, **more).first_difference
+    assert found is not None, "the run passed"
+    return found.step, found.quantity, found.likely_cause
+
+
+def test_equal_runs_are_equal() -> None:
+    result = verdict(make_run())
+    assert result.ok and result.first_difference is None and result.excused == []
+    assert (result.max_loss_diff, result.max_grad_norm_diff, result.max_weight_diff) == (0, 0, 0)
+    assert result.reference == "single" and result.tolerance == TOLERANCES["fp32"]
+
+
+@pytest.mark.parametrize("quantity", ["loss", "grad_norm"])
+def test_a_difference_counts_from_the_tolerance_on(quantity: str) -> None:
+    tolerance = TOLERANCES["fp32"][quantity]
+    assert verdict(at_steps([3], **{quantity: 1 + 0.9 * tolerance})).ok
+    assert first(at_steps([3], **{quantity: 1 + 1.1 * tolerance}))[:2] == (3, quantity)
+
+
+def test_the_first_of_many_differences_is_named() -> None:
+    result = verdict(at_steps(range(3, STEPS), loss=1.01, grad_norm=1.2))
+    found = result.first_difference
+    assert found is not None and (found.step, found.quantity) == (3, "loss")
+    assert found.expected == pytest.approx(2.0 - 3 / 40)
+    assert found.got == pytest.approx(1.01 * (2.0 - 3 / 40))
+    assert result.max_loss_diff == pytest.approx(0.01)
+    assert result.max_grad_norm_diff == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("scale", "cause"),
+    [
+        (2.0, "2 times too large: not divided by the number of micro-batches"),
+        (3.0, "3 times too large: not divided by the number of data-parallel ranks"),
+        (1 / 2, "2 times too small: divided twice by the number of micro-batches"),
+        (1 / 3, "3 times too small: divided twice by the number of data-parallel ranks"),
+        (6.0, "6 times too large: not divided by the number of micro-batches x data-parallel"),
+    ],
+)
+def test_a_scaled_gradient_is_explained(scale: float, cause: str) -> None:
+    step, quantity, said = first(at_steps(range(STEPS), grad_norm=scale))
+    assert (step, quantity) == (0, "grad_norm")
+    assert said is not None and said.startswith(f"gradients {cause}")
+
+
+def test_a_ratio_that_is_no_factor_is_not_explained() -> None:
+    assert first(at_steps(range(STEPS), grad_norm=2.5))[2] is None
+    one = {"micro-batches": 1, "data-parallel ranks": 1}
+    assert first(at_steps(range(STEPS), grad_norm=2.0), factors=one)[2] is None
+
+
+def test_other_samples_are_named_before_their_loss() -> None:
+    steps = list(make_run().record.steps)
+    steps[4] = dataclasses.replace(steps[4], sample_digest="ff", loss=9.0)
+    got = first(make_run(steps=steps))
+    assert got == (4, "sample_digest", "other samples in the batch")
+    steps[2] = dataclasses.replace(steps[2], samples=23)
+    assert first(make_run(steps=steps)) == (2, "samples", "other samples in the batch")
+
+
+def test_another_learning_rate_schedule_is_named() -> None:
+    got = first(at_steps([5], lr=1.001, loss=1.1))
+    assert got == (5, "lr", "another learning-rate schedule")
+
+
+def test_other_initial_weights_are_named() -> None:
+    other = Weights({**START, "2.bias": 7.0}, make_weights().after_first_step)
+    run = make_run(weights=other, steps=at_steps(range(STEPS), loss=1.1).record.steps)
+    assert first(run) == (0, "initial weights of 2.bias", "other initial weights")
+    missing = Weights({n: v for n, v in START.items() if n != "0.bias"}, other.after_first_step)
+    assert first(make_run(weights=missing))[1] == "initial weights of 0.bias"
+
+
+def test_one_stage_with_its_own_rate_is_named() -> None:
+    tenfold = make_weights({n: 10.0 for n in NAMES if n[0] in "23"})
+    run = make_run(weights=tenfold, steps=at_steps(range(1, STEPS), loss=1.1).record.steps)
+    step, quantity, cause = first(run)
+    assert (step, quantity) == (1, "loss") and cause is not None
+    assert cause.startswith("one stage only: the first update of stage 1 (layers [2, 3]) is 10 tim")
+
+
+def test_updates_off_everywhere_or_across_stages_are_no_stage() -> None:
+    steps = at_steps(range(1, STEPS), loss=1.1).record.steps
+    everywhere = make_run(weights=make_weights(dict.fromkeys(NAMES, 10.0)), steps=steps)
+    assert "another learning rate" in str(first(everywhere)[2])
+    across = make_weights({"1.bias": 10.0, "2.bias": 10.0})
+    assert "only layers [1, 2]" in str(first(make_run(weights=across, steps=steps))[2])
+
+
+def test_a_difference_in_the_evaluation_is_found() -> None:
+    one_off = EvalResult(0.5, 1000, 899, 0.899, "0b")
+    assert first(make_run(eval=one_off))[:2] == (None, "eval correct")
+    assert first(make_run(eval=EvalResult(0.5, 999, 900)))[:2] == (None, "eval samples")
+    assert first(make_run(eval=EvalResult(0.6, 1000, 900)))[:2] == (None, "eval loss")
+
+
+@pytest.mark.parametrize("absent", [None, EvalResult(0.5, 1000)])
+def test_an_absent_evaluation_does_not_pass(absent: EvalResult | None) -> None:
+    assert not verdict(make_run(eval=absent)).ok
+
+
+@pytest.mark.parametrize("kept", [0, 39])
+def test_missing_steps_are_found(kept: int) -> None:
+    short = make_run(steps=make_run().record.steps[:kept])
+    found = verdict(short, make_run()).first_difference
+    assert found is not None and (found.step, found.quantity) == (kept, "steps")
+    assert (found.got, found.expected) == (kept, STEPS)
+
+
+@pytest.mark.parametrize("quantity", ["loss", "grad_norm"])
+def test_a_late_difference_needs_a_control_that_differs(quantity: str) -> None:
+    run = at_steps([30], **{quantity: 1.01})
+    assert first(run)[:2] == (30, quantity)
+    assert first(run, make_run())[:2] == (30, quantity)
+    assert first(run, at_steps([30], **{quantity: 1.0024}))[:2] == (30, quantity)
+    assert first(run, at_steps([29], **{quantity: 1.5}))[:2] == (30, quantity)
+    result = verdict(run, make_run(), at_steps([30], **{quantity: 1.0026}))
+    assert result.ok and len(result.excused) == 1
+    excused = result.excused[0]
+    assert (excused["step"], excused["quantity"]) == (30, quantity)
+    assert excused["difference"] == pytest.approx(0.01)
+    assert excused["control"] == pytest.approx(0.0026)
+
+
+def test_an_early_difference_is_never_excused() -> None:
+    def off(step: int) -> Run:
+        return at_steps([step], loss=1.01)
+
+    assert first(off(19), off(19))[:2] == (19, "loss")
+    assert verdict(off(20), off(20)).ok
+
+
+def test_other_samples_and_rates_are_never_excused() -> None:
+    run = at_steps([30], lr=1.01)
+    assert first(run, run)[:2] == (30, "lr")
+    steps = list(make_run().record.steps)
+    steps[30] = dataclasses.replace(steps[30], sample_digest="ff")
+    assert first(make_run(steps=steps), make_run(steps=steps))[:2] == (30, "sample_digest")
+
+
+def test_a_real_difference_after_an_excused_one_is_named() -> None:
+    run = at_steps([30, 35], loss=1.01)
+    result = verdict(run, at_steps([30], loss=1.01))
+    assert [e["step"] for e in result.excused] == [30]
+    assert result.first_difference is not None and result.first_difference.step == 35
+
+
+def test_final_weights_are_compared_by_tensor() -> None:
+    assert verdict(with_weights("1.weight", 1 + 5e-6)).ok
+    run = with_weights("1.weight", 1.01)
+    assert first(run)[:2] == (None, "weights of 1.weight")
+    assert first(run, with_weights("0.bias", 1.001))[:2] == (None, "weights of 1.weight")
+    assert verdict(run).max_weight_diff == pytest.approx(0.01, rel=1e-4)
+    assert verdict(run, with_weights("0.bias", 1.01)).ok
+
+
+def test_a_missing_weight_tensor_is_found_and_never_excused() -> None:
+    whole = make_run()
+    partial = Run(whole.record, {n: w for n, w in whole.weights.items() if n != "3.bias"})
+    assert first(partial, with_weights("0.bias", 2.0))[1] == "weights of 3.bias"
+    extra = Run(whole.record, {**whole.weights, "4.bias": whole.weights["0.bias"]})
+    assert first(extra)[1] == "weights of 4.bias"
+
+
+def test_weights_that_are_not_numbers_do_not_pass() -> None:
+    run = with_weights("1.weight", math.nan)
+    assert first(run)[1] == "weights of 1.weight"
+    assert first(run, with_weights("1.weight", 2.0))[1] == "weights of 1.weight"
+    assert not verdict(at_steps([3], loss=math.nan)).ok
+    assert not verdict(run, run).ok, "a control of NaN excused NaN"
+
+
+def test_a_verdict_of_any_outcome_can_be_written() -> None:
+    assert json.loads(records.dumps(verdict(make_run())))["ok"] is True
+    for run in (with_weights("1.weight", math.nan), Run(make_run().record, {})):
+        assert json.loads(records.dumps(verdict(run)))["ok"] is False
+
+
+def test_relative_differences_by_hand() -> None:
+    assert relative(0.0, 0.0) == 0 and relative(1.0, 0.0) == math.inf
+    assert relative(3.0, -2.0) == 2.5 and relative(math.nan, 1.0) == math.inf
+    near = {"a": numpy.array([2.0, 0.0]), "b": numpy.array([1.0])}
+    far = {"a": numpy.array([2.0, 0.5]), "b": numpy.array([1.1])}
+    assert weight_difference(far, near) == (pytest.approx(0.25), "a")

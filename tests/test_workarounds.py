@@ -1,0 +1,38 @@
+"""Each work-around is still needed: when a test here fails, an engine was mended and it can go."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.test_faults import compare_with
+
+FALL_BACK = """
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+print(Accelerator(cpu=True, fsdp_plugin=plugin).distributed_type.name)
+"""
+
+
+def test_accelerate_still_turns_fsdp_into_ddp_on_a_cpu() -> None:
+    """hybrid/strategies/_accelerate.py::_keep_fsdp"""
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    done = subprocess.run(
+        [sys.executable, "-c", FALL_BACK],
+        env=os.environ | rank | {"MASTER_PORT": "0", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split()[-1:] == ["MULTI_CPU"], done.stdout + done.stderr
+
+
+def test_deepspeed_still_clips_stages_by_the_first_one_s_norm(tmp_path: Path) -> None:
+    """hybrid/strategies/_stages.py::StageEngine._clip"""
+    result = compare_with("deepspeed_clips_alone", "pipeline", tmp_path, train__clip_norm=0.05)
+    first = result.parity["pipeline"].first_difference
+    assert first is not None and first.step == 1 and first.quantity == "loss", first
+    assert first.likely_cause and "first update" in first.likely_cause, first
