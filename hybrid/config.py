@@ -13,11 +13,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 
 class JobError(ValueError):
     """The job or the command line is wrong; the message is one line for its author (exit 2)."""
+
+
+def _no_bool(value: Any) -> Any:
+    """A literal 1 would take True."""
+    return repr(value) if isinstance(value, bool) else value
 
 
 class _Section(BaseModel):
@@ -28,18 +41,30 @@ Positive = Annotated[int, Field(ge=1)]
 Partition = Literal["uniform", "parameters"] | Annotated[list[Positive], Field(min_length=1)]
 
 
+def _storable(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as every rank will read them back from `job.json`."""
+    try:
+        json.dumps(options, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"options hold finite numbers, texts, lists and tables: {error}") from None
+    return options
+
+
+Options = Annotated[dict[str, Any], AfterValidator(_storable)]
+
+
 class Model(_Section):
     """`name`: linear, mlp, or package.module:function; `options`: its keyword arguments."""
 
     name: str
-    options: dict[str, Any] = {}
+    options: Options = {}
 
 
 class Data(_Section):
     """`name`: random, mnist, or package.module:function; `options`: its keyword arguments."""
 
     name: str
-    options: dict[str, Any] = {}
+    options: Options = {}
 
 
 class Optimizer(_Section):
@@ -48,7 +73,9 @@ class Optimizer(_Section):
     name: Literal["sgd", "adamw"]
     lr: float = Field(gt=0)
     momentum: float = Field(default=0.0, ge=0, lt=1)
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), strict=False)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=[0.9, 0.999], min_length=2, max_length=2
+    )
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
 
@@ -138,13 +165,11 @@ class Pipeline(StrategySettings):
 class TwoD(Pipeline):
     """`zero_stage`: 0 replicates the optimizer state over columns, 1 shards it."""
 
-    zero_stage: Literal[0, 1] = 1
+    zero_stage: Annotated[Literal[0, 1], BeforeValidator(_no_bool)] = 1
 
 
 class Strategies(_Section):
     """Settings of one strategy each: [strategy.NAME]."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_by_name=True)
 
     single: StrategySettings = StrategySettings()
     ddp: Ddp = Ddp()
@@ -249,7 +274,9 @@ def _parse_pair(text: str) -> tuple[str, Any]:
 
 def _assign(data: dict[str, Any], key: str, value: Any) -> None:
     if key in _INSTEAD:  # of the two lengths of a run, the override is the one that counts
-        data.get("train", {}).pop(_INSTEAD[key], None)
+        train = data.get("train")
+        if isinstance(train, dict):
+            train.pop(_INSTEAD[key], None)
     *parents, last = key.split(".")
     for parent in parents:
         data = data.setdefault(parent, {})

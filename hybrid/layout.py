@@ -80,11 +80,12 @@ def fill_degrees(nproc: int, first: int | None, second: int | None, names: str) 
     """
     if first is None and second is None:
         return 1, nproc
-    first = first or (nproc // second if second else 1)
-    second = second or nproc // first
-    if first * second != nproc:
+    if first and second and first * second != nproc:
         raise LayoutError(f"{names}: {first} x {second} is not {nproc} processes")
-    return first, second
+    given = first or second or 1
+    if nproc % given:
+        raise LayoutError(f"{names}: {first or '?'} x {second or '?'} is not {nproc} processes")
+    return first or nproc // given, second or nproc // given
 
 
 def split_sizes(total: int, parts: int) -> list[int]:

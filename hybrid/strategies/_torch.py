@@ -6,6 +6,7 @@ batch that was really used, padding left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,9 @@ def build_optimizer(job: Job, parameters: Iterable[nn.Parameter]) -> torch.optim
     trained = [p for p in parameters if p.requires_grad]
     if o.name == "sgd":
         return torch.optim.SGD(trained, o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
-    return torch.optim.AdamW(trained, o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    return torch.optim.AdamW(
+        trained, o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, weight_decay=o.weight_decay
+    )
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
@@ -178,7 +181,9 @@ def step_result(rows: Sequence[Sequence[int | float]], expected: int | None) -> 
     for what, column in (("gradient norm", -2), ("learning rate", -1)):
         values = [float(row[column]) for row in rows]
         for rank, value in enumerate(values):
-            if abs(value - values[0]) > RANKS_AGREE * abs(values[0]):
+            if not math.isclose(value, values[0], rel_tol=RANKS_AGREE) and not (
+                math.isnan(value) and math.isnan(values[0])  # all of them: the loop says so
+            ):
                 raise RunError(
                     f"rank {rank} has {what} {value:.9g}, rank 0 has {values[0]:.9g}: "
                     "what all ranks share was not reduced over all of them"
