@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .compare import compare
-    from .config import Job, JobError, load_job
+    from .config import Job, JobError
     from .data.batches import BatchPlan, MicroBatch, load
+    from .job_file import load_job
     from .strategies.registry import open_engine
     from .train import train
 
@@ -28,7 +29,7 @@ _HOMES = {
     "MicroBatch": "data.batches",
     "compare": "compare",
     "load": "data.batches",
-    "load_job": "config",
+    "load_job": "job_file",
     "open_engine": "strategies.registry",
     "train": "train",
 }

@@ -118,9 +118,9 @@ def strategies(json: Json = False) -> None:
 
 
 def _load(path: Path, overrides: list[str] | None) -> Any:
-    from .config import load_job
     from .data import SOURCES
     from .importing import check_name
+    from .job_file import load_job
     from .models import FAMILIES
 
     job = load_job(path, overrides or [])
@@ -148,7 +148,7 @@ def _train_as_rank(job: Any, strategy: str, nproc: int | None, out: Path) -> Any
 def _train_by_launching(job: Any, strategy: str, nproc: int | None, out: Path) -> Any:
     from . import launch, records
     from .compare import default_nproc
-    from .config import to_dict
+    from .job_file import to_dict
     from .prepare import prepare
     from .strategies import registry
 

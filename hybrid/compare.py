@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import environment, launch, records, report
-from .config import Job, JobError, to_dict
+from .config import Job, JobError
+from .job_file import to_dict
 from .layout import Layout, LayoutError
 from .parity import NEVER_EXCUSED_STEPS, TOLERANCES, Run, judge
 from .records import Comparison, Parity, Record

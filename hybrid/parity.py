@@ -70,28 +70,7 @@ def judge(
 
     factors: what a wrong scale would be a multiple of, by its name (micro-batches, ...).
     """
-    excused: list[dict[str, Any]] = []
-    first = None
-    for found in _differences(run, reference, tolerance):
-        allowed = _noise(found, reference, controls)
-        if allowed is not None and allowed >= SHARE_OF_CONTROL * found.size < math.inf:
-            excused.append(
-                {
-                    "step": found.step,
-                    "quantity": found.quantity,
-                    "difference": found.size,
-                    "control": allowed,
-                }
-            )
-            continue
-        first = Difference(
-            found.step,
-            found.quantity,
-            _writable(found.got),
-            _writable(found.expected),
-            likely_cause(run.record, reference.record, found.quantity, factors),
-        )
-        break
+    first, excused = _first_unexcused(run, reference, tolerance, factors, controls)
     steps = list(zip(run.record.steps, reference.record.steps, strict=False))
     return Parity(
         ok=first is None,
@@ -103,6 +82,32 @@ def judge(
         max_grad_norm_diff=_greatest(relative(a.grad_norm, b.grad_norm) for a, b in steps),
         excused=excused,
     )
+
+
+def _first_unexcused(
+    run: Run,
+    reference: Run,
+    tolerance: Mapping[str, float],
+    factors: Mapping[str, int],
+    controls: Sequence[Run],
+) -> tuple[Difference | None, list[dict[str, Any]]]:
+    """The first difference that rounding does not explain, and those before it that it does."""
+    excused: list[dict[str, Any]] = []
+    for found in _differences(run, reference, tolerance):
+        allowed = _noise(found, reference, controls)
+        if allowed is None or not allowed >= SHARE_OF_CONTROL * found.size < math.inf:
+            cause = likely_cause(run.record, reference.record, found.quantity, factors)
+            got, expected = _writable(found.got), _writable(found.expected)
+            return Difference(found.step, found.quantity, got, expected, cause), excused
+        excused.append(
+            {
+                "step": found.step,
+                "quantity": found.quantity,
+                "difference": found.size,
+                "control": allowed,
+            }
+        )
+    return None, excused
 
 
 def _writable(value: Any) -> Any:

@@ -12,7 +12,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 import hybrid
-from hybrid.config import Job, JobError, load_job, resolve_lengths, to_dict
+from hybrid.config import Job, JobError, resolve_lengths
+from hybrid.job_file import load_job, to_dict
 from hybrid.strategies.registry import NAMES
 
 JOB: dict[str, Any] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hybrid import records
-from hybrid.config import to_dict
+from hybrid.job_file import to_dict
 from tests.conftest import ROOT, small_job
 
 WITHIN_S = 30

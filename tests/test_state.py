@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from hybrid import launch, records
-from hybrid.config import to_dict
+from hybrid.job_file import to_dict
 from hybrid.strategies.registry import NAMES
 from tests.conftest import ROOT, small_job
 

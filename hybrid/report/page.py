@@ -9,8 +9,8 @@ from typing import Any
 
 from hybrid import records
 from hybrid.records import Comparison
-from hybrid.report import plots
 from hybrid.report.markdown import markdown
+from hybrid.report.plots import Bars, Curves, bars, curves
 from hybrid.report.verdict import HEADERS, LEGEND, build_rows, format_value, judge, verdict
 
 
@@ -36,9 +36,9 @@ def html(comparison: Comparison) -> str:
             *(f"<p>{escape(detail)}</p>" for detail in said.details),
             f"</header><main><p class=soft>{escape(_job_line(comparison))}</p>",
             f"<h2>Results and costs</h2>{_table(comparison)}<p class=soft>{escape(LEGEND)}</p>",
-            *_draw_curves(plots.curves(comparison)),
+            *_draw_curves(curves(comparison)),
             '<div class="plots">',
-            *map(_draw_bars, plots.bars(comparison)),
+            *map(_draw_bars, bars(comparison)),
             "</div><h2>Receipts</h2><p class=soft>What really ran, read off the live objects.</p>",
             *(_receipt(comparison, name, *run[:2]) for name, run in judge(comparison).items()),
             "<h2>Job and machine</h2>",
@@ -71,7 +71,7 @@ def _table(comparison: Comparison) -> str:
     )
 
 
-def _draw_curves(found: Iterable[plots.Curves]) -> Iterable[str]:
+def _draw_curves(found: Iterable[Curves]) -> Iterable[str]:
     """The first figure brings plotly's JavaScript along, so that none is fetched."""
     try:
         from plotly.io import to_html
@@ -89,7 +89,7 @@ def _draw_curves(found: Iterable[plots.Curves]) -> Iterable[str]:
         )
 
 
-def _draw_bars(found: plots.Bars) -> str:
+def _draw_bars(found: Bars) -> str:
     """Names, bars and figures in three columns. Resting on a piece of a bar tells what it is."""
     lines = [line for _, lines in found.rows.values() for line in lines]
     longest = max(sum(length for _, length, _ in line) for line in lines) or 1
