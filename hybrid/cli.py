@@ -24,9 +24,19 @@ app = typer.Typer(
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job: a TOML file.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
+
+
+def _processes(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise typer.BadParameter(f"{text!r} is no number of processes; valid: 1 or more")
+    return int(text)
+
+
 Nproc = Annotated[
     int | None,
-    typer.Option(min=1, help="Processes. Left out: what the job's [parallel] says, or 2."),
+    typer.Option(
+        parser=_processes, metavar="N", help="Processes. Left out: as [parallel] says, or 2."
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -162,7 +172,7 @@ def _train_by_launching(job: Any, strategy: str, nproc: int | None, out: Path) -
     watcher.started(strategy, prepared.job.train.steps or 0, out)
     try:
         arguments = ["train", str(file), "--strategy", strategy, "--out", str(out)]
-        launch.run(_processes(layout, job, strategy), arguments, out, watcher.poll)
+        launch.run(_num_ranks(layout, job, strategy), arguments, out, watcher.poll)
         record = records.read(records.Record, out / "record.json")
         watcher.finished(strategy, record)
     finally:
@@ -170,7 +180,7 @@ def _train_by_launching(job: Any, strategy: str, nproc: int | None, out: Path) -
     return record
 
 
-def _processes(layout: Any, job: Any, strategy: str) -> int:
+def _num_ranks(layout: Any, job: Any, strategy: str) -> int:
     emulating = strategy == "local_sgd" and job.strategy.local_sgd.emulate_replicas
     return 1 if emulating else layout.world_size
 
@@ -201,20 +211,21 @@ def _keep_stdout() -> None:
     os.dup2(2, 1)
 
 
+# Every error of the command line is of this class, which typer has from click or, of late, as a
+# copy of its own (typer._click); this finds it in both.
+_USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
 def main() -> None:
     """Run the command line and leave with its exit status."""
-    import click
-
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if "--json" in sys.argv:
         _keep_stdout()
     try:
         status = app(standalone_mode=False)
-    except click.exceptions.Exit as leave:
-        status = leave.exit_code
-    except click.ClickException as error:
+    except _USAGE_ERROR as error:
         status = _say(error.format_message(), 2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         status = _say("interrupted", 130)
     except Exception as error:
         status = _explain(error)

@@ -91,7 +91,7 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
 def _one_line(error: ValidationError) -> str:
     """The first error of a validation as `field = value: what is wrong; what is valid`."""
     errors = error.errors(include_url=False)
-    first = errors[0]
+    first = min(errors, key=lambda e: e["type"] == "missing")  # what is there before what is not
     field, valid = _locate(first["loc"])
     if first["type"] == "extra_forbidden":
         unknown = str(first["loc"][-1])

@@ -52,6 +52,8 @@ def weight_difference(got: Arrays, expected: Arrays) -> tuple[float, str]:
         return float("inf"), odd[0]
     worst = (0.0, "")
     for name, reference in expected.items():
+        if got[name].shape != reference.shape:
+            return math.inf, name
         away = float(abs(got[name].astype("float64") - reference.astype("float64")).max())
         size = float(abs(reference).max())
         worst = max(worst, (relative(size + away, size), name))
@@ -133,15 +135,15 @@ class _Found:
 def _differences(run: Run, reference: Run, tolerance: Mapping[str, float]) -> list[_Found]:
     """Everything past its tolerance, in the order in which it happened."""
     found = _start_differences(run.record, reference.record)
-    if len(run.record.steps) != len(reference.record.steps):
-        counts = len(run.record.steps), len(reference.record.steps)
-        found.append(_Found(min(counts), "steps", *counts, float("inf")))
     for got, expected in zip(run.record.steps, reference.record.steps, strict=False):
         for quantity in ("samples", "sample_digest", "lr", "loss", "grad_norm"):
             a, b = getattr(got, quantity), getattr(expected, quantity)
             size = float(a != b) if isinstance(a, str) else relative(a, b)
             if size > tolerance.get(quantity, 1e-12):
                 found.append(_Found(got.step, quantity, a, b, size))
+    if len(run.record.steps) != len(reference.record.steps):
+        counts = len(run.record.steps), len(reference.record.steps)
+        found.append(_Found(min(counts), "steps", *counts, math.inf))
     size, name = weight_difference(run.weights, reference.weights)
     if size > tolerance["weights"]:
         found.append(_Found(None, f"weights of {name}", size, 0.0, size))
@@ -215,8 +217,8 @@ def likely_cause(
         return "another learning-rate schedule"
     if quantity not in ("loss", "grad_norm") or not run.steps or not reference.steps:
         return None
-    ratio = run.steps[0].grad_norm / reference.steps[0].grad_norm
-    scale = _explain_ratio(ratio, factors)
+    expected = reference.steps[0].grad_norm
+    scale = expected and _explain_ratio(run.steps[0].grad_norm / expected, factors)
     if scale:
         return f"gradients {scale}"
     return _explain_updates(run, reference)

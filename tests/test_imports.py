@@ -18,12 +18,12 @@ COMMAND += "except SystemExit as end: assert end.code == 0, end.code"
 
 
 def run_python(code: str) -> str:
-    """What a fresh interpreter prints."""
+    """What a fresh interpreter prints, on both streams."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,9 @@ def run_python(code: str) -> str:
     ],
 )
 def test_costs_no_torch(code: str) -> None:
-    loaded = run_python(f"{code}\nimport sys\nprint('loaded:', *sorted(sys.modules))")
+    loaded = run_python(
+        f"{code}\nimport sys\nprint('loaded:', *sorted(sys.modules), file=sys.stderr)"
+    )
     modules = loaded.rpartition("loaded:")[2].split()
     assert "sys" in modules
     assert not set(HEAVY) & set(modules)

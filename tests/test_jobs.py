@@ -58,7 +58,8 @@ def check_costs(result: dict[str, Any], nproc: int) -> None:
         sent, wire = record["comm"]["bytes_per_step"], record["comm"]["tcp_bytes_per_step"]
         assert sum(wire) == pytest.approx(sum(sent), rel=0.05), name
     single, ddp = (max(records[n]["memory"]["peak_bytes"]) for n in ("single", "ddp"))
-    assert ddp - single == pytest.approx(parameters, rel=0.1), "DDP's buckets are one more copy"
+    # DDP's buckets are one more copy; its micro-batches, and so its activations, are smaller
+    assert ddp - single == pytest.approx(parameters, rel=0.2)
     assert max(records["fsdp"]["memory"]["peak_bytes"]) < single
 
 

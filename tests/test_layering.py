@@ -29,7 +29,7 @@ strategies._deepspeed
 strategies._partition strategies._ds_config strategies._torch
 strategies.base
 data models
-importing schedule processes environment
+importing schedule processes environment job_file
 config
 layout records
 """

@@ -123,7 +123,7 @@ def test_other_samples_are_named_before_their_loss() -> None:
     got = first(make_run(steps=steps))
     assert got == (4, "sample_digest", "other samples in the batch")
     steps[2] = dataclasses.replace(steps[2], samples=23)
-    assert first(make_run(steps=steps)) == (2, "samples", "other samples in the batch")
+    assert first(make_run(steps=steps))[:2] == (2, "samples")
 
 
 def test_another_learning_rate_schedule_is_named() -> None:
@@ -160,11 +160,7 @@ def test_a_difference_in_the_evaluation_is_found() -> None:
     assert first(make_run(eval=one_off))[:2] == (None, "eval correct")
     assert first(make_run(eval=EvalResult(0.5, 999, 900)))[:2] == (None, "eval samples")
     assert first(make_run(eval=EvalResult(0.6, 1000, 900)))[:2] == (None, "eval loss")
-
-
-@pytest.mark.xfail(strict=True, reason="bug: a run without an evaluation passes")
-def test_an_absent_evaluation_does_not_pass() -> None:
-    assert not verdict(make_run(eval=None)).ok
+    assert not verdict(make_run(eval=None)).ok, "an absent evaluation passed"
 
 
 @pytest.mark.parametrize("kept", [0, 39])
@@ -235,15 +231,9 @@ def test_weights_that_are_not_numbers_do_not_pass() -> None:
     assert first(run)[1] == "weights of 1.weight"
     assert first(run, with_weights("1.weight", 2.0))[1] == "weights of 1.weight"
     assert not verdict(at_steps([3], loss=math.nan)).ok
+    assert not verdict(run, run).ok, "a control of NaN excused NaN"
 
 
-@pytest.mark.xfail(strict=True, reason="bug: inf >= 0.25 * inf in judge")
-def test_a_control_that_is_not_a_number_excuses_nothing() -> None:
-    run = with_weights("1.weight", math.nan)
-    assert not verdict(run, run).ok
-
-
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="bug: inf is not JSON")
 def test_a_verdict_of_any_outcome_can_be_written() -> None:
     assert json.loads(records.dumps(verdict(make_run())))["ok"] is True
     for run in (with_weights("1.weight", math.nan), Run(make_run().record, {})):

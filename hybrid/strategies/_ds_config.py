@@ -36,7 +36,8 @@ def load(name: str, stage: int) -> dict[str, Any]:
         raise JobError(f"ds_config = {name!r}: holds a {type(config).__name__}, not an object")
     for key in config.keys() & OWNED_BY_JOB.keys():
         raise JobError(f"ds_config = {name!r}: {key}: set {OWNED_BY_JOB[key]} in the job instead")
-    found = config.get("zero_optimization", {}).get("stage", 0)
+    zero = config.get("zero_optimization", {})
+    found = zero.get("stage", 0) if isinstance(zero, dict) else zero
     if found != stage:
         raise JobError(
             f"ds_config = {name!r}: zero_optimization.stage = {found}: this strategy needs {stage}"
