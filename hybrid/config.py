@@ -151,7 +151,8 @@ class Zero(StrategySettings):
 
 
 class Pipeline(StrategySettings):
-    """`partition`: equal numbers of layers, equal parameters, or layers a stage ([2, 1, 1])."""
+    """`partition`: equal numbers of layers that have parameters, equal parameters, or layers a
+    stage ([2, 1, 1])."""
 
     partition: Partition = "uniform"
     ds_config: str | None = None

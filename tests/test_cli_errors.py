@@ -32,14 +32,14 @@ FILES = {
     "word.json": '"zero"',
     "number.json": json.dumps({"zero_optimization": 3}),
 }
-# name: (what follows `hybrid`, words of the line). ONE strategy is added where it says so.
+# name: (what follows `hybrid`, words of the line); `@NAME` is short for `--strategy NAME`.
 CASES: dict[str, tuple[list[str], list[str]]] = {
     "no such job": (["train", "nowhere.toml", "@ddp"], ["nowhere.toml", "cannot be read"]),
     "a folder": (["train", ".", "@ddp"], ["cannot be read", "directory"]),
     "not TOML": (["train", "bad.toml", "@ddp"], ["bad.toml", "not a TOML file", "line 1"]),
     "not UTF-8": (["train", "latin.toml", "@ddp"], ["latin.toml", "not a TOML file"]),
     "not sections": (["train", "list.json", "@ddp"], ["list.json", "list"]),
-    "a value for a section": (["train", "flat.toml", "@ddp"], ["train = 3"]),
+    "a value for a section": (["train", LINEAR, "@ddp", "--set", "train=3"], ["train = 3"]),
     "a key in a value": (
         ["train", "flat.toml", "@ddp", "--set", "train.steps=3"],
         ["train.steps", "not a section"],
@@ -172,7 +172,7 @@ def run(
 
 
 def spell(words: list[str]) -> list[str]:
-    """`@NAME` is short for `--strategy NAME`; results go to a folder of their own."""
+    """The words as typed, with a folder for the results."""
     spelt = [w for word in words for w in (["--strategy", word[1:]] if word[0] == "@" else [word])]
     return spelt if words[0] == "trian" else [*spelt, "--out", "results"]
 

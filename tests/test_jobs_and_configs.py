@@ -16,7 +16,7 @@ from hybrid.config import JobError, resolve_lengths
 from hybrid.job_file import to_dict
 from hybrid.prepare import prepare
 from hybrid.strategies import _ds_config
-from hybrid.strategies._partition import check_release
+from hybrid.strategies._partition import check_release, partition
 from hybrid.strategies.base import Unsupported
 from tests.conftest import JOBS, ROOT
 
@@ -112,3 +112,10 @@ def test_a_deepspeed_with_wrong_gradients_is_refused(release: str) -> None:
 @pytest.mark.parametrize("release", ["0.19.3", "0.19.8+cpu", "0.19.10", "0.20.0", "1.0.0"])
 def test_a_deepspeed_with_right_gradients_is_taken(release: str) -> None:
     check_release(release)
+
+
+def test_a_uniform_cut_leaves_no_stage_without_parameters() -> None:
+    alternating = [5, 0, 5, 0, 5, 0, 5]
+    assert partition("uniform", alternating, 4) == [range(2), range(2, 4), range(4, 6), range(6, 7)]
+    assert partition("uniform", [0, 5, 5, 0, 5], 2) == [range(4), range(4, 5)]
+    assert partition("uniform", [5] * 5, 2) == [range(3), range(3, 5)]

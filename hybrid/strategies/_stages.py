@@ -51,7 +51,7 @@ class StageEngine:
         self.micro_batch_size = micro_batch_size(
             job.train.global_batch, layout.dp, self.micro_batches
         )
-        sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+        sizes = [sum(p.numel() for p in x.parameters() if p.requires_grad) for x in layers]
         self.parts = partition(settings.partition, sizes, layout.pp)
         self.num_layers = len(layers)
         own = nn.Sequential(OrderedDict((str(i), layers[i]) for i in self.parts[self.stage]))
