@@ -16,14 +16,16 @@ import typer
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Train one job under every parallel strategy, prove the runs equal, measure their cost.",
 )
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job: a TOML file.")]
-Out = Annotated[Path, typer.Option(help="Folder for the results.")]
+Out = Annotated[
+    Path,
+    typer.Option(file_okay=False, metavar="DIR", help="Folder for the results."),
+]
 
 
 def _processes(text: str) -> int:
@@ -219,6 +221,8 @@ _USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == 
 def main() -> None:
     """Run the command line and leave with its exit status."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
     if "--json" in sys.argv:
         _keep_stdout()
     try:

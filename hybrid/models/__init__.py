@@ -29,7 +29,8 @@ def build_model(job: Job) -> tuple[list[nn.Module], Loss]:
 
     torch.manual_seed(job.train.seed)
     built = call_named("model", job.model.name, job.model.options, FAMILIES)
-    if not (isinstance(built, tuple) and len(built) == 2 and callable(built[1])):
+    two = isinstance(built, tuple) and len(built) == 2 and callable(built[1])
+    if not (two and isinstance(built[0], (list, tuple))):
         raise JobError(f"model.name = {job.model.name!r}: must return (layers, loss)")
     layers = list(built[0])
     for i, layer in enumerate(layers):
