@@ -68,8 +68,9 @@ _last_order: dict[str, Any] = {}  # one epoch's permutation: asked for at every 
 
 
 def _mix(seed: int, epoch: int) -> int:
-    """A seed of its own for each epoch; the odd constant keeps (s, e+1) off (s+1, e)."""
-    return (seed * 0x9E3779B97F4A7C15 + epoch) % 2**63
+    """A seed of its own for each epoch; the odd constant keeps (s, e+1) off (s+1, e). torch's CPU
+    generator reads the low 32 bits alone, so the seed's high ones are folded into them."""
+    return (seed * 0x9E3779B97F4A7C15 + (seed >> 32) * 0xD1B54A32D192ED03 + epoch) % 2**63
 
 
 def load(samples: Sequence[Any], ids: list[int], size: int | None = None) -> MicroBatch:
