@@ -133,10 +133,10 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
     from .data import SOURCES
     from .importing import check_name
     from .job_file import load_job
-    from .models import FAMILIES
+    from .models import check_model_name
 
     job = load_job(path, overrides or [])
-    check_name("model", job.model.name, FAMILIES)
+    check_model_name(job.model.name)
     check_name("data", job.data.name, SOURCES)
     if "HYBRID_PARENT" not in os.environ:
         for line in job.warnings():

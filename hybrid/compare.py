@@ -14,7 +14,7 @@ from . import environment, launch, records, report
 from .config import Job, JobError
 from .job_file import to_dict
 from .layout import Layout, LayoutError
-from .parity import NEVER_EXCUSED_STEPS, TOLERANCES, Run, judge
+from .parity import NEVER_EXCUSED_STEPS, Run, judge, tolerance
 from .records import Comparison, Parity, Record
 from .strategies import registry
 from .strategies.base import Unsupported
@@ -138,7 +138,9 @@ class _Session:
             name: self._judge(name, record) for name, record in runs.items() if name != REFERENCE
         }
         reference = runs[REFERENCE]
-        parity[REFERENCE] = Parity(reference.status == "ok", 0.0, 0.0, TOLERANCES["fp32"])
+        parity[REFERENCE] = Parity(
+            reference.status == "ok", 0.0, 0.0, tolerance(job.train.precision)
+        )
         possible = [name for name, record in runs.items() if record.status != "not_possible"]
         result = Comparison(
             job=to_dict(job),
@@ -153,23 +155,23 @@ class _Session:
         return result
 
     def _judge(self, name: str, record: Record) -> Parity:
-        tolerance = _tolerance(self.job, name)
+        allowed = _tolerance(self.job, name)
         if record.status != "ok":
-            return Parity(False, None, None, tolerance)
+            return Parity(False, None, None, allowed)
         against = self._reference_of(name, record)
         if against is None:
-            return Parity(False, None, None, tolerance)
+            return Parity(False, None, None, allowed)
         factors = {
             "micro-batches": self.job.micro_batches(name),
             "data-parallel ranks": record.layout["dp"],
         }
         run, reference = self._load(name), self._load(against)
-        strict = judge(run, reference, against, tolerance, factors)
+        strict = judge(run, reference, against, allowed, factors)
         late = strict.first_difference
         if late is None or (late.step is not None and late.step < NEVER_EXCUSED_STEPS):
             return strict
         controls = [self._load(label) for label in self._controls(against, record)]
-        return judge(run, reference, against, tolerance, factors, controls)
+        return judge(run, reference, against, allowed, factors, controls)
 
     def _reference_of(self, name: str, record: Record) -> str | None:
         """What a run is held against: `single`, or for local SGD its emulation in one process, made
@@ -207,9 +209,10 @@ class _Session:
 
 
 def _tolerance(job: Job, name: str) -> dict[str, float]:
-    """What a run may differ by: wider where a communication hook rounds gradients on their way."""
+    """What a run may differ by: wider where layers compute in fewer bits, or a communication hook
+    rounds gradients on their way."""
     hook = job.strategy.ddp.comm_hook if name == "ddp" else "none"
-    return TOLERANCES["fp32" if hook == "none" else hook]
+    return tolerance(job.train.precision, hook)
 
 
 def _with_settings(job: Job, strategy: str, changes: dict[str, Any]) -> Job:

@@ -49,21 +49,23 @@ Options = Annotated[dict[str, Any], AfterValidator(_storable)]
 
 
 class Model(_Section):
-    """`name`: linear, mlp, or package.module:function; `options`: its keyword arguments."""
+    """`name`: linear, mlp, gpt, hf:NAME_OR_PATH, or package.module:function; `options`: its keyword
+    arguments."""
 
     name: str
     options: Options = {}
 
 
 class Data(_Section):
-    """`name`: random, mnist, or package.module:function; `options`: its keyword arguments."""
+    """`name`: random, mnist, text, or package.module:function; `options`: its keyword arguments."""
 
     name: str
     options: Options = {}
 
 
 class Optimizer(_Section):
-    """Torch's SGD or AdamW. `momentum` is SGD's, `betas` and `eps` are AdamW's."""
+    """Torch's SGD or AdamW. `momentum` is SGD's, `betas` and `eps` are AdamW's. `no_decay`: kinds
+    of parameters that `weight_decay` leaves out."""
 
     name: Literal["sgd", "adamw"]
     lr: float = Field(gt=0)
@@ -73,6 +75,7 @@ class Optimizer(_Section):
     )
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
+    no_decay: list[Literal["norms", "biases", "embeddings"]] = []
 
 
 class Schedule(_Section):
@@ -87,15 +90,21 @@ class Schedule(_Section):
 class Train(_Section):
     """`global_batch`: samples per optimizer step over all ranks. `micro_batches`: pieces each
     data-parallel rank cuts its share into. `epochs` or `steps`: one of them. `clip_norm`: greatest
-    global gradient norm, 0 is off. `precision`: fp32 is what this release trains in."""
+    global gradient norm, 0 is off. `precision`: what layers compute in; `hybrid.precision` has its
+    whole meaning. `activation_checkpointing`: compute each layer's activations again in backward
+    instead of keeping them. `compile`: torch.compile each layer. `eval_every`: optimizer steps
+    between evaluations, the first before training; 0: at the end alone."""
 
     global_batch: Positive
     micro_batches: Positive = 1
     epochs: Positive | None = None
     steps: Positive | None = None
-    precision: Literal["fp32"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     clip_norm: float = Field(default=0.0, ge=0)
     seed: int = Field(default=0, ge=0, lt=2**63)
+    activation_checkpointing: bool = False
+    compile: bool = False
+    eval_every: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:
@@ -112,6 +121,13 @@ class Parallel(_Section):
     dp: Positive | None = None
     replicate: Positive | None = None
     shard: Positive | None = None
+
+
+class Log(_Section):
+    """`trackers`: where steps go besides `steps.jsonl`; names that Accelerate knows, such as
+    tensorboard, each with its own package installed."""
+
+    trackers: list[str] = []
 
 
 class StrategySettings(_Section):
@@ -186,6 +202,7 @@ class Job(_Section):
     optimizer: Optimizer
     train: Train
     schedule: Schedule = Schedule()
+    log: Log = Log()
     parallel: Parallel = Parallel()
     strategy: Strategies = Strategies()
 
@@ -202,6 +219,8 @@ class Job(_Section):
         optimizer, schedule, ddp = self.optimizer, self.schedule, self.strategy.ddp
         unused: list[tuple[str, str, str, BaseModel]]
         unused = [("optimizer", key, "name", optimizer) for key in _UNUSED[optimizer.name]]
+        if optimizer.weight_decay == 0:
+            unused.append(("optimizer", "no_decay", "weight_decay", optimizer))
         if schedule.name == "constant":
             unused.append(("schedule", "min_lr", "name", schedule))
         if ddp.comm_hook != "powersgd":

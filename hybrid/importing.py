@@ -6,13 +6,13 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from .config import JobError
 
 
-def check_name(section: str, name: str, known: Mapping[str, str]) -> None:
+def check_name(section: str, name: str, known: Collection[str]) -> None:
     """Raise JobError unless `name` is a known one or looks like package.module:function."""
     module, colon, function = name.partition(":")
     if name in known or (colon and function.isidentifier() and module):

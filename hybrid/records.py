@@ -20,14 +20,19 @@ T = TypeVar("T")
 class StepRecord:
     """One optimizer step, the same on every rank. `loss` is the sum over the global batch divided
     by its count, taken before the update; `grad_norm` is global and before clipping;
-    `sample_digest` is the sum modulo 2**64 of a hash of each sample id, in hexadecimal."""
+    `sample_digest` is the sum modulo 2**64 of a hash of each sample id, in hexadecimal; `targets`
+    is the count. fp16 scales its loss by `loss_scale`, and where a gradient overflows the step is
+    `skipped`: there is no norm then, and no update."""
 
     step: int
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     lr: float
     samples: int
     sample_digest: str
+    targets: int | None = None
+    loss_scale: float | None = None
+    skipped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +47,26 @@ class Receipt:
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """One pass over the test set: every sample once. `correct` and `accuracy` are None where the
-    targets are not classes. `prediction_digest` is additive over (sample id, predicted class)."""
+    """One pass over the test set: every sample once, its loss the sum over all `targets` divided by
+    their number. `correct` and `accuracy` are None where the targets are not classes, `perplexity`
+    (e to the loss) where they are not tokens. `prediction_digest` is additive over (sample id,
+    predicted class)."""
 
     loss: float
     samples: int
     correct: int | None = None
     accuracy: float | None = None
     prediction_digest: str | None = None
+    perplexity: float | None = None
+    targets: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepEval:
+    """An evaluation after `step` optimizer steps; 0 is before training."""
+
+    step: int
+    result: EvalResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +84,11 @@ class Throughput:
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Peak of the live tensor storages of each rank, from building the engine through the warm-up
-    steps; `how` names the instrument."""
+    steps, and in these steps alone; `how` names the instrument."""
 
     peak_bytes: list[int]
     how: str
+    step_peak_bytes: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +132,7 @@ class Record:
     comm: Comm | None = None
     weights: Weights | None = None
     drift: list[dict[str, float]] | None = None
+    evals: list[StepEval] = dataclasses.field(default_factory=list)
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -19,12 +19,14 @@ from .config import Job, resolve_lengths
 from .data import build_data
 from .data.batches import BatchPlan
 from .evaluate import evaluate, step_batches
+from .job_file import to_dict
 from .layout import Ranks
 from .measure.instruments import Instruments
-from .models import build_model
-from .records import Record, StepRecord, Weights
+from .models.shared import build_shared
+from .records import EvalResult, Record, StepEval, StepRecord, Weights
 from .strategies import registry
 from .strategies.base import Engine, RunError, StepResult
+from .trackers import Trackers
 
 OnStep = Callable[[StepRecord, int], None]
 
@@ -44,7 +46,7 @@ def train(
     instruments = Instruments(job.train.steps, registry.get(strategy).period(job))
     try:
         with instruments.meter:
-            layers, loss = build_model(job)
+            layers, loss = build_shared(job, Ranks.from_env())
             engine = registry.open_engine(job, strategy, layers, loss)
             del layers
         run = _Run(job, strategy, engine, instruments, out, on_step)
@@ -73,17 +75,19 @@ class _Run:
         self.ranks = Ranks.from_env()
         self.out = out if self.ranks.rank == 0 else None
         self.steps: list[StepRecord] = []
+        self.evals: list[StepEval] = []
         if self.out:
             self.out.mkdir(parents=True, exist_ok=True)
+            self.trackers = Trackers(job.log.trackers, self.out, to_dict(job))
             (self.out / "steps.jsonl").write_text("")
 
     def go(self, train_set: Any, test_set: Any) -> Record:
         """Train, evaluate, and put the record together."""
         micro_batches = self.job.micro_batches(self.strategy)
         initial = weights.project(self.engine.state())
-        first = self._steps(train_set, micro_batches)
+        first = self._steps(train_set, test_set, micro_batches)
         receipt = self._require_receipt()
-        result = evaluate(self.engine, test_set, self.job, micro_batches)
+        result = self._evaluate(test_set, micro_batches)
         file = self._save()
         record = Record(
             strategy=self.strategy,
@@ -93,19 +97,21 @@ class _Run:
             receipt=receipt,
             steps=self.steps,
             eval=result,
-            throughput=self.instruments.throughput(self.job.train.global_batch),
+            throughput=self.instruments.throughput(self.job.train.global_batch, self._tokens()),
             memory=self.instruments.memory(),
             comm=self.instruments.comm(),
             weights=Weights(initial, first, file),
             drift=receipt.evidence.get("drift"),
+            evals=self.evals,
             environment=environment.describe() | {"threads_per_rank": torch.get_num_threads()},
         )
         self.engine.close()
         if self.out:
+            self.trackers.finish(records.to_dict(result))
             records.write(record, self.out / "record.json")
         return record
 
-    def _steps(self, train_set: Any, micro_batches: int) -> dict[str, float]:
+    def _steps(self, train_set: Any, test_set: Any, micro_batches: int) -> dict[str, float]:
         """All optimizer steps; returns the weights' projections after the first period."""
         job, engine = self.job, self.engine
         plan = BatchPlan(
@@ -118,7 +124,10 @@ class _Run:
         total = job.train.steps or 0
         period = min(total, registry.get(self.strategy).period(job))
         first: dict[str, float] = {}
+        every = job.train.eval_every
         for step in range(total):
+            if every and step % every == 0:
+                self._evaluate(test_set, micro_batches)
             batches = step_batches(plan, engine, train_set, step)
             with self.instruments.step(step):
                 result = engine.train_step(batches)
@@ -130,20 +139,41 @@ class _Run:
         return first
 
     def _note(self, step: int, result: StepResult, total: int) -> None:
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+        if not (finite or result.skipped):
             raise RunError(
                 f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite; "
                 "lower optimizer.lr or set train.clip_norm"
             )
         record = StepRecord(
-            step, result.loss, result.grad_norm, result.lr, result.samples, result.sample_digest
+            step=step,
+            loss=result.loss,
+            grad_norm=None if result.skipped else result.grad_norm,
+            lr=result.lr,
+            samples=result.samples,
+            sample_digest=result.sample_digest,
+            targets=result.targets,
+            loss_scale=result.loss_scale,
+            skipped=result.skipped,
         )
         self.steps.append(record)
         if self.out:
+            line = records.to_dict(record) | self.instruments.last_step()
             with (self.out / "steps.jsonl").open("a") as file:
-                file.write(json.dumps(records.to_dict(record)) + "\n")
+                file.write(json.dumps(line) + "\n")
+            self.trackers.log(line, step)
         if self.on_step:
             self.on_step(record, total)
+
+    def _evaluate(self, test_set: Any, micro_batches: int) -> EvalResult:
+        result = evaluate(self.engine, test_set, self.job, micro_batches)
+        self.evals.append(StepEval(len(self.steps), result))
+        return result
+
+    def _tokens(self) -> int | None:
+        """Targets of a whole batch, where a sample has several: tokens."""
+        most = max(step.targets or 0 for step in self.steps)
+        return most if most > self.job.train.global_batch else None
 
     def _require_receipt(self) -> records.Receipt:
         receipt = self.engine.receipt()

@@ -99,25 +99,25 @@ def rank_skips_all_reduce() -> None:
 def stage_with_another_rate() -> None:
     """Stage 1's optimizer is given ten times the learning rate."""
     from hybrid.layout import Ranks
-    from hybrid.strategies import _torch
+    from hybrid.strategies import _optimizer
 
-    give = _torch.set_learning_rate
+    give = _optimizer.set_learning_rate
 
     def larger(optimizer: Any, lr: float) -> None:
         give(optimizer, lr * 10 if Ranks.from_env().rank == 1 else lr)
 
-    _torch.set_learning_rate = larger
+    _optimizer.set_learning_rate = larger
 
 
 def stage_with_larger_updates() -> None:
     """Stage 1 steps ten times as far, and its optimizer shows the right rate all the same."""
     from hybrid.layout import Ranks
-    from hybrid.strategies import _torch
+    from hybrid.strategies import _optimizer
 
-    build = _torch.build_optimizer
+    build = _optimizer.build_optimizer
 
-    def farther(job: Any, parameters: Any) -> torch.optim.Optimizer:
-        optimizer = build(job, parameters)
+    def farther(*arguments: Any) -> torch.optim.Optimizer:
+        optimizer = build(*arguments)
         if Ranks.from_env().rank == 1:
             step = optimizer.step
 
@@ -130,7 +130,7 @@ def stage_with_larger_updates() -> None:
             optimizer.step = ten_times  # type: ignore[method-assign]
         return optimizer
 
-    _torch.build_optimizer = farther
+    _optimizer.build_optimizer = farther
 
 
 def other_initial_weight() -> None:
@@ -138,15 +138,15 @@ def other_initial_weight() -> None:
     import importlib
 
     train = importlib.import_module("hybrid.train")
-    build = train.build_model
+    build = train.build_shared
 
-    def nudged(job: Any) -> Any:
-        layers, loss = build(job)
+    def nudged(*arguments: Any) -> Any:
+        layers, loss = build(*arguments)
         with torch.no_grad():
             layers[1].weight[0, 0] += 1e-3
         return layers, loss
 
-    train.build_model = nudged  # type: ignore[attr-defined]
+    train.build_shared = nudged  # type: ignore[attr-defined]
 
 
 def deepspeed_clips_alone() -> None:
@@ -156,8 +156,9 @@ def deepspeed_clips_alone() -> None:
 
     make = _deepspeed.make_pipeline
 
-    def clipping(job: Any, layout: Any, stage: Any, loss: Any, config: dict[str, Any]) -> Any:
-        return make(job, layout, stage, loss, config | {"gradient_clipping": job.train.clip_norm})
+    def clipping(job: Any, layout: Any, stage: Any, loss: Any, config: Any, *more: Any) -> Any:
+        config = config | {"gradient_clipping": job.train.clip_norm}
+        return make(job, layout, stage, loss, config, *more)
 
     def only_measure(self: Any, engine: Any) -> None:
         limit, self.job = (

@@ -30,12 +30,15 @@ KINDS = {  # every field of the job, by the kind of value it takes
         *("strategy.ddp.powersgd_rank", "strategy.ddp.bucket_cap_mb"),
         "strategy.local_sgd.emulate_replicas",
     ],
-    "whole": ["train.seed", "schedule.warmup_steps"],
+    "whole": ["train.seed", "train.eval_every", "schedule.warmup_steps"],
     "number": [
         *(f"optimizer.{key}" for key in ("lr", "momentum", "eps", "weight_decay")),
         *("schedule.min_lr", "train.clip_norm"),
     ],
-    "bool": ["strategy.fsdp.reshard_after_forward"],
+    "bool": [
+        *("train.activation_checkpointing", "train.compile"),
+        "strategy.fsdp.reshard_after_forward",
+    ],
     "text": [
         *("model.name", "data.name"),
         *(f"strategy.{name}.ds_config" for name in NAMES[4:]),
@@ -48,6 +51,8 @@ KINDS = {  # every field of the job, by the kind of value it takes
     "partition": ["strategy.pipeline.partition", "strategy.2d.partition"],
     "sync_every": ["strategy.local_sgd.sync_every"],
     "betas": ["optimizer.betas"],
+    "kinds": ["optimizer.no_decay"],
+    "texts": ["log.trackers"],
 }
 NOT_NUMBERS = [True, "3", [1], None]
 WRONG = {
@@ -61,6 +66,8 @@ WRONG = {
     "partition": ["nonsense", [], [0], [1, True], ["1"], 2],
     "sync_every": ["step", 0, True, 1.5, "3"],
     "betas": [0.9, [0.9], [0.9, math.nan], ["0.9", 0.999], [0.9, True], [1.5, 0.9], [0.9, -1]],
+    "kinds": ["norms", ["weights"], [1], 3],
+    "texts": ["tensorboard", [1], [None], 3],
 }
 CASES = [(f, v) for kind, fields in KINDS.items() for f in fields for v in WRONG[kind]]
 

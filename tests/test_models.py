@@ -105,10 +105,15 @@ def test_the_seed_of_the_job_decides_the_weights() -> None:
         (make_model, "linear", {"in_features": -1}, "in_features"),
         (make_model, "builtins:dict", {}, "builtins:dict"),
         (make_model, ".relative:f", {}, "cannot be imported"),
-        (make_model, "gpt", {}, "valid: linear, mlp, package.module:function"),
+        (
+            make_model,
+            "gtp",
+            {},
+            "valid: linear, mlp, gpt, hf:NAME_OR_PATH, package.module:function",
+        ),
         (make_data, "random", {"sample": 3}, "valid: samples, test_samples, features, classes"),
         (make_data, "random", {"samples": 0}, "must be at least 1"),
-        (make_data, "cifar", {}, "valid: random, mnist, package.module:function"),
+        (make_data, "cifar", {}, "valid: random, mnist, text, package.module:function"),
     ],
 )
 def test_refused_options_name_what_is_valid(

@@ -19,7 +19,9 @@ FACTORS = {"micro-batches": 2, "data-parallel ranks": 3}
 NAMES = [f"{layer}.{kind}" for layer in range(4) for kind in ("weight", "bias")]
 START = {name: 1.0 + i for i, name in enumerate(NAMES)}
 UPDATES = {name: 0.01 * (1 + i) for i, name in enumerate(NAMES)}
-CUT = Receipt(True, {"layers_by_stage": [[0, 1], [2, 3]]})
+CUT = Receipt(
+    True, {"layers_by_stage": [[0, 1], [2, 3]], "tensors_by_stage": [NAMES[:4], NAMES[4:]]}
+)
 
 
 def make_weights(scale: dict[str, float] | None = None) -> Weights:
@@ -152,7 +154,7 @@ def test_updates_off_everywhere_or_across_stages_are_no_stage() -> None:
     everywhere = make_run(weights=make_weights(dict.fromkeys(NAMES, 10.0)), steps=steps)
     assert "another learning rate" in str(first(everywhere)[2])
     across = make_weights({"1.bias": 10.0, "2.bias": 10.0})
-    assert "only layers [1, 2]" in str(first(make_run(weights=across, steps=steps))[2])
+    assert "only 2 tensors (1.bias, 2.bias)" in str(first(make_run(weights=across, steps=steps))[2])
 
 
 def test_a_difference_in_the_evaluation_is_found() -> None:

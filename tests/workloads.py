@@ -48,3 +48,28 @@ class Points:
 def points(size: int = 60) -> tuple[Points, Points]:
     """`size` points to train on and 31 to test on, which divides by nothing."""
     return Points(size, 1), Points(31, 2)
+
+
+class Sentences:
+    """A map-style data set of token sequences with their next tokens; the last few do not count."""
+
+    def __init__(self, size: int, tokens: int, vocab_size: int, seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        starts = torch.randint(vocab_size, (size, 1), generator=draw)
+        steps = torch.randint(1, 4, (size, tokens), generator=draw)
+        self.ids = (torch.cat((starts, steps), 1).cumsum(1)) % vocab_size
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        target = self.ids[i, 1:].clone()
+        target[len(target) - i % 3 :] = -100  # samples differ in how many targets they count
+        return self.ids[i, :-1], target
+
+
+def sentences(
+    size: int = 60, tokens: int = 16, vocab_size: int = 61
+) -> tuple[Sentences, Sentences]:
+    """`size` sequences to train on and 13 to test on."""
+    return Sentences(size, tokens, vocab_size, 1), Sentences(13, tokens, vocab_size, 2)

@@ -12,7 +12,11 @@ from typing import Any
 from ..config import Job, JobError
 from ..importing import call_named
 
-SOURCES = {"random": "hybrid.data.random:random", "mnist": "hybrid.data.mnist:mnist"}
+SOURCES = {
+    "random": "hybrid.data.random:random",
+    "mnist": "hybrid.data.mnist:mnist",
+    "text": "hybrid.data.text:text",
+}
 
 
 def build_data(job: Job) -> tuple[Sequence[Any], Sequence[Any]]:

@@ -41,35 +41,45 @@ class Instruments:
             self.metered, self.counted = range(first), range(steps)
             self.timed = range(first if steps > first else 0, steps)
         self.seconds: list[float] = []
+        self._last = 0.0
         self._tcp: list[int | None] = []
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
         """Around one optimizer step: the instruments that are due, and the clock."""
+        if step == 0:
+            self.meter.mark()
         if step == self.counted.start:
             self._tcp.append(tcp_bytes_sent())
             self.counter.start()
         with self.meter if step in self.metered else contextlib.nullcontext():
             start = _now()
             yield
-            seconds = _now() - start
+            seconds = self._last = _now() - start
         if step in self.timed:
             self.seconds.append(seconds)
         if step == self.counted.stop - 1:
             self.counter.stop()
             self._tcp.append(tcp_bytes_sent())
 
-    def throughput(self, samples_per_step: int) -> Throughput | None:
+    def last_step(self) -> dict[str, float]:
+        """Of the step just made, on this rank: its time, and the peak of memory up to it."""
+        return {"seconds": self._last, "memory_bytes": self.meter.peak_bytes}
+
+    def throughput(self, samples_per_step: int, tokens_per_step: int | None) -> Throughput | None:
         """Over the timed steps; None where there was none."""
         if not self.seconds:
             return None
         median = statistics.median(self.seconds)
         mean = statistics.fmean(self.seconds)
-        return Throughput(samples_per_step / median, median, mean, len(self.seconds))
+        tokens = tokens_per_step / median if tokens_per_step else None
+        return Throughput(samples_per_step / median, median, mean, len(self.seconds), tokens)
 
     def memory(self) -> Memory:
         """Peaks of all ranks; collective."""
-        return Memory(gather_objects(self.meter.peak_bytes), self.meter.how)
+        peaks = self.meter.peak_bytes, self.meter.peak_bytes_since_mark
+        whole, steps = zip(*gather_objects(peaks), strict=True)
+        return Memory(list(whole), self.meter.how, list(steps))
 
     def comm(self) -> Comm:
         """Bytes of all ranks, per step of the counted ones; collective."""

@@ -87,7 +87,7 @@ class StorageMeter:
         # Changed from other threads and from callbacks without a lock: the interpreter changes
         # threads at calls and jumps, of which a plain `+=` has none.
         self._live = 0
-        self._peak = 0
+        self._peak = self._before = 0
         self._was_entered = False
         self._exit: contextlib.ExitStack | None = None
 
@@ -99,7 +99,19 @@ class StorageMeter:
     @property
     def peak_bytes(self) -> int:
         """The most bytes that were alive at a time since the first entry."""
+        return max(self._before, self.peak_bytes_since_mark)
+
+    @property
+    def peak_bytes_since_mark(self) -> int:
+        """The most bytes that were alive at a time since the last `mark`, or the first entry."""
         return torch.cuda.max_memory_allocated(self._device) if self._cuda else self._peak
+
+    def mark(self) -> None:
+        """Begin a new peak beside the one over all."""
+        self._before = self.peak_bytes
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._peak = self._live
 
     def __enter__(self) -> StorageMeter:
         if self._exit is not None:

@@ -1,38 +1,69 @@
 """Models: one file a family. A model is a flat list of layers plus a loss given as (sum, count).
 
 A model function takes the job's `model.options` as keyword arguments and returns `(layers, loss)`:
-`layers` a list of `nn.Module`, each taking what the one before returned; `loss(output, target)`
-returns `(sum, count)`, the loss summed over the micro-batch's targets and how many it counted.
+`layers` a list of `nn.Module`, each taking what the one before returned (or a `layers.Layers`);
+`loss(output, target)` returns `(sum, count)`, the loss summed over the micro-batch's targets and
+how many it counted. `hf:NAME_OR_PATH` is the function `hybrid.models.hf:hf` with that name.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import Job, JobError
-from ..importing import call_named
+from ..importing import call_named, check_name
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from .layers import Layers
     from .losses import Loss
 
-FAMILIES = {"linear": "hybrid.models.linear:linear", "mlp": "hybrid.models.mlp:mlp"}
+HF = "hf:"
+FAMILIES = {
+    "linear": "hybrid.models.linear:linear",
+    "mlp": "hybrid.models.mlp:mlp",
+    "gpt": "hybrid.models.gpt:gpt",
+}
 
 
-def build_model(job: Job) -> tuple[list[nn.Module], Loss]:
+def check_model_name(name: str) -> None:
+    """Raise JobError unless a job may name a model so."""
+    if name.startswith(HF):
+        if name == HF:
+            raise JobError("model.name = 'hf:': valid: hf:NAME_OR_PATH, a hub name or a folder")
+        return
+    check_name("model", name, [*FAMILIES, "hf:NAME_OR_PATH"])
+
+
+def can_be_made_on_meta(job: Job) -> bool:
+    """Whether the job's model can be made without values, on torch's meta device: all but a user's
+    own function, which may compute with them."""
+    return job.model.name in FAMILIES or job.model.name.startswith(HF)
+
+
+def _call(job: Job) -> Any:
+    name, options = job.model.name, job.model.options
+    check_model_name(name)
+    if not name.startswith(HF):
+        return call_named("model", name, options, FAMILIES)
+    source = {"source": name.removeprefix(HF), **options}
+    return call_named("model", "hf", source, {"hf": "hybrid.models.hf:hf"})
+
+
+def build_model(job: Job) -> tuple[Layers, Loss]:
     """The whole model, initialised from the job's seed: the same on every rank and in every run.
 
     Raises JobError where the name, the options or what the function returned are wrong.
     """
     import torch
 
+    from .layers import Layers
+
     torch.manual_seed(job.train.seed)
-    built = call_named("model", job.model.name, job.model.options, FAMILIES)
+    built = _call(job)
     two = isinstance(built, tuple) and len(built) == 2 and callable(built[1])
     if not (two and isinstance(built[0], (list, tuple))):
         raise JobError(f"model.name = {job.model.name!r}: must return (layers, loss)")
-    layers = list(built[0])
+    layers = built[0] if isinstance(built[0], Layers) else Layers(built[0])
     for i, layer in enumerate(layers):
         if not isinstance(layer, torch.nn.Module):
             raise JobError(

@@ -13,8 +13,9 @@ IGNORED_TARGET = -100  # torch's own default for targets that do not count
 
 def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of logits `output` [..., classes] against `target` int64 [...], summed in nats
-    over the targets that are not -100, and how many these are."""
-    logits = output.reshape(-1, output.shape[-1])
+    over the targets that are not -100, and how many these are. Computed in fp32 from logits of any
+    dtype."""
+    logits = output.reshape(-1, output.shape[-1]).float()
     total = functional.cross_entropy(
         logits, target.reshape(-1), ignore_index=IGNORED_TARGET, reduction="sum"
     )

@@ -1,130 +1,35 @@
-"""The one file that imports Accelerate: DDP, FSDP2 and ZeRO behind one engine.
-
-Accelerate prepares model and optimizer and runs its own accumulation loop; this file feeds it, and
-works round what it does silently on hosts without a GPU (`_keep_fsdp`).
-"""
+"""The one file that imports Accelerate: it prepares model and optimizer for DDP, FSDP2 and ZeRO,
+and works round what Accelerate does silently on hosts without a GPU (`_keep_fsdp`)."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..config import Job
-from ..data.batches import MicroBatch
-from ..layout import Layout, Ranks
-from ..models.losses import Loss
-from ..processes import COLLECTIVE_TIMEOUT, device, gather_rows
-from ..records import EvalResult, Receipt
-from ..schedule import learning_rate
-from . import _torch
-from .base import StepResult
-
-State = dict[str, torch.Tensor]
+from ..layout import Layout
+from ..models.layers import Layers
+from ..processes import COLLECTIVE_TIMEOUT, device
+from . import _optimizer, _precision
 
 
-class AccelerateEngine:
-    """A model and an optimizer prepared by one `Accelerator`.
+class Prepared(NamedTuple):
+    """What `Accelerator.prepare` returned, what observes it, and its buffers' dtypes before."""
 
-    `inspect(engine)` gives the strategy's receipt, `gather(engine)` its full tensors on every rank,
-    and `scatter(engine, state)` takes them back: the three things that differ between strategies.
-    """
-
-    micro_batch_size: int | None = None
-    shares: tuple[int, ...]
-
-    def __init__(
-        self,
-        job: Job,
-        layout: Layout,
-        loss: Loss,
-        accelerator: Any,
-        prepared: tuple[nn.Module, Any],
-        inspect: Callable[[AccelerateEngine], Receipt],
-        gather: Callable[[AccelerateEngine], State],
-        scatter: Callable[[AccelerateEngine, Mapping[str, torch.Tensor]], None],
-    ) -> None:
-        self.job, self.layout, self.loss = job, layout, loss
-        self.accelerator = accelerator
-        self.model, self.optimizer = prepared
-        self.inspect, self.gather, self.scatter = inspect, gather, scatter
-        self.device = device()
-        self.shares = (layout.dp_rank(Ranks.from_env().rank),)
-        self.step = 0
-        self.digests: tuple[str, ...] = ()
-
-    def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
-        """See `Engine`."""
-        tally = _torch.Tally(self.device)
-        mine = sum(_torch.count_targets(self.loss, mb) for mb in micro_batches)
-        count = sum(int(row[0]) for row in gather_rows([mine]))
-        # Accelerate (or DeepSpeed) divides by the micro-batches, and the reduction averages over
-        # ranks; a mean over the global batch's targets wants neither.
-        scale = len(micro_batches) * self.layout.dp / max(1, count)
-        limit = self.job.train.clip_norm or math.inf
-        self.model.train()
-        _torch.set_learning_rate(self.optimizer, learning_rate(self.job, self.step))
-        norm: Any = math.nan
-        for micro_batch in micro_batches:
-            micro_batch = self._on_device(micro_batch)
-            with self.accelerator.accumulate(self.model):
-                output = self.model(micro_batch.input)
-                loss_sum = tally.add(self.loss, output, micro_batch)
-                self.accelerator.backward(loss_sum * scale)
-                if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-        self.step += 1
-        rate = _torch.read_learning_rate(self.optimizer)
-        rows = gather_rows([*tally.row(), _number(norm), rate])
-        result = _torch.step_result(rows, count)
-        self.digests = self.digests or result.digest_by_rank
-        return result
-
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
-        """See `Engine`."""
-        tally = _torch.Tally(self.device)
-        self.model.eval()
-        for micro_batches in batches:
-            for micro_batch in micro_batches:
-                micro_batch = self._on_device(micro_batch)
-                tally.add(self.loss, self.model(micro_batch.input), micro_batch, score=True)
-        return _torch.eval_result(tally.row())
-
-    def state(self) -> State:
-        """See `Engine`."""
-        full = self.gather(self)
-        return full if self.accelerator.is_main_process else {}
-
-    def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """See `Engine`."""
-        self.scatter(self, state)
-
-    def receipt(self) -> Receipt:
-        """See `Engine`."""
-        return self.inspect(self)
-
-    def close(self) -> None:
-        """See `Engine`."""
-        self.accelerator.free_memory()
-        self.model = self.optimizer = None  # type: ignore[assignment]
-
-    def _on_device(self, micro_batch: MicroBatch) -> MicroBatch:
-        inputs = _torch.to_device(micro_batch.input, self.device)
-        target = _torch.to_device(micro_batch.target, self.device)
-        return MicroBatch(inputs, target, micro_batch.ids)
+    model: nn.Module
+    optimizer: Any
+    observer: _precision.Observer
+    buffers: str
 
 
 def prepare_ddp(
-    job: Job, layers: list[nn.Module], accumulation: int, hook: str, state_options: dict[str, Any]
-) -> tuple[Any, tuple[Any, Any]]:
+    job: Job, layers: Layers, accumulation: int, hook: str, state_options: dict[str, Any]
+) -> tuple[Any, Prepared]:
     """The model under DistributedDataParallel, with a communication hook ("no", "bf16", "fp16",
     "power_sgd") and `strategy.ddp.bucket_cap_mb`."""
     bf16_on_cpu = hook == "bf16" and device().type == "cpu"
@@ -132,13 +37,15 @@ def prepare_ddp(
 
     handler = DistributedDataParallelKwargs(
         bucket_cap_mb=job.strategy.ddp.bucket_cap_mb,
+        gradient_as_bucket_view=True,  # else the buckets hold every gradient a second time
         comm_hook=DDPCommunicationHookType("no" if bf16_on_cpu else hook),
         comm_state_option=state_options,
     )
     accelerator = _accelerator(accumulation, kwargs_handlers=[handler])
-    prepared: tuple[Any, Any] = _prepare(job, accelerator, layers)
+    prepared = _prepare(job, accelerator, layers, round_at_use=True)
     if bf16_on_cpu:
-        prepared[0].register_comm_hook(None, _bf16_hook())
+        model: Any = prepared.model
+        model.register_comm_hook(None, _bf16_hook())
     return accelerator, prepared
 
 
@@ -155,18 +62,21 @@ def _bf16_hook() -> Callable[..., Any]:
 
 
 def prepare_fsdp(
-    job: Job, layout: Layout, layers: list[nn.Module], accumulation: int
-) -> tuple[Any, tuple[nn.Module, Any]]:
-    """The model under FSDP2, every layer of the flat list that has parameters a unit of its own."""
+    job: Job, layout: Layout, layers: Layers, accumulation: int
+) -> tuple[Any, Prepared]:
+    """The model under FSDP2, every layer of the flat list that has parameters of its own a unit; a
+    tied one belongs to the root, whose unit has them all."""
     from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
+    low = _precision.DTYPES[job.train.precision]
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         reshard_after_forward=job.strategy.fsdp.reshard_after_forward,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=sorted(
-            {type(layer).__name__ for layer in layers if any(True for _ in layer.parameters())}
-        ),
+        transformer_cls_names_to_wrap=layers.unit_classes(),
+        mixed_precision_policy=None if low == torch.float32 else policy,
         cpu_ram_efficient_loading=False,
     )
     accelerator = _accelerator(accumulation, fsdp_plugin=plugin)
@@ -175,9 +85,14 @@ def prepare_fsdp(
 
 
 def prepare_zero(
-    job: Job, layers: list[nn.Module], accumulation: int, ds_config: dict[str, Any]
-) -> tuple[Any, tuple[nn.Module, Any]]:
-    """The model under DeepSpeed's ZeRO, from a complete DeepSpeed configuration."""
+    job: Job,
+    layers: Layers,
+    accumulation: int,
+    ds_config: dict[str, Any],
+    around: Callable[[nn.Module, str], Callable[[], None]],
+) -> tuple[Any, Prepared]:
+    """The model under DeepSpeed's ZeRO, from a complete DeepSpeed configuration. `around` is called
+    with the model before DeepSpeed takes it, and what it returns afterwards."""
     # Accelerate reads the variable, not its argument, to decide whether DeepSpeed runs at all, and
     # then only when it is not told that the host is a CPU (accelerate/state.py).
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -186,7 +101,7 @@ def prepare_zero(
     accelerator = _accelerator(
         accumulation, cpu=False, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config)
     )
-    return accelerator, _prepare(job, accelerator, layers)
+    return accelerator, _prepare(job, accelerator, layers, around=around)
 
 
 def _accelerator(accumulation: int, cpu: bool | None = None, **options: Any) -> Any:
@@ -208,9 +123,25 @@ def _accelerator(accumulation: int, cpu: bool | None = None, **options: Any) -> 
     )
 
 
-def _prepare(job: Job, accelerator: Any, layers: list[nn.Module]) -> tuple[nn.Module, Any]:
-    model = nn.Sequential(*layers)
-    return accelerator.prepare(model, _torch.build_optimizer(job, model.parameters()))
+def _prepare(
+    job: Job,
+    accelerator: Any,
+    layers: Layers,
+    round_at_use: bool = False,
+    around: Callable[[nn.Module, str], Callable[[], None]] | None = None,
+) -> Prepared:
+    observer = _precision.Observer(layers)
+    spared = _optimizer.spared_names(layers, job.optimizer.no_decay)
+    model = layers.whole()
+    buffers = _precision.names_of(model.buffers())
+    optimizer = _optimizer.build_optimizer(job, dict(model.named_parameters()), spared)
+    if round_at_use:
+        _precision.round_at_use(model, _precision.DTYPES[job.train.precision])
+    after = around(model, job.train.precision) if around else None
+    prepared = accelerator.prepare(model, optimizer)
+    if after:
+        after()
+    return Prepared(prepared[0], prepared[1], observer, buffers)
 
 
 def _keep_fsdp(accelerator: Any, plugin: Any, layout: Layout) -> None:
@@ -235,10 +166,3 @@ def _keep_fsdp(accelerator: Any, plugin: Any, layout: Layout) -> None:
         degrees = ParallelismConfig(dp_replicate_size=layout.replicate, dp_shard_size=layout.shard)
         state.parallelism_config = degrees
         state.device_mesh = degrees.build_device_mesh(device().type)
-
-
-def _number(norm: Any) -> float:
-    if isinstance(norm, torch.Tensor):
-        full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return float(full)
-    return float(norm)

@@ -3,7 +3,7 @@ making of a pipeline engine, which `_stages.py` drives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import nn
 
 from ..config import Job
 from ..layout import Layout, Ranks, micro_batch_size
+from ..models.layers import Layers
 from ..processes import device, gather_objects
 from ..records import Receipt
-from . import _ds_config, _torch
+from . import _ds_config, _precision, _torch
 from .base import make_receipt
 
 State = dict[str, torch.Tensor]
@@ -32,7 +33,7 @@ def prepare_process() -> None:
 
 
 def full_config(
-    job: Job, layout: Layout, layers: list[nn.Module], name: str, path: str | None, stage: int
+    job: Job, layout: Layout, layers: Layers, name: str, path: str | None, stage: int
 ) -> dict[str, Any]:
     """DeepSpeed's whole configuration: the file's keys and the job's.
 
@@ -43,19 +44,33 @@ def full_config(
     config = _ds_config.load(path or name, stage)
     micro_batches = job.micro_batches(name)
     size = micro_batch_size(job.train.global_batch, layout.dp, micro_batches)
-    elements = sum(p.numel() for layer in layers for p in layer.parameters())
+    elements = sum(p.numel() for p in layers.names())
     zero = config.setdefault("zero_optimization", {})
+    if pipeline_stage(job, stage) != stage:
+        buckets = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), elements)
+        zero |= {"stage": 1, **buckets}
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
         if bucket in zero:
             zero[bucket] = min(zero[bucket], elements + elements % 2)  # DeepSpeed wants it even
-    return config | {
-        "train_micro_batch_size_per_gpu": size,
-        "gradient_accumulation_steps": micro_batches,
-        "train_batch_size": size * micro_batches * layout.dp,
-        "gradient_clipping": job.train.clip_norm,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
+    return (
+        config
+        | _precision.deepspeed_keys(job.train.precision)
+        | {
+            "train_micro_batch_size_per_gpu": size,
+            "gradient_accumulation_steps": micro_batches,
+            "train_batch_size": size * micro_batches * layout.dp,
+            "gradient_clipping": job.train.clip_norm,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+        }
+    )
+
+
+def pipeline_stage(job: Job, zero_stage: int) -> int:
+    """The ZeRO stage that a run asks DeepSpeed for. Only ZeRO-1 sums the gradients of rounded
+    parameters in fp32; over a single column it shards nothing, so a pipeline in bf16 or fp16 is
+    run under it."""
+    return zero_stage if job.train.precision == "fp32" else max(1, zero_stage)
 
 
 def inspect_zero(engine: Any, wanted: int) -> Receipt:
@@ -66,16 +81,13 @@ def inspect_zero(engine: Any, wanted: int) -> Receipt:
     total = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
     local = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in parameters)
     optimizer = live.optimizer
-    if stage == 3:
-        master = sum(t.numel() for t in optimizer.fp32_partitioned_groups_flat)
-    else:
-        master = sum(t.numel() for t in optimizer.single_partition_of_fp32_groups)
+    master = sum(t.numel() for t in _masters(optimizer))
     evidence = {
         "model": type(live).__name__,
         "distributed_type": str(engine.accelerator.distributed_type),
         "zero_stage": stage,
         "optimizer": type(optimizer).__name__,
-        "gradients_partitioned": stage == 3 or bool(optimizer.partition_gradients),
+        "gradients_partitioned": stage == 3 or bool(getattr(optimizer, "partition_gradients", 0)),
         "elements_total": total,
         "parameter_elements_by_rank": gather_objects(local),
         "master_elements_by_rank": gather_objects(master),
@@ -96,15 +108,59 @@ def inspect_zero(engine: Any, wanted: int) -> Receipt:
     return make_receipt(evidence, conditions)
 
 
-def gather_zero(engine: Any) -> State:
-    """Full parameters; ZeRO-3's partitions are gathered one by one."""
-    import deepspeed
+def stepped(optimizer: Any) -> _precision.Stepped:
+    """What one of DeepSpeed's optimizers drives."""
+    summed = getattr(optimizer, "grad_acc_dtype", None) or optimizer.gradient_accumulation_dtype
+    inner = optimizer.optimizer
+    return _precision.Stepped(inner, _masters(optimizer), _precision.name_of(summed))
 
-    full: State = {}
-    for name, tensor in _torch.named_tensors(_module(engine)).items():
-        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-            full[name] = tensor.detach().cpu().clone()
-    return full
+
+def _masters(optimizer: Any) -> list[torch.Tensor]:
+    """This rank's fp32 partitions: each of DeepSpeed's optimizers has another name for them."""
+    names = (
+        "fp32_partitioned_groups_flat",  # ZeRO-3
+        "single_partition_of_fp32_groups",  # ZeRO-1 and 2
+        "fp32_groups_flat_partition",  # ZeRO-1 in bf16
+    )
+    return list(next(getattr(optimizer, name) for name in names if hasattr(optimizer, name)))
+
+
+def keep_masters(model: nn.Module, precision: str) -> Callable[[], None]:
+    """To be called before DeepSpeed takes the model; what it returns, afterwards.
+
+    DeepSpeed rounds the parameters first and makes its fp32 master weights from the rounded ones;
+    this puts the fp32 values that the job starts from into them.
+    """
+    if precision == "fp32":
+        return lambda: None
+    start = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
+
+    def restore() -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for parameter, value in start.items():
+            safe_set_full_fp32_param(parameter, value.to(parameter.device))
+        start.clear()
+
+    return restore
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A whole copy, on the CPU, of a parameter's fp32 master weight, or of a parameter or buffer
+    that has none; collective over the ranks that share it."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    master = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
+    if master is not None:
+        return master.detach().cpu().clone()
+    with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+        return tensor.detach().cpu().clone()
+
+
+def gather_zero(engine: Any) -> State:
+    """Full tensors, gathered one by one."""
+    return {n: full_tensor(t) for n, t in _torch.named_tensors(_module(engine)).items()}
 
 
 def scatter_zero(engine: Any, state: Mapping[str, torch.Tensor]) -> None:
@@ -115,7 +171,16 @@ def scatter_zero(engine: Any, state: Mapping[str, torch.Tensor]) -> None:
     partitioned = [t for t in tensors.values() if hasattr(t, "ds_id")]
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0, enabled=bool(partitioned)):
         _torch.copy_state(tensors, state)
-    engine.accelerator.deepspeed_engine_wrapped.engine.optimizer.refresh_fp32_params()
+    set_masters(tensors, state)
+
+
+def set_masters(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+    """Put full fp32 values into the master weights of parameters that have some."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    for name, tensor in tensors.items():
+        if tensor.requires_grad:
+            safe_set_full_fp32_param(tensor, state[name].to(tensor.device, torch.float32))
 
 
 def _module(engine: Any) -> nn.Module:
@@ -123,9 +188,14 @@ def _module(engine: Any) -> nn.Module:
 
 
 def make_pipeline(
-    job: Job, layout: Layout, stage: nn.Module, loss: Callable[..., Any], config: dict[str, Any]
+    job: Job,
+    layout: Layout,
+    stage: nn.Module,
+    loss: Callable[..., Any],
+    config: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
 ) -> Any:
-    """A `PipelineEngine` in which this rank's stage is one module.
+    """A `PipelineEngine` in which this rank's stage is one module, stepped by `optimizer`.
 
     DeepSpeed is given a list of `pp` modules, ours at this rank's place and empty ones elsewhere
     (it keeps the whole list alive), and cuts it into as many stages; the cut was made before.
@@ -141,21 +211,53 @@ def make_pipeline(
         loss_fn=loss,
         partition_method="uniform",
     )
-    optimizer = _torch.build_optimizer(job, module.parameters())
+    restore = keep_masters(module, job.train.precision)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False
     )
+    restore()
     return engine
+
+
+def tie(engine: Any, tied: Sequence[tuple[nn.Parameter, Any, bool]]) -> None:
+    """Tell a pipeline engine of this rank's parameters that other stages hold as well.
+
+    Each comes with the process group of its holders, in which its gradients are summed once a step,
+    and with whether this rank is its first holder, the one that counts it in norms.
+    """
+    from deepspeed.runtime.pipe import schedule
+
+    for parameter, _, first in tied:
+        parameter.ds_pipe_replicated = not first  # type: ignore[attr-defined]
+
+    def reduce(live: Any) -> None:
+        for parameter, group, _ in tied:
+            # DeepSpeed's own reduction takes `grad`, which holds the last micro-batch alone where
+            # gradients are summed elsewhere, in fp32.
+            held = ("_hp_grad", "grad_accum", "grad")
+            found = (getattr(parameter, name, None) for name in held)
+            torch.distributed.all_reduce(next(g for g in found if g is not None), group=group)
+
+    _replace_instruction(engine, schedule.ReduceTiedGrads, lambda live, original: reduce(live))
 
 
 def wrap_optimizer_step(engine: Any, before: Callable[[Any], None]) -> None:
     """Have a pipeline engine call `before(engine)` between reducing gradients and its step."""
     from deepspeed.runtime.pipe import schedule
 
-    original = engine._INSTRUCTION_MAP[schedule.OptimizerStep]
-
-    def step(live: Any, **arguments: Any) -> None:
+    def step(live: Any, original: Callable[[], None]) -> None:
         before(live)
-        original(live, **arguments)
+        original()
 
-    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, schedule.OptimizerStep: step}
+    _replace_instruction(engine, schedule.OptimizerStep, step)
+
+
+def _replace_instruction(
+    engine: Any, instruction: type, run: Callable[[Any, Callable[[], None]], None]
+) -> None:
+    original = engine._INSTRUCTION_MAP[instruction]
+
+    def replaced(live: Any, **arguments: Any) -> None:
+        run(live, lambda: original(live, **arguments))
+
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, instruction: replaced}

@@ -18,11 +18,12 @@ from torch import nn
 from ..config import Job
 from ..data.batches import MicroBatch
 from ..layout import Layout, Ranks
+from ..models.layers import Layers
 from ..models.losses import Loss
 from ..processes import device, gather_objects, gather_rows
 from ..records import EvalResult, Receipt
 from ..schedule import learning_rate
-from . import _torch
+from . import _model, _optimizer, _precision, _torch
 from .base import RunError, StepResult, make_receipt
 
 
@@ -41,16 +42,25 @@ class ReplicaEngine:
         self,
         job: Job,
         layout: Layout,
-        layers: list[nn.Module],
+        layers: Layers,
         loss: Loss,
         merge_every: int | None = None,
         replicas: int = 1,
     ) -> None:
         self.job, self.layout, self.loss, self.merge_every = job, layout, loss, merge_every
         self.device = device()
-        first = nn.Sequential(*layers).to(self.device)
+        self.observer = _precision.Observer(layers)
+        spared = _optimizer.spared_names(layers, job.optimizer.no_decay)
+        first = layers.whole().to(self.device)
         self.models = [first, *(copy.deepcopy(first) for _ in range(replicas - 1))]
-        self.optimizers = [_torch.build_optimizer(job, m.parameters()) for m in self.models]
+        self.optimizers = [
+            _optimizer.build_optimizer(job, dict(m.named_parameters()), spared) for m in self.models
+        ]
+        self.scales = [_optimizer.LossScale(job, self.device) for _ in self.models]
+        self.buffers = _precision.names_of(first.buffers())
+        self.gradients = ""
+        for model in self.models:
+            _precision.round_at_use(model, _precision.DTYPES[job.train.precision])
         rank = Ranks.from_env().rank
         self.shares = tuple(range(replicas)) if replicas > 1 else (layout.dp_rank(rank),)
         self.step = 0
@@ -60,7 +70,7 @@ class ReplicaEngine:
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """See `Engine`. The gradient norm of several replicas is the root mean square of theirs."""
-        each = len(micro_batches) // len(self.models)
+        each, scale = len(micro_batches) // len(self.models), self._scale()
         mine = [
             self._step_replica(i, micro_batches[i * each : (i + 1) * each])
             for i in range(len(self.models))
@@ -68,7 +78,9 @@ class ReplicaEngine:
         rows = mine if len(mine) > 1 else gather_rows(mine[0])
         self.seen = [n + int(row[2]) for n, row in zip(self.seen, rows, strict=True)]
         norm = math.sqrt(sum(row[-2] ** 2 for row in rows) / len(rows))
-        result = _torch.step_result([[*row[:-2], norm, row[-1]] for row in rows], None)
+        rates = [[*row[:-2], norm, row[-1]] for row in rows]
+        result = _torch.step_result(rows=rates, expected=None, scale=scale)
+        self.observer.stop()
         self.digests = self.digests or result.digest_by_rank
         self.step += 1
         if self.merge_every and (
@@ -79,21 +91,29 @@ class ReplicaEngine:
 
     def _step_replica(self, i: int, micro_batches: Sequence[MicroBatch]) -> list[int | float]:
         model, optimizer = self.models[i], self.optimizers[i]
+        scale, share = self.scales[i], self.shares[i]
         tally = _torch.Tally(self.device)
         count = sum(_torch.count_targets(self.loss, mb) for mb in micro_batches)
         model.train()
-        for micro_batch in micro_batches:
+        for k, micro_batch in enumerate(micro_batches):
             micro_batch = _on(micro_batch, self.device)
-            loss_sum = tally.add(self.loss, model(micro_batch.input), micro_batch)
-            (loss_sum / max(1, count)).backward()
+            with _model.drawing(self.job, self.step, (share, k, 0), micro_batch.ids):
+                loss_sum = tally.add(self.loss, model(micro_batch.input), micro_batch)
+            scale.scale(loss_sum / max(1, count)).backward()
         if int(tally.count) != count:
             raise RunError(f"the loss counted {int(tally.count)} targets, {count} were expected")
+        scale.unscale(optimizer)
         limit = self.job.train.clip_norm or math.inf
         norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-        _torch.set_learning_rate(optimizer, learning_rate(self.job, self.step))
-        optimizer.step()
+        self.gradients = self.gradients or _torch.gradient_dtypes(model)
+        _optimizer.set_learning_rate(optimizer, learning_rate(self.job, self.step))
+        scale.step(optimizer)
         optimizer.zero_grad()
-        return [*tally.row(), float(norm), _torch.read_learning_rate(optimizer)]
+        return [*tally.row(), float(norm), _optimizer.read_learning_rate(optimizer)]
+
+    def _scale(self) -> float | None:
+        """fp16's loss scale of the first replica."""
+        return self.scales[0].value if self.job.train.precision == "fp16" else None
 
     @torch.no_grad()
     def _merge(self) -> None:
@@ -163,8 +183,12 @@ class ReplicaEngine:
             "parameters_per_replica": sum(p.numel() for p in self.models[0].parameters()),
             "gradient_collectives": "none",
         }
+        stepped = _precision.Stepped.plain(self.optimizers[0], self.gradients)
+        ledger = _precision.ledger(self.observer, self.models[0], stepped)
+        evidence["precision"] = ledger
         conditions = {
             f"{self.layout.dp} replicas": evidence["replicas"] == self.layout.dp,
+            **_precision.check_ledger(self.job.train.precision, self.buffers, ledger),
         }
         if not alone:
             evidence |= {"merge_every": self.merge_every, "merges": len(self.drift)}

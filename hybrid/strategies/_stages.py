@@ -1,9 +1,8 @@
-"""Drives a DeepSpeed pipeline: the engine behind `pipeline` and `2d`, and where their layers go."""
+"""Drives a DeepSpeed pipeline: the engine behind `pipeline` and `2d`."""
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,12 +13,13 @@ from torch import nn
 from ..config import Job, Pipeline
 from ..data.batches import MicroBatch
 from ..layout import Layout, Ranks, micro_batch_size
+from ..models.layers import Layers
 from ..models.losses import Loss
 from ..processes import device, gather_objects, gather_rows
 from ..records import EvalResult, Receipt
 from ..schedule import learning_rate
-from . import _deepspeed, _torch
-from ._partition import partition
+from . import _deepspeed, _model, _optimizer, _precision, _torch
+from ._cut import Cut
 from .base import RunError, StepResult, make_receipt
 
 
@@ -37,13 +37,14 @@ class StageEngine:
         self,
         job: Job,
         layout: Layout,
-        layers: list[nn.Module],
+        layers: Layers,
         loss: Loss,
         settings: Pipeline,
         zero_stage: int,
         config: dict[str, Any],
     ) -> None:
-        self.job, self.layout, self.loss, self.zero_stage = job, layout, loss, zero_stage
+        self.job, self.layout, self.loss = job, layout, loss
+        self.zero_stage = _deepspeed.pipeline_stage(job, zero_stage)
         rank = Ranks.from_env().rank
         self.stage = layout.stage(rank)
         self.shares = (layout.dp_rank(rank),)
@@ -51,23 +52,29 @@ class StageEngine:
         self.micro_batch_size = micro_batch_size(
             job.train.global_batch, layout.dp, self.micro_batches
         )
-        sizes = [sum(p.numel() for p in x.parameters() if p.requires_grad) for x in layers]
-        self.parts = partition(settings.partition, sizes, layout.pp)
-        self.num_layers = len(layers)
-        own = nn.Sequential(OrderedDict((str(i), layers[i]) for i in self.parts[self.stage]))
-        if zero_stage == 0:
+        self.cut = Cut(layers, settings.partition, layout, rank)
+        self.observer = _precision.Observer(layers)
+        spared = _optimizer.spared_names(layers, job.optimizer.no_decay)
+        own = layers.join(self.cut.part)
+        own.register_forward_pre_hook(self._draw)
+        self.buffers = _precision.names_of(own.buffers())
+        if self.zero_stage == 0:
             # In fp32 without ZeRO, DeepSpeed 0.19 takes the norm of the first stage alone, clips
             # stages differently and reports None: clipping is done here, over all stages.
             # test_workarounds.py tells when that is mended.
             config = config | {"gradient_clipping": 0.0}
-        self.engine = _deepspeed.make_pipeline(job, layout, own, self._take_loss, config)
-        if zero_stage == 0:
+        optimizer = _optimizer.build_optimizer(job, self.cut.parameters(own), spared)
+        self.engine = _deepspeed.make_pipeline(job, layout, own, self._take_loss, config, optimizer)
+        _deepspeed.tie(self.engine, self.cut.tied())
+        if self.zero_stage == 0:
             _deepspeed.wrap_optimizer_step(self.engine, self._clip)
         self.device = device()
         self.tally = _torch.Tally(self.device)
         self.input_digest = self.step = 0
         self.norm = self.scale = math.nan
         self.digests: tuple[str, ...] = ()
+        self.gradients = ""
+        self.pending: list[torch.Tensor] = []
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """See `Engine`."""
@@ -77,14 +84,19 @@ class StageEngine:
         # DeepSpeed divides by the micro-batches and averages over columns: undo both.
         self.scale = self.micro_batches * self.layout.dp / max(1, count)
         self.tally, self.input_digest = _torch.Tally(self.device), 0
-        _torch.set_learning_rate(self.engine.optimizer, learning_rate(self.job, self.step))
+        self.pending = [micro_batch.ids for micro_batch in micro_batches]
+        optimizer = self.engine.optimizer
+        loss_scale = float(optimizer.loss_scale) if self.job.train.precision == "fp16" else None
+        _optimizer.set_learning_rate(optimizer, learning_rate(self.job, self.step))
         self.engine.train_batch(self._feed(micro_batches))
         self.step += 1
+        self.observer.stop()
         if self.zero_stage:
-            self.norm = float(self.engine.get_global_grad_norm())
-        rate = _torch.read_learning_rate(self.engine.optimizer)
+            norm = self.engine.get_global_grad_norm()
+            self.norm = math.inf if optimizer.overflow else float(norm)
+        rate = _optimizer.read_learning_rate(optimizer)
         rows = gather_rows([*self.tally.row(), self.input_digest, self.norm, rate])
-        result = _torch.step_result(rows, count)
+        result = _torch.step_result(rows, count, loss_scale)
         self._check_inputs(rows, result)
         self.digests = self.digests or result.digest_by_rank
         return result
@@ -96,6 +108,13 @@ class StageEngine:
                 self.input_digest = digest % 2**64
             yield micro_batch.input, (micro_batch.target, micro_batch.ids)
 
+    def _draw(self, module: nn.Module, args: Any) -> None:
+        """Before each forward pass of this stage: DeepSpeed runs the micro-batches in order."""
+        if module.training and self.pending:
+            number = self.micro_batches - len(self.pending)
+            place = (*self.shares, number, self.stage)
+            _model.draw(self.job, self.step, place, self.pending.pop(0))
+
     def _take_loss(self, output: Any, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """DeepSpeed's loss function, on the last stage, in training and in evaluation."""
         target, ids = labels
@@ -105,15 +124,17 @@ class StageEngine:
         return loss_sum * self.scale if training else loss_sum
 
     def _clip(self, engine: Any) -> None:
-        """Global norm over all stages, and clipping by it, once gradients are reduced."""
-        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        """Global norm over all stages, and clipping by it, once gradients are reduced. A parameter
+        that several stages hold counts on the first."""
+        held = [p for p in engine.module.parameters() if p.grad is not None]
+        grads = [p.grad for p in held if not p.ds_pipe_replicated]
         square = nn.utils.get_total_norm(grads).double().square()
         dist.all_reduce(square, group=engine.grid.get_pipe_parallel_group())
         norm = square.sqrt()
         self.norm = float(norm)
+        self.gradients = self.gradients or _torch.gradient_dtypes(engine.module)
         if self.job.train.clip_norm:
-            parameters = [p for p in engine.module.parameters() if p.grad is not None]
-            nn.utils.clip_grads_with_norm_(parameters, self.job.train.clip_norm, norm.float())
+            nn.utils.clip_grads_with_norm_(held, self.job.train.clip_norm, norm.float())
 
     def _check_inputs(self, rows: Sequence[Sequence[int | float]], result: StepResult) -> None:
         inputs = f"{sum(int(row[7]) for row in rows) % 2**64:016x}"
@@ -135,58 +156,77 @@ class StageEngine:
             )
         return _torch.eval_result(self.tally.row())
 
-    def _own_tensors(self) -> dict[str, torch.Tensor]:
-        """This stage's tensors by canonical name: DeepSpeed puts the stage's number in front."""
-        tensors = _torch.named_tensors(self.engine.module)
-        return {name.partition(".")[2]: t for name, t in tensors.items()}
-
     def state(self) -> dict[str, torch.Tensor]:
         """See `Engine`. The first column's stages send theirs to rank 0, tensor by tensor."""
-        own = self._own_tensors()
+        own = {
+            name: _deepspeed.full_tensor(tensor)
+            for name, tensor in self.cut.own_tensors(self.engine.module, shared=False).items()
+        }
         rank = Ranks.from_env().rank
         mine = {n: (tuple(t.shape), t.dtype) for n, t in own.items()} if self.shares == (0,) else {}
         full: dict[str, torch.Tensor] = {}
         for owner, tensors in enumerate(gather_objects(mine)):
             for name, (shape, dtype) in tensors.items():
                 if rank == owner == 0:
-                    full[name] = own[name].detach().cpu().clone()
+                    full[name] = own[name]
                 elif rank == owner:
-                    dist.send(own[name].detach().contiguous(), 0)
+                    dist.send(own[name].to(self.device).contiguous(), 0)
                 elif rank == 0:
                     buffer = torch.empty(shape, dtype=dtype, device=self.device)
                     dist.recv(buffer, owner)
                     full[name] = buffer.cpu()
-        return dict(sorted(full.items(), key=lambda item: int(item[0].split(".")[0])))
+        return full
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """See `Engine`."""
-        own = self._own_tensors()
-        _torch.copy_state(own, {n: t for n, t in state.items() if n in own})
+        own = self.cut.own_tensors(self.engine.module, shared=True)
+        mine = {name: state[name] for name in own if name in state}
+        _torch.copy_state(own, mine)
         if self.zero_stage:
-            self.engine.optimizer.refresh_fp32_params()
+            _deepspeed.set_masters(own, mine)
 
     def receipt(self) -> Receipt:
         """See `Engine`: every rank's stage, the layers it holds, and their parameters."""
-        own = [n for part in self.engine.module.children() for n, _ in part.named_children()]
+        live = self.engine
+        ledger = _precision.ledger(self.observer, live.module, self._stepped())
         mine = {
-            "stage": self.engine.stage_id,
-            "column": self.engine.grid.get_data_parallel_id(),
-            "layers": [int(name) for name in own],
-            "parameters": sum(p.numel() for p in self.engine.module.parameters()),
+            "stage": live.stage_id,
+            "column": live.grid.get_data_parallel_id(),
+            "layers": self.cut.live_layers(live.module),
+            "parameters": sum(p.numel() for p in live.module.parameters()),
+            "tied": self.cut.tied_digest(),
         }
         ranks = gather_objects(mine)
+        first = [r for r in ranks if r["column"] == 0]
         evidence: dict[str, Any] = {
-            "model": type(self.engine).__name__,
-            "stages": self.engine.num_stages,
-            "columns": self.engine.dp_world_size,
-            "zero_stage": int(self.engine.zero_optimization_stage()),
+            "model": type(live).__name__,
+            "stages": live.num_stages,
+            "columns": live.dp_world_size,
+            "zero_stage": int(live.zero_optimization_stage()),
             "ranks": ranks,
-            "layers_by_stage": [r["layers"] for r in ranks if r["column"] == 0],
+            "layers_by_stage": [r["layers"] for r in first],
+            "tensors_by_stage": [
+                names
+                for column, names in zip(
+                    [r["column"] for r in ranks],
+                    gather_objects(list(self.cut.own_tensors(live.module, shared=True))),
+                    strict=True,
+                )
+                if column == 0
+            ],
             "sample_digest_by_rank": list(self.digests),
+            "precision": ledger,
         }
-        lay = self.layout
-        held = [layer for r in ranks if r["column"] == 0 for layer in r["layers"]]
-        conditions = {
+        return make_receipt(evidence, self._conditions(evidence))
+
+    def _stepped(self) -> _precision.Stepped:
+        if self.zero_stage == 0:
+            return _precision.Stepped.plain(self.engine.optimizer, self.gradients)
+        return _deepspeed.stepped(self.engine.optimizer)
+
+    def _conditions(self, evidence: Mapping[str, Any]) -> dict[str, bool]:
+        lay, ranks = self.layout, evidence["ranks"]
+        return {
             f"{lay.pp} stages": evidence["stages"] == lay.pp,
             f"{lay.dp} columns": evidence["columns"] == lay.dp,
             f"ZeRO stage {self.zero_stage}": evidence["zero_stage"] == self.zero_stage,
@@ -194,12 +234,15 @@ class StageEngine:
                 (r["stage"], r["column"]) == (lay.stage(i), lay.dp_rank(i))
                 for i, r in enumerate(ranks)
             ),
-            "every layer on one stage, in order": held == list(range(self.num_layers)),
+            "every layer on its stage": evidence["layers_by_stage"] == self.cut.layers_by_stage,
             "columns alike": all(
                 r["layers"] == evidence["layers_by_stage"][r["stage"]] for r in ranks
             ),
+            "tied weights equal on all stages": self.cut.tied_agree([r["tied"] for r in ranks]),
+            **_precision.check_ledger(
+                self.job.train.precision, self.buffers, evidence["precision"]
+            ),
         }
-        return make_receipt(evidence, conditions)
 
     def close(self) -> None:
         """See `Engine`."""

@@ -1,4 +1,4 @@
-"""What engines share in plain torch: the optimizer, the one place where a loss is taken, weights.
+"""What engines share in plain torch: the one place where a loss is taken, and weights.
 
 `Tally` is where every engine computes its loss, so that sums, counts and sample ids come from the
 batch that was really used, padding left out.
@@ -7,46 +7,22 @@ batch that was really used, padding left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
 import torch
 from torch import nn
 
-from ..config import Job, JobError
+from ..config import JobError
 from ..data.batches import MicroBatch
 from ..models.losses import IGNORED_TARGET, Loss
 from ..processes import gather_rows
 from ..records import EvalResult
+from ._precision import names_of, plain_name
 from .base import RunError, StepResult
 
 RANKS_AGREE = 1e-6  # relative; norms and rates come out of one all-reduce and the same arithmetic
-
-
-def build_optimizer(job: Job, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The job's optimizer over `parameters`."""
-    o = job.optimizer
-    trained = [p for p in parameters if p.requires_grad]
-    if o.name == "sgd":
-        return torch.optim.SGD(trained, o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
-    return torch.optim.AdamW(
-        trained, o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, weight_decay=o.weight_decay
-    )
-
-
-def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """Give every parameter group the rate of the step that comes."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def read_learning_rate(optimizer: Any) -> float:
-    """The rate that the live optimizer holds; RunError where its groups differ."""
-    rates = {float(group["lr"]) for group in optimizer.param_groups}
-    if len(rates) != 1:
-        raise RunError(f"parameter groups have different learning rates: {sorted(rates)}")
-    return rates.pop()
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -114,7 +90,7 @@ class Tally:
         self.count = torch.zeros((), dtype=torch.int64, device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.samples = self.digest = self.predictions = 0
-        self.classes = False
+        self.classes = self.tokens = False
 
     def add(
         self, loss: Loss, output: Any, micro_batch: MicroBatch, score: bool = False
@@ -141,7 +117,7 @@ class Tally:
             return
         if target.is_floating_point() or output.dim() != target.dim() + 1:
             return
-        self.classes = True
+        self.classes, self.tokens = True, target.dim() > 1
         predicted = output.argmax(-1)
         self.correct += ((predicted == target) & (target != IGNORED_TARGET)).sum()
         flat = predicted.reshape(len(ids), -1)
@@ -151,7 +127,8 @@ class Tally:
         self.predictions = (self.predictions + hash_ids(spread, mixed)) % 2**64
 
     def row(self) -> list[int | float]:
-        """What ranks exchange: loss sum, count, samples, digest, correct, predictions, classes."""
+        """What ranks exchange: loss sum, count, samples, digest, correct, predictions, and whether
+        targets are classes (1), and several a sample (2)."""
         return [
             self.loss_sum.item(),
             int(self.count),
@@ -159,7 +136,7 @@ class Tally:
             self.digest,
             int(self.correct),
             self.predictions,
-            int(self.classes),
+            int(self.classes) + int(self.tokens),
         ]
 
 
@@ -172,8 +149,11 @@ def mean_loss(rows: Sequence[Sequence[int | float]]) -> float:
     return total / count if count else float("nan")
 
 
-def step_result(rows: Sequence[Sequence[int | float]], expected: int | None) -> StepResult:
-    """One step from every rank's `[*Tally.row(), grad_norm, lr]`.
+def step_result(
+    rows: Sequence[Sequence[int | float]], expected: int | None, scale: float | None = None
+) -> StepResult:
+    """One step from every rank's `[*Tally.row(), grad_norm, lr]`; `scale`: fp16's, else None. Under
+    fp16 a norm that is not finite means that the step was skipped.
 
     RunError where ranks disagree on norm or rate (a gradient that was not reduced, a stage with a
     rate of its own) or the loss did not count the `expected` targets that it was divided by.
@@ -181,8 +161,8 @@ def step_result(rows: Sequence[Sequence[int | float]], expected: int | None) -> 
     for what, column in (("gradient norm", -2), ("learning rate", -1)):
         values = [float(row[column]) for row in rows]
         for rank, value in enumerate(values):
-            if not math.isclose(value, values[0], rel_tol=RANKS_AGREE) and not (
-                math.isnan(value) and math.isnan(values[0])  # all of them: the loop says so
+            if not math.isclose(value, values[0], rel_tol=RANKS_AGREE) and (
+                math.isfinite(value) or math.isfinite(values[0])  # none: the loop says so
             ):
                 raise RunError(
                     f"rank {rank} has {what} {value:.9g}, rank 0 has {values[0]:.9g}: "
@@ -201,6 +181,9 @@ def step_result(rows: Sequence[Sequence[int | float]], expected: int | None) -> 
         lr=float(rows[0][-1]),
         samples=sum(int(row[2]) for row in rows),
         sample_digest=f"{sum(digests) % 2**64:016x}",
+        targets=counted,
+        loss_scale=scale,
+        skipped=scale is not None and not math.isfinite(rows[0][-2]),
         digest_by_rank=tuple(
             f"{d:016x}" if row[2] else "" for d, row in zip(digests, rows, strict=True)
         ),
@@ -214,14 +197,22 @@ def eval_result(tally_row: Sequence[int | float]) -> EvalResult:
     count = sum(int(row[1]) for row in rows)
     loss = mean_loss(rows)
     if not any(row[6] for row in rows):
-        return EvalResult(loss, samples)
+        return EvalResult(loss, samples, targets=count)
     digest = sum(int(row[5]) for row in rows) % 2**64
-    return EvalResult(loss, samples, correct, correct / count, f"{digest:016x}")
+    # Targets that are tokens: e to the mean loss in nats, as language models are judged.
+    perplexity = math.exp(min(loss, 700.0)) if any(row[6] == 2 for row in rows) else None
+    return EvalResult(loss, samples, correct, correct / count, f"{digest:016x}", perplexity, count)
+
+
+def gradient_dtypes(model: nn.Module) -> str:
+    """What the gradients that a model holds are stored in."""
+    return names_of(p.grad for p in model.parameters() if p.grad is not None)
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a model, by name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Parameters and buffers of a model, by canonical name."""
+    found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {plain_name(name): tensor for name, tensor in found.items()}
 
 
 def copy_of_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -32,7 +32,8 @@ class RunError(RuntimeError):
 @dataclasses.dataclass(frozen=True)
 class StepResult:
     """One optimizer step, the same on every rank. Digests are hexadecimal, one a rank in
-    `digest_by_rank` ("" where a rank computes no loss)."""
+    `digest_by_rank` ("" where a rank computes no loss). `targets` were counted by the loss;
+    `loss_scale` and `skipped` are fp16's: a step whose gradients overflowed changes nothing."""
 
     loss: float
     grad_norm: float
@@ -40,6 +41,9 @@ class StepResult:
     samples: int
     sample_digest: str
     digest_by_rank: tuple[str, ...] = ()
+    targets: int = 0
+    loss_scale: float | None = None
+    skipped: bool = False
 
 
 class Strategy(Protocol):
@@ -115,3 +119,11 @@ def make_receipt(evidence: dict[str, Any], conditions: Mapping[str, bool]) -> Re
     """A receipt that is engaged when every condition holds on the evidence."""
     reason = refuse_unless(conditions)
     return Receipt(reason is None, evidence, reason and f"not so: {reason}")
+
+
+def extend_receipt(
+    receipt: Receipt, evidence: dict[str, Any], conditions: Mapping[str, bool]
+) -> Receipt:
+    """A receipt with more evidence, on which these conditions must hold as well."""
+    more = make_receipt(receipt.evidence | evidence, conditions)
+    return more if receipt.engaged else Receipt(False, more.evidence, receipt.reason)

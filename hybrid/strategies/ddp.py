@@ -17,6 +17,7 @@ from .base import Engine, make_receipt
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..models.layers import Layers
     from ..models.losses import Loss
 
 name = "ddp"
@@ -40,9 +41,9 @@ def period(job: Job) -> int:
     return 1
 
 
-def build(job: Job, layout: Layout, layers: list[nn.Module], loss: Loss) -> Engine:
+def build(job: Job, layout: Layout, layers: Layers, loss: Loss) -> Engine:
     """The model under DDP."""
-    from . import _accelerate, _torch
+    from . import _accelerate, _accelerate_engine, _torch
 
     accumulation = job.micro_batches(name)
     hook = job.strategy.ddp.comm_hook
@@ -53,7 +54,7 @@ def build(job: Job, layout: Layout, layers: list[nn.Module], loss: Loss) -> Engi
             "start_powerSGD_iter": POWERSGD_START,
         }
     accelerator, prepared = _accelerate.prepare_ddp(job, layers, accumulation, HOOKS[hook], options)
-    return _accelerate.AccelerateEngine(
+    return _accelerate_engine.AccelerateEngine(
         job,
         layout,
         loss,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ..models.layers import Layers
     from ..models.losses import Loss
 
 name = "fsdp"
@@ -41,13 +42,13 @@ def period(job: Job) -> int:
     return 1
 
 
-def build(job: Job, layout: Layout, layers: list[nn.Module], loss: Loss) -> Engine:
+def build(job: Job, layout: Layout, layers: Layers, loss: Loss) -> Engine:
     """The model under FSDP2, one unit a layer."""
-    from . import _accelerate
+    from . import _accelerate, _accelerate_engine
 
     accumulation = job.micro_batches(name)
     accelerator, prepared = _accelerate.prepare_fsdp(job, layout, layers, accumulation)
-    return _accelerate.AccelerateEngine(
+    return _accelerate_engine.AccelerateEngine(
         job,
         layout,
         loss,
@@ -60,8 +61,13 @@ def build(job: Job, layout: Layout, layers: list[nn.Module], loss: Loss) -> Engi
 
 
 def _gather(engine: Any) -> dict[str, torch.Tensor]:
+    from torch.distributed.fsdp import FSDPModule
+
     from . import _torch
 
+    for module in engine.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # evaluation leaves the root's parameters gathered, and rounded
     full = {n: _whole(t.detach()) for n, t in _torch.named_tensors(engine.model).items()}
     return {n: t.cpu().clone() for n, t in full.items()}
 

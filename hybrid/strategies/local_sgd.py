@@ -14,8 +14,7 @@ from ..layout import Layout
 from .base import Engine, Unsupported
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from ..models.layers import Layers
     from ..models.losses import Loss
 
 name = "local_sgd"
@@ -42,7 +41,7 @@ def period(job: Job) -> int:
     return every
 
 
-def build(job: Job, layout: Layout, layers: list[nn.Module], loss: Loss) -> Engine:
+def build(job: Job, layout: Layout, layers: Layers, loss: Loss) -> Engine:
     """This rank's replica, or all of them."""
     from ._replicas import ReplicaEngine
 

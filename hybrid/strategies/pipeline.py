@@ -13,8 +13,7 @@ from ..layout import Layout
 from .base import Engine, Unsupported
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from ..models.layers import Layers
     from ..models.losses import Loss
 
 name = "pipeline"
@@ -42,7 +41,7 @@ def period(job: Job) -> int:
     return 1
 
 
-def build(job: Job, layout: Layout, layers: list[nn.Module], loss: Loss) -> Engine:
+def build(job: Job, layout: Layout, layers: Layers, loss: Loss) -> Engine:
     """This rank's stage."""
     from . import _deepspeed, _stages
 

@@ -45,7 +45,7 @@ def plan(job: Job, name: str, nproc: int, layer_parameters: Sequence[int]) -> La
     return layout
 
 
-def open_engine(job: Job, strategy: str, layers: list[nn.Module], loss: Loss) -> Engine:
+def open_engine(job: Job, strategy: str, layers: Sequence[nn.Module], loss: Loss) -> Engine:
     """An engine on the processes that a launcher started, for people who keep their own loop.
 
     Every rank calls it with the same job and the same initialised `layers` (equal on
@@ -55,10 +55,12 @@ def open_engine(job: Job, strategy: str, layers: list[nn.Module], loss: Loss) ->
     Raises Unsupported or JobError before anything is built.
     """
     from .. import processes
+    from ..models.layers import Layers
+    from ._model import prepare_layers
 
+    layers = layers if isinstance(layers, Layers) else Layers(layers)
     ranks = Ranks.from_env()
-    parameters = [sum(p.numel() for p in x.parameters() if p.requires_grad) for x in layers]
-    layout = plan(job, strategy, ranks.world_size, parameters)
+    layout = plan(job, strategy, ranks.world_size, layers.sizes())
     if layout.world_size != ranks.world_size and ranks.world_size > 1:
         raise JobError(
             f"strategy = {strategy!r}: runs on {layout.world_size} process, "
@@ -66,4 +68,4 @@ def open_engine(job: Job, strategy: str, layers: list[nn.Module], loss: Loss) ->
         )
     if strategy != "single":
         processes.join(ranks)
-    return get(strategy).build(job, layout, layers, loss)
+    return get(strategy).build(job, layout, prepare_layers(job, layers), loss)

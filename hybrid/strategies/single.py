@@ -10,8 +10,7 @@ from ..layout import Layout
 from .base import Engine
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from ..models.layers import Layers
     from ..models.losses import Loss
 
 name = "single"
@@ -32,7 +31,7 @@ def period(job: Job) -> int:
     return 1
 
 
-def build(job: Job, layout: Layout, layers: list[nn.Module], loss: Loss) -> Engine:
+def build(job: Job, layout: Layout, layers: Layers, loss: Loss) -> Engine:
     """One replica with all samples."""
     from ._replicas import ReplicaEngine
 

@@ -10,8 +10,7 @@ from ..layout import Layout, fill_degrees
 from .base import Engine, Unsupported
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from ..models.layers import Layers
     from ..models.losses import Loss
 
 name = "2d"
@@ -52,7 +51,7 @@ def period(job: Job) -> int:
     return 1
 
 
-def build(job: Job, layout: Layout, layers: list[nn.Module], loss: Loss) -> Engine:
+def build(job: Job, layout: Layout, layers: Layers, loss: Loss) -> Engine:
     """This rank's stage in its column."""
     from . import _deepspeed, _stages
 

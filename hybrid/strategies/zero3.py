@@ -14,8 +14,7 @@ from ..layout import Layout
 from .base import Engine
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from ..models.layers import Layers
     from ..models.losses import Loss
 
 name = "zero3"
@@ -39,15 +38,17 @@ def period(job: Job) -> int:
     return 1
 
 
-def build(job: Job, layout: Layout, layers: list[nn.Module], loss: Loss) -> Engine:
+def build(job: Job, layout: Layout, layers: Layers, loss: Loss) -> Engine:
     """The model under ZeRO-3."""
-    from . import _accelerate, _deepspeed
+    from . import _accelerate, _accelerate_engine, _deepspeed
 
     accumulation = job.micro_batches(name)
     config = _deepspeed.full_config(job, layout, layers, name, job.strategy.zero3.ds_config, 3)
     _deepspeed.prepare_process()
-    accelerator, prepared = _accelerate.prepare_zero(job, layers, accumulation, config)
-    return _accelerate.AccelerateEngine(
+    accelerator, prepared = _accelerate.prepare_zero(
+        job, layers, accumulation, config, _deepspeed.keep_masters
+    )
+    return _accelerate_engine.AccelerateEngine(
         job,
         layout,
         loss,

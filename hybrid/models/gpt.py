@@ -1,0 +1,200 @@
+"""A decoder-only transformer as a flat list: embedding, blocks, head.
+
+Pre-norm blocks (Radford et al. 2019, GPT-2), rotary positions (Su et al. 2021,
+https://arxiv.org/abs/2104.09864) or learned ones, attention by torch's
+`scaled_dot_product_attention`, embeddings tied to the head or not (Press and Wolf 2017,
+https://arxiv.org/abs/1608.05859).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .dropout import Dropout
+from .layers import Layers
+from .losses import Loss, cross_entropy
+
+BYTES = 257  # the byte tokenizer's vocabulary: 256 values and the end of a document
+GPT2_VOCABULARY = 50257
+INIT_STD = 0.02
+
+# name: num_layers, width, num_heads, context, vocab_size. From 124m to 175b the sizes are those of
+# GPT-2 and GPT-3 (Brown et al. 2020, https://arxiv.org/abs/2005.14165, table 2.1), 70b those of
+# Llama 2's largest, 530b of Megatron-Turing NLG (https://arxiv.org/abs/2201.11990), 1t of Narayanan
+# et al. 2021 (https://arxiv.org/abs/2104.04473, table 1).
+PRESETS: dict[str, tuple[int, int, int, int, int]] = {
+    "1m": (5, 128, 4, 128, BYTES),
+    "10m": (6, 384, 6, 256, BYTES),
+    "50m": (8, 512, 8, 512, GPT2_VOCABULARY),
+    "124m": (12, 768, 12, 1024, GPT2_VOCABULARY),
+    "350m": (24, 1024, 16, 1024, GPT2_VOCABULARY),
+    "760m": (24, 1536, 16, 2048, GPT2_VOCABULARY),
+    "1.3b": (24, 2048, 16, 2048, GPT2_VOCABULARY),
+    "2.7b": (32, 2560, 32, 2048, GPT2_VOCABULARY),
+    "6.7b": (32, 4096, 32, 2048, GPT2_VOCABULARY),
+    "13b": (40, 5120, 40, 2048, GPT2_VOCABULARY),
+    "30b": (48, 7168, 56, 2048, GPT2_VOCABULARY),
+    "70b": (80, 8192, 64, 4096, GPT2_VOCABULARY),
+    "175b": (96, 12288, 96, 2048, GPT2_VOCABULARY),
+    "530b": (105, 20480, 128, 2048, GPT2_VOCABULARY),
+    "1t": (128, 25600, 160, 2048, GPT2_VOCABULARY),
+}
+
+
+class Embedding(nn.Module):
+    """Token ids to vectors, with learned positions added where there are any."""
+
+    def __init__(
+        self, vocab_size: int, width: int, context: int, learned: bool, dropout: float
+    ) -> None:
+        super().__init__()
+        self.token = nn.Embedding(vocab_size, width)
+        self.position = nn.Embedding(context, width) if learned else None
+        self.dropout = Dropout(dropout)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """int64 [batch, tokens] to [batch, tokens, width]."""
+        x = self.token(ids)
+        if self.position is not None:
+            x = x + self.position(torch.arange(ids.shape[1], device=ids.device))
+        return self.dropout(x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; `rotary` turns queries and keys by their positions."""
+
+    inverse_frequency: torch.Tensor
+
+    def __init__(self, width: int, num_heads: int, rotary: bool) -> None:
+        super().__init__()
+        self.num_heads, self.rotary = num_heads, rotary
+        # A key's bias adds the same to all scores of a query: its gradient is rounding, which AdamW
+        # would make whole steps of, in other directions in each of two equal runs.
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        if rotary:
+            pairs = torch.arange(0, width // num_heads, 2, dtype=torch.float32)
+            self.register_buffer("inverse_frequency", 10_000.0 ** (-pairs * num_heads / width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, tokens, width] to the same."""
+        batch, tokens, width = x.shape
+        heads = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each [batch, heads, tokens, head width]
+        if self.rotary:
+            at = torch.arange(tokens, device=x.device, dtype=torch.float32)
+            angles = torch.outer(at, self.inverse_frequency)
+            cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (i, i + half) of the last axis by its angle; cos and sin [tokens, half]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Block(nn.Module):
+    """Attention and a four times wider GELU network, each normed before and added after."""
+
+    def __init__(self, width: int, num_heads: int, rotary: bool, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, num_heads, rotary)
+        self.norm2 = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.dropout1, self.dropout2 = Dropout(dropout), Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, tokens, width] to the same."""
+        x = x + self.dropout1(self.attention(self.norm1(x)))
+        return x + self.dropout2(self.down(functional.gelu(self.up(self.norm2(x)))))
+
+
+class Head(nn.Module):
+    """The last norm and the projection to logits."""
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.logits = nn.Linear(width, vocab_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, tokens, width] to logits [batch, tokens, vocab_size]."""
+        return self.logits(self.norm(x))
+
+
+def gpt(
+    preset: str | None = None,
+    num_layers: int | None = None,
+    width: int | None = None,
+    num_heads: int | None = None,
+    context: int | None = None,
+    vocab_size: int | None = None,
+    tied: bool = True,
+    positions: Literal["rope", "learned"] = "rope",
+    dropout: float = 0.0,
+) -> tuple[Layers, Loss]:
+    """`num_layers` blocks between embedding and head, and cross-entropy in nats a token.
+
+    Sizes come from `preset`, each overridden by its own argument; without a preset `num_layers`,
+    `width` and `num_heads` are needed, `context` is 1024 and `vocab_size` that of the bytes.
+    `dropout` is on the embedding and on what each half of a block adds, not on attention weights.
+    ValueError where sizes do not fit.
+    """
+    given = (num_layers, width, num_heads, context, vocab_size)
+    num_layers, width, num_heads, context, vocab_size = _sizes(preset, given)
+    _check(width, num_heads, positions, dropout)
+    rotary = positions == "rope"
+    embedding = Embedding(vocab_size, width, context, not rotary, dropout)
+    blocks = [Block(width, num_heads, rotary, dropout) for _ in range(num_layers)]
+    head = Head(width, vocab_size)
+    layers = Layers([embedding, *blocks, head])
+    _init(layers, num_layers)
+    if tied:
+        head.logits.weight = embedding.token.weight
+    return layers, cross_entropy
+
+
+def _sizes(preset: str | None, given: tuple[int | None, ...]) -> tuple[int, int, int, int, int]:
+    names = ("num_layers", "width", "num_heads", "context", "vocab_size")
+    defaults: tuple[int | None, ...] = (None, None, None, 1024, BYTES)
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ValueError(f"preset = {preset!r}: valid: {', '.join(PRESETS)}")
+        defaults = PRESETS[preset]
+    chosen: Any = tuple(d if g is None else g for g, d in zip(given, defaults, strict=True))
+    for name, value in zip(names, chosen, strict=True):
+        if value is None:
+            raise ValueError(f"{name} is missing; give it, or a preset: {', '.join(PRESETS)}")
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} = {value!r}: a whole number, 1 or more, is needed")
+    return chosen
+
+
+def _check(width: int, num_heads: int, positions: str, dropout: float) -> None:
+    if positions not in ("rope", "learned"):
+        raise ValueError(f"positions = {positions!r}: valid: rope, learned")
+    if width % num_heads or (positions == "rope" and width // num_heads % 2):
+        even = " into even parts" if positions == "rope" else ""
+        raise ValueError(f"num_heads = {num_heads}: does not divide width = {width}{even}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout = {dropout}: valid: 0 up to, not including, 1")
+
+
+def _init(layers: Layers, num_layers: int) -> None:
+    """GPT-2's: normal weights, smaller where a block adds to the residual stream, zero biases."""
+    for layer in layers:
+        for name, module in layer.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                adds = name in ("down", "attention.out")
+                std = INIT_STD / math.sqrt(2 * num_layers) if adds else INIT_STD
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)

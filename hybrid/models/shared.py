@@ -1,0 +1,67 @@
+"""One whole copy of a model on a host, however many ranks train it there.
+
+The first rank of a host makes the model and writes its tensors to a file; the others make its shape
+alone, on torch's meta device, and map the file. A mapped tensor takes no memory of the rank's own
+until it is written to: what a stage or a shard leaves behind is never copied.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..config import Job
+from ..layout import Ranks
+from ..processes import gather_objects, join
+from . import build_model, can_be_made_on_meta
+from .layers import Layers
+from .losses import Loss
+
+FILE = "start.safetensors"
+
+
+def build_shared(job: Job, ranks: Ranks) -> tuple[Layers, Loss]:
+    """`build_model` on every rank; collective. A user's own function is called on each rank for
+    real, since nothing says that it can do without values."""
+    if ranks.world_size == 1 or not can_be_made_on_meta(job):
+        return build_model(job)
+    join(ranks)
+    first, folder, host = ranks.local_rank == 0, "", socket.gethostname()
+    built = None
+    try:
+        if first:
+            built = build_model(job)
+            folder = tempfile.mkdtemp(prefix="hybrid-")
+            save_file(_contiguous(built[0]), Path(folder) / FILE)
+        places = [f for h, f in gather_objects((host, folder)) if h == host and f]
+        if built is None:
+            with torch.device("meta"):
+                built = build_model(job)
+            _fill(built[0], Path(places[0]) / FILE)
+        gather_objects(None)  # all have mapped the file: its name can go
+    finally:
+        if folder:
+            shutil.rmtree(folder)
+    return built
+
+
+def _contiguous(layers: Layers) -> dict[str, torch.Tensor]:
+    """Copies where tensors share memory without being one parameter: the file has no views."""
+    return {name: t.detach().contiguous() for name, t in layers.tensors().items()}
+
+
+def _fill(layers: Layers, path: Path) -> None:
+    """Give meta tensors the values in a file; each keeps its identity, so that ties hold."""
+    values = load_file(path)
+    for name, tensor in layers.tensors().items():
+        value = values.pop(name)
+        if isinstance(tensor, torch.nn.Parameter):
+            value = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
+        torch.utils.swap_tensors(tensor, value)
+    if values:
+        raise RuntimeError(f"{path.name} has tensors that the model has not: {sorted(values)}")

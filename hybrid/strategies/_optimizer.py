@@ -1,0 +1,104 @@
+"""The job's optimizer, its parameter groups, its learning rate, and fp16's loss scale."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import Job
+from ..models.layers import Layers
+from . import _precision
+from .base import RunError
+
+
+def build_optimizer(
+    job: Job, parameters: Mapping[str, nn.Parameter], spared: Collection[str]
+) -> torch.optim.Optimizer:
+    """The job's optimizer over the trained ones of `parameters`, by canonical name; without weight
+    decay for the `spared`. AdamW in torch's fused form (under fp16 not: it would take the loss
+    scaler's part, and of shards knows no others)."""
+    o = job.optimizer
+    trained = {n: p for n, p in parameters.items() if p.requires_grad}
+    decayed = [p for n, p in trained.items() if n not in spared]
+    kept = [p for n, p in trained.items() if n in spared]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": o.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if o.name == "sgd":
+        return torch.optim.SGD(groups, o.lr, momentum=o.momentum)
+    fused = job.train.precision != "fp16"
+    return torch.optim.AdamW(groups, o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, fused=fused)
+
+
+def spared_names(layers: Layers, no_decay: Collection[str]) -> set[str]:
+    """Canonical names of the parameters of the `no_decay` kinds, norms, biases or embeddings. To be
+    asked of the whole model: a tied parameter is of every kind that one of its places is."""
+    names, spared = layers.names(), set()
+    for layer in layers:
+        for module in layer.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if _kinds(module, name) & set(no_decay):
+                    spared.add(names[parameter])
+    return spared
+
+
+def _kinds(module: nn.Module, name: str) -> set[str]:
+    """What a parameter of a module is: norms go by their class name, since each library has its
+    own."""
+    kinds = set()
+    if "norm" in type(module).__name__.lower():
+        kinds.add("norms")
+    if name == "bias" or name.endswith("_bias"):
+        kinds.add("biases")
+    if isinstance(module, nn.Embedding):
+        kinds.add("embeddings")
+    return kinds
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Give every parameter group the rate of the step that comes."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def read_learning_rate(optimizer: Any) -> float:
+    """The rate that the live optimizer holds; RunError where its groups differ."""
+    rates = {float(group["lr"]) for group in optimizer.param_groups}
+    if len(rates) != 1:
+        raise RunError(f"parameter groups have different learning rates: {sorted(rates)}")
+    return rates.pop()
+
+
+class LossScale:
+    """fp16's loss scaling by torch's `GradScaler`; without fp16 it passes everything through."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self.scaler = torch.amp.GradScaler(
+            device.type,
+            init_scale=_precision.INITIAL_SCALE,
+            growth_interval=_precision.GROWTH_STEPS,
+            enabled=job.train.precision == "fp16",
+        )
+
+    @property
+    def value(self) -> float:
+        """The scale in force; 1 without fp16."""
+        return self.scaler.get_scale()
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss that backward is to start from."""
+        return self.scaler.scale(loss)
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Bring the gradients back to their size, before they are measured and clipped."""
+        self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step, unless a gradient overflowed, and update the scale."""
+        self.scaler.step(optimizer)
+        self.scaler.update()
