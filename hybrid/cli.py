@@ -110,6 +110,24 @@ def train(
 
 
 @app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder: OUT, OUT/STRATEGY.")],
+    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to write at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest only.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    json: Json = False,
+) -> None:
+    """Write text from the final weights of a run on text."""
+    from . import records
+    from .sample import sample as sample_text
+
+    text = sample_text(run, prompt, tokens, temperature, seed, top_k)
+    print(records.dumps({"prompt": prompt, "text": text}) if json else text, file=_stdout)
+
+
+@app.command()
 def strategies(json: Json = False) -> None:
     """List the strategies and what each accepts."""
     from . import records
@@ -165,9 +183,11 @@ def _train_by_launching(job: Any, strategy: str, nproc: int | None, out: Path) -
     from .strategies import registry
 
     prepared = prepare(job)
-    layout = registry.plan(
-        prepared.job, strategy, nproc or default_nproc(job), prepared.layer_parameters
+    layout, warnings = registry.plan(
+        prepared.job, strategy, nproc or default_nproc(job), prepared.outline
     )
+    for line in warnings:
+        print(f"hybrid: warning: {strategy}: {line}", file=sys.stderr)
     file = out / "job.json"
     records.write(to_dict(prepared.job), file)
     watcher = _progress()

@@ -77,7 +77,9 @@ def compare(
     layouts: dict[str, Layout | str] = {}
     for name in names:
         try:
-            layouts[name] = registry.plan(prepared.job, name, nproc, prepared.layer_parameters)
+            layouts[name], warnings = registry.plan(prepared.job, name, nproc, prepared.outline)
+            for line in warnings:
+                print(f"hybrid: warning: {name}: {line}", file=sys.stderr)
         except LayoutError as error:
             raise JobError(f"{error} (--nproc {nproc})") from None
         except Unsupported as error:

@@ -61,28 +61,27 @@ class Trackers:
         check_trackers(names)
         folder, run = out / "trackers", time.strftime("%Y%m%d-%H%M%S")
         self.trackers = [_start(name, folder, run) for name in names]
-        self.step = 0
         configuration = {"out": str(out)} | flatten(job)
         for tracker in self.trackers:
             tracker.store_init_configuration(configuration)
 
     def log(self, line: Mapping[str, Any], step: int) -> None:
         """One line of `steps.jsonl`: its figures that are known, and the pace that follows."""
-        self.step = step
         if self.trackers:
-            self._send(step_values(line))
+            self._send(step_values(line), step)
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """The evaluation, at the last step; then end. Without a result, just end."""
-        values = {f"eval_{k}": result[k] for k in EVAL_VALUES if result.get(k) is not None}
-        if values:
-            self._send(values)
+    def log_eval(self, result: Mapping[str, Any], step: int) -> None:
+        """An evaluation after `step` steps: loss, and perplexity or accuracy where there is one."""
+        self._send({f"eval_{k}": result[k] for k in EVAL_VALUES if result.get(k) is not None}, step)
+
+    def finish(self) -> None:
+        """End: nothing more is told."""
         for tracker in self.trackers:
             tracker.finish()
 
-    def _send(self, values: dict[str, float]) -> None:
+    def _send(self, values: dict[str, float], step: int) -> None:
         for tracker in self.trackers:
-            tracker.log(values, step=self.step)
+            tracker.log(values, step=step)
 
 
 def _start(name: str, folder: Path, run: str) -> Any:

@@ -107,7 +107,7 @@ class _Run:
         )
         self.engine.close()
         if self.out:
-            self.trackers.finish(records.to_dict(result))
+            self.trackers.finish()
             records.write(record, self.out / "record.json")
         return record
 
@@ -168,6 +168,8 @@ class _Run:
     def _evaluate(self, test_set: Any, micro_batches: int) -> EvalResult:
         result = evaluate(self.engine, test_set, self.job, micro_batches)
         self.evals.append(StepEval(len(self.steps), result))
+        if self.out:
+            self.trackers.log_eval(records.to_dict(result), len(self.steps))
         return result
 
     def _tokens(self) -> int | None:

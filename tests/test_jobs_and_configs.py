@@ -38,7 +38,7 @@ def test_a_shipped_job_can_be_made_and_has_no_setting_without_effect(name: str) 
     prepared = prepare(job)
     assert prepared.job.train.steps and prepared.job.train.epochs is None
     assert isinstance(prepared.job.strategy.local_sgd.sync_every, int)
-    assert all(count > 0 for count in prepared.layer_parameters)
+    assert all(count > 0 for count in prepared.outline.layer_parameters)
     assert load_job(to_dict(prepared.job)) == prepared.job, "ranks read back what was prepared"
     assert resolve_lengths(prepared.job, 1) == prepared.job, "lengths are settled once"
 

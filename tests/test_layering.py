@@ -20,8 +20,8 @@ ROWS = """
 __init__ __main__
 cli
 compare train progress sample
-prepare evaluate report parity launch rank weights measure trackers
-preflight
+prepare evaluate report parity launch rank weights measure
+preflight trackers
 strategies.registry
 strategies.single strategies.ddp strategies.local_sgd strategies.fsdp \
     strategies.zero1 strategies.zero2 strategies.zero3 strategies.pipeline strategies.two_d
@@ -29,8 +29,9 @@ strategies._accelerate_engine strategies._stages strategies._replicas
 strategies._accelerate strategies._cut strategies._deepspeed
 strategies._partition strategies._ds_config strategies._torch strategies._optimizer \
     strategies._model
-strategies._precision strategies._preflight
+strategies._precision
 strategies.base
+strategies._preflight
 data models
 importing schedule processes environment job_file
 config

@@ -53,12 +53,18 @@ class Embedding(nn.Module):
         self, vocab_size: int, width: int, context: int, learned: bool, dropout: float
     ) -> None:
         super().__init__()
+        self.context = context
         self.token = nn.Embedding(vocab_size, width)
         self.position = nn.Embedding(context, width) if learned else None
         self.dropout = Dropout(dropout)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """int64 [batch, tokens] to [batch, tokens, width]."""
+        """int64 [batch, tokens] to [batch, tokens, width]; ValueError for more than `context`."""
+        if ids.shape[1] > self.context:
+            raise ValueError(
+                f"model.options.context = {self.context}: the data's samples have "
+                f"{ids.shape[1]} tokens; make it as many or more"
+            )
         x = self.token(ids)
         if self.position is not None:
             x = x + self.position(torch.arange(ids.shape[1], device=ids.device))

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..config import JobError
+from ..config import Job, JobError
+from .base import Unsupported
 
 # What the job says for every strategy alike. A file that says it too would win or lose in silence.
 OWNED_BY_JOB = {
@@ -50,3 +51,16 @@ def _shipped(name: str) -> Path:
     package = Path(__file__).parent.parent
     inside = package / "ds_configs" / f"{name}.json"
     return inside if inside.exists() else package.parent / "ds_configs" / f"{name}.json"
+
+
+def check_precision(job: Job) -> list[str]:
+    """Raise Unsupported for fp16 where DeepSpeed refuses it: on CPUs without fp16 units."""
+    if job.train.precision == "fp16":
+        import torch
+
+        if not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+            raise Unsupported(
+                "train.precision = 'fp16': DeepSpeed takes it on GPUs and on CPUs with fp16 units "
+                "only, and this CPU has none; bf16 runs here"
+            )
+    return []

@@ -11,15 +11,15 @@ from torch import nn
 from ..config import Job
 from ..models.layers import Layers
 from . import _precision
-from .base import RunError
+from .base import RunError, Unsupported
 
 
 def build_optimizer(
-    job: Job, parameters: Mapping[str, nn.Parameter], spared: Collection[str]
+    job: Job, parameters: Mapping[str, nn.Parameter], spared: Collection[str], num_groups: int = 1
 ) -> torch.optim.Optimizer:
     """The job's optimizer over the trained ones of `parameters`, by canonical name; without weight
-    decay for the `spared`. AdamW in torch's fused form (under fp16 not: it would take the loss
-    scaler's part, and of shards knows no others)."""
+    decay for the `spared`. In `num_groups` parameter groups or more. AdamW in torch's fused form
+    (under fp16 not: it would take the loss scaler's part, and of shards knows no others)."""
     o = job.optimizer
     trained = {n: p for n, p in parameters.items() if p.requires_grad}
     decayed = [p for n, p in trained.items() if n not in spared]
@@ -29,10 +29,27 @@ def build_optimizer(
         {"params": kept, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    while len(groups) < num_groups:
+        groups.append(_split_off(max(groups, key=lambda group: len(group["params"]))))
     if o.name == "sgd":
         return torch.optim.SGD(groups, o.lr, momentum=o.momentum)
     fused = job.train.precision != "fp16"
     return torch.optim.AdamW(groups, o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, fused=fused)
+
+
+def _split_off(group: dict[str, Any]) -> dict[str, Any]:
+    """The last parameter of a group as a group like it."""
+    if len(group["params"]) == 1:
+        raise Unsupported(
+            "a stage trains one tensor alone: with optimizer.no_decay each stage needs two; cut "
+            "elsewhere, use fewer stages, or leave no_decay out"
+        )
+    return group | {"params": [group["params"].pop()]}
+
+
+def count_groups(layers: Layers, spared: Collection[str]) -> int:
+    """Parameter groups of the whole model's optimizer."""
+    return len({name in spared for p, name in layers.names().items() if p.requires_grad})
 
 
 def spared_names(layers: Layers, no_decay: Collection[str]) -> set[str]:

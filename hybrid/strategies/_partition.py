@@ -6,14 +6,16 @@ import itertools
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from ..config import JobError, Partition
+from ..config import Job, JobError, Partition, Pipeline
 from ..layout import (
+    Layout,
     LayoutError,
     partition_by_weight,
     partition_explicit,
     partition_uniform,
 )
-from .base import Unsupported
+from ._preflight import check_pipeline
+from .base import Outline, Unsupported
 
 # Earlier ones scale gradients wrongly with more than one micro-batch: deepspeedai/DeepSpeed#7773,
 # #8152; mended by #8154.
@@ -27,7 +29,7 @@ def partition(method: Partition, layer_parameters: Sequence[int], stages: int) -
             return partition_explicit(method, len(layer_parameters), stages)
         except LayoutError as error:
             raise JobError(str(error)) from None
-    if method == "parameters":
+    if method == "parameters" and len(layer_parameters) >= stages:
         return partition_by_weight(layer_parameters, stages)
     # A layer without parameters, such as an activation, goes with the one before it: on a stage of
     # its own it would leave nothing to train there.
@@ -39,20 +41,20 @@ def partition(method: Partition, layer_parameters: Sequence[int], stages: int) -
     return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
-def check_stages(method: Partition, layer_parameters: Sequence[int], stages: int) -> None:
-    """Raise Unsupported for more stages than layers, a stage without parameters, a DeepSpeed that
-    trains pipelines wrongly."""
+def check_stages(name: str, job: Job, layout: Layout, outline: Outline) -> list[str]:
+    """Raise Unsupported for a model that cannot be cut so, or a DeepSpeed that trains pipelines
+    wrongly; returns warnings. `name`: pipeline or 2d."""
     check_release(version("deepspeed"))
-    layers = len(layer_parameters)
-    if stages > layers:
-        plural = "layer" if layers == 1 else "layers"
-        raise Unsupported(f"the model has {layers} {plural}, {stages} stages need as many or more")
-    for stage, part in enumerate(partition(method, layer_parameters, stages)):
-        if not sum(layer_parameters[i] for i in part):
-            raise Unsupported(
-                f"stage {stage} (layers {part.start} to {part.stop - 1}) would have no parameters "
-                f"to train under partition = {method!r}; cut elsewhere or use fewer stages"
-            )
+    if outline.cut_problem:
+        raise Unsupported(outline.cut_problem)
+    settings = job.settings(name)
+    assert isinstance(settings, Pipeline)
+    sizes = outline.layer_parameters
+    parts = partition(settings.partition, sizes, layout.pp)
+    found = check_pipeline(name, job, layout, parts, sizes, outline.boundaries)
+    if found.problems:
+        raise Unsupported(found.problems[0])
+    return found.warnings
 
 
 def check_release(deepspeed: str) -> None:

@@ -46,9 +46,11 @@ class Boundary:
             return self.problem
         if all(dtype.startswith(("float", "bfloat")) for dtype in self.dtypes):
             return None
+        # Measured on 0.19.8, three stages: with an int64 tensor in front of a floating one the loss
+        # is infinite from the second step on; behind it all is well, as long as the order holds.
         return (
-            f"{self.describe()}: only floating tensors can pass between stages; make the others "
-            "in each layer that needs them"
+            f"{self.describe()}: only floating tensors may pass between stages, since DeepSpeed "
+            "mixes up the buffers of others; make the others in each layer that needs them"
         )
 
 

@@ -55,6 +55,9 @@ class StageEngine:
         self.cut = Cut(layers, settings.partition, layout, rank)
         self.observer = _precision.Observer(layers)
         spared = _optimizer.spared_names(layers, job.optimizer.no_decay)
+        # Under ZeRO, DeepSpeed reduces a norm over the stages for each parameter group: a stage
+        # with fewer groups than its neighbours would leave them waiting.
+        num_groups = _optimizer.count_groups(layers, spared)
         own = layers.join(self.cut.part)
         own.register_forward_pre_hook(self._draw)
         self.buffers = _precision.names_of(own.buffers())
@@ -63,7 +66,7 @@ class StageEngine:
             # stages differently and reports None: clipping is done here, over all stages.
             # test_workarounds.py tells when that is mended.
             config = config | {"gradient_clipping": 0.0}
-        optimizer = _optimizer.build_optimizer(job, self.cut.parameters(own), spared)
+        optimizer = _optimizer.build_optimizer(job, self.cut.parameters(own), spared, num_groups)
         self.engine = _deepspeed.make_pipeline(job, layout, own, self._take_loss, config, optimizer)
         _deepspeed.tie(self.engine, self.cut.tied())
         if self.zero_stage == 0:

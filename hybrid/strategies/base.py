@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..config import Job
 from ..layout import Layout
 from ..records import EvalResult, Receipt
+from ._preflight import Boundary
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,17 @@ class Unsupported(ValueError):
 
 class RunError(RuntimeError):
     """A run that must not go on: ranks disagree, a receipt is refused, a loss is not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A model before it is placed. `layer_parameters`: how many each layer trains; `cut_problem`:
+    why it cannot be cut into stages; `boundaries`: what passes from layer to layer, as far as it is
+    known."""
+
+    layer_parameters: Sequence[int]
+    cut_problem: str | None = None
+    boundaries: Sequence[Boundary] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +68,9 @@ class Strategy(Protocol):
         """Degrees on `nproc` processes; raises Unsupported, or LayoutError for the job's own."""
         ...
 
-    def check(self, job: Job, layout: Layout, layer_parameters: Sequence[int]) -> None:
-        """Raise Unsupported where this job cannot run so, before any process starts.
-
-        layer_parameters: numbers of trainable parameters, layer by layer.
-        """
+    def check(self, job: Job, layout: Layout, outline: Outline) -> list[str]:
+        """Raise Unsupported where this job cannot run so, before any process starts; returns what
+        its author should know, a line each."""
         ...
 
     def period(self, job: Job) -> int:

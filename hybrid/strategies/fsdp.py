@@ -6,13 +6,13 @@ and `parallel.shard` the shards are replicated: hybrid sharding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..config import Job
 from ..layout import Layout, fill_degrees
 from ..records import Receipt
-from .base import Engine, make_receipt
+from .base import Engine, Outline, make_receipt
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +33,9 @@ def layout(job: Job, nproc: int) -> Layout:
     return Layout(dp=nproc, replicate=replicate, shard=shard)
 
 
-def check(job: Job, layout: Layout, layer_parameters: Sequence[int]) -> None:
+def check(job: Job, layout: Layout, outline: Outline) -> list[str]:
     """Runs everything."""
+    return []
 
 
 def period(job: Job) -> int:

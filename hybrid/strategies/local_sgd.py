@@ -6,12 +6,11 @@ the reference for a real run, which between merges is a different algorithm from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..config import Job, JobError
 from ..layout import Layout
-from .base import Engine, Unsupported
+from .base import Engine, Outline, Unsupported
 
 if TYPE_CHECKING:
     from ..models.layers import Layers
@@ -29,8 +28,9 @@ def layout(job: Job, nproc: int) -> Layout:
     return Layout(dp=replicas or nproc, replicate=replicas or nproc)
 
 
-def check(job: Job, layout: Layout, layer_parameters: Sequence[int]) -> None:
+def check(job: Job, layout: Layout, outline: Outline) -> list[str]:
     """Runs everything."""
+    return []
 
 
 def period(job: Job) -> int:

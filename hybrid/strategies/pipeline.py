@@ -5,12 +5,11 @@ One data-parallel column; `2d` has more. Huang et al. 2019, https://arxiv.org/ab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..config import Job
 from ..layout import Layout
-from .base import Engine, Unsupported
+from .base import Engine, Outline, Unsupported
 
 if TYPE_CHECKING:
     from ..models.layers import Layers
@@ -27,13 +26,13 @@ def layout(job: Job, nproc: int) -> Layout:
     return Layout(pp=nproc)
 
 
-def check(job: Job, layout: Layout, layer_parameters: Sequence[int]) -> None:
-    """Every stage must get layers with parameters."""
+def check(job: Job, layout: Layout, outline: Outline) -> list[str]:
+    """Every stage must get layers with parameters, and tensors that can be passed on."""
     from . import _ds_config
     from ._partition import check_stages
 
     _ds_config.load(job.strategy.pipeline.ds_config or name, stage=0)
-    check_stages(job.strategy.pipeline.partition, layer_parameters, layout.pp)
+    return [*_ds_config.check_precision(job), *check_stages(name, job, layout, outline)]
 
 
 def period(job: Job) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from ..config import Job, JobError
 from ..layout import Layout, Ranks
-from .base import Engine, Strategy
+from .base import Engine, Outline, Strategy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,13 +36,12 @@ def get(name: str) -> Strategy:
     return cast(Strategy, importlib.import_module(f".{_MODULES[name]}", __package__))
 
 
-def plan(job: Job, name: str, nproc: int, layer_parameters: Sequence[int]) -> Layout:
-    """The layout of one strategy on `nproc` processes, checked for this job; raises Unsupported or
-    JobError. Starts nothing and imports no torch."""
+def plan(job: Job, name: str, nproc: int, outline: Outline) -> tuple[Layout, list[str]]:
+    """The layout of one strategy on `nproc` processes, checked for this job, and warnings; raises
+    Unsupported or JobError. Starts nothing."""
     strategy = get(name)
     layout = strategy.layout(job, nproc)
-    strategy.check(job, layout, layer_parameters)
-    return layout
+    return layout, strategy.check(job, layout, outline)
 
 
 def open_engine(job: Job, strategy: str, layers: Sequence[nn.Module], loss: Loss) -> Engine:
@@ -60,7 +59,8 @@ def open_engine(job: Job, strategy: str, layers: Sequence[nn.Module], loss: Loss
 
     layers = layers if isinstance(layers, Layers) else Layers(layers)
     ranks = Ranks.from_env()
-    layout = plan(job, strategy, ranks.world_size, layers.sizes())
+    outline = Outline(layers.sizes(), layers.cut_problem)
+    layout, _ = plan(job, strategy, ranks.world_size, outline)
     if layout.world_size != ranks.world_size and ranks.world_size > 1:
         raise JobError(
             f"strategy = {strategy!r}: runs on {layout.world_size} process, "

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..config import Job
 from ..layout import Layout
-from .base import Engine
+from .base import Engine, Outline
 
 if TYPE_CHECKING:
     from ..models.layers import Layers
@@ -22,8 +21,9 @@ def layout(job: Job, nproc: int) -> Layout:
     return Layout()
 
 
-def check(job: Job, layout: Layout, layer_parameters: Sequence[int]) -> None:
+def check(job: Job, layout: Layout, outline: Outline) -> list[str]:
     """Runs everything."""
+    return []
 
 
 def period(job: Job) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..config import Job, TwoD
 from ..layout import Layout, fill_degrees
-from .base import Engine, Unsupported
+from .base import Engine, Outline, Unsupported
 
 if TYPE_CHECKING:
     from ..models.layers import Layers
@@ -36,14 +35,19 @@ def _axis(settings: TwoD, dp: int) -> dict[str, int]:
     return {"shard": dp} if settings.zero_stage else {"replicate": dp}
 
 
-def check(job: Job, layout: Layout, layer_parameters: Sequence[int]) -> None:
-    """Every stage must get layers with parameters."""
+def check(job: Job, layout: Layout, outline: Outline) -> list[str]:
+    """Every stage must get layers with parameters, and tensors that can be passed on."""
     from . import _ds_config
     from ._partition import check_stages
 
     settings = job.strategy.two_d
     _ds_config.load(settings.ds_config or _file(settings), settings.zero_stage)
-    check_stages(settings.partition, layer_parameters, layout.pp)
+    if settings.zero_stage == 0 and job.train.precision != "fp32":
+        raise Unsupported(
+            f"strategy.2d.zero_stage = 0 with train.precision = {job.train.precision!r}: DeepSpeed "
+            "sums rounded gradients in fp32 under ZeRO-1 only; set strategy.2d.zero_stage = 1"
+        )
+    return [*_ds_config.check_precision(job), *check_stages(name, job, layout, outline)]
 
 
 def period(job: Job) -> int:

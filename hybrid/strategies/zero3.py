@@ -5,13 +5,12 @@ Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ..config import Job
 from ..layout import Layout
-from .base import Engine
+from .base import Engine, Outline
 
 if TYPE_CHECKING:
     from ..models.layers import Layers
@@ -26,11 +25,12 @@ def layout(job: Job, nproc: int) -> Layout:
     return Layout(dp=nproc, shard=nproc)
 
 
-def check(job: Job, layout: Layout, layer_parameters: Sequence[int]) -> None:
+def check(job: Job, layout: Layout, outline: Outline) -> list[str]:
     """Runs everything; refuses a `ds_config` with keys that are not its to set."""
     from . import _ds_config
 
     _ds_config.load(job.strategy.zero3.ds_config or name, stage=3)
+    return _ds_config.check_precision(job)
 
 
 def period(job: Job) -> int:
