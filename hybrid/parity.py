@@ -232,6 +232,11 @@ def likely_cause(
         return "other samples in the batch"
     if quantity == "lr":
         return "another learning-rate schedule"
+    if quantity.startswith("weights of ") and len(reference.steps) <= NEVER_EXCUSED_STEPS:
+        return (
+            "all steps agree: either the last update, or rounding, which AdamW enlarges where a "
+            f"gradient is near zero; a run of more than {NEVER_EXCUSED_STEPS} steps measures which"
+        )
     if quantity not in ("loss", "grad_norm") or not run.steps or not reference.steps:
         return None
     got, expected = run.steps[0].grad_norm, reference.steps[0].grad_norm

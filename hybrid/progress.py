@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .records import Record
-from .report.verdict import format_bytes, format_number
+from .report.formats import format_bytes, format_number
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -159,7 +159,7 @@ class Parity:
     first_difference: Difference | None = None
     reference: str = "single"
     max_grad_norm_diff: float | None = None
-    excused: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    excused: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,8 @@ from .measure.instruments import Instruments
 from .models.shared import build_shared
 from .records import EvalResult, Record, StepEval, StepRecord, Weights
 from .strategies import registry
-from .strategies.base import Engine, RunError, StepResult
+from .strategies._model import compile_evidence
+from .strategies.base import Engine, RunError, StepResult, extend_receipt
 from .trackers import Trackers
 
 OnStep = Callable[[StepRecord, int], None]
@@ -43,7 +44,8 @@ def train(
     train_set, test_set = build_data(job)
     job = resolve_lengths(job, len(train_set))
     assert job.train.steps is not None
-    instruments = Instruments(job.train.steps, registry.get(strategy).period(job))
+    period = registry.get(strategy).period(job)
+    instruments = Instruments(job.train.steps, period, job.train.compile)
     try:
         with instruments.meter:
             layers, loss = build_shared(job, Ranks.from_env())
@@ -183,6 +185,7 @@ class _Run:
         if len(seen) != len(set(seen)):
             reason = f"data-parallel ranks trained on the same samples: {seen}"
             receipt = records.Receipt(False, receipt.evidence, reason)
+        receipt = extend_receipt(receipt, *compile_evidence(self.job))
         if not receipt.engaged:
             raise RunError(f"receipt refused: {self.strategy} was asked for; {receipt.reason}")
         return receipt

@@ -17,8 +17,9 @@ from hybrid import records, report
 from hybrid.records import Comm, Comparison, Difference, EvalResult, Memory, Parity, Receipt, Record
 from hybrid.records import StepRecord as Step
 from hybrid.records import Throughput as Pace
+from hybrid.report.formats import DASH, format_bytes, format_diff, format_layout
 from hybrid.report.plots import Curves, bars, curves
-from hybrid.report.verdict import DASH, format_bytes, format_diff, format_layout, format_pace
+from hybrid.report.table import format_pace
 
 EVIL = "</script><script>alert('x')</script><img src=http://evil.example/x> | `a` *b*"
 COSTS = ("7,777", "8.88", "9.99 MiB", "6.66 KiB")  # what `make_run` costs, as it is printed
@@ -189,7 +190,7 @@ def test_reasons_are_given() -> None:
 
 def test_everything_is_escaped() -> None:
     comparison = make_comparison("ddp", EVIL)
-    evidence = Receipt(True, {EVIL: {EVIL: [EVIL]}})
+    evidence = Receipt(True, {EVIL: {EVIL: [EVIL]}, "precision": {EVIL: EVIL, "stored": EVIL}})
     run = dataclasses.replace(make_run(EVIL), receipt=evidence, environment={EVIL: EVIL})
     memory, comm = Memory([5], EVIL), Comm([5.0], {EVIL: {"sent_bytes": [5.0]}}, 1)
     runs = {**comparison.strategies, EVIL: dataclasses.replace(run, memory=memory, comm=comm)}
@@ -201,7 +202,7 @@ def test_everything_is_escaped() -> None:
     assert EVIL in page.text
     text = report.markdown(comparison)
     assert not re.search(r"(?<!\\)<", text)
-    assert len({len(row) for row in table_rows(text)}) == 1
+    assert len({len(row) for row in table_rows(text)}) == 2  # results, precision
 
 
 def test_page_loads_nothing_and_names_what_it_shows() -> None:
@@ -253,16 +254,6 @@ def test_local_sgd_is_drawn_from_its_emulation() -> None:
     assert set(only["customdata"]) == {"equal"}
     assert "local_sgd computed what local_sgd_emulation did" in report.markdown(comparison)
     assert "Drift between ranks" in report.html(comparison)
-
-
-def test_excused_steps_show_both_figures() -> None:
-    excused = [{"step": 25, "difference": 3e-6, "control": 1e-6}]
-    parity = dataclasses.replace(make_parity(3e-6), excused=excused)
-    comparison = break_run(make_comparison("ddp"), make_run("ddp", 3e-6), parity)
-    for text in (report.markdown(comparison), Page(report.html(comparison)).text):
-        assert "step 25, difference 3e-6, control 1e-6" in text
-    sizes = difference_plot(comparison).figure["data"][0]["marker"]["size"]
-    assert [step for step, size in enumerate(sizes) if size == max(sizes)] == [25]
 
 
 def test_numbers_are_human() -> None:

@@ -29,11 +29,13 @@ FEWEST_TIMED = 3
 
 class Instruments:
     """Meter, counter and clock of one run of `steps` steps whose communication repeats every
-    `period` steps."""
+    `period` steps. `compiled`: layers that torch.compile takes, which it never does again once it
+    has met the meter's dispatch mode; on a CPU such a run's memory is not measured."""
 
-    def __init__(self, steps: int, period: int) -> None:
+    def __init__(self, steps: int, period: int, compiled: bool = False) -> None:
+        self.blind = compiled and device().type == "cpu"
         self.meter, self.counter = StorageMeter(device()), CollectiveCounter()
-        first = WARMUP_STEPS
+        first = WARMUP_STEPS + compiled  # the collective counter's going makes it compile once more
         if steps >= first + period + FEWEST_TIMED:
             self.metered, self.counted = range(first + period), range(first, first + period)
             self.timed = range(first + period, steps)
@@ -52,7 +54,7 @@ class Instruments:
         if step == self.counted.start:
             self._tcp.append(tcp_bytes_sent())
             self.counter.start()
-        with self.meter if step in self.metered else contextlib.nullcontext():
+        with self.meter if step in self.metered and not self.blind else contextlib.nullcontext():
             start = _now()
             yield
             seconds = self._last = _now() - start
@@ -62,9 +64,10 @@ class Instruments:
             self.counter.stop()
             self._tcp.append(tcp_bytes_sent())
 
-    def last_step(self) -> dict[str, float]:
+    def last_step(self) -> dict[str, float | None]:
         """Of the step just made, on this rank: its time, and the peak of memory up to it."""
-        return {"seconds": self._last, "memory_bytes": self.meter.peak_bytes}
+        memory = None if self.blind else self.meter.peak_bytes
+        return {"seconds": self._last, "memory_bytes": memory}
 
     def throughput(self, samples_per_step: int, tokens_per_step: int | None) -> Throughput | None:
         """Over the timed steps; None where there was none."""
@@ -75,8 +78,10 @@ class Instruments:
         tokens = tokens_per_step / median if tokens_per_step else None
         return Throughput(samples_per_step / median, median, mean, len(self.seconds), tokens)
 
-    def memory(self) -> Memory:
-        """Peaks of all ranks; collective."""
+    def memory(self) -> Memory | None:
+        """Peaks of all ranks, None where not measured; collective."""
+        if self.blind:
+            return None
         peaks = self.meter.peak_bytes, self.meter.peak_bytes_since_mark
         whole, steps = zip(*gather_objects(peaks), strict=True)
         return Memory(list(whole), self.meter.how, list(steps))

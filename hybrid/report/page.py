@@ -9,9 +9,12 @@ from typing import Any
 
 from hybrid import records
 from hybrid.records import Comparison
+from hybrid.report.formats import format_value
 from hybrid.report.markdown import markdown
 from hybrid.report.plots import Bars, Curves, bars, curves
-from hybrid.report.verdict import HEADERS, LEGEND, build_rows, format_value, judge, verdict
+from hybrid.report.precision import compare_precision
+from hybrid.report.table import build_rows, describe_memory, make_headers, make_legend
+from hybrid.report.verdict import format_excused, judge, verdict
 
 
 def write(comparison: Comparison, out: Path) -> list[Path]:
@@ -35,7 +38,8 @@ def html(comparison: Comparison) -> str:
             f"{escape(said.headline)}</h1>",
             *(f"<p>{escape(detail)}</p>" for detail in said.details),
             f"</header><main><p class=soft>{escape(_job_line(comparison))}</p>",
-            f"<h2>Results and costs</h2>{_table(comparison)}<p class=soft>{escape(LEGEND)}</p>",
+            f"<h2>Results and costs</h2>{_results(comparison)}",
+            f"<p class=soft>{escape(make_legend(comparison))}</p>{_precision(comparison)}",
             *_draw_curves(curves(comparison)),
             '<div class="plots">',
             *map(_draw_bars, bars(comparison)),
@@ -57,17 +61,37 @@ def _job_line(comparison: Comparison) -> str:
     return f"{names}, {batch}, seed {train['seed']}, {steps} optimizer steps"
 
 
-def _table(comparison: Comparison) -> str:
-    head = [f'<th scope="col">{text}</th>' for text in HEADERS]
+def _results(comparison: Comparison) -> str:
     body = []
     for row in build_rows(comparison).values():
         name, layout, state, *figures = map(escape, row)
         badge = f'<span class="state {state.replace(" ", "-")}">{state}</span>'
         body.append(f'<tr><th scope="row">{name}</th><td>{layout}</td><td>{badge}</td>')
         body += [f"<td>{text}</td>" for text in figures]
+    return _table("Results and costs", make_headers(comparison), "".join(body), "figures")
+
+
+def _precision(comparison: Comparison) -> str:
+    """The ledgers, marked where the reference has another."""
+    found = compare_precision(comparison)
+    if found is None:
+        return ""
+    body = []
+    for name, row in found.rows.items():
+        body.append(f'<tr><th scope="row">{escape(name)}</th>')
+        marks = [" class=differs" if cell.differs else "" for cell in row]
+        body += [f"<td{m}>{escape(c.text)}</td>" for c, m in zip(row, marks, strict=True)]
+    table = _table("Precision", found.headers, "".join(body), "ledgers") if body else ""
+    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in found.sentences)
+    return f"<h2>Precision</h2><div class=soft>{said}</div>{table}"
+
+
+def _table(label: str, headers: Iterable[str], body: str, kind: str) -> str:
+    """One that scrolls sideways where it is wider than the page; `body` is HTML."""
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in headers)
     return (
-        '<div class=scroll role="region" aria-label="Results and costs" tabindex="0"><table>'
-        f"<thead><tr>{''.join(head)}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f'<div class=scroll role="region" aria-label="{label}" tabindex="0"><table class={kind}>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -112,11 +136,13 @@ def _draw_bars(found: Bars) -> str:
 
 
 def _receipt(comparison: Comparison, name: str, state: str, problem: str) -> str:
-    """Open where something is wrong. With both figures of every excused step."""
+    """Open where something is wrong. With both figures of everything excused."""
     record, parity = comparison.strategies[name], comparison.parity.get(name)
     shown: dict[str, Any] = record.receipt.evidence if record.receipt else {"receipt": None}
-    excused = dict(enumerate(map(format_value, parity.excused), 1)) if parity else {}
-    shown = {**shown, "environment": record.environment, "excused steps": excused}
+    excused = dict(enumerate(map(format_excused, parity.excused), 1)) if parity else {}
+    shown = {**shown, "environment": record.environment, "excused": excused}
+    if not problem:
+        shown["peak memory of each rank"] = describe_memory(record)
     body = f"<pre>{escape(problem)}</pre>" if problem else ""
     return _fold(f"{name}: {state}", body + _value(shown), " open" if problem else "")
 
@@ -162,7 +188,9 @@ h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--line); text-align: left;
  white-space: nowrap; }
-.num, tr > :nth-child(n+4) { text-align: right; }
+.num, .figures tr > :nth-child(n+4) { text-align: right; }
+.differs { font-weight: 700; color: var(--ink); background: var(--line); }
+.soft p { margin: .4rem 0; }
 tbody th { position: sticky; left: 0; background: var(--page); }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr));
  gap: 0 2.5rem; }

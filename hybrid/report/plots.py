@@ -13,7 +13,9 @@ from html import escape
 from typing import Any, NamedTuple
 
 from hybrid.records import Comm, Comparison, Record
-from hybrid.report.verdict import format_bytes, format_diff, format_pace, judge
+from hybrid.report.formats import format_bytes, format_diff
+from hybrid.report.table import find_meaning, find_peaks, find_rate, format_pace
+from hybrid.report.verdict import judge
 
 GREY, RED = "#868e99", "#d6453d"
 # Eight hues, for on white and on black; dashes and symbols serve who sees no colours.
@@ -48,14 +50,19 @@ def curves(comparison: Comparison) -> list[Curves]:
     """Those there are figures for. Runs that lost parity stay: this is where one sees how."""
     runs, styles = comparison.strategies, _make_styles(comparison)
     losses = {name: [(s.step, s.loss) for s in run.steps] for name, run in runs.items()}
+    tested = {n: [(e.step, e.result.loss) for e in run.evals] for n, run in runs.items()}
+    tested = {name: points for name, points in tested.items() if len(points) > 1}
+    dotted = {name: {**style, "mode": "lines+markers"} for name, style in styles.items()}
     key = "max_relative_drift"
     drifts = {n: [(at["step"], at[key]) for at in run.drift or []] for n, run in runs.items()}
     overlaid = "Runs that agree lie on each other, over the broad grey line of the reference. "
     overlaid += "Click a name to hide its line, double-click to keep it alone."
+    between = "Over the whole test set, after so many optimizer steps; 0 is before training."
     apart = "How far the rank furthest away was from the mean of all, just before they merged."
     found = [
         _lines("Training loss", overlaid, "loss", losses, styles),
         _difference(comparison, styles),
+        _lines("Validation loss", between, "validation loss", tested, dotted),
         _lines("Drift between ranks", apart, "relative drift", drifts, styles),
     ]
     return [one for one in found if one.figure["data"]]
@@ -65,17 +72,27 @@ def bars(comparison: Comparison) -> list[Bars]:
     """Costs, and only of the runs that earned that they are shown."""
     runs = {n: comparison.strategies[n] for n, run in judge(comparison).items() if not run.problem}
     colours = {name: style["line"]["color"] for name, style in _make_styles(comparison).items()}
+    tokens, in_steps = find_meaning(comparison)
     paces: dict[str, Row] = {
-        name: (format_pace(pace), [[("median step", pace.samples_per_s, colours[name])]])
+        name: (
+            format_pace(pace, tokens),
+            [[("median step", find_rate(pace, tokens), colours[name])]],
+        )
         for name, run in runs.items()
         if (pace := run.throughput)
     }
-    peaks = {n: _rank_lines(r.memory.peak_bytes, colours[n]) for n, r in runs.items() if r.memory}
+    peaks = {
+        name: _rank_lines(find_peaks(run.memory, in_steps), colours[name])
+        for name, run in runs.items()
+        if run.memory
+    }
     hows = "; ".join(sorted({run.memory.how for run in runs.values() if run.memory}))
     median = "By the median step; by the mean one too where the two are unlike."
+    when = "the first training steps" if in_steps else "the first steps and building the engine"
+    each = f"In {when}. A bar a rank; the figure is the greatest. By {hows}."
     found = [
-        Bars("Samples per second", median, paces, {}),
-        Bars("Peak memory", f"A bar a rank; the figure is the greatest. By {hows}.", peaks, {}),
+        Bars(f"{'Tokens' if tokens else 'Samples'} per second", median, paces, {}),
+        Bars("Peak memory", each, peaks, {}),
         _bytes({name: run.comm for name, run in runs.items() if run.comm}),
     ]
     return [one for one in found if one.rows]
@@ -83,15 +100,16 @@ def bars(comparison: Comparison) -> list[Bars]:
 
 def _make_styles(comparison: Comparison) -> Styles:
     """The reference is a broad grey band, so that the lines that cover it leave it in sight."""
-    styles = {}
-    for n, (name, (state, problem, _)) in enumerate(judge(comparison).items()):
+    reference, standings = comparison.reference, judge(comparison)
+    line: dict[str, Any] = {"color": GREY, "width": 6}
+    styles = {reference: {"name": escape(reference), "line": line, "marker": {"color": GREY}}}
+    others = [(name, standing) for name, standing in standings.items() if name != reference]
+    for n, (name, (state, problem, _)) in enumerate(others):
         parity, colour, label = comparison.parity.get(name), COLOURS[n % len(COLOURS)], name
-        line: dict[str, Any] = {"color": colour, "width": 2, "dash": DASHES[n % len(DASHES)]}
-        if name == comparison.reference:
-            line = {"color": GREY, "width": 6}
-        elif problem:
+        line = {"color": colour, "width": 2, "dash": DASHES[n % len(DASHES)]}
+        if problem:
             label = f"{name} ({state})"
-        elif parity and parity.reference != comparison.reference:
+        elif parity and parity.reference != reference:
             label = f"{name} (as {parity.reference})"
         marker = {"color": colour, "symbol": SYMBOLS[n % len(SYMBOLS)]}
         styles[name] = {"name": escape(label), "line": line, "marker": marker}
@@ -131,7 +149,8 @@ def _relative_differences(run: Record, other: Record) -> list[tuple[int, float]]
 def _difference(comparison: Comparison, styles: Styles) -> Curves:
     """Each run from the record it is judged by, in dots, which do not hide one another as lines up
     and down do. A log axis has no zero, so 'equal' is a line of its own, a decade below all."""
-    known, parity = {**comparison.controls, **comparison.strategies}, comparison.parity
+    known = {**comparison.controls, **comparison.strategies}
+    parity = {name: p for name, p in comparison.parity.items() if name != comparison.reference}
     found = {n: _relative_differences(known[n], known[p.reference]) for n, p in parity.items()}
     limits = sorted({p.tolerance["loss"] for p in parity.values()})
     values = [value for points in found.values() for _, value in points if value] + limits
@@ -140,7 +159,7 @@ def _difference(comparison: Comparison, styles: Styles) -> Curves:
     floor, decades = 10.0 ** (low - 1), range(low, high + 1, 1 + (high - low) // 10)
     traces = []
     for name, points in found.items():
-        excused = {step["step"] for step in parity[name].excused}
+        excused = {e["step"] for e in parity[name].excused if e["quantity"] == "loss"}
         sizes = [12 if n in excused else 6 for n, _ in points]
         texts = [format_diff(value) if value else "equal" for _, value in points]
         marker = {**styles[name]["marker"], "size": sizes, "line": {"width": 0}}

@@ -1,7 +1,7 @@
-"""What may be said and shown of each run: parity before speed.
+"""What may be said of each run: parity before speed.
 
-`judge` says how far each run may be trusted, `verdict` puts it into words, `build_rows` makes a
-table without the costs of runs with a problem. All text is plain; each format escapes it.
+`judge` says how far each run may be trusted, `verdict` puts it into words. All text is plain; each
+format escapes it.
 """
 
 from __future__ import annotations
@@ -10,20 +10,11 @@ from collections.abc import Mapping
 from textwrap import shorten
 from typing import Any, NamedTuple
 
-from hybrid.records import Comparison, Parity, Record, Throughput
+from hybrid.records import Comparison, Parity, Record
+from hybrid.report.formats import format_diff
 
-DASH = "\N{EM DASH}"
-IDENTITY = ("strategy", "layout", "status")  # flush left, the figures flush right
-COSTS = ("samples/s", "step ms", "peak memory", "bytes sent")
-HEADERS = (*IDENTITY, "loss diff", "weight diff", "test result", *COSTS)
-LEGEND = (
-    "Differences: |a-b|/|b|, the greatest of any step or parameter. Speed: by the median step, by "
-    "the mean too where they are unlike. Memory, bytes sent a step: the rank that has most. Dash: "
-    "not measured, or not shown, since only runs proved equal have their costs shown."
-)
 BROKEN = ("not equal", "failed", "not proved", "not compared")  # gravest first
 STATES = (*BROKEN, "equal", "not possible")
-UNLIKE_STEPS = 1.2  # a mean step this much longer than the median one deserves a word
 
 
 class Standing(NamedTuple):
@@ -100,6 +91,7 @@ def verdict(comparison: Comparison) -> Verdict:
     details = [problems[name] for names in broken.values() for name in names]
     details += [f"E{agree[1:]}."] if broken and states["equal"] else []
     details += _how_closely({name: comparison.parity[name] for name in states["equal"]})
+    details += _tell_skipped(comparison.strategies)
     details += [problems[name] for name in states["not possible"]]
     headline = f"{headline[0].upper()}{headline[1:]}."
     return Verdict(comparison.ok and held and not broken, headline, details)
@@ -120,85 +112,41 @@ def _how_closely(equal: dict[str, Parity]) -> list[str]:
     most = [f"{format_diff(max(losses))} in the loss"] if losses else []
     most += [f"{format_diff(max(weights))} in the weights"] if weights else []
     sentences = [f"They differ by at most {', '.join(most)}."] if most else []
-    for name, parity in equal.items():
-        if parity.excused:
-            worst = max(parity.excused, key=lambda step: step["difference"])
-            sentences.append(
-                f"{name} passed the tolerance at {len(parity.excused)} steps, excused since a "
-                "control, the reference with its batches summed in another order, differs by a "
-                f"quarter as much or more. The greatest: {format_value(worst)}."
-            )
-    return sentences
+    return sentences + _tell_excused(equal)
 
 
-def build_rows(comparison: Comparison) -> dict[str, list[str]]:
-    """The table below `HEADERS`, a row for each strategy."""
-    rows = {}
-    for name, (state, problem, _) in judge(comparison).items():
-        record, parity = comparison.strategies[name], comparison.parity.get(name)
-        diffs = (parity.max_loss_diff, parity.max_weight_diff) if parity else (None, None)
-        costs = [DASH] * len(COSTS) if problem else _costs(record)
-        identity = [name, format_layout(record.layout), state]
-        rows[name] = [*identity, *map(format_diff, diffs), _test_result(record), *costs]
-    return rows
-
-
-def _costs(record: Record) -> list[str]:
-    pace, memory, comm = record.throughput, record.memory, record.comm
+def _tell_excused(equal: Mapping[str, Parity]) -> list[str]:
+    """One sentence for all runs with something excused, since the reason is the same."""
+    names = [name for name, parity in equal.items() if parity.excused]
+    if not names:
+        return []
+    counts = [len(equal[name].excused) for name in names]
+    low, high = min(counts), max(counts)
+    places = f"{low} to {high} places" if low < high else f"{high} place{'s' * (high > 1)}"
+    each = " each" if len(names) > 1 else ""
+    worst = max((e for n in names for e in equal[n].excused), key=lambda e: e["difference"])
     return [
-        format_pace(pace) if pace else DASH,
-        format_number(pace.step_s_median * 1e3) if pace else DASH,
-        format_bytes(max(memory.peak_bytes)) if memory else DASH,
-        format_bytes(max(comm.bytes_per_step)) if comm else DASH,
+        f"{', '.join(names)} passed the tolerance at {places}{each}, excused since a control, the "
+        "reference with its batches summed in another order, differs there by a quarter as much or "
+        f"more; the greatest: {format_excused(worst)}."
     ]
 
 
-def _test_result(record: Record) -> str:
-    if record.eval is None:
-        return DASH
-    accuracy = record.eval.accuracy
-    return f"loss {record.eval.loss:.5g}" if accuracy is None else f"{accuracy:.2%}"
+def _tell_skipped(runs: Mapping[str, Record]) -> list[str]:
+    """How many steps each run skipped, where any did."""
+    counts: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        if run.steps:
+            count = f"{sum(step.skipped for step in run.steps)} of {len(run.steps)}"
+            counts.setdefault(count, []).append(name)
+    if not any(step.skipped for run in runs.values() for step in run.steps):
+        return []
+    parts = [f"{count} under {', '.join(names)}" for count, names in counts.items()]
+    return [f"Steps skipped, since gradients overflowed in fp16: {'; '.join(parts)}."]
 
 
-def format_diff(value: float | None) -> str:
-    """A relative difference: 0, 3.1e-7."""
-    return DASH if value is None else f"{value:.2g}".replace("e-0", "e-")
-
-
-def format_number(value: float) -> str:
-    """Three digits or, from 100 on, all of the whole ones: 0.0123, 2.30, 12,345."""
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
-
-
-def format_bytes(value: float) -> str:
-    """A size in binary units: 512 B, 1.23 MiB."""
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.0f} B" if units[0] == "B" else f"{format_number(value)} {units[0]}"
-
-
-def format_pace(pace: Throughput) -> str:
-    """Samples a second by the median step, and by the mean one where steps are not alike."""
-    ratio, median = pace.step_s_mean / pace.step_s_median, format_number(pace.samples_per_s)
-    mean = format_number(pace.samples_per_s / ratio)
-    return f"{median} (mean {mean})" if ratio > UNLIKE_STEPS else median
-
-
-def format_layout(layout: Mapping[str, int]) -> str:
-    """The axes longer than 1: 'pp 2, dp 2'. `replicate` that is just `dp` is left out."""
-    again = layout.get("replicate") == layout.get("dp")
-    axes = [a for a, n in layout.items() if n > 1 and not (again and a == "replicate")]
-    return ", ".join(f"{axis} {layout[axis]}" for axis in axes) or DASH
-
-
-def format_value(value: Any) -> str:
-    """Any JSON value on one line; long lists are cut and say how long they are."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {format_value(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        more = [f"\N{HORIZONTAL ELLIPSIS} {len(value)} in all"] if len(value) > 6 else []
-        return f"({', '.join([*map(format_value, value[:6]), *more])})"
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "none"}[value]
-    return f"{value:.6g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
+def format_excused(found: Mapping[str, Any]) -> str:
+    """'loss at step 25, difference 3e-6, control 1e-6': one entry of `Parity.excused`."""
+    when = "the end" if found["step"] is None else f"step {found['step']}"
+    sizes = [f"{key} {format_diff(found[key])}" for key in ("difference", "control")]
+    return f"{found['quantity']} at {when}, {', '.join(sizes)}"

@@ -48,6 +48,17 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"forward": forward, "recomputed": True})
 
 
+def compile_evidence(job: Job) -> tuple[dict[str, Any], dict[str, bool]]:
+    """What torch.compile really made in this process, and what must hold of it: it leaves out a
+    layer that it cannot take, and says nothing."""
+    if not job.train.compile:
+        return {}, {}
+    from torch._dynamo.utils import counters
+
+    graphs = int(counters["stats"]["unique_graphs"])
+    return {"compiled_graphs": graphs}, {"layers are compiled": graphs > 0}
+
+
 def _same_rows() -> tuple[Any, Any]:
     """Contexts of a pass and of its repetition, which may come while another micro-batch's rows are
     in use."""

@@ -96,6 +96,7 @@ def _inspect(engine: Any) -> Receipt:
     mesh = list(sharded[0].device_mesh.mesh.shape) if sharded else []
     asked = engine.job.strategy.fsdp.reshard_after_forward
     units = _units(engine.model)
+    wrapped = engine.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap
     evidence = {
         "model": type(engine.model).__name__,
         "distributed_type": str(engine.accelerator.distributed_type),
@@ -106,7 +107,7 @@ def _inspect(engine: Any) -> Receipt:
         "local_share": local / total,
         "mesh": mesh,
         "units": len(units),
-        "reshard_after_forward": units,
+        "reshard_after_forward": [freed for _, freed in units],
         "sample_digest_by_rank": list(engine.digests),
     }
     lay = engine.layout
@@ -115,17 +116,22 @@ def _inspect(engine: Any) -> Receipt:
         "every parameter is a DTensor": len(sharded) == len(parameters),
         f"the mesh is {wanted_mesh}": mesh == wanted_mesh,
         f"the shards are the model {lay.replicate} times": sum(by_rank) == total * lay.replicate,
-        f"reshard_after_forward is {asked} in every unit": set(units) <= {asked},
+        f"reshard_after_forward is {asked} in every layer's unit": all(
+            freed == asked for name, freed in units if name in wrapped
+        ),
     }
     return make_receipt(evidence, conditions)
 
 
-def _units(model: nn.Module) -> list[bool]:
-    """Of each FSDP unit with parameters of its own, but the root (which torch leaves gathered):
-    whether it frees them after forward. torch has a public setter for this, but no reader."""
+def _units(model: nn.Module) -> list[tuple[str, bool]]:
+    """Of each FSDP unit with parameters of its own: the class it is made of, and whether it frees
+    them after forward. Without the root, which torch leaves gathered; of a transformers model
+    Accelerate leaves the last norm and the head so as well. torch has a public setter for this,
+    but no reader."""
     found = []
     for module in list(model.modules())[1:]:
         group = getattr(module, "_get_fsdp_state", lambda: None)()
         if group is not None and group._fsdp_param_group is not None:
-            found.append(group._fsdp_param_group._reshard_after_forward)
+            name = type(module).__name__.removeprefix("FSDP")
+            found.append((name, bool(group._fsdp_param_group._reshard_after_forward)))
     return found
