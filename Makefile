@@ -5,10 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check clean
+.PHONY: demo demo-gpt test check clean
 
 demo: $(INSTALLED)
 	$(BIN)/hybrid compare launch/jobs/mnist.toml --nproc 4 --out out/demo
+
+demo-gpt: $(INSTALLED)
+	$(BIN)/hybrid compare launch/jobs/gpt_demo.toml --strategies single,fsdp,2d --out out/demo-gpt
+	$(BIN)/hybrid sample out/demo-gpt/2d --prompt "def " --tokens 300
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
@@ -28,5 +32,5 @@ $(INSTALLED): pyproject.toml
 	@echo "[1/2] virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "[2/2] packages, a few minutes this once"
-	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[demo,report,dev]'
+	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[demo,text,track,report,dev]'
 	@touch $@

@@ -26,6 +26,7 @@ from .models.shared import build_shared
 from .records import EvalResult, Record, StepEval, StepRecord, Weights
 from .strategies import registry
 from .strategies._model import compile_evidence
+from .strategies._precision import name_of
 from .strategies.base import Engine, RunError, StepResult, extend_receipt
 from .trackers import Trackers
 
@@ -76,6 +77,7 @@ class _Run:
         self.instruments, self.on_step = instruments, on_step
         self.ranks = Ranks.from_env()
         self.out = out if self.ranks.rank == 0 else None
+        self.data: dict[str, str] = {}
         self.steps: list[StepRecord] = []
         self.evals: list[StepEval] = []
         if self.out:
@@ -86,9 +88,11 @@ class _Run:
     def go(self, train_set: Any, test_set: Any) -> Record:
         """Train, evaluate, and put the record together."""
         micro_batches = self.job.micro_batches(self.strategy)
+        self._check_data(train_set, test_set)
         initial = weights.project(self.engine.state())
         first = self._steps(train_set, test_set, micro_batches)
         receipt = self._require_receipt()
+        receipt.evidence["precision"]["reductions"] = self._reductions()
         result = self._evaluate(test_set, micro_batches)
         file = self._save()
         record = Record(
@@ -105,13 +109,22 @@ class _Run:
             weights=Weights(initial, first, file),
             drift=receipt.evidence.get("drift"),
             evals=self.evals,
-            environment=environment.describe() | {"threads_per_rank": torch.get_num_threads()},
+            environment=environment.describe()
+            | {"threads_per_rank": torch.get_num_threads(), "data": self.data},
         )
         self.engine.close()
         if self.out:
             self.trackers.finish()
             records.write(record, self.out / "record.json")
         return record
+
+    def _check_data(self, train_set: Any, test_set: Any) -> None:
+        """RunError unless all ranks have the same data, as far as the sets can say."""
+        sets = {"train": train_set, "test": test_set}
+        self.data = {n: str(s.fingerprint) for n, s in sets.items() if hasattr(s, "fingerprint")}
+        for other, theirs in enumerate(processes.gather_objects(self.data)):
+            if theirs != self.data:
+                raise RunError(f"rank {other} has other data: {theirs}, here {self.data}")
 
     def _steps(self, train_set: Any, test_set: Any, micro_batches: int) -> dict[str, float]:
         """All optimizer steps; returns the weights' projections after the first period."""
@@ -173,6 +186,11 @@ class _Run:
         if self.out:
             self.trackers.log_eval(records.to_dict(result), len(self.steps))
         return result
+
+    def _reductions(self) -> str:
+        """The ledger's last row, which only the instruments can read."""
+        dtype = self.instruments.reduced_in()
+        return name_of(getattr(torch, dtype)) if dtype else "none"
 
     def _tokens(self) -> int | None:
         """Targets of a whole batch, where a sample has several: tokens."""

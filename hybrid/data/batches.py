@@ -47,20 +47,21 @@ class BatchPlan:
     def batch(self, step: int) -> list[int]:
         """Sample ids of the global batch of `step` (optimizer steps from 0)."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        order = self._order(epoch)
-        return order[index * self.global_batch : (index + 1) * self.global_batch]
+        start = index * self.global_batch
+        stop = min(start + self.global_batch, self.num_samples)
+        if self.seed is None:
+            return list(range(start, stop))
+        return self._order(epoch, self.seed)[start:stop].tolist()
 
     def micro_batch_ids(self, step: int, share: int) -> list[list[int]]:
         """Sample ids of each micro-batch of one data-parallel rank; some may be empty."""
         return split(split(self.batch(step), self.shares)[share], self.micro_batches)
 
-    def _order(self, epoch: int) -> list[int]:
-        if self.seed is None:
-            return list(range(self.num_samples))
-        if _last_order.get("key") != (self.num_samples, self.seed, epoch):
-            draw = torch.Generator().manual_seed(_mix(self.seed, epoch))
-            order = torch.randperm(self.num_samples, generator=draw).tolist()
-            _last_order.update(key=(self.num_samples, self.seed, epoch), order=order)
+    def _order(self, epoch: int, seed: int) -> torch.Tensor:
+        if _last_order.get("key") != (self.num_samples, seed, epoch):
+            draw = torch.Generator().manual_seed(_mix(seed, epoch))
+            order = torch.randperm(self.num_samples, generator=draw)
+            _last_order.update(key=(self.num_samples, seed, epoch), order=order)
         return _last_order["order"]
 
 

@@ -135,6 +135,7 @@ class CollectiveCounter:
     def __init__(self) -> None:
         self._library: torch.library.Library | None = None
         self._counts: dict[str, OpCount] = {}
+        self._dtypes: dict[str, dict[str, int]] = {}
         # CUDA's backward runs collectives from autograd's own threads.
         self._lock = threading.Lock()
 
@@ -160,6 +161,11 @@ class CollectiveCounter:
         with self._lock:
             return dict(self._counts)
 
+    def payload_by_dtype(self) -> dict[str, dict[str, int]]:
+        """Payload bytes of all windows so far, by plain name and by torch's name of the dtype."""
+        with self._lock:
+            return {name: dict(sizes) for name, sizes in self._dtypes.items()}
+
     def _kernel(self, operator: Any, meaning: _Meaning) -> Callable[..., Any]:
         names = [argument.name for argument in operator._schema.arguments]
         group_at = names.index("process_group")
@@ -172,20 +178,26 @@ class CollectiveCounter:
         return count_and_call
 
     def _add(self, meaning: _Meaning, args: tuple[Any, ...], boxed_group: Any) -> None:
-        payload, sent = 0, 0.0
+        payload, sent, dtypes = 0, 0.0, dict[str, int]()
         if meaning.argument is not None:
             group = dist.ProcessGroup.unbox(boxed_group)
             size = group.size()
             device = torch.device("cpu")
             for tensor in _tensors(args[meaning.argument]):
                 # Not `nbytes`, which a sparse gradient does not have.
-                payload += tensor.numel() * tensor.element_size()
+                size_here = tensor.numel() * tensor.element_size()
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                dtypes[dtype] = dtypes.get(dtype, 0) + size_here
+                payload += size_here
                 device = tensor.device
             payload *= size if meaning.of_one_rank else 1
             # By device, since one group can have gloo for the CPU and nccl for the GPU.
             backend = group._get_backend(device).name()
             sent = payload * sent_share(meaning.name, size, backend)
         with self._lock:
+            seen = self._dtypes.setdefault(meaning.name, {})
+            for dtype, size_here in dtypes.items():
+                seen[dtype] = seen.get(dtype, 0) + size_here
             old = self._counts.get(meaning.name, OpCount(0, 0, 0.0))
             self._counts[meaning.name] = OpCount(
                 old.calls + 1, old.payload_bytes + payload, old.sent_bytes + sent

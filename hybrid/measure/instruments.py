@@ -35,10 +35,12 @@ class Instruments:
     def __init__(self, steps: int, period: int, compiled: bool = False) -> None:
         self.blind = compiled and device().type == "cpu"
         self.meter, self.counter = StorageMeter(device()), CollectiveCounter()
-        first = WARMUP_STEPS + compiled  # the collective counter's going makes it compile once more
-        if steps >= first + period + FEWEST_TIMED:
+        first = WARMUP_STEPS
+        # When the collective counter goes, torch.compile compiles once more.
+        settled = first + period + compiled
+        if steps >= settled + FEWEST_TIMED:
             self.metered, self.counted = range(first + period), range(first, first + period)
-            self.timed = range(first + period, steps)
+            self.timed = range(settled, steps)
         else:
             self.metered, self.counted = range(first), range(steps)
             self.timed = range(first if steps > first else 0, steps)
@@ -85,6 +87,15 @@ class Instruments:
         peaks = self.meter.peak_bytes, self.meter.peak_bytes_since_mark
         whole, steps = zip(*gather_objects(peaks), strict=True)
         return Memory(list(whole), self.meter.how, list(steps))
+
+    def reduced_in(self) -> str | None:
+        """The dtype in which most bytes were summed over ranks, as torch names it: of gradients,
+        unless none were; None where nothing was. What ranks tell of a step is a few numbers."""
+        found: dict[str, int] = {}
+        for name in ("all_reduce", "reduce_scatter"):
+            for dtype, size in self.counter.payload_by_dtype().get(name, {}).items():
+                found[dtype] = found.get(dtype, 0) + size
+        return max(found, key=lambda dtype: found[dtype]) if found else None
 
     def comm(self) -> Comm:
         """Bytes of all ranks, per step of the counted ones; collective."""

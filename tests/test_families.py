@@ -1,0 +1,106 @@
+"""Twelve families of Hugging Face models under five strategies, against plain transformers: each
+model trained by a loop that uses nothing of this project."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from hybrid import launch, records
+from tests.conftest import ROOT
+from tests.workloads import sentences
+
+STEPS, NPROC = 3, 4
+FAMILIES = (
+    *("gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2"),
+    *("gpt_neox", "mixtral", "gpt_oss"),
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A configuration alone of each family, without dropout."""
+    from transformers import AutoConfig
+
+    fields = json.loads((ROOT / "benchmarks" / "hf_tiny_configs.json").read_text())
+    made = {}
+    for family in FAMILIES:
+        own = {k: v for k, v in fields[family].items() if k != "model_type"}
+        config = AutoConfig.for_model(family, **own)
+        for name, value in config.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
+        made[family] = tmp_path_factory.mktemp("configs") / family
+        config.save_pretrained(made[family])
+    return made
+
+
+@pytest.fixture(scope="module")
+def plain(folders: dict[str, Path]) -> dict[str, list[tuple[float, float]]]:
+    """Loss and gradient norm of each step of each family."""
+    return {family: plain_loop(folder) for family, folder in folders.items()}
+
+
+def plain_loop(folder: Path) -> list[tuple[float, float]]:
+    """What anyone would write."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    samples = [sentences(16)[0][i] for i in range(16)]
+    ids, target = (torch.stack(x) for x in zip(*samples, strict=True))
+    found = []
+    for _ in range(STEPS):
+        logits = model(ids, use_cache=False).logits
+        loss = cross_entropy(logits.flatten(0, 1), target.flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((loss.item(), norm.item()))
+    return found
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def write_job(folder: Path, file: Path) -> Path:
+    """A job on one full batch in two micro-batches a rank."""
+    job: dict[str, Any] = {
+        "model": {"name": f"hf:{folder}"},
+        "data": {"name": "tests.workloads:sentences", "options": {"size": 16}},
+        "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1},
+        "train": {"global_batch": 16, "micro_batches": 2, "steps": STEPS, "clip_norm": 1.0},
+    }
+    file.write_text(json.dumps(job))
+    return file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3", "pipeline", "2d"])
+def test_families_agree_with_plain_transformers(
+    strategy: str, folders: dict[str, Path], plain: dict[str, Any], tmp_path: Path
+) -> None:
+    files = {name: write_job(f, tmp_path / f"{name}.json") for name, f in folders.items()}
+    jobs = [f"{free_port()}:{file}" for file in files.values()]
+    worker = [sys.executable, "-m", "tests._families_worker"]
+    launch.run(NPROC, [strategy, str(tmp_path), *jobs], tmp_path, program=worker)
+    for family in FAMILIES:
+        record = records.read(records.Record, tmp_path / family / "record.json")
+        assert record.receipt and record.receipt.engaged
+        pairs = list(zip(record.steps, plain[family], strict=True))
+        loss = max(abs(step.loss - want) / want for step, (want, _) in pairs)
+        norm = max(abs((step.grad_norm or 0) - want) / want for step, (_, want) in pairs)
+        assert loss < 1e-6 and norm < 1e-4, (family, loss, norm)
