@@ -266,9 +266,11 @@ def _explain(error: Exception) -> int:
 
     if isinstance(error, (JobError, LayoutError, Unsupported)):
         return _say(str(error), 2)
+    if isinstance(error, RunFailed) and error.failure.is_job:
+        return _say(error.failure.message, 2)
     if isinstance(error, RunFailed):
         print(f"hybrid: {error}\n{error.failure.details}", file=sys.stderr)
-        return 2 if error.failure.is_job else 1
+        return 1
     if isinstance(error, ModuleNotFoundError) and error.name != "hybrid":
         return _say(str(error), 3)
     raise error

@@ -14,10 +14,11 @@ from . import environment, launch, records, report
 from .config import Job, JobError
 from .job_file import to_dict
 from .layout import Layout, LayoutError
-from .parity import NEVER_EXCUSED_STEPS, Run, judge, tolerance
+from .parity import NEVER_EXCUSED_STEPS, Run, judge
 from .records import Comparison, Parity, Record
 from .strategies import registry
 from .strategies.base import Unsupported
+from .tolerances import tolerance
 
 REFERENCE = "single"
 EMULATION = "local_sgd_emulation"

@@ -14,20 +14,6 @@ from typing import Any
 
 from .records import Difference, EvalResult, Parity, Record
 
-# Relative, by `train.precision`. Weights: greatest |a-b| of a tensor over its greatest |b|.
-TOLERANCES: dict[str, dict[str, float]] = {
-    "fp32": {"loss": 1e-6, "grad_norm": 1e-4, "weights": 1e-5, "eval_loss": 1e-6, "correct": 0.0},
-    "bf16": {"loss": 5e-3, "grad_norm": 5e-2, "weights": 2.0, "eval_loss": 5e-3, "correct": 0.02},
-    "fp16": {"loss": 1e-3, "grad_norm": 2e-2, "weights": 2.0, "eval_loss": 1e-3, "correct": 0.02},
-}
-# A communication hook rounds gradients on the way (bf16 keeps 8 bits, fp16 11) or keeps a low-rank
-# part of them: such runs only approximate the reference; benchmarks/comm_hooks.md has what was
-# measured.
-HOOK_TOLERANCES: dict[str, dict[str, float]] = {
-    "fp16": {"loss": 1e-3, "grad_norm": 1e-3, "weights": 1e-2, "eval_loss": 1e-3, "correct": 0.01},
-    "bf16": {"loss": 5e-3, "grad_norm": 1e-2, "weights": 5e-2, "eval_loss": 5e-3, "correct": 0.01},
-    "powersgd": {"loss": 2.0, "grad_norm": 5.0, "weights": 2.0, "eval_loss": 2.0, "correct": 0.2},
-}
 NEVER_EXCUSED_STEPS = 20
 SHARE_OF_CONTROL = 0.25  # a control must differ by at least this part of a difference to excuse it
 SAME_START = 1e-9  # float64 projections of equal fp32 weights, summed in another order
@@ -40,12 +26,6 @@ class Run:
 
     record: Record
     weights: Arrays
-
-
-def tolerance(precision: str, hook: str = "none") -> dict[str, float]:
-    """What a run in this precision, with this communication hook, may differ by."""
-    wider = HOOK_TOLERANCES.get(hook, {})
-    return {key: max(size, wider.get(key, 0.0)) for key, size in TOLERANCES[precision].items()}
 
 
 def relative(got: float | None, expected: float | None) -> float:

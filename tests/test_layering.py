@@ -35,7 +35,7 @@ strategies._preflight
 data models
 importing schedule processes environment job_file
 config
-layout records
+layout records tolerances
 """
 # These libraries are imported in these files alone, and there inside functions.
 HOMES = {

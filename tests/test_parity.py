@@ -11,8 +11,9 @@ import numpy
 import pytest
 
 from hybrid import records
-from hybrid.parity import TOLERANCES, Run, judge, relative, weight_difference
+from hybrid.parity import Run, judge, relative, weight_difference
 from hybrid.records import EvalResult, Parity, Receipt, Record, StepRecord, Weights
+from hybrid.tolerances import TOLERANCES
 
 STEPS = 40
 FACTORS = {"micro-batches": 2, "data-parallel ranks": 3}

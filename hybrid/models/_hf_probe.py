@@ -83,8 +83,8 @@ def _words(error: Exception) -> str:
 def _twin(model: nn.Module) -> nn.Module:
     """A copy to run, since some families keep state in a forward: it shares the parameters.
 
-    Tensors on meta become fake ones: shapes, dtypes and graphs without values, which transformers
-    knows not to look at (https://docs.pytorch.org/docs/stable/user_guide/torch_compiler/torch.compiler_fake_tensor.html).
+    Tensors on meta become fake ones (https://docs.pytorch.org/docs/stable/torch.compiler_fake_tensor.html),
+    which have no values either, but transformers knows not to look at them.
     """
     shared: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:

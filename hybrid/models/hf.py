@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ._hf_cut import HFLayers
 from ._hf_probe import NotOnMeta, probe
@@ -41,8 +42,8 @@ def hf(
         model = _load(source, config) if load and not on_meta else _construct(config)
     except Exception as error:  # a family's own code may raise anything
         if on_meta:
-            raise NotOnMeta(_first_line(error)) from error
-        raise ValueError(f"hf:{source}: {_first_line(error)}") from error
+            raise NotOnMeta(_one_line(error)) from error
+        raise ValueError(f"hf:{source}: {_one_line(error)}") from error
     try:
         return as_layers(model), cross_entropy
     except ValueError as error:
@@ -61,7 +62,7 @@ def as_layers(model: Any) -> HFLayers:
     wrong = {str(p.dtype) for p in model.parameters() if p.dtype != torch.float32}
     if wrong:
         raise ValueError(f"it has parameters in {', '.join(sorted(wrong))}; valid: torch.float32")
-    _check_meta(model)
+    _renew_meta(model)
     text = model.config.get_text_config()
     cut = probe(model, text.vocab_size, getattr(text, "pad_token_id", None))
     dropped = [key for key in LAYER_DROP if any(getattr(c, key, 0) for c in configs)]
@@ -88,7 +89,7 @@ def _make_config(source: str, overrides: Mapping[str, Any]) -> Any:
             "(is it spelt right, and is there a network?)"
         ) from error
     except Exception as error:  # a config's own code may raise anything
-        raise ValueError(f"hf:{source}: config.json: {_first_line(error)}") from error
+        raise ValueError(f"hf:{source}: config.json: {_one_line(error)}") from error
     return _override(config, fields, overrides)
 
 
@@ -106,7 +107,7 @@ def _override(config: Any, fields: dict[str, Any], overrides: Mapping[str, Any])
     try:
         return type(config).from_dict(fields)
     except Exception as error:  # a config's own code may raise anything
-        raise ValueError(f"overrides = {dict(overrides)}: {_first_line(error)}") from error
+        raise ValueError(f"overrides = {dict(overrides)}: {_one_line(error)}") from error
 
 
 def _has_weights(source: str) -> bool:
@@ -158,15 +159,22 @@ def _all_configs(config: Any) -> list[Any]:
     return [config, *[c for part in parts if part is not None for c in _all_configs(part)]]
 
 
-def _check_meta(model: torch.nn.Module) -> None:
-    """Tensors that are neither parameters nor buffers have no name to be filled in by."""
+def _renew_meta(model: nn.Module) -> None:
+    """Make parameters on meta anew: what made them (`torch.normal`) may have left weak references,
+    with which they could not be swapped for filled ones. NotOnMeta where something is on meta that
+    is neither a parameter nor a buffer, and so has no name to be filled in by."""
+    renewed: dict[nn.Parameter, nn.Parameter] = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if isinstance(value, torch.Tensor) and value.is_meta:
                 raise NotOnMeta(f"{name}.{key} is neither parameter nor buffer")
+        for key, p in module._parameters.items():
+            if p is not None and p.is_meta:
+                new = nn.Parameter(torch.empty_like(p), p.requires_grad)
+                module._parameters[key] = renewed.setdefault(p, new)
 
 
-def _freeze_unused(model: torch.nn.Module, names: list[str]) -> None:
+def _freeze_unused(model: nn.Module, names: list[str]) -> None:
     """Without gradients some engines fail, and some would still decay these weights."""
     for name in names:
         model.get_parameter(name).requires_grad_(False)
@@ -175,5 +183,5 @@ def _freeze_unused(model: torch.nn.Module, names: list[str]) -> None:
         warnings.warn(f"{words} {names[0]}", stacklevel=3)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -54,23 +54,7 @@ class StageEngine:
         )
         self.cut = Cut(layers, settings.partition, layout, rank)
         self.observer = _precision.Observer(layers)
-        spared = _optimizer.spared_names(layers, job.optimizer.no_decay)
-        # Under ZeRO, DeepSpeed reduces a norm over the stages for each parameter group: a stage
-        # with fewer groups than its neighbours would leave them waiting.
-        num_groups = _optimizer.count_groups(layers, spared)
-        own = layers.join(self.cut.part)
-        own.register_forward_pre_hook(self._draw)
-        self.buffers = _precision.names_of(own.buffers())
-        if self.zero_stage == 0:
-            # In fp32 without ZeRO, DeepSpeed 0.19 takes the norm of the first stage alone, clips
-            # stages differently and reports None: clipping is done here, over all stages.
-            # test_workarounds.py tells when that is mended.
-            config = config | {"gradient_clipping": 0.0}
-        optimizer = _optimizer.build_optimizer(job, self.cut.parameters(own), spared, num_groups)
-        self.engine = _deepspeed.make_pipeline(job, layout, own, self._take_loss, config, optimizer)
-        _deepspeed.tie(self.engine, self.cut.tied())
-        if self.zero_stage == 0:
-            _deepspeed.wrap_optimizer_step(self.engine, self._clip)
+        self.engine = self._build(layers, config)
         self.device = device()
         self.tally = _torch.Tally(self.device)
         self.input_digest = self.step = 0
@@ -78,6 +62,30 @@ class StageEngine:
         self.digests: tuple[str, ...] = ()
         self.gradients = ""
         self.pending: list[torch.Tensor] = []
+
+    def _build(self, layers: Layers, config: dict[str, Any]) -> Any:
+        """DeepSpeed's engine around this rank's layers; the others are let go."""
+        spared = _optimizer.spared_names(layers, self.job.optimizer.no_decay)
+        # Under ZeRO, DeepSpeed reduces a norm over the stages for each parameter group: a stage
+        # with fewer groups than its neighbours would leave them waiting.
+        num_groups = _optimizer.count_groups(layers, spared)
+        own = layers.join(self.cut.part)
+        own.register_forward_pre_hook(self._draw)
+        self.buffers = _precision.names_of(own.buffers())
+        parameters = self.cut.parameters(own)
+        optimizer = _optimizer.build_optimizer(self.job, parameters, spared, num_groups)
+        if self.zero_stage == 0:
+            # In fp32 without ZeRO, DeepSpeed 0.19 takes the norm of the first stage alone, clips
+            # stages differently and reports None: clipping is done here, over all stages.
+            # test_workarounds.py tells when that is mended.
+            config = config | {"gradient_clipping": 0.0}
+        engine = _deepspeed.make_pipeline(
+            self.job, self.layout, own, self._take_loss, config, optimizer
+        )
+        _deepspeed.tie(engine, self.cut.tied())
+        if self.zero_stage == 0:
+            _deepspeed.wrap_optimizer_step(engine, self._clip)
+        return engine
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """See `Engine`."""
