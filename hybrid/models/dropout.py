@@ -16,7 +16,8 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-_rows: ContextVar[tuple[int, ...] | None] = ContextVar("rows", default=None)
+Seeds = Sequence[int | None]
+_rows: ContextVar[tuple[int | None, ...] | None] = ContextVar("rows", default=None)
 
 
 def mix(*numbers: int) -> int:
@@ -26,9 +27,9 @@ def mix(*numbers: int) -> int:
 
 
 @contextlib.contextmanager
-def use_rows(seeds: Sequence[int] | None) -> Iterator[None]:
-    """While it lasts, rows of a batch along axis 0 have these seeds, one each; rows past them are
-    padding and are left as they are. None: dropout draws from torch's own stream."""
+def use_rows(seeds: Seeds | None) -> Iterator[None]:
+    """While it lasts, the rows of a batch, axis 0, have these seeds, one each; a row without one is
+    padding and is left as it is. No seeds at all: dropout draws from torch's own stream."""
     token = _rows.set(None if seeds is None else tuple(seeds))
     try:
         yield
@@ -36,12 +37,12 @@ def use_rows(seeds: Sequence[int] | None) -> Iterator[None]:
         _rows.reset(token)
 
 
-def set_rows(seeds: Sequence[int]) -> None:
+def set_rows(seeds: Seeds) -> None:
     """`use_rows` without an end."""
     _rows.set(tuple(seeds))
 
 
-def rows_in_use() -> tuple[int, ...] | None:
+def rows_in_use() -> tuple[int | None, ...] | None:
     """What `use_rows` was last given."""
     return _rows.get()
 
@@ -53,21 +54,22 @@ class Dropout(nn.Dropout):
     place = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, ...] to the same shape."""
+        """[rows, ...] to the same shape; or [rows * n, ...], n lines a row, such as its tokens."""
         if not self.training or self.p == 0.0:
             return x
         seeds = _rows.get()
-        if seeds is None or len(seeds) > x.shape[0]:
+        if not seeds or x.shape[0] % len(seeds):
             return super().forward(x)
         return x * _mask(x, seeds, self.place, 1.0 - self.p)
 
 
 @torch.compiler.disable
-def _mask(x: torch.Tensor, seeds: Sequence[int], place: int, keep: float) -> torch.Tensor:
+def _mask(x: torch.Tensor, seeds: Seeds, place: int, keep: float) -> torch.Tensor:
     mask = torch.ones(x.shape, device=x.device)  # fp32 in each precision, so that all draw alike
-    for row, seed in zip(mask, seeds, strict=False):
-        draw = torch.Generator(x.device).manual_seed(mix(seed, place))
-        row.bernoulli_(keep, generator=draw).div_(keep)
+    for row, seed in zip(mask.chunk(len(seeds)), seeds, strict=True):
+        if seed is not None:
+            draw = torch.Generator(x.device).manual_seed(mix(seed, place))
+            row.bernoulli_(keep, generator=draw).div_(keep)
     return mask.to(x.dtype)
 
 

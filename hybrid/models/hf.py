@@ -62,7 +62,7 @@ def as_layers(model: Any) -> HFLayers:
     wrong = {str(p.dtype) for p in model.parameters() if p.dtype != torch.float32}
     if wrong:
         raise ValueError(f"it has parameters in {', '.join(sorted(wrong))}; valid: torch.float32")
-    _renew_meta(model)
+    _complete_meta(model)
     text = model.config.get_text_config()
     cut = probe(model, text.vocab_size, getattr(text, "pad_token_id", None))
     dropped = [key for key in LAYER_DROP if any(getattr(c, key, 0) for c in configs)]
@@ -159,19 +159,21 @@ def _all_configs(config: Any) -> list[Any]:
     return [config, *[c for part in parts if part is not None for c in _all_configs(part)]]
 
 
-def _renew_meta(model: nn.Module) -> None:
-    """Make parameters on meta anew: what made them (`torch.normal`) may have left weak references,
-    with which they could not be swapped for filled ones. NotOnMeta where something is on meta that
-    is neither a parameter nor a buffer, and so has no name to be filled in by."""
-    renewed: dict[nn.Parameter, nn.Parameter] = {}
+def _complete_meta(model: nn.Module) -> None:
+    """Put all parameters of a model on meta there, also those that `torch.normal` made, which does
+    not heed the default device. NotOnMeta where something is on meta that is neither a parameter
+    nor a buffer: it has no name to be filled in by."""
+    if not any(p.is_meta for p in model.parameters()):
+        return
+    moved: dict[nn.Parameter, nn.Parameter] = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if isinstance(value, torch.Tensor) and value.is_meta:
                 raise NotOnMeta(f"{name}.{key} is neither parameter nor buffer")
         for key, p in module._parameters.items():
-            if p is not None and p.is_meta:
-                new = nn.Parameter(torch.empty_like(p), p.requires_grad)
-                module._parameters[key] = renewed.setdefault(p, new)
+            if p is not None and not p.is_meta:
+                empty = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+                module._parameters[key] = moved.setdefault(p, empty)
 
 
 def _freeze_unused(model: nn.Module, names: list[str]) -> None:

@@ -69,7 +69,8 @@ class AccelerateEngine:
         for k, micro_batch in enumerate(micro_batches):
             micro_batch = self._on_device(micro_batch)
             with self.accelerator.accumulate(self.model):
-                with _model.drawing(self.job, self.step, (*self.shares, k, 0), micro_batch.ids):
+                place, size = (*self.shares, k, 0), _torch.num_rows(micro_batch.target)
+                with _model.drawing(self.job, self.step, place, micro_batch.ids, size):
                     output = self.model(micro_batch.input)
                     loss_sum = tally.add(self.loss, output, micro_batch)
                 self._backward(loss_sum * share)

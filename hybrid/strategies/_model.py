@@ -66,20 +66,23 @@ def _same_rows() -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def drawing(job: Job, step: int, place: Sequence[int], ids: torch.Tensor) -> Iterator[None]:
-    """Around one forward pass of training: seeds for our dropout by sample, and torch's own stream
-    by `place` (share, micro-batch, stage), so that whatever else draws is the same in two runs of
-    one layout."""
+def drawing(
+    job: Job, step: int, place: Sequence[int], ids: torch.Tensor, rows: int
+) -> Iterator[None]:
+    """Around one forward pass of training on `rows` rows, padding behind the samples `ids`: seeds
+    for our dropout by sample, and torch's own stream by `place` (share, micro-batch, stage), so
+    that whatever else draws is the same in two runs of one layout."""
     torch.manual_seed(mix(job.train.seed, step, *place))
-    with use_rows(_seeds(job, step, ids)):
+    with use_rows(_seeds(job, step, ids, rows)):
         yield
 
 
-def draw(job: Job, step: int, place: Sequence[int], ids: torch.Tensor) -> None:
+def draw(job: Job, step: int, place: Sequence[int], ids: torch.Tensor, rows: int) -> None:
     """`drawing` for an engine that calls the model by itself: until the next call."""
     torch.manual_seed(mix(job.train.seed, step, *place))
-    set_rows(_seeds(job, step, ids))
+    set_rows(_seeds(job, step, ids, rows))
 
 
-def _seeds(job: Job, step: int, ids: torch.Tensor) -> list[int]:
-    return [mix(job.train.seed, step, sample) for sample in ids.tolist()]
+def _seeds(job: Job, step: int, ids: torch.Tensor, rows: int) -> list[int | None]:
+    seeds = [mix(job.train.seed, step, sample) for sample in ids.tolist()]
+    return [*seeds, *[None] * (rows - len(seeds))]

@@ -97,7 +97,8 @@ class ReplicaEngine:
         model.train()
         for k, micro_batch in enumerate(micro_batches):
             micro_batch = _on(micro_batch, self.device)
-            with _model.drawing(self.job, self.step, (share, k, 0), micro_batch.ids):
+            rows = _torch.num_rows(micro_batch.target)
+            with _model.drawing(self.job, self.step, (share, k, 0), micro_batch.ids, rows):
                 loss_sum = tally.add(self.loss, model(micro_batch.input), micro_batch)
             scale.scale(loss_sum / max(1, count)).backward()
         if int(tally.count) != count:

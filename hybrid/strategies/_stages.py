@@ -124,7 +124,8 @@ class StageEngine:
         if module.training and self.pending:
             number = self.micro_batches - len(self.pending)
             place = (*self.shares, number, self.stage)
-            _model.draw(self.job, self.step, place, self.pending.pop(0))
+            ids, rows = self.pending.pop(0), self.micro_batch_size or 1
+            _model.draw(self.job, self.step, place, ids, rows)
 
     def _take_loss(self, output: Any, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """DeepSpeed's loss function, on the last stage, in training and in evaluation."""
