@@ -106,10 +106,10 @@ class AccelerateEngine:
         zero = self.zero_optimizer
         if zero is not None:  # it has clipped and stepped in backward
             norm = self.accelerator.clip_grad_norm_(None, math.inf)
-            return math.inf if zero.overflow else _number(norm)
+            return math.inf if zero.overflow else float(norm)
         self.scale.unscale(self.optimizer.optimizer)
-        limit = self.job.train.clip_norm or math.inf
-        norm = _number(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
+        norm = _optimizer.global_norm(self.model.parameters())
+        _optimizer.clip(self.model.parameters(), norm, self.job.train.clip_norm)
         self.gradients = self.gradients or _torch.gradient_dtypes(self.model)
         return norm
 
@@ -159,10 +159,3 @@ class AccelerateEngine:
         inputs = _torch.to_device(micro_batch.input, self.device)
         target = _torch.to_device(micro_batch.target, self.device)
         return MicroBatch(inputs, target, micro_batch.ids)
-
-
-def _number(norm: Any) -> float:
-    if isinstance(norm, torch.Tensor):
-        full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return float(full)
-    return float(norm)

@@ -104,13 +104,13 @@ class ReplicaEngine:
         if int(tally.count) != count:
             raise RunError(f"the loss counted {int(tally.count)} targets, {count} were expected")
         scale.unscale(optimizer)
-        limit = self.job.train.clip_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+        norm = _optimizer.global_norm(model.parameters())
+        _optimizer.clip(model.parameters(), norm, self.job.train.clip_norm)
         self.gradients = self.gradients or _torch.gradient_dtypes(model)
         _optimizer.set_learning_rate(optimizer, learning_rate(self.job, self.step))
         scale.step(optimizer)
         optimizer.zero_grad()
-        return [*tally.row(), float(norm), _optimizer.read_learning_rate(optimizer)]
+        return [*tally.row(), norm, _optimizer.read_learning_rate(optimizer)]
 
     def _scale(self) -> float | None:
         """fp16's loss scale of the first replica."""

@@ -138,15 +138,12 @@ class StageEngine:
     def _clip(self, engine: Any) -> None:
         """Global norm over all stages, and clipping by it, once gradients are reduced. A parameter
         that several stages hold counts on the first."""
-        held = [p for p in engine.module.parameters() if p.grad is not None]
-        grads = [p.grad for p in held if not p.ds_pipe_replicated]
-        square = nn.utils.get_total_norm(grads).double().square()
-        dist.all_reduce(square, group=engine.grid.get_pipe_parallel_group())
-        norm = square.sqrt()
-        self.norm = float(norm)
+        parameters = list(engine.module.parameters())
+        counted = [p for p in parameters if not p.ds_pipe_replicated]
+        stages = engine.grid.get_pipe_parallel_group()
+        self.norm = _optimizer.global_norm(counted, stages)
         self.gradients = self.gradients or _torch.gradient_dtypes(engine.module)
-        if self.job.train.clip_norm:
-            nn.utils.clip_grads_with_norm_(held, self.job.train.clip_norm, norm.float())
+        _optimizer.clip(parameters, self.norm, self.job.train.clip_norm)
 
     def _check_inputs(self, rows: Sequence[Sequence[int | float]], result: StepResult) -> None:
         inputs = f"{sum(int(row[7]) for row in rows) % 2**64:016x}"
