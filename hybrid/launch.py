@@ -26,7 +26,13 @@ from .environment import num_cores
 GRACE_S = 3.0  # between SIGTERM and SIGKILL, for ranks to flush their logs
 POLL_S = 0.02
 # How a rank words that a peer went away: an effect, never the first cause.
-PEER_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed")
+PEER_LOST = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "Socket closed",
+    "Connection was likely closed",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +160,17 @@ def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
             found.append((secondary, left["time"], failure))
         else:
             tail = _tail(logs / f"rank{rank}.log")
-            how = (
-                f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-            )
-            found.append((False, seen, Failure(rank, how, tail)))
+            found.append((False, seen, Failure(rank, _how_it_ended(code), tail)))
     return min(found, key=lambda f: f[:2])[2]
+
+
+def _how_it_ended(code: int) -> str:
+    """A rank's exit code in words."""
+    if code >= 0:
+        return f"exited with {code}"
+    if -code == signal.SIGKILL:
+        return "was ended by SIGKILL, by which the system also ends what takes too much memory"
+    return f"was ended by {signal.Signals(-code).name}"
 
 
 def _tail(log: Path, lines: int = 20) -> str:

@@ -47,15 +47,20 @@ def train(
     assert job.train.steps is not None
     period = registry.get(strategy).period(job)
     instruments = Instruments(job.train.steps, period, job.train.compile)
+    at = rank.Whereabouts(job)
     try:
         with instruments.meter:
             layers, loss = build_shared(job, Ranks.from_env())
+            at.doing = "building the engine"
+            at.parameters = sum(p.numel() for p in layers.names() if p.requires_grad)
             engine = registry.open_engine(job, strategy, layers, loss)
             del layers
-        run = _Run(job, strategy, engine, instruments, out, on_step)
+        at.held = engine.num_held
+        run = _Run(job, strategy, engine, instruments, out, on_step, at)
         return run.go(train_set, test_set)
     except BaseException as error:
-        rank.leave_error(error)  # before leaving the group, which can wait for a peer that is gone
+        # Before leaving the group, which can wait for a peer that is gone.
+        rank.leave_error(error, at)
         raise
     finally:
         processes.cleanup()
@@ -72,9 +77,10 @@ class _Run:
         instruments: Instruments,
         out: Path | None,
         on_step: OnStep | None,
+        at: rank.Whereabouts,
     ) -> None:
         self.job, self.strategy, self.engine = job, strategy, engine
-        self.instruments, self.on_step = instruments, on_step
+        self.instruments, self.on_step, self.at = instruments, on_step, at
         self.ranks = Ranks.from_env()
         self.out = out if self.ranks.rank == 0 else None
         self.data: dict[str, str] = {}
@@ -143,6 +149,7 @@ class _Run:
         for step in range(total):
             if every and step % every == 0:
                 self._evaluate(test_set, micro_batches)
+            self.at.doing = f"in step {step}"
             batches = step_batches(plan, engine, train_set, step)
             with self.instruments.step(step):
                 result = engine.train_step(batches)
@@ -181,6 +188,7 @@ class _Run:
             self.on_step(record, total)
 
     def _evaluate(self, test_set: Any, micro_batches: int) -> EvalResult:
+        self.at.doing = f"in the evaluation after {len(self.steps)} steps"
         result = evaluate(self.engine, test_set, self.job, micro_batches)
         self.evals.append(StepEval(len(self.steps), result))
         if self.out:
@@ -209,6 +217,7 @@ class _Run:
         return receipt
 
     def _save(self) -> str | None:
+        self.at.doing = "gathering the weights"
         state = self.engine.state()
         if not self.out:
             return None

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 FILE = "model.safetensors"
+CHUNK = 2**16  # elements taken to float64 at a time
 
 
 def save(state: Mapping[str, torch.Tensor], folder: Path, about: Mapping[str, Any]) -> Path:
@@ -19,7 +20,8 @@ def save(state: Mapping[str, torch.Tensor], folder: Path, about: Mapping[str, An
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
     save_file({name: t.contiguous() for name, t in state.items()}, path)
-    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
     text = json.dumps({"file": FILE, "sha256": checksum, **about}, indent=1)
     (folder / "checkpoint.json").write_text(text + "\n")
     return path
@@ -32,6 +34,9 @@ def project(state: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 
 def _project(tensor: torch.Tensor) -> float:
-    flat = tensor.detach().to("cpu", torch.float64).flatten()
-    places = torch.arange(flat.numel(), dtype=torch.float64)
-    return float(flat @ torch.cos(places * 12.9898 + 78.233))
+    flat, total = tensor.detach().flatten(), 0.0
+    for start in range(0, flat.numel(), CHUNK):
+        piece = flat[start : start + CHUNK].to("cpu", torch.float64)
+        places = torch.arange(start, start + piece.numel(), dtype=torch.float64)
+        total += float(piece @ torch.cos(places * 12.9898 + 78.233))
+    return total

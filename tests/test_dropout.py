@@ -95,6 +95,19 @@ def test_padding_rows_are_left_as_they_are() -> None:
     assert torch.equal(masks([None, None]), torch.ones(2, 6, 50))
 
 
+def test_lines_of_a_row_are_dropped_as_the_row_is() -> None:
+    with use_rows([4, None, 6]):
+        laid_out = Dropout(0.3)(torch.ones(3 * 6, 50))
+        odd = Dropout(0.3)(torch.ones(7, 50))
+    assert torch.equal(laid_out.view(3, 6, 50), masks([4, None, 6]))
+    assert 0.5 < float((odd > 0).float().mean()) < 0.9, "rows of something else are dropped too"
+
+
+def test_a_padded_micro_batch_has_seeds_for_its_samples_alone() -> None:
+    with drawing(small_job(), 2, (0, 0, 0), torch.tensor([3, 4]), 5):
+        assert rows_in_use() == (mix(0, 2, 3), mix(0, 2, 4), None, None, None)
+
+
 def test_every_precision_drops_the_same_units() -> None:
     x, layer = torch.ones(2, 300), Dropout(0.3)
     with use_rows([4, 5]):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 
 from hybrid.config import JobError
 from hybrid.launch import PEER_LOST, Failure, RunFailed, first_cause
-from hybrid.rank import leave_error
+from hybrid.rank import Whereabouts, describe_out_of_memory, is_out_of_memory, leave_error
+from tests.conftest import small_job
 
 LOST = "DistBackendError: [../gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:4321"
 
@@ -35,6 +38,12 @@ def test_the_earliest_raise_wins_whatever_its_rank(tmp_path: Path) -> None:
     assert found == Failure(1, "RuntimeError: first", "trace of 1", is_job=False)
 
 
+def test_how_gloo_and_its_store_word_a_lost_peer() -> None:
+    store = "Failed to recv, got 0 bytes. Connection was likely closed. Did the server shutdown?"
+    for said in (LOST, store, "Read error [127.0.0.1]:80: Connection reset by peer"):
+        assert any(words in said for words in PEER_LOST), said
+
+
 @pytest.mark.parametrize("words", PEER_LOST)
 def test_a_lost_connection_comes_last_even_when_it_is_earlier(words: str, tmp_path: Path) -> None:
     leave(tmp_path, 0, 1.0, f"RuntimeError: connection: {words}")
@@ -47,7 +56,8 @@ def test_a_killed_rank_beats_the_connections_it_broke(tmp_path: Path) -> None:
     leave(tmp_path, 2, 1.1, LOST)
     log(tmp_path, 1, "last words")
     found = first_cause({0: 1, 1: -signal.SIGKILL, 2: 1}, tmp_path, seen=5.0)
-    assert found == Failure(1, "was ended by SIGKILL", "last words")
+    assert (found.rank, found.details) == (1, "last words")
+    assert found.message.startswith("was ended by SIGKILL") and "memory" in found.message
 
 
 def test_of_lost_connections_alone_the_earliest_is_named(tmp_path: Path) -> None:
@@ -125,6 +135,88 @@ def test_what_a_rank_leaves_is_what_the_launcher_reads(
     found = first_cause({2: 1}, tmp_path, seen=0.0)
     assert (found.rank, found.message, found.is_job) == (2, message, is_job)
     assert "Traceback" in found.details and "in raised" in found.details
+
+
+HOST_FULL = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 4194304 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+class OutOfMemoryError(RuntimeError):
+    """Stands in for torch's, which is raised where there is a GPU."""
+
+
+GPU_FULL = OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of "
+    "which 1.00 GiB is free."
+)
+
+
+def test_which_errors_are_of_memory() -> None:
+    assert all(is_out_of_memory(e) for e in (HOST_FULL, GPU_FULL, MemoryError()))
+    assert not is_out_of_memory(RuntimeError("the memory of an elephant"))
+
+
+def test_a_lack_of_memory_says_where_how_much_and_what_takes_less() -> None:
+    at = Whereabouts(small_job(optimizer={"name": "adamw", "lr": 0.1}), "in step 3", 2**20, 2**20)
+    said = describe_out_of_memory(HOST_FULL, at)
+    assert said.startswith("out of memory in step 3; could not allocate 4194304 bytes; "), said
+    assert "this rank holds all 1,048,576 parameters of the model: " in said
+    assert "adamw they take 16 bytes each in fp32, 16 MiB" in said
+    assert "fsdp, zero3, pipeline and 2d" in said and "\n" not in said
+
+
+def test_of_a_shard_its_own_parameters_are_counted() -> None:
+    sgd = {"name": "sgd", "lr": 0.1}
+    at = Whereabouts(small_job(optimizer=sgd), "in step 0", parameters=4 * 2**20, held=2**20)
+    said = describe_out_of_memory(GPU_FULL, at)
+    assert "this rank holds 1,048,576 of the model's 4,194,304 parameters: " in said
+    assert "8 bytes each in fp32, 8 MiB" in said
+    assert "could not allocate 2.00 GiB" in said and "the GPU has 79.11 GiB" in said
+    at.job = small_job(optimizer=sgd | {"momentum": 0.9})
+    assert "12 bytes each in fp32, 12 MiB" in describe_out_of_memory(GPU_FULL, at)
+
+
+def test_before_there_is_an_engine_the_whole_model_is_counted() -> None:
+    at = Whereabouts(small_job())
+    assert describe_out_of_memory(MemoryError(), at).startswith("out of memory building the model;")
+    at.doing, at.parameters = "building the engine", 2**20
+    assert "the model has 1,048,576 parameters: " in describe_out_of_memory(MemoryError(), at)
+
+
+def test_a_limit_of_the_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {resource.RLIMIT_DATA: 3 * 2**30, resource.RLIMIT_AS: resource.RLIM_INFINITY}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limits[which], -1))
+    said = describe_out_of_memory(MemoryError())
+    assert "RLIMIT_DATA allows this process 3,072 MiB in all" in said and "RLIMIT_AS" not in said
+
+
+def test_a_lack_of_memory_is_left_and_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYBRID_LOGS", str(tmp_path))
+    monkeypatch.setenv("RANK", "1")
+    error = raised(MemoryError())
+    leave_error(error, Whereabouts(small_job()))
+    found = first_cause({1: 1}, tmp_path, seen=0.0)
+    assert found.message.startswith("out of memory building the model")
+    assert error.__notes__ == [found.message]  # what a launcher that prints the error shows
+
+
+def test_no_memory_for_a_trace_costs_the_trace_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(error: BaseException) -> list[str]:
+        raise MemoryError
+
+    monkeypatch.setenv("HYBRID_LOGS", str(tmp_path))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(traceback, "format_exception", full)
+    leave_error(MemoryError())
+    monkeypatch.undo()
+    found = first_cause({0: 1}, tmp_path, seen=0.0)
+    assert found.message.startswith("out of memory") and found.details == ""
 
 
 def test_the_later_of_two_real_errors_is_not_the_cause(

@@ -118,6 +118,7 @@ class HFLayers(Layers):
             if i not in part:
                 _free_tensors(layer, keep, own)
                 _become(layer, _Hollow).cut = self.cut
+                layer._compiled_call_impl = None  # there is nothing left to compile
         return _take_out(self.model, keep)
 
 

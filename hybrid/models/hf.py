@@ -19,6 +19,7 @@ from ._hf_probe import NotOnMeta, probe
 from .losses import Loss, cross_entropy
 
 LAYER_DROP = ("layerdrop", "decoder_layerdrop")  # what config fields for it are called
+LONGEST = 300  # letters of what transformers says, which can be a list of all its models
 
 
 def hf(
@@ -43,11 +44,11 @@ def hf(
     except Exception as error:  # a family's own code may raise anything
         if on_meta:
             raise NotOnMeta(_one_line(error)) from error
-        raise ValueError(f"hf:{source}: {_one_line(error)}") from error
+        raise ValueError(f"source = {source!r}: {_one_line(error)}") from error
     try:
         return as_layers(model), cross_entropy
     except ValueError as error:
-        raise ValueError(f"hf:{source}, a {config.model_type}: {error}") from error
+        raise ValueError(f"source = {source!r}, a {config.model_type}: {error}") from error
 
 
 def as_layers(model: Any) -> HFLayers:
@@ -74,23 +75,27 @@ def as_layers(model: Any) -> HFLayers:
 
 def _make_config(source: str, overrides: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig, PreTrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"hf:{source}: this folder has no config.json")
+    here = Path(source).is_dir()
+    if here and not Path(source, "config.json").is_file():
+        raise ValueError(f"source = {source!r}: this folder has no config.json")
+    if not here and (source[0] in "./~" or source.count("/") > 1):
+        raise ValueError(f"source = {source!r}: there is no such folder")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if not overrides:
-            return config
         fields, _ = PreTrainedConfig.get_config_dict(source)
-    except OSError as error:
-        raise ValueError(
-            f"hf:{source}: no folder here has this name, and no config of it came from the hub "
-            "(is it spelt right, and is there a network?)"
-        ) from error
     except Exception as error:  # a config's own code may raise anything
-        raise ValueError(f"hf:{source}: config.json: {_one_line(error)}") from error
-    return _override(config, fields, overrides)
+        words = f"config.json: {_one_line(error)}"
+        if not here and isinstance(error, OSError):
+            words = "no folder here has this name, and the hub gave no config (is there a network?)"
+        raise ValueError(f"source = {source!r}: {words}") from error
+    if config.model_type not in CAUSAL:
+        raise ValueError(
+            f"source = {source!r}: transformers has no causal language model of type "
+            f"{config.model_type!r}; benchmarks/hf_models.md lists those that it has"
+        )
+    return _override(config, fields, overrides) if overrides else config
 
 
 def _override(config: Any, fields: dict[str, Any], overrides: Mapping[str, Any]) -> Any:
@@ -119,8 +124,8 @@ def _has_weights(source: str) -> bool:
     pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
     if pickled:
         raise ValueError(
-            f"hf:{source}: its weights are pickled ({pickled[0].name}), which is not loaded; "
-            "convert them to safetensors, or set weights = false to start from random ones"
+            f"source = {source!r}: its weights are pickled ({pickled[0].name}); convert them to "
+            "safetensors, or set weights = false to start from random ones"
         )
     return False
 
@@ -150,7 +155,7 @@ def _load(source: str, config: Any) -> Any:
     surplus = sorted(info["unexpected_keys"])
     if surplus:
         words = f"{len(surplus)} tensors of its weights are not used, such as {surplus[0]}"
-        warnings.warn(f"hf:{source}: {words}", stacklevel=2)
+        warnings.warn(f"source = {source!r}: {words}", stacklevel=2)
     return model
 
 
@@ -186,4 +191,5 @@ def _freeze_unused(model: nn.Module, names: list[str]) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

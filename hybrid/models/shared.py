@@ -73,6 +73,8 @@ def _fill(layers: Layers, path: Path) -> None:
         value = values.pop(name)
         if isinstance(tensor, torch.nn.Parameter):
             value = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
+        else:
+            value = value.clone()  # a buffer outlives the parameters, and would keep all mapped
         torch.utils.swap_tensors(tensor, value)
     if values:
         raise RuntimeError(f"{path.name} has tensors that the model has not: {sorted(values)}")

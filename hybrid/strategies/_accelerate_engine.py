@@ -48,6 +48,7 @@ class AccelerateEngine:
         self.job, self.layout, self.loss = job, layout, loss
         self.accelerator = accelerator
         self.model, self.optimizer, self.observer, self.buffers = prepared
+        self.num_held = _torch.num_held(self.model)
         self.inspect, self.gather, self.scatter = inspect, gather, scatter
         self.device = device()
         self.scale = _optimizer.LossScale(job, self.device)

@@ -19,6 +19,9 @@ from .base import make_receipt
 
 State = dict[str, torch.Tensor]
 
+BUCKETS = ("reduce_bucket_size", "allgather_bucket_size")
+PIPELINE_BUCKET = 2**20  # elements, 4 MiB: what a pipeline reduces at a time
+
 
 def prepare_process() -> None:
     """Bring DeepSpeed into the process group that there is.
@@ -37,8 +40,8 @@ def full_config(
 ) -> dict[str, Any]:
     """DeepSpeed's whole configuration: the file's keys and the job's.
 
-    Buckets larger than the model are memory without use (DeepSpeed's default of 5e8 elements is
-    2 GB live), so they are cut to it. Leaving `gradient_clipping` out would not be off: Accelerate
+    Buckets are memory on top of the model (DeepSpeed's default of 5e8 elements is 2 GB live), so
+    they are cut to a small part of it. Leaving `gradient_clipping` out would not be off: Accelerate
     fills in 1.0.
     """
     config = _ds_config.load(path or name, stage)
@@ -47,11 +50,9 @@ def full_config(
     elements = sum(p.numel() for p in layers.names())
     zero = config.setdefault("zero_optimization", {})
     if pipeline_stage(job, stage) != stage:
-        buckets = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), elements)
-        zero |= {"stage": 1, **buckets}
-    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
-        if bucket in zero:
-            zero[bucket] = min(zero[bucket], elements + elements % 2)  # DeepSpeed wants it even
+        zero |= {"stage": 1, **dict.fromkeys(BUCKETS, elements)}
+    limits = _limits(layers)
+    zero |= {key: min(zero[key], limits[key]) for key in zero.keys() & limits.keys()}
     return (
         config
         | _precision.deepspeed_keys(job.train.precision)
@@ -64,6 +65,18 @@ def full_config(
             "steps_per_print": 10**9,
         }
     )
+
+
+def _limits(layers: Layers) -> dict[str, int]:
+    """Elements that DeepSpeed may hold beside its shards: buckets of a sixteenth of the model, but
+    not of less than a MiB, and gathered parameters of two layers, as FSDP holds them."""
+    elements, largest = sum(p.numel() for p in layers.names()), max(layers.sizes())
+    bucket = max(elements // 16, 2**18)
+    return {
+        **dict.fromkeys(BUCKETS, bucket + bucket % 2),  # DeepSpeed wants it even
+        "stage3_prefetch_bucket_size": largest,
+        "stage3_max_live_parameters": 2 * largest,
+    }
 
 
 def pipeline_stage(job: Job, zero_stage: int) -> int:
@@ -159,8 +172,13 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_zero(engine: Any) -> State:
-    """Full tensors, gathered one by one."""
-    return {n: full_tensor(t) for n, t in _torch.named_tensors(_module(engine)).items()}
+    """Full tensors on rank 0, gathered one by one; nothing elsewhere."""
+    full = {}
+    for name, tensor in _torch.named_tensors(_module(engine)).items():
+        whole = full_tensor(tensor)  # collective
+        if engine.accelerator.is_main_process:
+            full[name] = whole
+    return full
 
 
 def scatter_zero(engine: Any, state: Mapping[str, torch.Tensor]) -> None:
@@ -250,6 +268,19 @@ def wrap_optimizer_step(engine: Any, before: Callable[[Any], None]) -> None:
         original()
 
     _replace_instruction(engine, schedule.OptimizerStep, step)
+
+
+def reduce_in_buckets(engine: Any) -> None:
+    """Have a pipeline engine without ZeRO reduce its gradients in small buckets: DeepSpeed's own
+    5e8 elements are a second copy of all gradients, over a single column too."""
+    from deepspeed.runtime.pipe import schedule
+
+    def reduce(live: Any, original: Callable[[], None]) -> None:
+        live._force_grad_boundary = True
+        live.allreduce_gradients(bucket_size=PIPELINE_BUCKET)
+        live._force_grad_boundary = False
+
+    _replace_instruction(engine, schedule.ReduceGrads, reduce)
 
 
 def _replace_instruction(

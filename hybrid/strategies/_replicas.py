@@ -53,6 +53,7 @@ class ReplicaEngine:
         spared = _optimizer.spared_names(layers, job.optimizer.no_decay)
         first = layers.whole().to(self.device)
         self.models = [first, *(copy.deepcopy(first) for _ in range(replicas - 1))]
+        self.num_held = replicas * _torch.num_held(first)
         self.optimizers = [
             _optimizer.build_optimizer(job, dict(m.named_parameters()), spared) for m in self.models
         ]

@@ -55,6 +55,7 @@ class StageEngine:
         self.cut = Cut(layers, settings.partition, layout, rank)
         self.observer = _precision.Observer(layers)
         self.engine = self._build(layers, config)
+        self.num_held = _torch.num_held(self.engine.module)
         self.device = device()
         self.tally = _torch.Tally(self.device)
         self.input_digest = self.step = 0
@@ -85,6 +86,7 @@ class StageEngine:
         _deepspeed.tie(engine, self.cut.tied())
         if self.zero_stage == 0:
             _deepspeed.wrap_optimizer_step(engine, self._clip)
+            _deepspeed.reduce_in_buckets(engine)
         return engine
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:

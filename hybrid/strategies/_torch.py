@@ -215,6 +215,16 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {plain_name(name): tensor for name, tensor in found.items()}
 
 
+def num_held(model: nn.Module) -> int:
+    """How many trained parameters of a live model this rank holds; of a sharded one, its shard."""
+    held = 0
+    for p in model.parameters():
+        if p.requires_grad:
+            local = p.to_local() if hasattr(p, "to_local") else getattr(p, "ds_tensor", p)
+            held += local.numel()
+    return held
+
+
 def copy_of_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers of a model that is whole on this rank, copied to the CPU."""
     return {name: t.detach().cpu().clone() for name, t in named_tensors(model).items()}

@@ -87,12 +87,13 @@ class Engine(Protocol):
 
     `shares` are the data-parallel ranks whose samples this process computes (all but an emulation
     have one); `micro_batch_size` is the fixed number of rows a micro-batch must have, None where
-    any will do.
+    any will do; `num_held` is how many trained parameters this process holds.
     """
 
     layout: Layout
     shares: tuple[int, ...]
     micro_batch_size: int | None
+    num_held: int
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """One optimizer step on the micro-batches of this process's shares, share after share."""

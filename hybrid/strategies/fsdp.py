@@ -69,8 +69,12 @@ def _gather(engine: Any) -> dict[str, torch.Tensor]:
     for module in engine.model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # evaluation leaves the root's parameters gathered, and rounded
-    full = {n: _whole(t.detach()) for n, t in _torch.named_tensors(engine.model).items()}
-    return {n: t.cpu().clone() for n, t in full.items()}
+    full = {}
+    for tensor_name, tensor in _torch.named_tensors(engine.model).items():
+        whole = _whole(tensor.detach())  # collective, one at a time: only rank 0 keeps them all
+        if engine.accelerator.is_main_process:
+            full[tensor_name] = whole.cpu().clone()
+    return full
 
 
 def _scatter(engine: Any, state: Mapping[str, torch.Tensor]) -> None:

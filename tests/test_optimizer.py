@@ -1,0 +1,224 @@
+"""Parameter groups, weight decay that is really left out, learning rates of live optimizers.
+
+The schedule's values are in test_models.py, fp16's loss scale is in test_precision.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import hybrid
+from hybrid.data.batches import MicroBatch
+from hybrid.models import build_model
+from hybrid.models.layers import Layers
+from hybrid.strategies._optimizer import (
+    LossScale,
+    build_optimizer,
+    count_groups,
+    read_learning_rate,
+    set_learning_rate,
+    spared_names,
+)
+from hybrid.strategies.base import RunError, Unsupported
+from tests.conftest import small_job
+
+KINDS = ("norms", "biases", "embeddings")
+GPT = {"num_layers": 2, "width": 16, "num_heads": 2, "context": 8, "vocab_size": 11}
+DECAY = 0.25
+
+
+def gpt_layers(**options: Any) -> Layers:
+    """A small GPT."""
+    layers, _ = build_model(small_job(model={"name": "gpt", "options": GPT | options}))
+    return layers
+
+
+def job(**changes: Any) -> hybrid.Job:
+    """SGD with decay."""
+    return small_job(**{"optimizer": {"name": "sgd", "lr": 0.5, "weight_decay": DECAY}} | changes)
+
+
+def expected_spared(layers: Layers, no_decay: tuple[str, ...]) -> set[str]:
+    """By their names, which say what a GPT's parameters are."""
+    found = set()
+    for name in layers.names().values():
+        norm, bias = "norm" in name, name.endswith("bias")
+        embedding = name.startswith("0.")
+        kinds = {"norms": norm, "biases": bias, "embeddings": embedding}
+        if any(kinds[kind] for kind in no_decay):
+            found.add(name)
+    return found
+
+
+ALL_KINDS = [kinds for n in range(4) for kinds in itertools.combinations(KINDS, n)]
+
+
+@pytest.mark.parametrize("no_decay", ALL_KINDS)
+def test_spared_are_the_kinds_asked_for(no_decay: tuple[str, ...]) -> None:
+    for options in ({}, {"tied": False}, {"positions": "learned"}):
+        layers = gpt_layers(**options)
+        spared = spared_names(layers, no_decay)
+        assert spared == expected_spared(layers, no_decay)
+        assert "1.attention.qkv.weight" not in spared and "2.up.weight" not in spared
+
+
+def test_a_tied_embedding_is_spared_as_head_too() -> None:
+    tied, untied = gpt_layers(), gpt_layers(tied=False)
+    head = tied[-1].logits.weight
+    spared = spared_names(tied, ["embeddings"])
+    assert spared == {"0.token.weight"} == {tied.names()[head]}
+    assert spared_names(untied, ["embeddings"]) == {"0.token.weight"}
+    assert untied.names()[untied[-1].logits.weight] == "3.logits.weight"
+    later = Layers([nn.Linear(4, 4), nn.Linear(6, 4, bias=False), nn.Embedding(4, 6)])
+    later[1].weight = nn.Parameter(torch.ones(4, 6))
+    later[2].weight = later[1].weight
+    assert spared_names(later, ["embeddings"]) == {"1.weight"}, "of every kind that a place is"
+
+
+class HouseRMSNorm(nn.Module):
+    """A library's own norm, told by the name of its class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+
+class Biased(nn.Module):
+    """Biases by other names, and one that only sounds so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv_bias, self.biased = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4, 4))
+
+
+def test_norms_and_biases_of_other_libraries() -> None:
+    layers = Layers([HouseRMSNorm(), Biased(), nn.BatchNorm1d(4), nn.GroupNorm(2, 4)])
+    norms = {"0.scale", "2.weight", "2.bias", "3.weight", "3.bias"}
+    assert spared_names(layers, ["norms"]) == norms
+    assert spared_names(layers, ["biases"]) == {"1.qkv_bias", "2.bias", "3.bias"}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("no_decay", ALL_KINDS)
+def test_every_trained_parameter_is_in_one_group(name: str, no_decay: tuple[str, ...]) -> None:
+    layers = gpt_layers()
+    layers[1].up.bias.requires_grad_(False)
+    named = dict(layers.whole().named_parameters())
+    spared = spared_names(layers, no_decay)
+    settings = {"name": name, "lr": 0.5, "weight_decay": DECAY}
+    optimizer = build_optimizer(job(optimizer=settings), named, spared)
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = {p for n, p in named.items() if n != "1.up.bias"}
+    assert len(grouped) == len(set(grouped)) and set(grouped) == trained
+    assert len(optimizer.param_groups) == (2 if no_decay else 1)
+    for group in optimizer.param_groups:
+        kept = {n in spared for n, p in named.items() if any(p is q for q in group["params"])}
+        assert kept == {group["weight_decay"] == 0.0}
+        assert group["lr"] == 0.5
+
+
+def test_all_may_be_spared() -> None:
+    layers = Layers([nn.LayerNorm(4)])
+    named = dict(layers.whole().named_parameters())
+    optimizer = build_optimizer(job(), named, spared_names(layers, ["norms"]))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0]
+
+
+def test_a_stage_has_as_many_groups_as_the_whole_model() -> None:
+    layers = gpt_layers()
+    spared = spared_names(layers, ["embeddings"])
+    assert count_groups(layers, spared) == 2 and count_groups(layers, ()) == 1
+    assert count_groups(layers, set(layers.names().values())) == 1
+    middle = dict(layers.join(range(1, 2)).named_parameters())  # a stage without an embedding
+    optimizer = build_optimizer(job(), middle, spared, 2)
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    grouped = {p for group in optimizer.param_groups for p in group["params"]}
+    assert sum(sizes) == len(middle) and grouped == set(middle.values())
+    assert len(sizes) == 2 and min(sizes) >= 1
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [DECAY, DECAY]
+    with pytest.raises(Unsupported, match="one tensor alone"):
+        build_optimizer(job(), {"1.up.weight": middle["1.up.weight"]}, spared, 2)
+
+
+@pytest.mark.parametrize("settings", [{"name": "sgd"}, {"name": "adamw"}])
+def test_decay_moves_what_is_not_spared_and_nothing_else(settings: dict[str, Any]) -> None:
+    asked = job(optimizer={"lr": 0.5, "weight_decay": DECAY, **settings})
+    layers = gpt_layers()
+    spared = spared_names(layers, KINDS)
+    named = dict(layers.whole().named_parameters())
+    optimizer = build_optimizer(asked, named, spared)
+    before = {}
+    for name, parameter in named.items():
+        parameter.data += 0.1  # biases start at zero, where decay has nothing to do
+        before[name] = parameter.detach().clone()
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in named.items():
+        expected = before[name] if name in spared else before[name] * (1 - 0.5 * DECAY)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=0)
+        assert torch.equal(parameter, before[name]) == (name in spared)
+
+
+def test_settings_reach_the_optimizer() -> None:
+    named = dict(gpt_layers().whole().named_parameters())
+    sgd = build_optimizer(job(optimizer={"name": "sgd", "lr": 0.5, "momentum": 0.75}), named, ())
+    assert type(sgd) is torch.optim.SGD and sgd.defaults["momentum"] == 0.75
+    settings = {"name": "adamw", "lr": 0.5, "betas": [0.75, 0.875], "eps": 1e-3}
+    for precision in ("fp32", "bf16", "fp16"):
+        asked = job(optimizer=settings, train__precision=precision)
+        adamw = build_optimizer(asked, named, ())
+        assert type(adamw) is torch.optim.AdamW
+        assert adamw.defaults["betas"] == (0.75, 0.875) and adamw.defaults["eps"] == 1e-3
+        assert adamw.defaults["fused"] == (precision != "fp16")
+
+
+def test_every_group_takes_the_rate_of_the_step() -> None:
+    layers = gpt_layers()
+    named = dict(layers.whole().named_parameters())
+    optimizer = build_optimizer(job(), named, spared_names(layers, KINDS))
+    set_learning_rate(optimizer, 0.125)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+    assert read_learning_rate(optimizer) == 0.125
+    optimizer.param_groups[1]["lr"] = 0.25
+    with pytest.raises(RunError, match=r"different learning rates: \[0.125, 0.25\]"):
+        read_learning_rate(optimizer)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_fp16_nothing_is_scaled(precision: str) -> None:
+    scale = LossScale(job(train__precision=precision), torch.device("cpu"))
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], 0.5)
+    loss = weight.sum()
+    assert scale.value == 1 and scale.scale(loss) is loss
+    loss.backward()
+    weight.grad[0] = torch.inf  # what is not finite is no overflow: the step is made
+    scale.unscale(optimizer)
+    scale.step(optimizer)
+    assert weight.tolist() == [-torch.inf, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("strategy", ["single", "local_sgd"])
+def test_engines_leave_decay_out_where_the_job_says_so(strategy: str) -> None:
+    """Targets that do not count give no gradient: decay alone moves weights."""
+    asked = job(
+        optimizer={"name": "sgd", "lr": 0.5, "weight_decay": DECAY, "no_decay": ["embeddings"]},
+        strategy__local_sgd={"sync_every": 1, "emulate_replicas": 2},
+    )
+    layers = gpt_layers()
+    engine = hybrid.open_engine(asked, strategy, layers, build_model(job())[1])
+    before = engine.state()
+    ids = torch.arange(8)[None].expand(2, 8)
+    ignored = torch.full((2, 8), -100)
+    piece = MicroBatch(ids, ignored, torch.tensor([0, 1]))
+    engine.train_step([piece, piece])
+    after = engine.state()
+    assert torch.equal(after["0.token.weight"], before["0.token.weight"])
+    expected = before["1.up.weight"] * (1 - 0.5 * DECAY)
+    torch.testing.assert_close(after["1.up.weight"], expected, rtol=1e-6, atol=0)
+    engine.close()
