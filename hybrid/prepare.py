@@ -64,7 +64,7 @@ def _check_vocabulary(job: Job, layers: Layers, train_set: Any) -> None:
     import torch
 
     wanted = getattr(train_set, "vocab_size", None)
-    embeddings = (m for x in layers for m in x.modules() if isinstance(m, torch.nn.Embedding))
+    embeddings = (m for m in layers.modules() if isinstance(m, torch.nn.Embedding))
     first = next(embeddings, None)
     if wanted and first is not None and first.num_embeddings < wanted:
         raise JobError(

@@ -14,6 +14,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hybrid import launch, records
+from hybrid.job_file import load_job
+from hybrid.models import build_model
+from hybrid.models.dropout import Dropout
+from hybrid.strategies._model import prepare_layers
+from hybrid.strategies._optimizer import spared_names
 from tests.conftest import ROOT
 from tests.workloads import sentences
 
@@ -87,6 +92,25 @@ def write_job(folder: Path, file: Path) -> Path:
     }
     file.write_text(json.dumps(job))
     return file
+
+
+def test_what_lies_outside_the_decoder_layers_is_not_forgotten(folders: dict[str, Path]) -> None:
+    job = load_job(
+        {
+            "model": {"name": f"hf:{folders['gpt2']}"},
+            "data": {"name": "tests.workloads:sentences"},
+            "optimizer": {"name": "adamw", "lr": 1e-3},
+            "train": {"global_batch": 2, "steps": 1},
+        }
+    )
+    layers, _ = build_model(job)
+    spared = spared_names(layers, ["norms", "embeddings"])
+    outside = {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight"}
+    assert outside < spared and "transformer.h.0.mlp.c_fc.weight" not in spared
+    prepare_layers(job, layers)
+    dropouts = [m for m in layers.modules() if isinstance(m, torch.nn.Dropout)]
+    assert len(dropouts) > 1 and all(type(m) is Dropout for m in dropouts)
+    assert [m.place for m in dropouts if isinstance(m, Dropout)] == list(range(len(dropouts)))
 
 
 @pytest.mark.slow

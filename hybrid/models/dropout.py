@@ -73,10 +73,10 @@ def _mask(x: torch.Tensor, seeds: Seeds, place: int, keep: float) -> torch.Tenso
     return mask.to(x.dtype)
 
 
-def number_dropouts(layers: Sequence[nn.Module]) -> int:
+def number_dropouts(modules: Sequence[nn.Module]) -> int:
     """Turn every `nn.Dropout` in a model into a `Dropout` with a place of its own; returns how many
     drop anything. To be called on the whole model, before it is cut: places count through it."""
-    found = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Dropout)]
+    found = [m for top in modules for m in top.modules() if isinstance(m, nn.Dropout)]
     for place, module in enumerate(dict.fromkeys(found)):
         if type(module) is nn.Dropout:
             module.__class__ = Dropout

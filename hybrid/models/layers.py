@@ -35,6 +35,10 @@ class Layers(list[nn.Module]):
         """The modules that are run one after another, to be compiled or recomputed one by one."""
         return list(self)
 
+    def modules(self) -> list[nn.Module]:
+        """Every module of the whole model, each once."""
+        return list(dict.fromkeys(m for layer in self for m in layer.modules()))
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every parameter and buffer of the whole model by canonical name, each once."""
         found: dict[str, torch.Tensor] = {}

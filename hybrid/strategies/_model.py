@@ -21,7 +21,7 @@ from . import _precision
 def prepare_layers(job: Job, layers: Layers) -> Layers:
     """Give the whole model what the job asks of every layer: dropout that depends on the sample,
     inputs in the job's precision, recomputed activations, compilation."""
-    number_dropouts(layers)
+    number_dropouts(layers.modules())
     _precision.round_inputs(layers, _precision.DTYPES[job.train.precision])
     for block in layers.blocks():
         if job.train.activation_checkpointing:

@@ -58,11 +58,10 @@ def spared_names(layers: Layers, no_decay: Collection[str]) -> set[str]:
     """Canonical names of the parameters of the `no_decay` kinds, norms, biases or embeddings. To be
     asked of the whole model: a tied parameter is of every kind that one of its places is."""
     names, spared = layers.names(), set()
-    for layer in layers:
-        for module in layer.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if _kinds(module, name) & set(no_decay):
-                    spared.add(names[parameter])
+    for module in layers.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if _kinds(module, name) & set(no_decay):
+                spared.add(names[parameter])
     return spared
 
 
