@@ -63,6 +63,7 @@ def train(
         rank.leave_error(error, at)
         raise
     finally:
+        instruments.close()
         processes.cleanup()
 
 
@@ -162,7 +163,7 @@ class _Run:
 
     def _note(self, step: int, result: StepResult, total: int) -> None:
         finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
-        if not (finite or result.skipped):
+        if not (finite or (result.skipped and math.isfinite(result.loss))):
             raise RunError(
                 f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite; "
                 "lower optimizer.lr or set train.clip_norm"

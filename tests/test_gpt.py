@@ -21,13 +21,7 @@ from hybrid.models.gpt import PRESETS, Attention, gpt
 from hybrid.models.losses import cross_entropy
 from tests.conftest import small_job
 
-SIZES: dict[str, Any] = {
-    "num_layers": 2,
-    "width": 24,
-    "num_heads": 3,
-    "context": 10,
-    "vocab_size": 19,
-}
+SIZES: dict[str, Any] = dict(num_layers=2, width=24, num_heads=3, context=10, vocab_size=19)
 
 
 def build(**options: Any) -> tuple[Any, Any]:
@@ -57,9 +51,6 @@ def tokens(rows: int, length: int) -> torch.Tensor:
 def count(layers: Any) -> int:
     """Parameters, a tied one once."""
     return sum(p.numel() for p in layers.names())
-
-
-# --- sizes ---
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -151,9 +142,6 @@ def test_it_runs_on_the_meta_device() -> None:
     assert out.is_meta and out.shape == (2, 7, SIZES["vocab_size"])
 
 
-# --- causality and positions ---
-
-
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 def test_a_later_token_changes_no_earlier_logits(positions: str) -> None:
     model = lively(positions=positions)
@@ -202,15 +190,11 @@ def test_more_tokens_than_the_context_are_refused_fewer_are_not(positions: str) 
         model(tokens(1, 11))
 
 
-# --- by hand ---
-
-
 def norm_by_hand(x: torch.Tensor, weights: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     mean = x.mean(-1, keepdim=True)
     variance = ((x - mean) ** 2).mean(-1, keepdim=True)
-    return (x - mean) / (variance + 1e-5).sqrt() * weights[f"{name}.weight"] + weights[
-        f"{name}.bias"
-    ]
+    normed = (x - mean) / (variance + 1e-5).sqrt()
+    return normed * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
 def rotate_by_hand(x: torch.Tensor) -> torch.Tensor:
@@ -272,9 +256,6 @@ def test_logits_are_those_written_out_by_hand(positions: str, tied: bool) -> Non
         assert away < 1e-6
         single = (model.float()(ids) - expected).abs().max() / expected.abs().max()
         assert single < 1e-5, "in fp32"
-
-
-# --- options that do not fit ---
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,8 @@ def check_costs(result: dict[str, Any], nproc: int) -> None:
         sent, wire = record["comm"]["bytes_per_step"], record["comm"]["tcp_bytes_per_step"]
         assert sum(wire) == pytest.approx(sum(sent), rel=0.05), name
     single, ddp = (max(records[n]["memory"]["peak_bytes"]) for n in ("single", "ddp"))
-    # DDP's buckets are one more copy; its micro-batches, and so its activations, are smaller
-    assert ddp - single == pytest.approx(parameters, rel=0.2)
+    # DDP's buckets are the gradients themselves, no copy; the second step builds some anew.
+    assert 0 < ddp - single < 0.8 * parameters
     assert max(records["fsdp"]["memory"]["peak_bytes"]) < single
 
 

@@ -25,14 +25,8 @@ from tests.workloads import sentences
 pytestmark = pytest.mark.slow
 
 STEPS, WARMUP, LR, CLIP, DECAY, SEED = 24, 4, 0.003, 1.0, 0.1, 5
-GPT: dict[str, Any] = {
-    "num_layers": 3,
-    "width": 32,
-    "num_heads": 4,
-    "context": 16,
-    "vocab_size": 61,
-    "dropout": 0.1,
-}
+SIZES: dict[str, Any] = dict(num_layers=3, width=32, num_heads=4, context=16, vocab_size=61)
+GPT = SIZES | {"dropout": 0.1}
 LEDGER = (
     "computing",
     "activations",
@@ -152,9 +146,6 @@ def low(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
     return hybrid.compare(job, nproc=4, out=out), out
 
 
-# --- fp32 ---
-
-
 def test_all_strategies_are_equal(wide: tuple[Comparison, Path]) -> None:
     result, _ = wide
     assert_held(result, NAMES)
@@ -242,9 +233,6 @@ def test_two_runs_of_a_layout_are_the_same_bit_by_bit(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# --- bf16 ---
-
-
 def test_all_strategies_agree_in_bf16(low: tuple[Comparison, Path], wide: Any) -> None:
     result, _ = low
     assert_held(result, NAMES)
@@ -285,9 +273,6 @@ def test_final_weights_are_fp32_masters_and_tables_are_not_rounded(
             torch.testing.assert_close(tables, table, rtol=1e-6, atol=0)
         matrix = weights["2.up.weight"]
         assert not torch.equal(matrix, matrix.bfloat16().float()), name
-
-
-# --- another model, another number of stages ---
 
 
 def test_untied_with_learned_positions_on_three_stages(tmp_path: Path) -> None:

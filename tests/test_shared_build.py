@@ -144,9 +144,11 @@ def test_later_ranks_map_what_the_first_made(out: Path) -> None:
     alone = build_model(gpt_job())[0].tensors()
     assert first["digests"] == {name: digest(t) for name, t in alone.items()}
     assert first["mapped"] == [] and first["ties"] == [[4, 0]]
+    # A buffer is copied: it outlives the parameters and would keep the whole file mapped.
+    parameters = sorted(name for name, t in alone.items() if isinstance(t, nn.Parameter))
     for rank in others:
         assert rank["digests"] == first["digests"]
-        assert rank["mapped"] == sorted(alone), "a tensor was copied"
+        assert rank["mapped"] == parameters
         assert rank["devices"] == ["cpu"]
         assert rank["ties"] == [[4, 0]], "the head is a copy of the embedding"
         assert rank["trained"] == first["trained"]

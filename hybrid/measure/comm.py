@@ -156,6 +156,11 @@ class CollectiveCounter:
         self._library._destroy()
         self._library = None
 
+    def close(self) -> None:
+        """`stop()`, if it is started."""
+        if self._library is not None:
+            self.stop()
+
     def counts(self) -> dict[str, OpCount]:
         """All windows so far by plain name (`all_reduce`, `send`, ...), only what was called."""
         with self._lock:

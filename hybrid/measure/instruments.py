@@ -66,6 +66,11 @@ class Instruments:
             self.counter.stop()
             self._tcp.append(tcp_bytes_sent())
 
+    def close(self) -> None:
+        """Take the counting kernels out, where a run ended while they were in: torch has them for
+        the whole process."""
+        self.counter.close()
+
     def last_step(self) -> dict[str, float | None]:
         """Of the step just made, on this rank: its time, and the peak of memory up to it."""
         memory = None if self.blind else self.meter.peak_bytes

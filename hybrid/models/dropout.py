@@ -73,13 +73,12 @@ def _mask(x: torch.Tensor, seeds: Seeds, place: int, keep: float) -> torch.Tenso
     return mask.to(x.dtype)
 
 
-def number_dropouts(modules: Sequence[nn.Module]) -> int:
-    """Turn every `nn.Dropout` in a model into a `Dropout` with a place of its own; returns how many
-    drop anything. To be called on the whole model, before it is cut: places count through it."""
+def number_dropouts(modules: Sequence[nn.Module]) -> None:
+    """Turn every `nn.Dropout` in a model into a `Dropout` with a place of its own. To be called on
+    the whole model, before it is cut: places count through it."""
     found = [m for top in modules for m in top.modules() if isinstance(m, nn.Dropout)]
     for place, module in enumerate(dict.fromkeys(found)):
         if type(module) is nn.Dropout:
             module.__class__ = Dropout
         if isinstance(module, Dropout):
             module.place = place
-    return sum(module.p > 0 for module in found)

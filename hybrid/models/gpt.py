@@ -156,7 +156,7 @@ def gpt(
     """
     given = (num_layers, width, num_heads, context, vocab_size)
     num_layers, width, num_heads, context, vocab_size = _sizes(preset, given)
-    _check(width, num_heads, positions, dropout)
+    _check(width, num_heads, tied, positions, dropout)
     rotary = positions == "rope"
     embedding = Embedding(vocab_size, width, context, not rotary, dropout)
     blocks = [Block(width, num_heads, rotary, dropout) for _ in range(num_layers)]
@@ -184,14 +184,16 @@ def _sizes(preset: str | None, given: tuple[int | None, ...]) -> tuple[int, int,
     return chosen
 
 
-def _check(width: int, num_heads: int, positions: str, dropout: float) -> None:
+def _check(width: int, num_heads: int, tied: bool, positions: str, dropout: float) -> None:
+    if type(tied) is not bool:
+        raise ValueError(f"tied = {tied!r}: valid: true, false")
     if positions not in ("rope", "learned"):
         raise ValueError(f"positions = {positions!r}: valid: rope, learned")
     if width % num_heads or (positions == "rope" and width // num_heads % 2):
         even = " into even parts" if positions == "rope" else ""
         raise ValueError(f"num_heads = {num_heads}: does not divide width = {width}{even}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout = {dropout}: valid: 0 up to, not including, 1")
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout = {dropout!r}: valid: 0 up to, not including, 1")
 
 
 def _init(layers: Layers, num_layers: int) -> None:

@@ -92,6 +92,7 @@ def inspect_zero(engine: Any, wanted: int) -> Receipt:
     stage = int(live.zero_optimization_stage())
     parameters = list(live.module.parameters())
     total = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
     local = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in parameters)
     optimizer = live.optimizer
     master = sum(t.numel() for t in _masters(optimizer))
@@ -111,7 +112,7 @@ def inspect_zero(engine: Any, wanted: int) -> Receipt:
     conditions = {
         f"DeepSpeed runs ZeRO stage {wanted}": stage == wanted,
         "fp32 parameters partitioned once over the ranks": all(
-            total <= m * n <= total + padding * n for m in masters
+            trained <= m * n <= trained + padding * n for m in masters
         ),
         "gradients partitioned from stage 2 on": evidence["gradients_partitioned"] == (wanted > 1),
         "parameters partitioned at stage 3 only": all(
