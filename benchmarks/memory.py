@@ -19,6 +19,7 @@ import hybrid
 from hybrid import environment
 from hybrid.measure.memory import StorageMeter
 from hybrid.models import build_model
+from hybrid.models.layers import Layers
 from hybrid.records import Record
 
 STRATEGIES = ("ddp", "local_sgd", "fsdp", "zero1", "zero2", "zero3", "pipeline", "2d")
@@ -49,23 +50,25 @@ JOB: dict[str, Any] = {
 }
 
 
-def theory(name: str, record: Record, parameters: int) -> tuple[float, float]:
-    """Bytes on the fullest rank of `parameters`, their gradients and moments, as the strategy is
-    published; and what the engine keeps beside them in every step."""
+def theory(name: str, record: Record, layers: Layers) -> tuple[float, float]:
+    """Bytes on the fullest rank of parameters, their gradients and moments, as the strategy is
+    published; and what its engine is known to keep beside them (benchmarks/memory.md)."""
+    parameters, largest = sum(p.numel() for p in layers.names()), max(layers.sizes())
+    bucket = 4.0 * parameters / 16
     if name == "single":
         return 16.0 * parameters, 0.0
     shard = record.layout["shard"]
     if record.layout["pp"] > 1:
         parameters = max(rank["parameters"] for rank in record.receipt.evidence["ranks"])
         if shard == 1:
-            return 16.0 * parameters, 0.0
+            return 16.0 * parameters, bucket
         name = "zero1"
     whole, part = 4.0 * parameters, 4.0 * parameters / shard
-    # DeepSpeed steps on a copy of its shard's parameters; ZeRO-2 makes one of its gradients too.
     return {
-        "zero1": (2 * whole + 2 * part, part),
+        "zero1": (2 * whole + 2 * part, 2 * part),
         "zero2": (whole + 3 * part, 2 * part),
-        "zero3": (4 * part, part),
+        "zero3": (4 * part, 2 * part),
+        "fsdp": (4 * part, 4 * 4.0 * largest),
     }.get(name, (4 * part, 0.0))
 
 
@@ -83,9 +86,9 @@ def activations(job: Any) -> int:
     return meter.live_bytes - held
 
 
-def row(name: str, nproc: int, record: Record, parameters: int) -> str:
+def row(name: str, nproc: int, record: Record, layers: Layers) -> str:
     """One line of the table."""
-    published, own = theory(name, record, parameters)
+    published, own = theory(name, record, layers)
     peaks = record.memory.step_peak_bytes
     cells = [
         name,
@@ -108,7 +111,8 @@ def main() -> None:
     options = parser.parse_args()
     job = hybrid.load_job(JOB)
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_model(job)[0].names())
+        layers, _ = build_model(job)
+    parameters = sum(p.numel() for p in layers.names())
     rows = []
     for nproc in options.nproc:
         names = options.strategies.split(",")
@@ -118,7 +122,7 @@ def main() -> None:
                 continue
             if not result.parity[name].ok:
                 raise SystemExit(f"{name} on {nproc}: {record.reason or result.parity[name]}")
-            rows.append(row(name, 1 if name == "single" else nproc, record, parameters))
+            rows.append(row(name, 1 if name == "single" else nproc, record, layers))
     print(f"{parameters:,} parameters, {16 * parameters / 1e6:.1f} MB with gradients and moments.")
     print(f"Of the batch one process alone keeps {activations(job) / 1e6:.1f} MB of activations.\n")
     print("| strategy | processes | theory MB | engine's own MB | measured MB, each rank |", end="")

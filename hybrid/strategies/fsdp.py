@@ -100,7 +100,8 @@ def _inspect(engine: Any) -> Receipt:
     mesh = list(sharded[0].device_mesh.mesh.shape) if sharded else []
     asked = engine.job.strategy.fsdp.reshard_after_forward
     units = _units(engine.model)
-    wrapped = engine.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap
+    plugin = getattr(engine.accelerator.state, "fsdp_plugin", None)  # none where it fell back
+    wrapped = plugin.transformer_cls_names_to_wrap if plugin else []
     evidence = {
         "model": type(engine.model).__name__,
         "distributed_type": str(engine.accelerator.distributed_type),
