@@ -115,7 +115,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, A
     """Parameters of a small GPT, and its records on two processes."""
     job = gpt_job(width=192, num_layers=8, steps=3)
     out = tmp_path_factory.mktemp("memory")
-    result = hybrid.compare(job, ["ddp", "fsdp", "zero1", "pipeline"], nproc=2, out=out)
+    result = hybrid.compare(job, ["ddp", "fsdp", "zero1", "zero3", "pipeline"], nproc=2, out=out)
     assert result.ok, json.dumps(records.to_dict(result)["parity"])
     return num_parameters(job), result.strategies
 
@@ -133,6 +133,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, A
         # DeepSpeed steps on a copy of its shard's parameters, has the first rank's gradients twice,
         # and a bucket: 2 + 1.8 + 0.3.
         ("zero1", 12, 4.4),
+        # The same copy and gradients twice, or the weights of two layers: not all that were gathered.
+        ("zero3", 8, 4.8),
         # A bucket of gradients, and the larger stage.
         ("pipeline", 8, 1.5),
     ],
