@@ -133,7 +133,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, A
         # DeepSpeed steps on a copy of its shard's parameters, has the first rank's gradients twice,
         # and a bucket: 2 + 1.8 + 0.3.
         ("zero1", 12, 4.4),
-        # The same copy and gradients twice, or the weights of two layers: not all that were gathered.
+        # The same copy and gradients twice, or the weights of two layers, not of all.
         ("zero3", 8, 4.8),
         # A bucket of gradients, and the larger stage.
         ("pipeline", 8, 1.5),
