@@ -49,6 +49,9 @@ def full_config(
     size = micro_batch_size(job.train.global_batch, layout.dp, micro_batches)
     elements = sum(p.numel() for p in layers.names())
     zero = config.setdefault("zero_optimization", {})
+    if stage == 3 and job.train.precision != "fp32":
+        # Its linear function saves the weights' memory, but adds the bias to rounded sums.
+        zero.setdefault("memory_efficient_linear", False)
     if pipeline_stage(job, stage) != stage:
         zero |= {"stage": 1, **dict.fromkeys(BUCKETS, elements)}
     limits = _limits(layers)
