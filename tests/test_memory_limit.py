@@ -132,10 +132,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, A
         # DeepSpeed steps on a copy of its shard's parameters, has the first rank's gradients twice,
         # and a bucket: 2 + 1.8 + 0.3.
         ("zero1", 12, 4.4),
-        # The same copy and gradients twice, or the weights of two layers, not of all.
-        ("zero3", 8, 4.8),
-        # A bucket of gradients, and the larger stage.
-        ("pipeline", 8, 1.5),
+        # That copy, and the weights of two layers and their gradients: 2 + 2.9, not all weights.
+        ("zero3", 8, 5.2),
+        # A bucket of gradients, and the larger stage: 0.4.
+        ("pipeline", 8, 0.7),
     ],
 )
 def test_peaks_are_what_theory_says(
