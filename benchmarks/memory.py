@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory --out out/memory
 
-Run from the top folder; some four minutes on two free cores. A GPT of 10 million parameters in fp32
+Run from the top folder; three minutes on two cores. A GPT of 10 million parameters in fp32
 under AdamW, on so few tokens that parameters, gradients and moments (4, 4 and 8 bytes) outweigh
 activations. Figures are printed for runs that equal `single` only.
 """

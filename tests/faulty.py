@@ -151,10 +151,10 @@ def other_initial_weight() -> None:
 
 def deepspeed_clips_alone() -> None:
     """A pipeline without ZeRO is left to DeepSpeed's own clipping."""
-    from hybrid.strategies import _deepspeed
+    from hybrid.strategies import _pipe
     from hybrid.strategies._stages import StageEngine
 
-    make = _deepspeed.make_pipeline
+    make = _pipe.make_pipeline
 
     def clipping(job: Any, layout: Any, stage: Any, loss: Any, config: Any, *more: Any) -> Any:
         config = config | {"gradient_clipping": job.train.clip_norm}
@@ -172,7 +172,7 @@ def deepspeed_clips_alone() -> None:
 
     clip = StageEngine._clip
     StageEngine._clip = only_measure  # type: ignore[method-assign]
-    _deepspeed.make_pipeline = clipping
+    _pipe.make_pipeline = clipping
 
 
 def fsdp_falls_back() -> None:

@@ -26,7 +26,8 @@ strategies.registry
 strategies.single strategies.ddp strategies.local_sgd strategies.fsdp \
     strategies.zero1 strategies.zero2 strategies.zero3 strategies.pipeline strategies.two_d
 strategies._accelerate_engine strategies._stages strategies._replicas
-strategies._accelerate strategies._cut strategies._deepspeed
+strategies._accelerate strategies._cut strategies._pipe
+strategies._deepspeed
 strategies._partition strategies._ds_config strategies._torch strategies._optimizer \
     strategies._model
 strategies._precision
@@ -40,7 +41,7 @@ layout records tolerances
 # These libraries are imported in these files alone, and there inside functions.
 HOMES = {
     "accelerate": ("strategies._accelerate", "trackers"),
-    "deepspeed": ("strategies._deepspeed",),
+    "deepspeed": ("strategies._deepspeed", "strategies._pipe"),
 }
 # The files that import by a name in a string, which no parser follows.
 BY_NAME = ("__init__", "importing", "strategies.registry")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.conftest import ROOT
 from tests.test_faults import compare_with
 
 FALL_BACK = """
@@ -28,6 +29,26 @@ def test_accelerate_still_turns_fsdp_into_ddp_on_a_cpu() -> None:
         timeout=120,
     )
     assert done.stdout.split()[-1:] == ["MULTI_CPU"], done.stdout + done.stderr
+
+
+def test_deepspeed_still_loses_small_biases_in_bf16() -> None:
+    """hybrid/strategies/_deepspeed.py::add_biases_before_rounding"""
+    code = (
+        "import torch\n"
+        "from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3 as theirs\n"
+        "from hybrid.strategies._deepspeed import add_biases_before_rounding\n"
+        "torch.manual_seed(0)\n"
+        "x, w = torch.randn(2, 8, 64).bfloat16(), torch.randn(64, 64).bfloat16()\n"
+        "bias = torch.full((64,), 3e-3).bfloat16()\n"
+        "right = torch._C._nn.linear(x, w, bias)\n"
+        "before = torch.equal(theirs.apply(x, w, bias), right)\n"
+        "add_biases_before_rounding()\n"
+        "print(before, torch.equal(theirs.apply(x, w, bias), right))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.stdout.split()[-2:] == ["False", "True"], done.stdout + done.stderr
 
 
 def test_deepspeed_still_clips_stages_by_the_first_one_s_norm(tmp_path: Path) -> None:

@@ -1,16 +1,16 @@
-"""The one file that imports DeepSpeed: its configuration, ZeRO's receipts and weights, and the
-making of a pipeline engine, which `_stages.py` drives."""
+"""DeepSpeed's configuration, its precision, ZeRO's receipts and weights. With `_pipe.py`, all that
+imports DeepSpeed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import Job
-from ..layout import Layout, Ranks, micro_batch_size
+from ..layout import Layout, micro_batch_size
 from ..models.layers import Layers
 from ..processes import device, gather_objects
 from ..records import Receipt
@@ -20,7 +20,6 @@ from .base import make_receipt
 State = dict[str, torch.Tensor]
 
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size")
-PIPELINE_BUCKET = 2**20  # elements, 4 MiB: what a pipeline reduces at a time
 
 
 def prepare_process() -> None:
@@ -49,9 +48,6 @@ def full_config(
     size = micro_batch_size(job.train.global_batch, layout.dp, micro_batches)
     elements = sum(p.numel() for p in layers.names())
     zero = config.setdefault("zero_optimization", {})
-    if stage == 3 and job.train.precision != "fp32":
-        # Its linear function saves the weights' memory, but adds the bias to rounded sums.
-        zero.setdefault("memory_efficient_linear", False)
     if pipeline_stage(job, stage) != stage:
         zero |= {"stage": 1, **dict.fromkeys(BUCKETS, elements)}
     limits = _limits(layers)
@@ -87,6 +83,18 @@ def pipeline_stage(job: Job, zero_stage: int) -> int:
     parameters in fp32; over a single column it shards nothing, so a pipeline in bf16 or fp16 is
     run under it."""
     return zero_stage if job.train.precision == "fp32" else max(1, zero_stage)
+
+
+def add_biases_before_rounding() -> None:
+    """Have ZeRO-3's own linear function, whose graph keeps no gathered weights as that of torch's
+    does, compute what torch's does: it adds biases to rounded products, where small ones are lost
+    in bf16 (losses part by 1e-3 from the second step on)."""
+    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+
+    def forward(input: Any, weight: Any, bias: Any = None) -> torch.Tensor:
+        return torch._C._nn.linear(input, weight, bias)
+
+    LinearFunctionForZeroStage3.forward = staticmethod(forward)
 
 
 def inspect_zero(engine: Any, wanted: int) -> Receipt:
@@ -207,92 +215,3 @@ def set_masters(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.T
 
 def _module(engine: Any) -> nn.Module:
     return engine.accelerator.deepspeed_engine_wrapped.engine.module
-
-
-def make_pipeline(
-    job: Job,
-    layout: Layout,
-    stage: nn.Module,
-    loss: Callable[..., Any],
-    config: dict[str, Any],
-    optimizer: torch.optim.Optimizer,
-) -> Any:
-    """A `PipelineEngine` in which this rank's stage is one module, stepped by `optimizer`.
-
-    DeepSpeed is given a list of `pp` modules, ours at this rank's place and empty ones elsewhere
-    (it keeps the whole list alive), and cuts it into as many stages; the cut was made before.
-    """
-    import deepspeed
-    from deepspeed.pipe import PipelineModule
-    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
-
-    here = layout.stage(Ranks.from_env().rank)
-    module = PipelineModule(
-        [stage if i == here else nn.Identity() for i in range(layout.pp)],
-        topology=PipeDataParallelTopology(num_pp=layout.pp, num_dp=layout.dp),
-        loss_fn=loss,
-        partition_method="uniform",
-    )
-    restore = keep_masters(module, job.train.precision)
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=config, dist_init_required=False
-    )
-    restore()
-    return engine
-
-
-def tie(engine: Any, tied: Sequence[tuple[nn.Parameter, Any, bool]]) -> None:
-    """Tell a pipeline engine of this rank's parameters that other stages hold as well.
-
-    Each comes with the process group of its holders, in which its gradients are summed once a step,
-    and with whether this rank is its first holder, the one that counts it in norms.
-    """
-    from deepspeed.runtime.pipe import schedule
-
-    for parameter, _, first in tied:
-        parameter.ds_pipe_replicated = not first  # type: ignore[attr-defined]
-
-    def reduce(live: Any) -> None:
-        for parameter, group, _ in tied:
-            # DeepSpeed's own reduction takes `grad`, which holds the last micro-batch alone where
-            # gradients are summed elsewhere, in fp32.
-            held = ("_hp_grad", "grad_accum", "grad")
-            found = (getattr(parameter, name, None) for name in held)
-            torch.distributed.all_reduce(next(g for g in found if g is not None), group=group)
-
-    _replace_instruction(engine, schedule.ReduceTiedGrads, lambda live, original: reduce(live))
-
-
-def wrap_optimizer_step(engine: Any, before: Callable[[Any], None]) -> None:
-    """Have a pipeline engine call `before(engine)` between reducing gradients and its step."""
-    from deepspeed.runtime.pipe import schedule
-
-    def step(live: Any, original: Callable[[], None]) -> None:
-        before(live)
-        original()
-
-    _replace_instruction(engine, schedule.OptimizerStep, step)
-
-
-def reduce_in_buckets(engine: Any) -> None:
-    """Have a pipeline engine without ZeRO reduce its gradients in small buckets: DeepSpeed's own
-    5e8 elements are a second copy of all gradients, over a single column too."""
-    from deepspeed.runtime.pipe import schedule
-
-    def reduce(live: Any, original: Callable[[], None]) -> None:
-        live._force_grad_boundary = True
-        live.allreduce_gradients(bucket_size=PIPELINE_BUCKET)
-        live._force_grad_boundary = False
-
-    _replace_instruction(engine, schedule.ReduceGrads, reduce)
-
-
-def _replace_instruction(
-    engine: Any, instruction: type, run: Callable[[Any, Callable[[], None]], None]
-) -> None:
-    original = engine._INSTRUCTION_MAP[instruction]
-
-    def replaced(live: Any, **arguments: Any) -> None:
-        run(live, lambda: original(live, **arguments))
-
-    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, instruction: replaced}

@@ -18,7 +18,7 @@ from ..models.losses import Loss
 from ..processes import device, gather_objects, gather_rows
 from ..records import EvalResult, Receipt
 from ..schedule import learning_rate
-from . import _deepspeed, _model, _optimizer, _precision, _torch
+from . import _deepspeed, _model, _optimizer, _pipe, _precision, _torch
 from ._cut import Cut
 from .base import RunError, StepResult, make_receipt
 
@@ -80,13 +80,11 @@ class StageEngine:
             # stages differently and reports None: clipping is done here, over all stages.
             # test_workarounds.py tells when that is mended.
             config = config | {"gradient_clipping": 0.0}
-        engine = _deepspeed.make_pipeline(
-            self.job, self.layout, own, self._take_loss, config, optimizer
-        )
-        _deepspeed.tie(engine, self.cut.tied())
+        engine = _pipe.make_pipeline(self.job, self.layout, own, self._take_loss, config, optimizer)
+        _pipe.tie(engine, self.cut.tied())
         if self.zero_stage == 0:
-            _deepspeed.wrap_optimizer_step(engine, self._clip)
-            _deepspeed.reduce_in_buckets(engine)
+            _pipe.wrap_optimizer_step(engine, self._clip)
+            _pipe.reduce_in_buckets(engine)
         return engine
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:

@@ -45,6 +45,7 @@ def build(job: Job, layout: Layout, layers: Layers, loss: Loss) -> Engine:
     accumulation = job.micro_batches(name)
     config = _deepspeed.full_config(job, layout, layers, name, job.strategy.zero3.ds_config, 3)
     _deepspeed.prepare_process()
+    _deepspeed.add_biases_before_rounding()
     accelerator, prepared = _accelerate.prepare_zero(
         job, layers, accumulation, config, _deepspeed.keep_masters
     )
