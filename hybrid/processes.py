@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -54,10 +56,27 @@ def join(ranks: Ranks) -> None:
         init_process(ranks.rank, ranks.world_size)
 
 
+@contextmanager
+def environment_kept() -> Iterator[None]:
+    """Leave the environment as it was found. Left behind, RANK would tell a later command that a
+    launcher started it, and ACCELERATE_USE_DEEPSPEED a later run that it is one of DeepSpeed's."""
+    found = dict(os.environ)
+    try:
+        yield
+    finally:
+        for key in os.environ.keys() - found:
+            del os.environ[key]
+        os.environ.update(found)
+
+
 def cleanup() -> None:
     """Leave the process group, if this process is in one."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        deepspeed = sys.modules.get("deepspeed.comm")
+        if deepspeed and deepspeed.is_initialized():
+            deepspeed.destroy_process_group()  # and all groups of it that DeepSpeed remembers
+        else:
+            dist.destroy_process_group()
 
 
 def gather_rows(row: Sequence[int | float]) -> list[list[int | float]]:

@@ -33,6 +33,7 @@ from .trackers import Trackers
 OnStep = Callable[[StepRecord, int], None]
 
 
+@processes.environment_kept()
 def train(
     job: Job, strategy: str, out: Path | None = None, on_step: OnStep | None = None
 ) -> Record:

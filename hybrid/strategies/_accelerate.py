@@ -106,8 +106,13 @@ def prepare_zero(
 
 def _accelerator(accumulation: int, cpu: bool | None = None, **options: Any) -> Any:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import InitProcessGroupKwargs
 
+    # Accelerate keeps what the first Accelerator of a process was told, for all after it: a run
+    # would be under the strategy of the run before.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     here = device()
     group = InitProcessGroupKwargs(
         backend="nccl" if here.type == "cuda" else "gloo",
