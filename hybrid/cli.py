@@ -90,17 +90,17 @@ def train(
     json: Json = False,
 ) -> None:
     """Run the job once, on a launcher's processes or on `--nproc` of its own."""
-    from . import records
+    from . import launchers, records
     from .strategies import registry
 
     loaded = _load(job, overrides)
     registry.get(strategy)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if launchers.name():
         record = _train_as_rank(loaded, strategy, nproc, out)
+        if launchers.Ranks.from_env().rank:
+            return
     else:
         record = _train_by_launching(loaded, strategy, nproc, out)
-    if os.environ.get("RANK", "0") != "0":
-        return
     if json:
         print(records.dumps(record), file=_stdout)
     elif "HYBRID_PARENT" not in os.environ:
@@ -163,20 +163,23 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
 
 
 def _train_as_rank(job: Any, strategy: str, nproc: int | None, out: Path) -> Any:
-    from . import rank
+    from . import launchers
     from .config import JobError
+    from .strategies import registry
 
-    rank.end_with_parent()
-    world = int(os.environ["WORLD_SIZE"])
-    if nproc not in (None, world):
-        raise JobError(f"--nproc {nproc}: the launcher started {world} processes")
+    launchers.end_with_launcher()
+    ranks = launchers.Ranks.from_env()
+    if nproc not in (None, ranks.world_size):
+        raise JobError(f"--nproc {nproc}: the launcher started {ranks.world_size} processes")
+    registry.check_launcher(job, strategy, ranks)
+    launchers.adopt()
     from .train import train
 
     return train(job, strategy, out)
 
 
 def _train_by_launching(job: Any, strategy: str, nproc: int | None, out: Path) -> Any:
-    from . import launch, records
+    from . import accelerate_launch, launch, records
     from .compare import default_nproc
     from .job_file import to_dict
     from .prepare import prepare
@@ -186,6 +189,7 @@ def _train_by_launching(job: Any, strategy: str, nproc: int | None, out: Path) -
     layout, warnings = registry.plan(
         prepared.job, strategy, nproc or default_nproc(job), prepared.outline
     )
+    accelerate_launch.check_started(layout.world_size)
     for line in warnings:
         print(f"hybrid: warning: {strategy}: {line}", file=sys.stderr)
     file = out / "job.json"
@@ -262,10 +266,13 @@ def _explain(error: Exception) -> int:
     from .config import JobError
     from .launch import RunFailed
     from .layout import LayoutError
+    from .rank import PeerFailed
     from .strategies.base import Unsupported
 
     if isinstance(error, (JobError, LayoutError, Unsupported)):
-        return _say(str(error), 2)
+        # All ranks of a launcher find the same mistake; one a host says it.
+        quiet = os.environ.get("LOCAL_RANK", "0") != "0" and "HYBRID_PARENT" not in os.environ
+        return 2 if quiet else _say(str(error), 2)
     if isinstance(error, RunFailed) and error.failure.is_job:
         return _say(error.failure.message, 2)
     if isinstance(error, RunFailed):
@@ -273,6 +280,8 @@ def _explain(error: Exception) -> int:
         return 1
     if isinstance(error, ModuleNotFoundError) and error.name != "hybrid":
         return _say(str(error), 3)
+    if isinstance(error, PeerFailed):
+        return 1  # said by `leave_error`, which knows the first cause
     raise error
 
 

@@ -130,6 +130,14 @@ class Log(_Section):
     trackers: list[str] = []
 
 
+class Launch(_Section):
+    """Seconds until a run gives up: `start_timeout_s` on ranks that do not start or meet,
+    `collective_timeout_s` on a rank that others wait for in a collective."""
+
+    start_timeout_s: Positive = 60
+    collective_timeout_s: Positive = 300
+
+
 class StrategySettings(_Section):
     """What every strategy section takes: `micro_batches` overrides the one of [train]."""
 
@@ -203,6 +211,7 @@ class Job(_Section):
     train: Train
     schedule: Schedule = Schedule()
     log: Log = Log()
+    launch: Launch = Launch()
     parallel: Parallel = Parallel()
     strategy: Strategies = Strategies()
 

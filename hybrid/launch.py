@@ -22,17 +22,10 @@ from pathlib import Path
 from typing import IO
 
 from .environment import num_cores
+from .liveness import is_effect
 
 GRACE_S = 3.0  # between SIGTERM and SIGKILL, for ranks to flush their logs
 POLL_S = 0.02
-# How a rank words that a peer went away: an effect, never the first cause.
-PEER_LOST = (
-    "closed by peer",
-    "reset by peer",
-    "Broken pipe",
-    "Socket closed",
-    "Connection was likely closed",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,13 +148,20 @@ def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
         path = logs / f"rank{rank}.error.json"
         if path.exists():
             left = json.loads(path.read_text())
-            secondary = any(words in left["message"] for words in PEER_LOST)
-            failure = Failure(rank, left["message"], left["details"], left["is_job"])
-            found.append((secondary, left["time"], failure))
+            cause = left["cause"] or {"rank": rank, "message": left["message"]}
+            failure = Failure(cause["rank"], cause["message"], left["details"], left["is_job"])
+            found.append((is_effect(failure.message), left["time"], failure))
         else:
             tail = _tail(logs / f"rank{rank}.log")
-            found.append((False, seen, Failure(rank, _how_it_ended(code), tail)))
+            message = f"{_how_it_ended(code)} ({_where(logs, rank)})"
+            found.append((False, seen, Failure(rank, message, tail)))
     return min(found, key=lambda f: f[:2])[2]
+
+
+def _where(logs: Path, rank: int) -> str:
+    """What a rank was about, by its own last word."""
+    path = logs / f"rank{rank}.where"
+    return path.read_text().strip() if path.exists() else "starting"
 
 
 def _how_it_ended(code: int) -> str:

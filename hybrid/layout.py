@@ -8,7 +8,6 @@ stage: rank = stage * dp + column, DeepSpeed's order for pipelines with data par
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 
 
@@ -52,25 +51,6 @@ class Layout:
 
     def to_dict(self) -> dict[str, int]:
         return dataclasses.asdict(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranks:
-    """Which process of a run this is."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-
-    @classmethod
-    def from_env(cls) -> Ranks:
-        """What torchrun, accelerate, the deepspeed launcher and `hybrid` itself set."""
-        rank = int(os.environ.get("RANK", 0))
-        return cls(
-            rank,
-            int(os.environ.get("WORLD_SIZE", 1)),
-            int(os.environ.get("LOCAL_RANK", rank)),
-        )
 
 
 def fill_degrees(nproc: int, first: int | None, second: int | None, names: str) -> tuple[int, int]:

@@ -7,6 +7,7 @@ is how ranks tell one another numbers. Ranks come from the launcher (`Ranks.from
 from __future__ import annotations
 
 import os
+import socket
 import struct
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .layout import Ranks
+from . import launchers
+from .config import Launch
+from .launchers import Ranks
 
-COLLECTIVE_TIMEOUT = timedelta(seconds=300)  # gloo's own is half an hour
+DEFAULT_LIMITS = Launch()
+_THERE = "hybrid/there/"  # keys of the store: each rank's host, once it has come
+
+
+class StartError(RuntimeError):
+    """The ranks of a run did not meet."""
 
 
 def device() -> torch.device:
@@ -29,31 +37,76 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_process(rank: int, world_size: int) -> None:
+def init_process(rank: int, world_size: int, limits: Launch = DEFAULT_LIMITS) -> dist.Store:
     """Join the run's default process group: nccl on GPUs, gloo on CPUs. MASTER_ADDR and MASTER_PORT
-    name the meeting point; a process alone needs neither."""
+    name the meeting point; a process alone needs neither. Returns the store where ranks met;
+    StartError, which names those missing, after `limits.start_timeout_s`."""
     os.environ.setdefault("RANK", str(rank))
     os.environ.setdefault("WORLD_SIZE", str(world_size))
-    os.environ.setdefault("LOCAL_RANK", "0")
-    if world_size == 1:
-        os.environ.setdefault("MASTER_ADDR", "localhost")
-        os.environ.setdefault("MASTER_PORT", "0")
+    launchers.adopt()
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)
+    store = _meet(rank, world_size, limits.start_timeout_s)
+    timeout = timedelta(seconds=limits.collective_timeout_s)
+    store.set_timeout(timeout)
+    _set_default_timeouts(timeout, timeout)
     dist.init_process_group(
         "nccl" if here.type == "cuda" else "gloo",
+        store=store,
         rank=rank,
         world_size=world_size,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timeout,
         device_id=here if here.type == "cuda" else None,
     )
+    return store
 
 
-def join(ranks: Ranks) -> None:
+def _set_default_timeouts(gloo: timedelta, nccl: timedelta | None) -> None:
+    """Of groups that engines make: they ask for none, and would get torch's of half an hour."""
+    dist.distributed_c10d.default_pg_timeout = gloo
+    dist.distributed_c10d.default_pg_nccl_timeout = nccl
+
+
+def _meet(rank: int, world_size: int, seconds: int) -> dist.TCPStore:
+    """The store of the meeting point once all ranks have come to it."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun holds the store itself.
+    holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            world_size,
+            is_master=holds,
+            timeout=timedelta(seconds=seconds),
+            wait_for_workers=False,  # it would not say who is missing
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        taken = f"rank 0 cannot listen on port {port}" if holds else f"within {seconds} s"
+        reason = str(error).splitlines()[0]
+        raise StartError(
+            f"no meeting of ranks at MASTER_ADDR:MASTER_PORT = {address}:{port}, {taken}: {reason}"
+        ) from None
+    keys = [f"{_THERE}{other}" for other in range(world_size)]
+    store.set(keys[rank], socket.gethostname())
+    try:
+        store.wait(keys, timedelta(seconds=seconds))
+    except dist.DistError:
+        missing = [other for other, key in enumerate(keys) if not store.check([key])]
+        raise StartError(
+            f"ranks {', '.join(map(str, missing))} of {world_size} did not start within {seconds} s"
+            " (launch.start_timeout_s)"
+        ) from None
+    return store
+
+
+def join(ranks: Ranks, limits: Launch = DEFAULT_LIMITS) -> dist.Store | None:
     """`init_process`, unless this process is in a group already."""
-    if not dist.is_initialized():
-        init_process(ranks.rank, ranks.world_size)
+    if dist.is_initialized():
+        return None
+    return init_process(ranks.rank, ranks.world_size, limits)
 
 
 @contextmanager
@@ -77,6 +130,8 @@ def cleanup() -> None:
             deepspeed.destroy_process_group()  # and all groups of it that DeepSpeed remembers
         else:
             dist.destroy_process_group()
+        constants = dist.constants
+        _set_default_timeouts(constants.default_pg_timeout, constants.default_pg_nccl_timeout)
 
 
 def gather_rows(row: Sequence[int | float]) -> list[list[int | float]]:

@@ -1,4 +1,4 @@
-"""What a rank does for the process that started it: leaves its error, and ends with it."""
+"""What a rank says of itself: where it is, what it died of, and what of its memory."""
 
 from __future__ import annotations
 
@@ -6,51 +6,106 @@ import dataclasses
 import json
 import os
 import re
-import signal
+import socket
 import sys
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
+from . import launchers
 from .config import Job, JobError
+from .launchers import Ranks
+from .liveness import Cause, Liveness, is_effect
 
+_WIDTH = 80  # characters of what a rank is about
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # in the RuntimeError of torch when a host has no memory
 
 
-@dataclasses.dataclass
+class PeerFailed(RuntimeError):
+    """This rank ends because another one failed, which the message names."""
+
+
 class Whereabouts:
-    """What a rank is about, to be kept up to date: `doing` in words, trained `parameters` of the
-    whole model, and `held`, how many of them this rank has (None: not known yet)."""
+    """What a rank is about: `doing`, in words; trained `parameters` of the whole model, and `held`,
+    how many of them this rank has (None: not known yet). `peers`: how it hears of other ranks.
+    `doing` also stands in `logs/rankN.where`, for when the rank cannot say it any more."""
 
-    job: Job
-    doing: str = "building the model"
-    parameters: int | None = None
-    held: int | None = None
+    def __init__(self, job: Job, logs: Path | None = None) -> None:
+        self.job, self.logs = job, logs
+        self.rank = Ranks.from_env().rank
+        self.parameters: int | None = None
+        self.held: int | None = None
+        self.peers: Liveness | None = None
+        self._file = -1
+        if logs:
+            logs.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(logs / f"rank{self.rank}.where", os.O_CREAT | os.O_WRONLY)
+        self.move("starting")
+
+    def move(self, doing: str) -> None:
+        """Be about something else."""
+        self.doing = doing
+        if self._file >= 0:
+            os.pwrite(self._file, f"{doing:{_WIDTH}}"[:_WIDTH].encode(), 0)  # of one width: whole
+
+    def close(self) -> None:
+        """Give no more signs."""
+        if self.peers:
+            self.peers.stop()
+        if self._file >= 0:
+            os.close(self._file)
 
 
-def leave_error(error: BaseException, at: Whereabouts | None = None) -> None:
-    """Write what this rank died of, for `hybrid.launch.first_cause`. What is known of a lack of
+def logs_folder(out: Path | None) -> Path | None:
+    """Where this rank leaves word: where `hybrid.launch` looks, or beside its results."""
+    given = os.environ.get("HYBRID_LOGS")
+    return Path(given) if given else out / "logs" if out else None
+
+
+def leave_error(error: BaseException, at: Whereabouts) -> Cause | None:
+    """Write what this rank died of, for `hybrid.launch.first_cause`, and tell the other ranks.
+    Returns what it follows from, where that is another rank's failure. What is known of a lack of
     memory goes to the error's notes as well, for launchers that print it."""
-    message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    message = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
     if isinstance(error, JobError):
         message = str(error)
     elif is_out_of_memory(error):
         message = describe_out_of_memory(error, at)
         error.add_note(message)
-    folder, rank = os.environ.get("HYBRID_LOGS"), os.environ.get("RANK", "0")
-    if not folder:
-        return
+    else:
+        message = f"{message} ({at.doing})"
+    cause = None
+    if at.peers and is_effect(message):
+        cause = at.peers.first_cause()
+    elif at.peers:
+        at.peers.report(message)
+    _say(message, cause, at, isinstance(error, JobError))
     what: dict[str, Any] = {
         "time": time.time(),
+        "host": socket.gethostname(),
         "message": message,
         "details": _trace(error),
         "is_job": isinstance(error, JobError),
+        "cause": dataclasses.asdict(cause) if cause else None,
     }
-    path = Path(folder) / f"rank{rank}.error.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(what))
-    os.replace(part, path)
+    if at.logs:
+        path = at.logs / f"rank{at.rank}.error.json"
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(what))
+        os.replace(part, path)
+    return cause
+
+
+def _say(message: str, cause: Cause | None, at: Whereabouts, is_job: bool) -> None:
+    """The cause in one line, before any traceback, where a launcher mixes what its ranks print.
+    `hybrid` itself reads the file; a mistake in the job is its reader's to print."""
+    if launchers.name() in (None, "hybrid") or is_job:
+        return
+    here = f"hybrid: rank {at.rank} on {socket.gethostname()}"
+    if cause:
+        message = f"ends, because rank {cause.rank} on {cause.host} failed: {cause.message}"
+    print(f"{here}: {message}", file=sys.stderr, flush=True)
 
 
 def _trace(error: BaseException) -> str:
@@ -67,14 +122,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or CPU_ALLOCATOR in str(error)
 
 
-def describe_out_of_memory(error: BaseException, at: Whereabouts | None = None) -> str:
+def describe_out_of_memory(error: BaseException, at: Whereabouts) -> str:
     """One line: where memory ran out, what the model's training takes, what limit is known, and
     what takes less."""
     asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
     parts = [
-        f"out of memory {at.doing}" if at else "out of memory",
+        f"out of memory {at.doing}",
         f"could not allocate {asked[1]}" if asked else "",
-        _needs(at) if at else "",
+        _needs(at),
         *_limits(error),
         "zero1 and zero2 hold less on a rank, fsdp, zero3, pipeline and 2d least, "
         "the less the more processes there are",
@@ -115,17 +170,3 @@ def _limits(error: BaseException) -> list[str]:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.0f} MiB"
-
-
-def end_with_parent() -> None:
-    """Have the kernel end this rank when the process that started it is gone (Linux; nothing
-    elsewhere). A launcher that is killed leaves no one to do it."""
-    parent = os.environ.get("HYBRID_PARENT")
-    if parent is None or sys.platform != "linux":
-        return
-    import ctypes
-
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it died before the call above
-        os._exit(1)

@@ -20,7 +20,8 @@ from .data import build_data
 from .data.batches import BatchPlan
 from .evaluate import evaluate, step_batches
 from .job_file import to_dict
-from .layout import Ranks
+from .launchers import Ranks
+from .liveness import Liveness
 from .measure.instruments import Instruments
 from .models.shared import build_shared
 from .records import EvalResult, Record, StepEval, StepRecord, Weights
@@ -43,29 +44,50 @@ def train(
     `out/checkpoints/final/`. Raises RunError where the run is not what was asked for, Unsupported
     or JobError before it starts.
     """
+    at = rank.Whereabouts(job, rank.logs_folder(out))
+    try:
+        ranks = Ranks.from_env()
+        if ranks.world_size > 1 and (store := processes.join(ranks, job.launch)):
+            at.peers = Liveness(store, ranks.rank, ranks.world_size, lambda: at.doing)
+        return _train(job, strategy, ranks, out, on_step, at)
+    except BaseException as error:
+        # Before leaving the group, which can wait for a peer that is gone.
+        cause = rank.leave_error(error, at)
+        if cause:
+            raise rank.PeerFailed(f"rank {cause.rank} on {cause.host}: {cause.message}") from error
+        raise
+    finally:
+        at.close()
+        processes.cleanup()
+
+
+def _train(
+    job: Job,
+    strategy: str,
+    ranks: Ranks,
+    out: Path | None,
+    on_step: OnStep | None,
+    at: rank.Whereabouts,
+) -> Record:
+    at.move("loading the data")
     train_set, test_set = build_data(job)
     job = resolve_lengths(job, len(train_set))
     assert job.train.steps is not None
     period = registry.get(strategy).period(job)
     instruments = Instruments(job.train.steps, period, job.train.compile)
-    at = rank.Whereabouts(job)
     try:
         with instruments.meter:
-            layers, loss = build_shared(job, Ranks.from_env())
-            at.doing = "building the engine"
+            at.move("building the model")
+            layers, loss = build_shared(job, ranks)
             at.parameters = sum(p.numel() for p in layers.names() if p.requires_grad)
+            at.move("building the engine")
             engine = registry.open_engine(job, strategy, layers, loss)
             del layers
         at.held = engine.num_held
         run = _Run(job, strategy, engine, instruments, out, on_step, at)
         return run.go(train_set, test_set)
-    except BaseException as error:
-        # Before leaving the group, which can wait for a peer that is gone.
-        rank.leave_error(error, at)
-        raise
     finally:
         instruments.close()
-        processes.cleanup()
 
 
 class _Run:
@@ -151,7 +173,7 @@ class _Run:
         for step in range(total):
             if every and step % every == 0:
                 self._evaluate(test_set, micro_batches)
-            self.at.doing = f"in step {step}"
+            self.at.move(f"in step {step}")
             batches = step_batches(plan, engine, train_set, step)
             with self.instruments.step(step):
                 result = engine.train_step(batches)
@@ -190,7 +212,7 @@ class _Run:
             self.on_step(record, total)
 
     def _evaluate(self, test_set: Any, micro_batches: int) -> EvalResult:
-        self.at.doing = f"in the evaluation after {len(self.steps)} steps"
+        self.at.move(f"in the evaluation after {len(self.steps)} steps")
         result = evaluate(self.engine, test_set, self.job, micro_batches)
         self.evals.append(StepEval(len(self.steps), result))
         if self.out:
@@ -219,7 +241,7 @@ class _Run:
         return receipt
 
     def _save(self) -> str | None:
-        self.at.doing = "gathering the weights"
+        self.at.move("gathering the weights")
         state = self.engine.state()
         if not self.out:
             return None

@@ -13,7 +13,7 @@ import deepspeed  # noqa: F401
 import transformers  # noqa: F401
 
 import hybrid
-from hybrid.rank import end_with_parent, leave_error
+from hybrid.launchers import end_with_launcher
 
 
 def train_one(strategy: str, out: Path, port: str, file: str) -> int:
@@ -21,16 +21,15 @@ def train_one(strategy: str, out: Path, port: str, file: str) -> int:
     os.environ["MASTER_PORT"] = port
     try:
         hybrid.train(hybrid.load_job(file), strategy, out / Path(file).stem)
-    except BaseException as error:
+    except BaseException:
         traceback.print_exc()
-        leave_error(error)
         return 1
     return 0
 
 
 def main() -> None:
     """All jobs, one after another; the first that fails ends it."""
-    end_with_parent()
+    end_with_launcher()
     strategy, out, *jobs = sys.argv[1:]
     for job in jobs:
         port, _, file = job.partition(":")

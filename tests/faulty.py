@@ -98,7 +98,7 @@ def rank_skips_all_reduce() -> None:
 
 def stage_with_another_rate() -> None:
     """Stage 1's optimizer is given ten times the learning rate."""
-    from hybrid.layout import Ranks
+    from hybrid.launchers import Ranks
     from hybrid.strategies import _optimizer
 
     give = _optimizer.set_learning_rate
@@ -111,7 +111,7 @@ def stage_with_another_rate() -> None:
 
 def stage_with_larger_updates() -> None:
     """Stage 1 steps ten times as far, and its optimizer shows the right rate all the same."""
-    from hybrid.layout import Ranks
+    from hybrid.launchers import Ranks
     from hybrid.strategies import _optimizer
 
     build = _optimizer.build_optimizer
@@ -196,7 +196,7 @@ def rank_is_killed() -> None:
 
 
 def _in_step(act: Callable[[], Any]) -> None:
-    from hybrid.layout import Ranks
+    from hybrid.launchers import Ranks
     from hybrid.measure.instruments import Instruments
 
     enter = Instruments.step

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import hybrid
 from hybrid.data import build_data
-from hybrid.layout import Ranks
+from hybrid.launchers import Ranks
 from hybrid.models import build_model
 from hybrid.processes import cleanup
 

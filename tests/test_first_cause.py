@@ -12,8 +12,15 @@ from pathlib import Path
 import pytest
 
 from hybrid.config import JobError
-from hybrid.launch import PEER_LOST, Failure, RunFailed, first_cause
-from hybrid.rank import Whereabouts, describe_out_of_memory, is_out_of_memory, leave_error
+from hybrid.launch import Failure, RunFailed, first_cause
+from hybrid.liveness import EFFECTS, is_effect
+from hybrid.rank import (
+    Whereabouts,
+    describe_out_of_memory,
+    is_out_of_memory,
+    leave_error,
+    logs_folder,
+)
 from tests.conftest import small_job
 
 LOST = "DistBackendError: [../gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:4321"
@@ -22,7 +29,13 @@ LOST = "DistBackendError: [../gloo/pair.cc:534] Connection closed by peer [127.0
 def leave(logs: Path, rank: int, at: float, message: str, is_job: bool = False) -> None:
     """What a rank that raises leaves behind."""
     what = {"time": at, "message": message, "details": f"trace of {rank}", "is_job": is_job}
+    what["cause"] = None
     (logs / f"rank{rank}.error.json").write_text(json.dumps(what))
+
+
+def here() -> Whereabouts:
+    """A rank of the environment's, that has just started."""
+    return Whereabouts(small_job(), logs_folder(None))
 
 
 def log(logs: Path, rank: int, text: str = "") -> None:
@@ -41,10 +54,10 @@ def test_the_earliest_raise_wins_whatever_its_rank(tmp_path: Path) -> None:
 def test_how_gloo_and_its_store_word_a_lost_peer() -> None:
     store = "Failed to recv, got 0 bytes. Connection was likely closed. Did the server shutdown?"
     for said in (LOST, store, "Read error [127.0.0.1]:80: Connection reset by peer"):
-        assert any(words in said for words in PEER_LOST), said
+        assert is_effect(said), said
 
 
-@pytest.mark.parametrize("words", PEER_LOST)
+@pytest.mark.parametrize("words", EFFECTS)
 def test_a_lost_connection_comes_last_even_when_it_is_earlier(words: str, tmp_path: Path) -> None:
     leave(tmp_path, 0, 1.0, f"RuntimeError: connection: {words}")
     leave(tmp_path, 1, 2.0, "ValueError: the cause")
@@ -83,7 +96,7 @@ def test_a_rank_that_leaves_nothing_is_told_by_its_status_and_the_end_of_its_log
 ) -> None:
     log(tmp_path, 0, "\n".join(f"line {i}" for i in range(50)))
     found = first_cause({0: 7}, tmp_path, seen=1.0)
-    assert found.message == "exited with 7"
+    assert found.message == "exited with 7 (starting)"
     assert found.details.splitlines() == [f"line {i}" for i in range(30, 50)]
 
 
@@ -114,8 +127,8 @@ def raised(error: Exception) -> Exception:
 @pytest.mark.parametrize(
     ("error", "message", "is_job"),
     [
-        (ValueError("one\ntwo"), "ValueError: one", False),
-        (RuntimeError(), "RuntimeError: ", False),
+        (ValueError("one\ntwo"), "ValueError: one (starting)", False),
+        (RuntimeError(), "RuntimeError (starting)", False),
         (JobError("model.name = 'x': unknown"), "model.name = 'x': unknown", True),
     ],
 )
@@ -128,9 +141,10 @@ def test_what_a_rank_leaves_is_what_the_launcher_reads(
 ) -> None:
     monkeypatch.setenv("HYBRID_LOGS", str(tmp_path))
     monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
     before = time.time()
-    leave_error(raised(error))
-    assert [path.name for path in tmp_path.iterdir()] == ["rank2.error.json"]
+    leave_error(raised(error), here())
+    assert {path.name for path in tmp_path.iterdir()} == {"rank2.error.json", "rank2.where"}
     assert before <= json.loads((tmp_path / "rank2.error.json").read_text())["time"] <= time.time()
     found = first_cause({2: 1}, tmp_path, seen=0.0)
     assert (found.rank, found.message, found.is_job) == (2, message, is_job)
@@ -159,7 +173,9 @@ def test_which_errors_are_of_memory() -> None:
 
 
 def test_a_lack_of_memory_says_where_how_much_and_what_takes_less() -> None:
-    at = Whereabouts(small_job(optimizer={"name": "adamw", "lr": 0.1}), "in step 3", 2**20, 2**20)
+    at = Whereabouts(small_job(optimizer={"name": "adamw", "lr": 0.1}))
+    at.move("in step 3")
+    at.parameters = at.held = 2**20
     said = describe_out_of_memory(HOST_FULL, at)
     assert said.startswith("out of memory in step 3; could not allocate 4194304 bytes; "), said
     assert "this rank holds all 1,048,576 parameters of the model: " in said
@@ -169,7 +185,8 @@ def test_a_lack_of_memory_says_where_how_much_and_what_takes_less() -> None:
 
 def test_of_a_shard_its_own_parameters_are_counted() -> None:
     sgd = {"name": "sgd", "lr": 0.1}
-    at = Whereabouts(small_job(optimizer=sgd), "in step 0", parameters=4 * 2**20, held=2**20)
+    at = Whereabouts(small_job(optimizer=sgd))
+    at.parameters, at.held = 4 * 2**20, 2**20
     said = describe_out_of_memory(GPU_FULL, at)
     assert "this rank holds 1,048,576 of the model's 4,194,304 parameters: " in said
     assert "8 bytes each in fp32, 8 MiB" in said
@@ -180,15 +197,15 @@ def test_of_a_shard_its_own_parameters_are_counted() -> None:
 
 def test_before_there_is_an_engine_the_whole_model_is_counted() -> None:
     at = Whereabouts(small_job())
-    assert describe_out_of_memory(MemoryError(), at).startswith("out of memory building the model;")
-    at.doing, at.parameters = "building the engine", 2**20
+    assert describe_out_of_memory(MemoryError(), at).startswith("out of memory starting;")
+    at.parameters = 2**20
     assert "the model has 1,048,576 parameters: " in describe_out_of_memory(MemoryError(), at)
 
 
 def test_a_limit_of_the_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {resource.RLIMIT_DATA: 3 * 2**30, resource.RLIMIT_AS: resource.RLIM_INFINITY}
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limits[which], -1))
-    said = describe_out_of_memory(MemoryError())
+    said = describe_out_of_memory(MemoryError(), Whereabouts(small_job()))
     assert "RLIMIT_DATA allows this process 3,072 MiB in all" in said and "RLIMIT_AS" not in said
 
 
@@ -197,10 +214,11 @@ def test_a_lack_of_memory_is_left_and_noted(
 ) -> None:
     monkeypatch.setenv("HYBRID_LOGS", str(tmp_path))
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     error = raised(MemoryError())
-    leave_error(error, Whereabouts(small_job()))
+    leave_error(error, here())
     found = first_cause({1: 1}, tmp_path, seen=0.0)
-    assert found.message.startswith("out of memory building the model")
+    assert found.message.startswith("out of memory starting")
     assert error.__notes__ == [found.message]  # what a launcher that prints the error shows
 
 
@@ -212,8 +230,9 @@ def test_no_memory_for_a_trace_costs_the_trace_alone(
 
     monkeypatch.setenv("HYBRID_LOGS", str(tmp_path))
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(traceback, "format_exception", full)
-    leave_error(MemoryError())
+    leave_error(MemoryError(), here())
     monkeypatch.undo()
     found = first_cause({0: 1}, tmp_path, seen=0.0)
     assert found.message.startswith("out of memory") and found.details == ""
@@ -225,15 +244,16 @@ def test_the_later_of_two_real_errors_is_not_the_cause(
     monkeypatch.setenv("HYBRID_LOGS", str(tmp_path))
     for rank in (1, 0):
         monkeypatch.setenv("RANK", str(rank))
-        leave_error(raised(ValueError(f"of {rank}")))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        leave_error(raised(ValueError(f"of {rank}")), here())
         time.sleep(0.01)
     assert first_cause({0: 1, 1: 1}, tmp_path, seen=0.0).rank == 1
 
 
-def test_without_a_launcher_a_rank_leaves_nothing(
+def test_without_a_folder_a_rank_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HYBRID_LOGS", raising=False)
     monkeypatch.chdir(tmp_path)
-    leave_error(ValueError("x"))
+    leave_error(ValueError("x"), here())
     assert not list(tmp_path.iterdir())

@@ -35,8 +35,9 @@ strategies.base
 strategies._preflight
 data models
 importing schedule processes environment job_file
+launchers accelerate_launch
 config
-layout records tolerances
+layout records tolerances liveness
 """
 # These libraries are imported in these files alone, and there inside functions.
 HOMES = {

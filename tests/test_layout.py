@@ -10,7 +10,6 @@ import pytest
 from hybrid.layout import (
     Layout,
     LayoutError,
-    Ranks,
     fill_degrees,
     micro_batch_size,
     partition_by_weight,
@@ -103,24 +102,6 @@ def test_degrees_that_do_not_multiply_are_named(given: tuple[int | None, int | N
         fill_degrees(4, *given, "a x b")
     assert all(str(degree) in str(error.value) for degree in given if degree)
     assert " 0 " not in str(error.value), "nobody asked for a degree of 0"
-
-
-@pytest.mark.parametrize(
-    ("variables", "ranks"),
-    [
-        ({}, Ranks(0, 1, 0)),
-        ({"RANK": "3", "WORLD_SIZE": "4"}, Ranks(3, 4, 3)),
-        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Ranks(5, 8, 1)),
-    ],
-)
-def test_ranks_come_from_the_launcher(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], ranks: Ranks
-) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert Ranks.from_env() == ranks
 
 
 # Partitions

@@ -20,7 +20,7 @@ from torch import nn
 
 import hybrid
 from hybrid import launch
-from hybrid.layout import Ranks
+from hybrid.launchers import Ranks
 from hybrid.models import build_model
 from hybrid.models import shared as shared_module
 from hybrid.models.layers import Layers

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..config import Job
-from ..layout import Ranks
+from ..launchers import Ranks
 from ..processes import gather_objects, join
 from . import build_model, can_be_made_on_meta
 from .layers import Layers

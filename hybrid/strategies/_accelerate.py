@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from ..config import Job
 from ..layout import Layout
 from ..models.layers import Layers
-from ..processes import COLLECTIVE_TIMEOUT, device
+from ..processes import device
 from . import _optimizer, _precision
 
 
@@ -114,10 +113,7 @@ def _accelerator(accumulation: int, cpu: bool | None = None, **options: Any) -> 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     here = device()
-    group = InitProcessGroupKwargs(
-        backend="nccl" if here.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT.total_seconds()),
-    )
+    group = InitProcessGroupKwargs(backend="nccl" if here.type == "cuda" else "gloo")
     handlers = [group, *options.pop("kwargs_handlers", [])]
     return Accelerator(
         cpu=here.type == "cpu" if cpu is None else cpu,

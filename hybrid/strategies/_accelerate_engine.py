@@ -10,7 +10,8 @@ import torch
 
 from ..config import Job
 from ..data.batches import MicroBatch
-from ..layout import Layout, Ranks
+from ..launchers import Ranks
+from ..layout import Layout
 from ..models.losses import Loss
 from ..processes import device, gather_rows
 from ..records import EvalResult, Receipt

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..config import Job
-from ..layout import Layout, Ranks
+from ..launchers import Ranks
+from ..layout import Layout
 from ._deepspeed import keep_masters
 
 

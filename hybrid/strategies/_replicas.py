@@ -17,7 +17,8 @@ from torch import nn
 
 from ..config import Job
 from ..data.batches import MicroBatch
-from ..layout import Layout, Ranks
+from ..launchers import Ranks
+from ..layout import Layout
 from ..models.layers import Layers
 from ..models.losses import Loss
 from ..processes import device, gather_objects, gather_rows

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..config import Job, Pipeline
 from ..data.batches import MicroBatch
-from ..layout import Layout, Ranks, micro_batch_size
+from ..launchers import Ranks
+from ..layout import Layout, micro_batch_size
 from ..models.layers import Layers
 from ..models.losses import Loss
 from ..processes import device, gather_objects, gather_rows

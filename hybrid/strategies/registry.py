@@ -6,8 +6,10 @@ import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
+from .. import accelerate_launch
 from ..config import Job, JobError
-from ..layout import Layout, Ranks
+from ..launchers import Ranks
+from ..layout import Layout
 from .base import Engine, Outline, Strategy
 
 if TYPE_CHECKING:
@@ -44,6 +46,19 @@ def plan(job: Job, name: str, nproc: int, outline: Outline) -> tuple[Layout, lis
     return layout, strategy.check(job, layout, outline)
 
 
+def check_launcher(job: Job, strategy: str, ranks: Ranks) -> Layout:
+    """The layout on the processes that a launcher started; JobError or LayoutError where the job
+    cannot run on so many, or a launcher's configuration says what the job does not."""
+    accelerate_launch.check(job, strategy)
+    layout = get(strategy).layout(job, ranks.world_size)
+    if layout.world_size != ranks.world_size and ranks.world_size > 1:
+        raise JobError(
+            f"strategy = {strategy!r}: runs on {layout.world_size} process, "
+            f"the launcher started {ranks.world_size}"
+        )
+    return layout
+
+
 def open_engine(job: Job, strategy: str, layers: Sequence[nn.Module], loss: Loss) -> Engine:
     """An engine on the processes that a launcher started, for people who keep their own loop.
 
@@ -60,12 +75,8 @@ def open_engine(job: Job, strategy: str, layers: Sequence[nn.Module], loss: Loss
     layers = layers if isinstance(layers, Layers) else Layers(layers)
     ranks = Ranks.from_env()
     outline = Outline(layers.sizes(), layers.cut_problem)
-    layout, _ = plan(job, strategy, ranks.world_size, outline)
-    if layout.world_size != ranks.world_size and ranks.world_size > 1:
-        raise JobError(
-            f"strategy = {strategy!r}: runs on {layout.world_size} process, "
-            f"the launcher started {ranks.world_size}"
-        )
+    layout = check_launcher(job, strategy, ranks)
+    get(strategy).check(job, layout, outline)
     if strategy != "single":
-        processes.join(ranks)
+        processes.join(ranks, job.launch)
     return get(strategy).build(job, layout, prepare_layers(job, layers), loss)

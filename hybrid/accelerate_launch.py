@@ -1,0 +1,84 @@
+"""Whether an accelerate configuration and the job ask for the same thing. No torch.
+
+`accelerate launch` tells its ranks the configuration in variables (accelerate/utils/launch.py).
+What a run does is the job's to say: a configuration that says otherwise is refused, since one of
+the two would be ignored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from .config import Job, JobError
+
+STARTED = "ACCELERATE_MIXED_PRECISION"  # set for every rank, whatever the configuration
+
+
+def check(job: Job, strategy: str, environ: Mapping[str, str] = os.environ) -> None:
+    """JobError, naming both, where the configuration says what the job does not do."""
+    for key, (field, valid) in _meant(job, strategy).items():
+        if key in environ and environ[key].lower() not in valid:
+            raise JobError(
+                f"strategy = {strategy!r}: accelerate's configuration has {field} = "
+                f"{environ[key]!r}; valid with this job: {' or '.join(valid)}"
+            )
+    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in environ:
+        raise JobError(
+            "accelerate's configuration has deepspeed_config_file: give the file to the job "
+            "instead, as strategy.zero1.ds_config and so on"
+        )
+
+
+def check_started(num_ranks: int, environ: Mapping[str, str] = os.environ) -> None:
+    """JobError where `accelerate launch` started this process alone for a run of several."""
+    if STARTED in environ and "RANK" not in environ and num_ranks > 1:
+        raise JobError(
+            f"the run has {num_ranks} processes, and accelerate launch started one, as it does for "
+            "distributed_type MULTI_CPU or NO; valid: distributed_type MULTI_GPU (on CPUs too), "
+            f"num_processes {num_ranks}"
+        )
+
+
+def _meant(job: Job, strategy: str) -> dict[str, tuple[str, list[str]]]:
+    """The configuration's field behind each variable, and the values that mean what the job says.
+    Values that are also accelerate's own when a field is left out count as not said."""
+    zero = strategy in ("zero1", "zero2", "zero3")
+    checkpointing = str(job.train.activation_checkpointing).lower()
+    parallel, precision = job.parallel, job.train.precision
+    return {
+        "ACCELERATE_USE_FSDP": ("fsdp", ["true" if strategy == "fsdp" else "false"]),
+        "ACCELERATE_USE_DEEPSPEED": ("deepspeed", ["true" if zero else "false"]),
+        "ACCELERATE_USE_MEGATRON_LM": ("megatron_lm", ["false"]),
+        STARTED: ("mixed_precision", ["no", *([] if precision == "fp32" else [precision])]),
+        "ACCELERATE_DYNAMO_BACKEND": (
+            "dynamo_backend",
+            ["no", *(["inductor"] if job.train.compile else [])],
+        ),
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("zero_stage", [strategy.removeprefix("zero")]),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+            "gradient_accumulation_steps",
+            ["1", "auto", str(job.micro_batches(strategy))],
+        ),
+        "ACCELERATE_GRADIENT_CLIPPING": (
+            "gradient_clipping",
+            ["none", "auto", str(job.train.clip_norm)],
+        ),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("offload_optimizer_device", ["none"]),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("offload_param_device", ["none"]),
+        "FSDP_VERSION": ("fsdp_version", ["2"]),
+        "FSDP_RESHARD_AFTER_FORWARD": (
+            "fsdp_reshard_after_forward",
+            [str(job.strategy.fsdp.reshard_after_forward).lower()],
+        ),
+        "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", ["false"]),
+        "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", [checkpointing]),
+        "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": (
+            "parallelism_config_dp_replicate_size",
+            [str(parallel.replicate or 1)],
+        ),
+        **{
+            f"PARALLELISM_CONFIG_{axis}_SIZE": (f"parallelism_config_{axis.lower()}_size", ["1"])
+            for axis in ("TP", "CP", "SP")
+        },
+    }

@@ -1,0 +1,169 @@
+"""Which launcher started a process, as which rank, and what its configuration may not say."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from hybrid import accelerate_launch, launchers
+from hybrid.config import JobError
+from hybrid.launchers import Ranks
+from tests.conftest import small_job
+
+TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+STEP = {"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "12"}
+SRUN = STEP | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_NODES": "1"}
+
+
+@pytest.fixture
+def environ(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets the variables of a launcher, and those alone."""
+    words = ("RANK", "WORLD_SIZE", "OMPI_", "PMI_", "MPI_", "SLURM_", "MASTER_", "ACCELERATE_")
+    for key in list(os.environ):
+        if key.startswith(words) or key in ("LOCAL_RANK", "HYBRID_PARENT", "CROSS_RANK"):
+            monkeypatch.delenv(key)
+
+    def put(variables: dict[str, str]) -> None:
+        for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(key, "")  # so that what `adopt` sets goes again
+            monkeypatch.delenv(key)
+        for key, value in variables.items():
+            monkeypatch.setenv(key, value)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("variables", "name", "ranks"),
+    [
+        ({}, None, Ranks(0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, "torchrun", Ranks(3, 4, 3)),
+        (TORCH, "torchrun", Ranks(5, 8, 1)),
+        (TORCH | {"CROSS_RANK": "0"}, "deepspeed", Ranks(5, 8, 1)),
+        (TORCH | {"ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch", Ranks(5, 8, 1)),
+        (TORCH | {"HYBRID_PARENT": "1"}, "hybrid", Ranks(5, 8, 1)),
+        (OPEN_MPI, "Open MPI", Ranks(3, 4, 1)),
+        (MPICH, "MPICH", Ranks(1, 2, 1)),
+        (SRUN, "srun", Ranks(2, 4, 0)),
+        (SRUN | TORCH, "torchrun", Ranks(5, 8, 1)),  # srun torchrun
+        (STEP, None, Ranks(0, 1, 0)),  # a batch script, no step of srun's
+    ],
+)
+def test_ranks_come_from_the_launcher(
+    variables: dict[str, str], name: str | None, ranks: Ranks, environ: Any
+) -> None:
+    environ(variables)
+    assert (launchers.name(), Ranks.from_env()) == (name, ranks)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "0"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "-1", "WORLD_SIZE": "2"},
+        {"RANK": "one", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "0"},
+    ],
+)
+def test_ranks_that_make_no_sense_are_refused(variables: dict[str, str], environ: Any) -> None:
+    environ(variables)
+    with pytest.raises(JobError, match=r"RANK = .* and WORLD_SIZE = .*: the launcher must set"):
+        Ranks.from_env()
+
+
+def test_what_other_launchers_say_is_said_in_torch_s_variables(environ: Any) -> None:
+    for variables in (MPICH, SRUN):
+        environ(variables)
+        ranks = launchers.adopt()
+        assert os.environ["RANK"] == str(ranks.rank)
+        assert os.environ["WORLD_SIZE"] == str(ranks.world_size)
+        assert os.environ["LOCAL_RANK"] == str(ranks.local_rank)
+        assert os.environ["MASTER_ADDR"] == "localhost"
+        assert int(os.environ["MASTER_PORT"]) in launchers.PORTS
+
+
+def test_what_a_launcher_says_of_the_meeting_point_stands(environ: Any) -> None:
+    environ(SRUN | {"MASTER_ADDR": "n7", "MASTER_PORT": "4711"})
+    launchers.adopt()
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("n7", "4711")
+
+
+def test_steps_of_slurm_meet_at_ports_of_their_own(environ: Any) -> None:
+    ports = set()
+    for job, step in ((12, 0), (12, 1), (13, 0)):
+        environ(SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
+        launchers.adopt()
+        ports.add(os.environ["MASTER_PORT"])
+    assert len(ports) == 3
+
+
+def test_mpi_on_several_hosts_needs_to_be_told_where(environ: Any) -> None:
+    environ(OPEN_MPI)
+    with pytest.raises(JobError, match=r"MASTER_ADDR and MASTER_PORT are not set.*-x MASTER_ADDR"):
+        launchers.adopt()
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "variables", "field"),
+    [
+        ("zero2", FSDP, "fsdp = 'true'"),
+        ("ddp", FSDP, "fsdp = 'true'"),
+        ("fsdp", FSDP | {"FSDP_VERSION": "1"}, "fsdp_version = '1'"),
+        ("fsdp", FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, "fsdp_reshard_after_forward"),
+        ("fsdp", FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params = 'true'"),
+        ("fsdp", FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "activation_checkpointing"),
+        ("fsdp", FSDP | {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}, "dp_replicate_size = '2'"),
+        ("fsdp", FSDP | {"PARALLELISM_CONFIG_TP_SIZE": "2"}, "tp_size = '2'"),
+        ("zero3", ZERO, "zero_stage = '2'; valid with this job: 3"),
+        ("ddp", ZERO, "deepspeed = 'true'; valid with this job: false"),
+        ("zero2", ZERO | {"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "gradient_clipping = '1.0'"),
+        ("zero2", ZERO | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}, "accumulation_steps"),
+        ("zero2", ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "offload_param"),
+        ("zero2", ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "x.json"}, "strategy.zero1.ds_conf"),
+        ("ddp", {"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision = 'bf16'"),
+        ("ddp", {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend = 'INDUCTOR'"),
+        ("ddp", {"ACCELERATE_USE_MEGATRON_LM": "true"}, "megatron_lm = 'true'"),
+    ],
+)
+def test_an_accelerate_configuration_that_says_otherwise_is_refused(
+    strategy: str, variables: dict[str, str], field: str
+) -> None:
+    with pytest.raises(JobError, match=field) as refused:
+        accelerate_launch.check(small_job(), strategy, variables)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "variables"),
+    [
+        ("fsdp", FSDP),
+        ("zero2", ZERO | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}),
+        ("pipeline", {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}),
+    ],
+)
+def test_one_that_says_the_same_is_taken(strategy: str, variables: dict[str, str]) -> None:
+    accelerate_launch.check(small_job(), strategy, variables)
+
+
+def test_one_process_for_a_run_of_two_is_refused() -> None:
+    started = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}
+    accelerate_launch.check_started(1, started)
+    accelerate_launch.check_started(2, {})
+    accelerate_launch.check_started(2, started | {"RANK": "0"})
+    with pytest.raises(JobError, match=r"2 processes, and accelerate launch started one.*MULTI"):
+        accelerate_launch.check_started(2, started)
