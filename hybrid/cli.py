@@ -245,6 +245,8 @@ _USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == 
 def main() -> None:
     """Run the command line and leave with its exit status."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if "CROSS_RANK" in os.environ:  # deepspeed's launcher says LOCAL_RANK as an argument too
+        sys.argv = [word for word in sys.argv if not word.startswith("--local_rank=")]
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     if "--json" in sys.argv:
@@ -273,7 +275,7 @@ def _explain(error: Exception) -> int:
         # All ranks of a launcher find the same mistake; one a host says it.
         quiet = os.environ.get("LOCAL_RANK", "0") != "0" and "HYBRID_PARENT" not in os.environ
         return 2 if quiet else _say(str(error), 2)
-    if isinstance(error, RunFailed) and error.failure.is_job:
+    if isinstance(error, RunFailed) and error.failure.kind != "error":
         return _say(error.failure.message, 2)
     if isinstance(error, RunFailed):
         print(f"hybrid: {error}\n{error.failure.details}", file=sys.stderr)

@@ -129,9 +129,12 @@ class _Session:
             )
             record = records.read(Record, folder / "record.json")
         except launch.RunFailed as error:
-            if error.failure.is_job:
-                raise JobError(error.failure.message) from None
+            failure = error.failure
+            if failure.kind == "job":
+                raise JobError(failure.message) from None
             record = Record(strategy, "failed", str(error), world_size=nproc)
+            if failure.kind == "unsupported":  # which could not be known before there was a model
+                record = Record(strategy, "not_possible", failure.message, world_size=nproc)
         self.watcher.finished(label, record)
         return record
 

@@ -23,6 +23,7 @@ from typing import IO
 
 from .environment import num_cores
 from .liveness import is_effect
+from .records import Kind
 
 GRACE_S = 3.0  # between SIGTERM and SIGKILL, for ranks to flush their logs
 POLL_S = 0.02
@@ -30,12 +31,13 @@ POLL_S = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """The first cause of a failed run."""
+    """The first cause of a failed run. `kind`: a mistake in the job, what a strategy cannot run, or
+    an error of the run."""
 
     rank: int
     message: str
     details: str
-    is_job: bool = False
+    kind: Kind = "error"
 
 
 class RunFailed(RuntimeError):
@@ -149,7 +151,7 @@ def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
         if path.exists():
             left = json.loads(path.read_text())
             cause = left["cause"] or {"rank": rank, "message": left["message"]}
-            failure = Failure(cause["rank"], cause["message"], left["details"], left["is_job"])
+            failure = Failure(cause["rank"], cause["message"], left["details"], left["kind"])
             found.append((is_effect(failure.message), left["time"], failure))
         else:
             tail = _tail(logs / f"rank{rank}.log")

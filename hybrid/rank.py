@@ -16,7 +16,10 @@ from typing import Any
 from . import launchers
 from .config import Job, JobError
 from .launchers import Ranks
+from .layout import LayoutError
 from .liveness import Cause, Liveness, is_effect
+from .records import Kind
+from .strategies.base import Unsupported
 
 _WIDTH = 80  # characters of what a rank is about
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # in the RuntimeError of torch when a host has no memory
@@ -67,8 +70,8 @@ def leave_error(error: BaseException, at: Whereabouts) -> Cause | None:
     """Write what this rank died of, for `hybrid.launch.first_cause`, and tell the other ranks.
     Returns what it follows from, where that is another rank's failure. What is known of a lack of
     memory goes to the error's notes as well, for launchers that print it."""
-    message = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
-    if isinstance(error, JobError):
+    message, kind = ": ".join([type(error).__name__, *str(error).splitlines()[:1]]), kind_of(error)
+    if kind != "error":
         message = str(error)
     elif is_out_of_memory(error):
         message = describe_out_of_memory(error, at)
@@ -80,13 +83,13 @@ def leave_error(error: BaseException, at: Whereabouts) -> Cause | None:
         cause = at.peers.first_cause()
     elif at.peers:
         at.peers.report(message)
-    _say(message, cause, at, isinstance(error, JobError))
+    _say(message, cause, at, kind)
     what: dict[str, Any] = {
         "time": time.time(),
         "host": socket.gethostname(),
         "message": message,
         "details": _trace(error),
-        "is_job": isinstance(error, JobError),
+        "kind": kind,
         "cause": dataclasses.asdict(cause) if cause else None,
     }
     if at.logs:
@@ -97,10 +100,17 @@ def leave_error(error: BaseException, at: Whereabouts) -> Cause | None:
     return cause
 
 
-def _say(message: str, cause: Cause | None, at: Whereabouts, is_job: bool) -> None:
+def kind_of(error: BaseException) -> Kind:
+    """Whose fault an error is."""
+    if isinstance(error, Unsupported):
+        return "unsupported"
+    return "job" if isinstance(error, (JobError, LayoutError)) else "error"
+
+
+def _say(message: str, cause: Cause | None, at: Whereabouts, kind: Kind) -> None:
     """The cause in one line, before any traceback, where a launcher mixes what its ranks print.
     `hybrid` itself reads the file; a mistake in the job is its reader's to print."""
-    if launchers.name() in (None, "hybrid") or is_job:
+    if launchers.name() in (None, "hybrid") or kind != "error":
         return
     here = f"hybrid: rank {at.rank} on {socket.gethostname()}"
     if cause:

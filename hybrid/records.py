@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+Kind = Literal["job", "unsupported", "error"]  # of a failure: whose fault it is
 Status = Literal["ok", "failed", "not_possible"]
 T = TypeVar("T")
 

@@ -13,6 +13,7 @@ import pytest
 
 from hybrid.config import JobError
 from hybrid.launch import Failure, RunFailed, first_cause
+from hybrid.layout import LayoutError
 from hybrid.liveness import EFFECTS, is_effect
 from hybrid.rank import (
     Whereabouts,
@@ -21,14 +22,15 @@ from hybrid.rank import (
     leave_error,
     logs_folder,
 )
+from hybrid.strategies.base import Unsupported
 from tests.conftest import small_job
 
 LOST = "DistBackendError: [../gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:4321"
 
 
-def leave(logs: Path, rank: int, at: float, message: str, is_job: bool = False) -> None:
+def leave(logs: Path, rank: int, at: float, message: str, kind: str = "error") -> None:
     """What a rank that raises leaves behind."""
-    what = {"time": at, "message": message, "details": f"trace of {rank}", "is_job": is_job}
+    what = {"time": at, "message": message, "details": f"trace of {rank}", "kind": kind}
     what["cause"] = None
     (logs / f"rank{rank}.error.json").write_text(json.dumps(what))
 
@@ -48,7 +50,7 @@ def test_the_earliest_raise_wins_whatever_its_rank(tmp_path: Path) -> None:
     leave(tmp_path, 1, 11.0, "RuntimeError: first")
     leave(tmp_path, 2, 13.0, "ValueError: third")
     found = first_cause({0: 1, 1: 1, 2: 1}, tmp_path, seen=20.0)
-    assert found == Failure(1, "RuntimeError: first", "trace of 1", is_job=False)
+    assert found == Failure(1, "RuntimeError: first", "trace of 1", "error")
 
 
 def test_how_gloo_and_its_store_word_a_lost_peer() -> None:
@@ -106,9 +108,9 @@ def test_a_log_that_is_not_text_is_shown_all_the_same(tmp_path: Path) -> None:
 
 
 def test_an_error_of_the_job_stays_one(tmp_path: Path) -> None:
-    leave(tmp_path, 0, 1.0, "train.steps = 0: wrong", is_job=True)
+    leave(tmp_path, 0, 1.0, "train.steps = 0: wrong", kind="job")
     leave(tmp_path, 1, 2.0, LOST)
-    assert first_cause({0: 1, 1: 1}, tmp_path, seen=3.0).is_job
+    assert first_cause({0: 1, 1: 1}, tmp_path, seen=3.0).kind == "job"
 
 
 def test_the_failure_names_its_rank_and_cause() -> None:
@@ -125,17 +127,19 @@ def raised(error: Exception) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("error", "message", "is_job"),
+    ("error", "message", "kind"),
     [
-        (ValueError("one\ntwo"), "ValueError: one (starting)", False),
-        (RuntimeError(), "RuntimeError (starting)", False),
-        (JobError("model.name = 'x': unknown"), "model.name = 'x': unknown", True),
+        (ValueError("one\ntwo"), "ValueError: one (starting)", "error"),
+        (RuntimeError(), "RuntimeError (starting)", "error"),
+        (JobError("model.name = 'x': unknown"), "model.name = 'x': unknown", "job"),
+        (LayoutError("2 x 2 is not 3"), "2 x 2 is not 3", "job"),
+        (Unsupported("two tensors"), "two tensors", "unsupported"),
     ],
 )
 def test_what_a_rank_leaves_is_what_the_launcher_reads(
     error: Exception,
     message: str,
-    is_job: bool,
+    kind: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -147,7 +151,7 @@ def test_what_a_rank_leaves_is_what_the_launcher_reads(
     assert {path.name for path in tmp_path.iterdir()} == {"rank2.error.json", "rank2.where"}
     assert before <= json.loads((tmp_path / "rank2.error.json").read_text())["time"] <= time.time()
     found = first_cause({2: 1}, tmp_path, seen=0.0)
-    assert (found.rank, found.message, found.is_job) == (2, message, is_job)
+    assert (found.rank, found.message, found.kind) == (2, message, kind)
     assert "Traceback" in found.details and "in raised" in found.details
 
 
