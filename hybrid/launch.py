@@ -27,6 +27,7 @@ from .records import Kind
 
 GRACE_S = 3.0  # between SIGTERM and SIGKILL, for ranks to flush their logs
 POLL_S = 0.02
+PATIENCE_S = 3.0  # with ranks that may know more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +117,23 @@ def _wait(
             on_poll()
         bad = [i for i, code in enumerate(codes) if code]
         if bad:
-            seen = time.time()
-            time.sleep(0.2)  # peers that fail in the same moment leave their word too
-            dead = {i: code for i, r in enumerate(ranks) if (code := r.poll())}
-            raise RunFailed(first_cause(dead, logs, seen))
+            raise RunFailed(_await_cause(ranks, logs, time.time()))
         if all(code == 0 for code in codes):
             return
         time.sleep(POLL_S)
+
+
+def _await_cause(ranks: list[subprocess.Popen[bytes]], logs: Path, seen: float) -> Failure:
+    """The first cause, when peers that fail in the same moment have left their word too; a while
+    longer where all that is known so far is an effect."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        time.sleep(0.2)
+        dead = {i: code for i, r in enumerate(ranks) if (code := r.poll())}
+        failure = first_cause(dead, logs, seen)
+        enough = len(dead) == len(ranks) or time.monotonic() > deadline
+        if enough or not is_effect(failure.message):
+            return failure
 
 
 def _end_all(ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -150,8 +161,11 @@ def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
         path = logs / f"rank{rank}.error.json"
         if path.exists():
             left = json.loads(path.read_text())
-            cause = left["cause"] or {"rank": rank, "message": left["message"]}
-            failure = Failure(cause["rank"], cause["message"], left["details"], left["kind"])
+            who, message = rank, left["message"]
+            if cause := left["cause"]:
+                who = cause["rank"]
+                message = f"{cause['message']} ({_where(logs, who)})"
+            failure = Failure(who, message, left["details"], left["kind"])
             found.append((is_effect(failure.message), left["time"], failure))
         else:
             tail = _tail(logs / f"rank{rank}.log")

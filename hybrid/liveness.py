@@ -8,10 +8,10 @@ killed, stopped or cut off, is known by its signs of life ceasing.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +20,9 @@ from typing import Any
 PERIOD_S = 1.0  # between signs of life
 PATIENCE_S = 2.0  # for another rank's word about a failure
 _CAUSE = "hybrid/cause"
+# Where a rank is that waits for others: in a collective, in a backward pass that makes some, or in
+# this file, when it has waited in vain.
+_WAITING = ("torch/distributed/", "torch/autograd/", "deepspeed/comm/", "hybrid/liveness.py")
 # How a rank words that a peer went away, or did not come: an effect, never the first cause.
 EFFECTS = (
     "closed by peer",
@@ -29,6 +32,7 @@ EFFECTS = (
     "Connection was likely closed",
     "Timed out waiting",
     "Connection refused",
+    "did not start within",
 )
 
 
@@ -39,11 +43,12 @@ def is_effect(message: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Cause:
-    """Which rank failed first, as far as this rank can tell, and why."""
+    """Which rank failed first, as far as this rank can tell, why, and what it was about."""
 
     rank: int
     host: str
     message: str
+    where: str
 
 
 class Liveness:
@@ -64,8 +69,8 @@ class Liveness:
 
     def report(self, message: str) -> None:
         """Say what this rank fails of; the first word of all ranks stands."""
-        cause = json.dumps({"rank": self.rank, "host": self.host, "message": message})
-        self.store.compare_set(_CAUSE, "", cause)
+        cause = Cause(self.rank, self.host, message, self.where())
+        self.store.compare_set(_CAUSE, "", json.dumps(dataclasses.asdict(cause)))
 
     def first_cause(self) -> Cause | None:
         """What a failure of this rank follows from, when it lost a peer or waited in vain; takes a
@@ -73,12 +78,14 @@ class Liveness:
         try:
             return self._reported() or self._silent() or self._astray()
         except RuntimeError:  # torch's store errors: no answer
-            return Cause(0, "its host", "gone or cut off, and with it the meeting point of the run")
+            message = "gone or cut off, and with it the meeting point of the run"
+            return Cause(0, "its host", message, "out of sight")
 
     def _beat(self) -> None:
         while True:
             self._beats += 1
-            sign = {"beat": self._beats, "host": self.host, "where": self.where()}
+            line = _line_of(threading.main_thread().ident)
+            sign = {"beat": self._beats, "host": self.host, "where": self.where(), "line": line}
             try:
                 self.store.set(f"hybrid/alive/{self.rank}", json.dumps(sign))
             except RuntimeError:
@@ -97,7 +104,7 @@ class Liveness:
 
     def _signs(self) -> list[dict[str, Any]]:
         keys = [f"hybrid/alive/{rank}" for rank in range(self.world_size)]
-        none = {"beat": 0, "host": "its host", "where": "starting"}
+        none = {"beat": 0, "host": "its host", "where": "starting", "line": ""}
         return [json.loads(self.store.get(k)) if self.store.check([k]) else none for k in keys]
 
     def _silent(self) -> Cause | None:
@@ -106,16 +113,22 @@ class Liveness:
         time.sleep(3 * PERIOD_S)
         for rank, (old, new) in enumerate(zip(before, self._signs(), strict=True)):
             if old["beat"] == new["beat"] and rank != self.rank:
-                message = f"no sign of life (killed, stopped or cut off); last seen {new['where']}"
-                return Cause(rank, new["host"], message)
+                message = "no sign of life: killed, stopped or cut off"
+                return Cause(rank, new["host"], message, new["where"])
         return None
 
     def _astray(self) -> Cause | None:
-        """A rank that lives, and is elsewhere than most."""
-        signs = self._signs()
-        usual = collections.Counter(sign["where"] for sign in signs).most_common(1)[0][0]
-        for rank, sign in enumerate(signs):
-            if sign["where"] != usual:
-                message = f"{sign['where']}, while most ranks are {usual}"
-                return Cause(rank, sign["host"], message)
+        """A rank that lives, and is not waiting for others as the rest are."""
+        for rank, sign in enumerate(self._signs()):
+            if rank != self.rank and not any(words in sign["line"] for words in _WAITING):
+                message = f"it did not join the others, and is at {sign['line']}"
+                return Cause(rank, sign["host"], message, sign["where"])
         return None
+
+
+def _line_of(thread: int | None) -> str:
+    """The line that a thread executes, as FILE:LINE FUNCTION."""
+    frame = sys._current_frames().get(thread or 0)
+    if frame is None:
+        return "no line"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"

@@ -26,7 +26,10 @@ CPU_ALLOCATOR = "DefaultCPUAllocator"  # in the RuntimeError of torch when a hos
 
 
 class PeerFailed(RuntimeError):
-    """This rank ends because another one failed, which the message names."""
+    """This rank ends because of another one."""
+
+    def __init__(self, cause: Cause) -> None:
+        super().__init__(f"rank {cause.rank} on {cause.host}: {cause.message} ({cause.where})")
 
 
 class Whereabouts:
@@ -71,23 +74,22 @@ def leave_error(error: BaseException, at: Whereabouts) -> Cause | None:
     Returns what it follows from, where that is another rank's failure. What is known of a lack of
     memory goes to the error's notes as well, for launchers that print it."""
     message, kind = ": ".join([type(error).__name__, *str(error).splitlines()[:1]]), kind_of(error)
+    whole = f"{message} ({at.doing})"
     if kind != "error":
-        message = str(error)
+        message = whole = str(error)
     elif is_out_of_memory(error):
-        message = describe_out_of_memory(error, at)
+        message = whole = describe_out_of_memory(error, at)
         error.add_note(message)
-    else:
-        message = f"{message} ({at.doing})"
     cause = None
     if at.peers and is_effect(message):
         cause = at.peers.first_cause()
     elif at.peers:
         at.peers.report(message)
-    _say(message, cause, at, kind)
+    _say(whole, cause, at, kind)
     what: dict[str, Any] = {
         "time": time.time(),
         "host": socket.gethostname(),
-        "message": message,
+        "message": whole,
         "details": _trace(error),
         "kind": kind,
         "cause": dataclasses.asdict(cause) if cause else None,
@@ -114,7 +116,8 @@ def _say(message: str, cause: Cause | None, at: Whereabouts, kind: Kind) -> None
         return
     here = f"hybrid: rank {at.rank} on {socket.gethostname()}"
     if cause:
-        message = f"ends, because rank {cause.rank} on {cause.host} failed: {cause.message}"
+        here += f" ends, because of rank {cause.rank} on {cause.host}"
+        message = f"{cause.message} ({cause.where})"
     print(f"{here}: {message}", file=sys.stderr, flush=True)
 
 

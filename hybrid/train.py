@@ -54,7 +54,7 @@ def train(
         # Before leaving the group, which can wait for a peer that is gone.
         cause = rank.leave_error(error, at)
         if cause:
-            raise rank.PeerFailed(f"rank {cause.rank} on {cause.host}: {cause.message}") from error
+            raise rank.PeerFailed(cause) from error
         raise
     finally:
         at.close()

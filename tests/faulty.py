@@ -182,33 +182,6 @@ def fsdp_falls_back() -> None:
     _accelerate._keep_fsdp = lambda *_: None
 
 
-def rank_raises() -> None:
-    """Rank 1 raises in its third step."""
-    _in_step(lambda: (_ for _ in ()).throw(RuntimeError("planted: the sky fell")))
-
-
-def rank_is_killed() -> None:
-    """Rank 1 is killed in its third step."""
-    import os
-    import signal
-
-    _in_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
-
-
-def _in_step(act: Callable[[], Any]) -> None:
-    from hybrid.launchers import Ranks
-    from hybrid.measure.instruments import Instruments
-
-    enter = Instruments.step
-
-    def step(self: Any, number: int) -> Any:
-        if number == 2 and Ranks.from_env().rank == 1:
-            act()
-        return enter(self, number)
-
-    Instruments.step = step  # type: ignore[method-assign]
-
-
 if __name__ == "__main__":
     fault = sys.argv.pop(1)
     if "single" not in sys.argv:  # the reference stays whole

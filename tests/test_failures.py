@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,13 +34,15 @@ def ranks_of(out: Path) -> list[str]:
     return found
 
 
-def start_train(out: Path, strategy: str, steps: int = 6, nproc: int = 2) -> subprocess.Popen[str]:
-    """`hybrid train` of the small job, in the background."""
+def start_train(
+    out: Path, strategy: str, steps: int = 6, nproc: int = 2, fault: str = "nothing", **changes: Any
+) -> subprocess.Popen[str]:
+    """`hybrid train` of the small job, in the background, with a fault of tests/failing.py."""
     out.mkdir()
-    records.write(to_dict(small_job(train__steps=steps)), out / "small.json")
+    records.write(to_dict(small_job(train__steps=steps, **changes)), out / "small.json")
     words = ["train", str(out / "small.json"), "--strategy", strategy, "--nproc", str(nproc)]
     return subprocess.Popen(
-        [sys.executable, "-m", "hybrid", *words, "--out", str(out)],
+        [sys.executable, str(ROOT / "tests" / "failing.py"), fault, *words, "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -72,22 +76,30 @@ def wait_for_steps(out: Path, at_least: int) -> None:
 @pytest.mark.parametrize(
     ("fault", "strategy", "words"),
     [
-        ("rank_raises", "ddp", "rank 1 on "),
-        ("rank_raises", "pipeline", "planted: the sky fell"),
-        ("rank_is_killed", "fsdp", "was ended by SIGKILL"),
-        ("rank_is_killed", "zero1", "rank 1 on "),
+        ("raises", "pipeline", "RuntimeError: planted: the sky fell (in step 2)"),
+        ("is_killed", "fsdp", "was ended by SIGKILL"),
+        ("has_no_memory", "ddp", "out of memory in step 2"),
+        (
+            "is_stopped",
+            "zero2",
+            "no sign of life: killed, stopped or cut off (in step 2)",
+        ),
+        ("falls_behind", "ddp", "it did not join the others, and is at "),
+        ("never_starts", "zero3", "ranks 1 of 2 did not start within 6 s"),
+        ("goes_elsewhere", "ddp", "no meeting of ranks at MASTER_ADDR:MASTER_PORT = "),
+        ("port_is_taken", "pipeline", "rank 0 cannot listen on port "),
     ],
 )
 def test_first_cause_is_named(fault: str, strategy: str, words: str, tmp_path: Path) -> None:
-    from hybrid import compare
-
-    program = [sys.executable, str(ROOT / "tests" / "faulty.py"), fault]
+    limits = {"start_timeout_s": 6, "collective_timeout_s": 6}
     started = time.monotonic()
-    result = compare(small_job(), [strategy], nproc=2, out=tmp_path, program=program)
-    assert time.monotonic() - started < 2 * WITHIN_S  # `single` runs first
-    reason = result.strategies[strategy].reason
-    assert reason and words in reason, reason
-    assert ranks_of(tmp_path / strategy) == []
+    run = start_train(tmp_path / "run", strategy, fault=fault, launch=limits)
+    _, stderr = run.communicate(timeout=2 * WITHIN_S)
+    assert run.returncode == 1
+    assert time.monotonic() - started < WITHIN_S + limits["collective_timeout_s"]
+    first = next(line for line in stderr.splitlines() if line.startswith("hybrid: rank "))
+    assert words in first, stderr
+    assert re.match(r"hybrid: rank [01] on \S+: ", first) and ranks_of(tmp_path / "run") == []
 
 
 def test_a_killed_rank_ends_the_command(tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""Has rank 1 fail in one way, then runs the command: `failing.py FAULT train ...`.
+
+Each fault is what happens to ranks of long runs; how a run ends then is held against what is
+promised by tests/test_failures.py, and by benchmarks/faults.py under several strategies.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+IN_STEP = 2
+
+
+def raises() -> None:
+    """An error of the model's."""
+    _in_step(lambda: (_ for _ in ()).throw(RuntimeError("planted: the sky fell")))
+
+
+def is_killed() -> None:
+    """As the kernel does when a host has no memory left."""
+    _in_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def has_no_memory() -> None:
+    """More is asked for than there is: 4 PiB."""
+    import torch
+
+    _in_step(lambda: torch.empty(2**50))
+
+
+def is_stopped() -> None:
+    """It hangs, and not even its threads run."""
+    _in_step(lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def falls_behind() -> None:
+    """It lives, and does something else while the others wait for it."""
+    _in_step(lambda: time.sleep(100_000))
+
+
+def never_starts() -> None:
+    """It does not come to the meeting."""
+    if _rank() == 1:
+        time.sleep(100_000)
+
+
+def goes_elsewhere() -> None:
+    """It looks for the others where nobody is."""
+    if _rank() == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+
+
+def port_is_taken() -> None:
+    """Another program listens where rank 0 means to."""
+    if _rank() == 0:
+        listener = socket.socket()
+        listener.bind(("0.0.0.0", int(os.environ["MASTER_PORT"])))
+        listener.listen()
+        globals()["kept"] = listener
+
+
+def nothing() -> None:
+    """No fault: for runs that are ended from outside."""
+
+
+def _rank() -> int:
+    from hybrid.launchers import Ranks
+
+    return Ranks.from_env().rank
+
+
+def _in_step(act: Callable[[], Any]) -> None:
+    from hybrid.measure.instruments import Instruments
+
+    enter = Instruments.step
+
+    def step(self: Any, number: int) -> Any:
+        if number == IN_STEP and _rank() == 1:
+            act()
+        return enter(self, number)
+
+    Instruments.step = step  # type: ignore[method-assign]
+
+
+def main() -> None:
+    """The command, whose ranks come back to this file."""
+    fault = sys.argv.pop(1)
+    if "RANK" not in os.environ:
+        from hybrid import launch
+
+        program = [sys.executable, __file__, fault]
+        launch.run = functools.partial(launch.run, program=program)
+    elif "single" not in sys.argv:  # the reference stays whole
+        globals()[fault]()
+    from hybrid import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
