@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from .config import Job, JobError
 
+_PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
 STARTED = "ACCELERATE_MIXED_PRECISION"  # set for every rank, whatever the configuration
 
 
@@ -28,6 +29,14 @@ def check(job: Job, strategy: str, environ: Mapping[str, str] = os.environ) -> N
             "accelerate's configuration has deepspeed_config_file: give the file to the job "
             "instead, as strategy.zero1.ds_config and so on"
         )
+
+
+def forget() -> None:
+    """Take the configuration out of the environment: `check` has held it against the job, from
+    which the engines are made, and Accelerate would read it beside what it is told."""
+    for key in list(os.environ):
+        if key.startswith(_PREFIXES):
+            del os.environ[key]
 
 
 def check_started(num_ranks: int, environ: Mapping[str, str] = os.environ) -> None:

@@ -76,6 +76,7 @@ def open_engine(job: Job, strategy: str, layers: Sequence[nn.Module], loss: Loss
     ranks = Ranks.from_env()
     outline = Outline(layers.sizes(), layers.cut_problem)
     layout = check_launcher(job, strategy, ranks)
+    accelerate_launch.forget()
     get(strategy).check(job, layout, outline)
     if strategy != "single":
         processes.join(ranks, job.launch)

@@ -1,0 +1,160 @@
+"""How runs end whatever befalls a rank: twelve kinds of fault under five strategies, as a table.
+
+    python -m benchmarks.faults > benchmarks/faults.md
+
+Run from the top folder; about fifteen minutes on two cores. Each run must end within its stated
+time, with the expected status and first cause, and leave no process and no lock. After all of them
+each strategy trains once more. A cut link is benchmarks/hosts.py's, which has hosts to cut.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from hybrid import records
+from hybrid.environment import describe
+from hybrid.job_file import to_dict
+from tests.conftest import ROOT, small_job
+from tests.test_failures import ranks_of
+
+STRATEGIES = ("ddp", "fsdp", "zero2", "zero3", "pipeline")
+LIMIT_S = 6  # launch.start_timeout_s and launch.collective_timeout_s of the runs
+START_S = 15  # from the command to the fault at most, on two cores
+
+
+class Fault(NamedTuple):
+    """What is planted (tests/failing.py) or sent; how the command must end, within how long of
+    the fault, and what its first line about it must say."""
+
+    plant: str
+    sent: int | None
+    status: int
+    within_s: float
+    words: str
+
+
+STEP = r"\(in step 2\)"
+FAULTS = {
+    "a rank raises": Fault("raises", None, 1, 5, rf"rank 1 .*the sky fell {STEP}"),
+    "a rank is killed": Fault("is_killed", None, 1, 5, rf"rank 1 .*SIGKILL.*{STEP}"),
+    "out of memory": Fault("has_no_memory", None, 1, 5, "rank 1 .*out of memory in step 2"),
+    "a rank is stopped": Fault(
+        "is_stopped", None, 1, LIMIT_S + 12, rf"rank 1 .*no sign of life.*{STEP}"
+    ),
+    "a rank falls behind": Fault(
+        "falls_behind", None, 1, LIMIT_S + 12, rf"rank 1 .*did not join the others.*{STEP}"
+    ),
+    "a rank never starts": Fault("never_starts", None, 1, LIMIT_S + 5, "ranks 1 of 2 did not st"),
+    "a wrong rendezvous": Fault("goes_elsewhere", None, 1, LIMIT_S + 5, "rank 1 .*no meeting of r"),
+    "a taken port": Fault("port_is_taken", None, 1, LIMIT_S + 5, "rank 0 .*cannot listen on port"),
+    "SIGTERM": Fault("nothing", signal.SIGTERM, 143, 5, ""),
+    "Ctrl-C": Fault("nothing", signal.SIGINT, 130, 5, "hybrid: interrupted"),
+    "the launcher is killed": Fault("nothing", signal.SIGKILL, -9, 5, ""),
+}
+
+NO_FAULT = Fault("nothing", None, 0, 0, "")
+
+
+def start(out: Path, strategy: str, fault: Fault) -> subprocess.Popen[str]:
+    """The run with its fault, in the background."""
+    limits = {"start_timeout_s": LIMIT_S, "collective_timeout_s": LIMIT_S}
+    steps = 6 if fault.sent is None else 100_000
+    out.mkdir(parents=True)
+    records.write(to_dict(small_job(train__steps=steps, launch=limits)), out / "small.json")
+    words = ["train", str(out / "small.json"), "--strategy", strategy, "--nproc", "2"]
+    return subprocess.Popen(
+        [sys.executable, "tests/failing.py", fault.plant, *words, "--out", str(out)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def wait_for_fault(out: Path, fault: Fault) -> float:
+    """When the fault came: with the second step's record, or when the ranks began to meet."""
+    deadline = time.monotonic() + 2 * START_S
+    file = out / ("steps.jsonl" if fault.words.endswith(STEP) or fault.sent else "logs/rank0.where")
+    lines = 2 if file.suffix == ".jsonl" else 0
+    while time.monotonic() < deadline:
+        if file.exists() and len(file.read_text().splitlines()) >= lines:
+            break
+        time.sleep(0.05)
+    return time.monotonic()
+
+
+def leftovers(out: Path) -> str:
+    """Processes and locks of a run that are still there, after a moment to end."""
+    deadline = time.monotonic() + 5
+    while (left := ranks_of(out)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions"))
+    return "; ".join([*left, *(str(p) for p in cache.glob("**/lock"))])
+
+
+def check(strategy: str, name: str, folder: Path) -> tuple[bool, str]:
+    """Whether one run ended as promised, and its row."""
+    fault, out = FAULTS[name], folder / f"{strategy}-{name}".replace(" ", "-")
+    run = start(out, strategy, fault)
+    began = wait_for_fault(out, fault)
+    if fault.sent:
+        run.send_signal(fault.sent)
+    try:
+        _, said = run.communicate(timeout=3 * LIMIT_S + START_S)
+    except subprocess.TimeoutExpired:
+        run.kill()
+        run.communicate()
+        return False, f"| {strategy} | {name} | did not end | | | |"
+    took, left = time.monotonic() - began, leftovers(out)
+    lines = [line for line in said.splitlines() if line.startswith("hybrid: ")]
+    first = lines[0] if lines else ""
+    ok = run.returncode == fault.status and took <= fault.within_s and not left
+    ok = ok and bool(re.search(fault.words, first))
+    shown = re.sub(r" on \S+:", ":", first).removeprefix("hybrid: ")[:90].replace("|", "/")
+    return ok, (
+        f"| {strategy} | {name} | {run.returncode} | {took:.1f} of {fault.within_s:.0f} | {shown} "
+        f"| {left or 'nothing'} | {'yes' if ok else '**no**'} |"
+    )
+
+
+def main() -> None:
+    """All faults, then one clean run of each strategy."""
+    machine = describe()
+    versions = ", ".join(f"{k} {v}" for k, v in machine["packages"].items() if v)
+    print("# How runs end\n")
+    print(
+        f"Two processes, gloo, timeouts of {LIMIT_S} s in the job. {machine['processor']}, "
+        f"{machine['cores']} cores;\n{versions};\ncommit {machine['commit']}. Command: "
+        "`python -m benchmarks.faults`. Seconds: from the fault to the end\nof the command, with "
+        "what is promised.\n"
+    )
+    print(
+        "| strategy | fault | exit | seconds | first line | left running or locked | as promised |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    good, count = 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        for name in FAULTS:
+            for strategy in STRATEGIES:
+                ok, row = check(strategy, name, Path(folder))
+                print(row, flush=True)
+                good, count = good + ok, count + 1
+        print(f"\n{good} of {count} as promised. Then, each once more without a fault:\n")
+        for strategy in STRATEGIES:
+            run = start(
+                Path(folder) / f"clean-{strategy}", strategy, Fault("nothing", None, 0, 0, "")
+            )
+            run.communicate(timeout=120)
+            print(f"- {strategy}: exit {run.returncode}")
+
+
+if __name__ == "__main__":
+    main()

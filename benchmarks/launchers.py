@@ -1,0 +1,97 @@
+"""One job under every launcher: the same losses, as a Markdown table.
+
+    python -m benchmarks.launchers > benchmarks/launchers.md
+
+Run from the top folder; a few minutes on two cores. Launchers that are not installed are left out,
+and said to be. srun needs a SLURM that runs; `launch/slurm/README.md` tells how one does on one
+machine.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from hybrid import records
+from hybrid.environment import describe
+from hybrid.records import Record
+
+JOB = "launch/jobs/mlp.toml"
+STRATEGIES = ("ddp", "fsdp", "zero2", "pipeline")
+PYTHON = [sys.executable, "-m", "hybrid"]
+MODULE = ["-m", "hybrid"]
+LAUNCHERS = {
+    "hybrid": PYTHON,
+    "torchrun": ["torchrun", "--nproc-per-node", "2", *MODULE],
+    "accelerate": [
+        *("accelerate", "launch", "--config_file", "launch/accelerate/{}.yaml"),
+        *("--num_processes", "2", *MODULE),
+    ],
+    "deepspeed": ["deepspeed", "--num_gpus", "2", "--module", "hybrid"],
+    "mpirun (Open MPI)": ["mpirun.openmpi", "--allow-run-as-root", "-np", "2", *PYTHON],
+    "mpirun (MPICH)": ["mpirun.mpich", "-np", "2", *PYTHON],
+    "srun": ["srun", "-K1", "-n2", *PYTHON],
+}
+CONFIG = {"pipeline": "ddp"}  # accelerate's name for processes and nothing else
+
+
+def run(launcher: str, strategy: str, out: Path) -> Record | str:
+    """The record of one run, or why there is none."""
+    words = [w.format(CONFIG.get(strategy, strategy)) for w in LAUNCHERS[launcher]]
+    if not shutil.which(words[0]):
+        return "not installed"
+    own = ["--nproc", "2"] if launcher == "hybrid" else []
+    command = [*words, "train", JOB, "--strategy", strategy, *own, "--out", str(out)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    if done.returncode:
+        return f"exit {done.returncode}: {done.stderr.strip().splitlines()[-1][:80]}"
+    return records.read(Record, out / "record.json")
+
+
+def largest(record: Record, reference: Record) -> float:
+    """Greatest relative difference of a loss at any step."""
+    pairs = zip(record.steps, reference.steps, strict=True)
+    return max(abs(a.loss - b.loss) / abs(b.loss) for a, b in pairs)
+
+
+def main() -> None:
+    """The table, one row a launcher and strategy."""
+    machine = describe()
+    versions = ", ".join(f"{k} {v}" for k, v in machine["packages"].items() if v)
+    print("# One job under every launcher\n")
+    print(
+        f"`{JOB}` on two processes of one thread each. {machine['processor']}, "
+        f"{machine['cores']} cores, gloo;\n{versions};\ncommit {machine['commit']}. Command: "
+        "`python -m benchmarks.launchers`.\nDifferences: the greatest of a loss at any step, "
+        "relative to `single`.\n"
+    )
+    print("| strategy | launcher | steps | difference | last loss | whole command, s |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        single = run("hybrid", "single", Path(folder) / "single")
+        assert isinstance(single, Record), single
+        for strategy in STRATEGIES:
+            for launcher in LAUNCHERS:
+                began = time.monotonic()
+                record = run(launcher, strategy, Path(folder) / f"{strategy}-{launcher}")
+                took = time.monotonic() - began
+                row = f"{record} | | | "
+                if isinstance(record, Record):
+                    away, last = largest(record, single), record.steps[-1].loss
+                    row = f"{len(record.steps)} | {away:.1e} | {last:.7f} | {took:.1f}"
+                print(f"| {strategy} | {launcher} | {row} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
