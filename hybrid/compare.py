@@ -14,11 +14,11 @@ from . import environment, launch, records, report
 from .config import Job, JobError
 from .job_file import to_dict
 from .layout import Layout, LayoutError
-from .parity import NEVER_EXCUSED_STEPS, Run, judge
+from .parity import Run, judge
 from .records import Comparison, Parity, Record
 from .strategies import registry
 from .strategies.base import Unsupported
-from .tolerances import tolerance
+from .tolerances import EXACT_STEPS, tolerance
 
 REFERENCE = "single"
 EMULATION = "local_sgd_emulation"
@@ -172,12 +172,13 @@ class _Session:
             "data-parallel ranks": record.layout["dp"],
         }
         run, reference = self._load(name), self._load(against)
-        strict = judge(run, reference, against, allowed, factors)
+        exact = EXACT_STEPS[self.job.train.precision]
+        strict = judge(run, reference, against, allowed, factors, (), exact)
         late = strict.first_difference
-        if late is None or (late.step is not None and late.step < NEVER_EXCUSED_STEPS):
+        if late is None or (late.step is not None and late.step < exact):
             return strict
         controls = [self._load(label) for label in self._controls(against, record)]
-        return judge(run, reference, against, allowed, factors, controls)
+        return judge(run, reference, against, allowed, factors, controls, exact)
 
     def _reference_of(self, name: str, record: Record) -> str | None:
         """What a run is held against: `single`, or for local SGD its emulation in one process, made

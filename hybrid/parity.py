@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .records import Difference, EvalResult, Parity, Record
+from .tolerances import EXACT_STEPS
 
-NEVER_EXCUSED_STEPS = 20
 SHARE_OF_CONTROL = 0.25  # a control must differ by at least this part of a difference to excuse it
 SAME_START = 1e-9  # float64 projections of equal fp32 weights, summed in another order
 Arrays = Mapping[str, Any]  # numpy arrays by name
@@ -60,12 +60,14 @@ def judge(
     tolerance: Mapping[str, float],
     factors: Mapping[str, int],
     controls: Sequence[Run] = (),
+    exact_steps: int = EXACT_STEPS["fp32"],
 ) -> Parity:
     """The verdict on `run` against `reference` (called `name` in the comparison).
 
     factors: what a wrong scale would be a multiple of, by its name (micro-batches, ...).
+    exact_steps: how many first steps no control excuses.
     """
-    first, excused = _first_unexcused(run, reference, tolerance, factors, controls)
+    first, excused = _first_unexcused(run, reference, tolerance, factors, controls, exact_steps)
     steps = list(zip(run.record.steps, reference.record.steps, strict=False))
     return Parity(
         ok=first is None,
@@ -85,13 +87,14 @@ def _first_unexcused(
     tolerance: Mapping[str, float],
     factors: Mapping[str, int],
     controls: Sequence[Run],
+    exact_steps: int,
 ) -> tuple[Difference | None, list[dict[str, Any]]]:
     """The first difference that rounding does not explain, and those before it that it does."""
     excused: list[dict[str, Any]] = []
     for found in _differences(run, reference, tolerance):
-        allowed = _noise(found, reference, controls)
+        allowed = _noise(found, reference, controls, exact_steps)
         if allowed is None or not allowed >= SHARE_OF_CONTROL * found.size < math.inf:
-            cause = likely_cause(run.record, reference.record, found.quantity, factors)
+            cause = likely_cause(run.record, reference.record, found.quantity, factors, exact_steps)
             got, expected = _writable(found.got), _writable(found.expected)
             return Difference(found.step, found.quantity, got, expected, cause), excused
         excused.append(
@@ -180,11 +183,13 @@ def _correct_difference(got: EvalResult, expected: EvalResult) -> float:
     return abs((got.correct or 0) - (expected.correct or 0)) / total
 
 
-def _noise(found: _Found, reference: Run, controls: Sequence[Run]) -> float | None:
+def _noise(
+    found: _Found, reference: Run, controls: Sequence[Run], exact_steps: int
+) -> float | None:
     """By how much the controls differ from the reference in the same place; None where rounding
     cannot be the reason."""
-    early = found.step is not None and found.step < NEVER_EXCUSED_STEPS
-    if early or not controls or len(reference.record.steps) <= NEVER_EXCUSED_STEPS:
+    early = found.step is not None and found.step < exact_steps
+    if early or not controls or len(reference.record.steps) <= exact_steps:
         return None
     if found.quantity in ("loss", "grad_norm") and found.step is not None:
         at = found.step
@@ -203,7 +208,11 @@ def _noise(found: _Found, reference: Run, controls: Sequence[Run]) -> float | No
 
 
 def likely_cause(
-    run: Record, reference: Record, quantity: str, factors: Mapping[str, int]
+    run: Record,
+    reference: Record,
+    quantity: str,
+    factors: Mapping[str, int],
+    exact_steps: int = EXACT_STEPS["fp32"],
 ) -> str | None:
     """What would explain a difference whose first trace is `quantity`; None where nothing fits."""
     if quantity.startswith("initial weights"):
@@ -212,10 +221,10 @@ def likely_cause(
         return "other samples in the batch"
     if quantity == "lr":
         return "another learning-rate schedule"
-    if quantity.startswith("weights of ") and len(reference.steps) <= NEVER_EXCUSED_STEPS:
+    if quantity.startswith("weights of ") and len(reference.steps) <= exact_steps:
         return (
             "all steps agree: either the last update, or rounding, which AdamW enlarges where a "
-            f"gradient is near zero; a run of more than {NEVER_EXCUSED_STEPS} steps measures which"
+            f"gradient is near zero; a run of more than {exact_steps} steps measures which"
         )
     if quantity not in ("loss", "grad_norm") or not run.steps or not reference.steps:
         return None

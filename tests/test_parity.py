@@ -13,7 +13,7 @@ import pytest
 from hybrid import records
 from hybrid.parity import Run, judge, relative, weight_difference
 from hybrid.records import EvalResult, Parity, Receipt, Record, StepRecord, Weights
-from hybrid.tolerances import TOLERANCES
+from hybrid.tolerances import EXACT_STEPS, TOLERANCES
 
 STEPS = 40
 FACTORS = {"micro-batches": 2, "data-parallel ranks": 3}
@@ -195,6 +195,17 @@ def test_an_early_difference_is_never_excused() -> None:
 
     assert first(off(19), off(19))[:2] == (19, "loss")
     assert verdict(off(20), off(20)).ok
+
+
+def test_in_fewer_bits_controls_count_from_an_earlier_step() -> None:
+    run = at_steps([12], loss=1.01)
+    exact = EXACT_STEPS["bf16"]
+    assert exact <= 12 < EXACT_STEPS["fp32"]
+    arguments = (run, make_run(), "single", TOLERANCES["bf16"], FACTORS, [run])
+    assert not judge(*arguments).ok
+    assert judge(*arguments, exact_steps=exact).ok
+    early = at_steps([exact - 1], loss=1.01)
+    assert not judge(early, *arguments[1:5], [early], exact_steps=exact).ok
 
 
 def test_other_samples_and_rates_are_never_excused() -> None:
