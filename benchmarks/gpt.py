@@ -43,13 +43,13 @@ def row(name: str, run: Record, found: Comparison) -> str:
     if verdict is None:
         return f"| {name} | | not possible: {run.reason} | | | | | | |"
     state = "reference" if name == found.reference else "equal" if verdict.ok else "NOT EQUAL"
-    excused = max((e["difference"] for e in verdict.excused), default=0.0)
+    state += " (excused)" if verdict.excused else ""
     skipped = sum(step.skipped for step in run.steps)
     final = run.eval
     cells = [
         *(name, layout, state),
         *(f"{d or 0:.1e}" for d in (verdict.max_loss_diff, verdict.max_grad_norm_diff)),
-        f"{verdict.max_weight_diff or 0:.1e}" + (" (excused)" if excused else ""),
+        f"{verdict.max_weight_diff or 0:.1e}",
         f"{final.perplexity:.6g}" if final and final.perplexity else "",
         str(skipped),
         f"{max(run.comm.bytes_per_step) / 2**20:.1f}" if run.comm else "",
@@ -66,7 +66,11 @@ def table(found: Comparison) -> None:
     for name, run in found.strategies.items():
         print(row(name, run, found))
     controls = [n for n in found.controls if "cut" in n]
-    print(f"\nControls that ran: {', '.join(controls) or 'none were needed'}.\n")
+    excused = sum(len(verdict.excused) for verdict in found.parity.values())
+    print(
+        f"\nControls that ran: {', '.join(controls) or 'none were needed'}; differences that they "
+        f"excused: {excused}. Commit {found.machine['commit']}.\n"
+    )
 
 
 def repeat(folder: Path, strategy: str) -> str:

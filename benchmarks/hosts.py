@@ -1,0 +1,133 @@
+"""Several hosts on one machine: network namespaces, a bridge between them, links of a given rate.
+
+    with Hosts(2, mbit=100) as hosts:
+        hosts.start(0, [sys.executable, "-m", "hybrid", ...], {"RANK": "0", ...})
+
+Needs root and iproute2 (`why_not` says what is missing). A host has an address, a name, its own
+loopback and its own `/etc/hosts`; files and processors are the machine's. Rates are by tbf, on what
+a host sends; latency is the machine's. benchmarks/several_hosts.py measures on them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+NETWORK = "10.77.0"
+TOOLS = ("ip", "tc", "nsenter", "unshare")
+
+
+def why_not() -> str | None:
+    """What keeps this machine from having hosts; None where nothing does."""
+    missing = [tool for tool in TOOLS if not shutil.which(tool)]
+    if missing:
+        return f"{', '.join(missing)}: not installed (Debian's iproute2 and util-linux)"
+    if os.geteuid():
+        return "only root can make network namespaces"
+    probe = subprocess.run(["ip", "netns", "add", f"hyprobe{os.getpid()}"], capture_output=True)
+    if probe.returncode:
+        return f"no network namespaces: {probe.stderr.decode().strip()}"
+    _run("ip", "netns", "del", f"hyprobe{os.getpid()}")
+    return None
+
+
+def address(host: int) -> str:
+    """The address of a host, counted from 0."""
+    return f"{NETWORK}.{host + 1}"
+
+
+class Hosts:
+    """`count` hosts that can reach one another, until the end of the `with`."""
+
+    def __init__(self, count: int, mbit: float | None = None) -> None:
+        self.count, self.mbit = count, mbit
+        self.bridge = f"hybr{os.getpid() % 10_000}"
+        self._files = tempfile.TemporaryDirectory()
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        names = [f"{address(i)} {self.name(i)}" for i in range(self.count)]
+        table = "\n".join(["127.0.0.1 localhost", *names, ""])
+        (Path(self._files.name) / "hosts").write_text(table)
+        try:
+            _run("ip", "link", "add", self.bridge, "type", "bridge")
+            _run("ip", "link", "set", self.bridge, "up")
+            for host in range(self.count):
+                self._add(host)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for host in range(self.count):
+            subprocess.run(["ip", "netns", "del", self.name(host)], capture_output=True)
+        subprocess.run(["ip", "link", "del", self.bridge], capture_output=True)
+        self._files.cleanup()
+
+    def name(self, host: int) -> str:
+        """The host's name, which is also its namespace's."""
+        return f"{self.bridge}h{host + 1}"
+
+    def _add(self, host: int) -> None:
+        name, outside = self.name(host), f"{self.bridge}v{host + 1}"
+        _run("ip", "netns", "add", name)
+        veth = ("ip", "link", "add", outside, "type", "veth", "peer", "name", "eth0")
+        _run(*veth, "netns", name)
+        _run("ip", "link", "set", outside, "master", self.bridge, "up")
+        _run("ip", "-n", name, "addr", "add", f"{address(host)}/24", "dev", "eth0")
+        _run("ip", "-n", name, "link", "set", "eth0", "up")
+        _run("ip", "-n", name, "link", "set", "lo", "up")
+        if self.mbit:
+            limit = ("root", "tbf", "rate", f"{self.mbit}mbit", "burst", "64kb", "latency", "50ms")
+            _run("tc", "-n", name, "qdisc", "add", "dev", "eth0", *limit)
+
+    def start(
+        self, host: int, command: Sequence[str], environ: Mapping[str, str], log: Path
+    ) -> subprocess.Popen[bytes]:
+        """A command on a host, in the background, its output in `log`."""
+        table = Path(self._files.name) / "hosts"
+        script = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
+        inside = ["nsenter", f"--net=/run/netns/{self.name(host)}", "unshare", "--uts", "--mount"]
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [*inside, "sh", "-c", script, self.name(host), str(table), *command],
+                env=os.environ | {"GLOO_SOCKET_IFNAME": "eth0"} | dict(environ),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        self._started.append(process)
+        return process
+
+    def sent(self, host: int) -> int:
+        """Bytes that the host's link has carried out so far, headers and all."""
+        shown = _run("ip", "-n", self.name(host), "-s", "-j", "link", "show", "eth0")
+        return int(json.loads(shown)[0]["stats64"]["tx"]["bytes"])
+
+    def cut(self, host: int) -> None:
+        """Pull the host's cable."""
+        _run("ip", "-n", self.name(host), "link", "set", "eth0", "down")
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
