@@ -176,13 +176,14 @@ def _train_as_rank(job: Any, strategy: str, nproc: int | None, out: Path) -> Any
 
 
 def _train_by_launching(job: Any, strategy: str, nproc: int | None, out: Path) -> Any:
-    from . import launch, records
+    from . import jit_cache, launch, records
     from .compare import default_nproc
     from .job_file import to_dict
     from .prepare import prepare
     from .strategies import registry
 
     prepared = prepare(job)
+    jit_cache.mend()
     layout, warnings = registry.plan(
         prepared.job, strategy, nproc or default_nproc(job), prepared.outline
     )

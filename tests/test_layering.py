@@ -34,6 +34,7 @@ strategies._precision
 strategies.base
 strategies._preflight
 data models
+jit_cache
 importing schedule processes environment job_file
 config
 layout records tolerances
