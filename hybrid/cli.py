@@ -147,6 +147,19 @@ def strategies(json: Json = False) -> None:
         print(f"{name:10} {row['summary']}\n{'':10} [strategy.{name}] {accepts}")
 
 
+@app.command()
+def doctor(
+    self_test: Annotated[
+        bool, typer.Option(help="Run a tiny job under each strategy: about a minute.")
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Say what this machine lacks and how to mend it; under a launcher, how fast its links are."""
+    from .doctor import run
+
+    raise typer.Exit(run(self_test, _stdout if json else None))
+
+
 def _load(path: Path, overrides: list[str] | None) -> Any:
     from .data import SOURCES
     from .importing import check_name

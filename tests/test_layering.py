@@ -19,6 +19,7 @@ from tests.conftest import ROOT
 ROWS = """
 __init__ __main__
 cli
+doctor
 compare train progress sample
 prepare evaluate report parity launch rank weights measure
 preflight trackers
