@@ -147,6 +147,19 @@ def strategies(json: Json = False) -> None:
         print(f"{name:10} {row['summary']}\n{'':10} [strategy.{name}] {accepts}")
 
 
+@app.command()
+def doctor(
+    self_test: Annotated[
+        bool, typer.Option(help="Run a tiny job under each strategy: about a minute.")
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Say what this machine lacks and how to mend it; under a launcher, how fast its links are."""
+    from .doctor import run
+
+    raise typer.Exit(run(self_test, _stdout if json else None))
+
+
 def _load(path: Path, overrides: list[str] | None) -> Any:
     from .data import SOURCES
     from .importing import check_name
@@ -179,13 +192,14 @@ def _train_as_rank(job: Any, strategy: str, nproc: int | None, out: Path) -> Any
 
 
 def _train_by_launching(job: Any, strategy: str, nproc: int | None, out: Path) -> Any:
-    from . import accelerate_launch, launch, records
+    from . import accelerate_launch, jit_cache, launch, records
     from .compare import default_nproc
     from .job_file import to_dict
     from .prepare import prepare
     from .strategies import registry
 
     prepared = prepare(job)
+    jit_cache.mend()
     layout, warnings = registry.plan(
         prepared.job, strategy, nproc or default_nproc(job), prepared.outline
     )
@@ -258,35 +272,14 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         status = _say("interrupted", 130)
     except Exception as error:
-        status = _explain(error)
+        from .exit_status import explain
+
+        status = _say(*explain(error))
     _stdout.flush()
     sys.exit(status or 0)
 
 
-def _explain(error: Exception) -> int:
-    """Print what an error means to the user; returns the exit status."""
-    from .config import JobError
-    from .launch import RunFailed
-    from .layout import LayoutError
-    from .rank import PeerFailed
-    from .strategies.base import Unsupported
-
-    if isinstance(error, (JobError, LayoutError, Unsupported)):
-        # All ranks of a launcher find the same mistake; one a host says it.
-        quiet = os.environ.get("LOCAL_RANK", "0") != "0" and "HYBRID_PARENT" not in os.environ
-        return 2 if quiet else _say(str(error), 2)
-    if isinstance(error, RunFailed) and error.failure.kind != "error":
-        return _say(error.failure.message, 2)
-    if isinstance(error, RunFailed):
-        print(f"hybrid: {error}\n{error.failure.details}", file=sys.stderr)
-        return 1
-    if isinstance(error, ModuleNotFoundError) and error.name != "hybrid":
-        return _say(str(error), 3)
-    if isinstance(error, PeerFailed):
-        return 1  # said by `leave_error`, which knows the first cause
-    raise error
-
-
-def _say(message: str, status: int) -> int:
-    print(f"hybrid: {' '.join(message.split())}", file=sys.stderr)
+def _say(message: str | None, status: int) -> int:
+    if message is not None:
+        print(f"hybrid: {' '.join(message.split())}", file=sys.stderr)
     return status

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import environment, launch, records, report
+from . import environment, jit_cache, launch, records, report
 from .config import Job, JobError
 from .job_file import to_dict
 from .layout import Layout, LayoutError
@@ -72,6 +72,7 @@ def compare(
     from .prepare import prepare
 
     prepared = prepare(job)
+    jit_cache.mend()
     nproc = nproc or default_nproc(job)
     session = _Session(prepared.job, Path(out), watcher or Silent(), program)
     names = [REFERENCE, *(s for s in dict.fromkeys(strategies) if s != REFERENCE)]

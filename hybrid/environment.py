@@ -22,7 +22,7 @@ def describe() -> dict[str, Any]:
         "processor": _processor(),
         "cores": num_cores(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "commit": _commit(),
         "command": " ".join(sys.argv),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
@@ -36,7 +36,15 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _version(name: str) -> str | None:
+def cache_folder() -> Path:
+    """Where the toolkit keeps what can be made again: hybrid in XDG_CACHE_HOME or in ~/.cache. A
+    relative path there is ignored (https://specifications.freedesktop.org/basedir-spec)."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "hybrid"
+
+
+def package_version(name: str) -> str | None:
+    """The installed release of a package; None where there is none. Imports nothing of it."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -8,6 +8,7 @@ killed, stopped or cut off, is known by its signs of life ceasing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import socket
@@ -15,8 +16,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 PERIOD_S = 1.0  # between signs of life
 PATIENCE_S = 2.0  # for another rank's word about a failure
 _CAUSE = "hybrid/cause"
@@ -65,21 +67,22 @@ class Liveness:
     def stop(self) -> None:
         """Give no more signs."""
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(PERIOD_S)
 
     def report(self, message: str) -> None:
         """Say what this rank fails of; the first word of all ranks stands."""
         cause = Cause(self.rank, self.host, message, self.where())
-        self.store.compare_set(_CAUSE, "", json.dumps(dataclasses.asdict(cause)))
+        word = json.dumps(dataclasses.asdict(cause))
+        _bounded(lambda: self.store.compare_set(_CAUSE, "", word), None)
 
     def first_cause(self) -> Cause | None:
         """What a failure of this rank follows from, when it lost a peer or waited in vain; takes a
         few seconds. None where no other rank is to blame."""
-        try:
-            return self._reported() or self._silent() or self._astray()
-        except RuntimeError:  # torch's store errors: no answer
-            message = "gone or cut off, and with it the meeting point of the run"
-            return Cause(0, "its host", message, "out of sight")
+        lost = "gone or cut off, and with it the meeting point of the run"
+        return _bounded(
+            lambda: self._reported() or self._silent() or self._astray(),
+            Cause(0, "its host", lost, "out of sight"),
+        )
 
     def _beat(self) -> None:
         while True:
@@ -124,6 +127,21 @@ class Liveness:
                 message = f"it did not join the others, and is at {sign['line']}"
                 return Cause(rank, sign["host"], message, sign["where"])
         return None
+
+
+def _bounded(ask: Callable[[], T | None], otherwise: T | None) -> T | None:
+    """What `ask` returns; `otherwise` where the store breaks, or does not answer: a request to a
+    host that is cut off waits as long as TCP tries, a quarter of an hour."""
+    answers: list[T | None] = []
+
+    def work() -> None:
+        with contextlib.suppress(RuntimeError):  # torch's store errors
+            answers.append(ask())
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(2 * PATIENCE_S + 4 * PERIOD_S)
+    return answers[0] if answers else otherwise
 
 
 def _line_of(thread: int | None) -> str:

@@ -19,6 +19,8 @@ from tests.conftest import ROOT
 ROWS = """
 __init__ __main__
 cli
+exit_status
+doctor
 compare train progress sample
 prepare evaluate report parity launch rank weights measure
 preflight trackers
@@ -34,6 +36,7 @@ strategies._precision
 strategies.base
 strategies._preflight
 data models
+jit_cache
 importing schedule processes environment job_file
 launchers accelerate_launch
 config

@@ -10,6 +10,24 @@ from pathlib import Path
 from tests.conftest import ROOT
 from tests.test_faults import compare_with
 
+# DeepSpeed's backend, for one process, with what would compile an op replaced by a word.
+START = """
+import os, sys, deepspeed
+from hybrid.processes import init_process
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+def load(self):
+    print("compiles")
+    raise SystemExit
+ShareMemCommBuilder.is_compatible, ShareMemCommBuilder.load = lambda *_: True, load
+init_process(0, 1)
+if sys.argv[1] == "ours":
+    from hybrid.strategies._deepspeed import prepare_process
+    prepare_process()
+else:
+    deepspeed.init_distributed("gloo")
+print("started")
+"""
+
 FALL_BACK = """
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -29,6 +47,20 @@ def test_accelerate_still_turns_fsdp_into_ddp_on_a_cpu() -> None:
         timeout=120,
     )
     assert done.stdout.split()[-1:] == ["MULTI_CPU"], done.stdout + done.stderr
+
+
+def test_deepspeed_still_compiles_an_op_when_it_starts_on_a_cpu(tmp_path: Path) -> None:
+    """hybrid/strategies/_deepspeed.py::prepare_process"""
+    for whose, word in (("theirs", "compiles"), ("ours", "started")):
+        done = subprocess.run(
+            [sys.executable, "-c", START, whose],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "XDG_CACHE_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=120,
+        )
+        assert done.stdout.split()[-1:] == [word], done.stdout + done.stderr
 
 
 def test_deepspeed_still_loses_small_biases_in_bf16() -> None:

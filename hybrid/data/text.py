@@ -26,6 +26,7 @@ from typing import Any
 import numpy
 import torch
 
+from ..environment import cache_folder
 from ._text_cache import Side, TokenFile, open_tokens, write_tokens
 from ._text_documents import plan_documents
 from ._text_sources import Rows, Source, find_files, stamp, standard_library
@@ -129,11 +130,9 @@ def _check(options: dict[str, Any]) -> None:
 
 
 def _cache_folder(options: dict[str, Any]) -> Path:
-    """https://specifications.freedesktop.org/basedir-spec: a relative path there is ignored."""
     if "cache" in options:
         return Path(os.path.expanduser(options["cache"]))
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "hybrid" / "text"
+    return cache_folder() / "text"
 
 
 def _token_file(options: dict[str, Any]) -> TokenFile:

@@ -3,13 +3,17 @@ imports DeepSpeed."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from .. import jit_cache
 from ..config import Job
+from ..launchers import Ranks
 from ..layout import Layout, micro_batch_size
 from ..models.layers import Layers
 from ..processes import device, gather_objects
@@ -26,11 +30,17 @@ def prepare_process() -> None:
     """Bring DeepSpeed into the process group that there is.
 
     On CPUs it would first compile a shared-memory all-reduce (20 to 80 s, and a killed build leaves
-    a lock that stops every later start); gloo does that work, where it can be counted.
+    a lock that stops every later start); gloo does that work, where it can be counted. To ask it
+    which ops this machine can compile would run the compiler for each (0.2 s a rank), so what
+    builds the op is replaced. test_workarounds.py tells when this can go.
     """
+    jit_cache.use()
+    if "HYBRID_PARENT" not in os.environ and Ranks.from_env().local_rank == 0:
+        jit_cache.mend()  # else the process that started the ranks has done so
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # By this name, since the attribute `deepspeed.comm.torch` is torch itself.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed("nccl" if device().type == "cuda" else "gloo", verbose=False)
 
 
