@@ -7,13 +7,13 @@ one another: what each host found, and how fast the links between them are.
 from __future__ import annotations
 
 import dataclasses
-import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
-from .. import launchers
+from ..launchers import Ranks, adopt
+from ..launchers import name as launcher_name
 from ..records import dumps
 from .devices import check_devices, torch_problem
 from .finding import Finding
@@ -42,7 +42,7 @@ class Report:
 def run(self_test: bool, json_to: TextIO | None) -> int:
     """The command: prints each finding as it is made, on the first rank alone, or at the end one
     JSON object to `json_to`. Returns the exit status: 3 where something needed is missing."""
-    first = launchers.adopt().rank == 0 if under_launcher() else True
+    first = adopt().rank == 0 if under_launcher() else True
     report = examine(self_test, _print if first and not json_to else None)
     if first and json_to:
         print(dumps(report), file=json_to)
@@ -85,7 +85,7 @@ def examine(self_test: bool = True, tell: Tell | None = None) -> Report:
 
 def under_launcher() -> bool:
     """Whether a launcher started this process as a rank."""
-    return launchers.name() is not None
+    return launcher_name() is not None
 
 
 def _meet(findings: Sequence[Finding], links: list[Any]) -> list[Finding]:
@@ -93,7 +93,6 @@ def _meet(findings: Sequence[Finding], links: list[Any]) -> list[Finding]:
     if torch_problem():
         return [Finding(RANKS, "error", "they cannot meet without torch", "see torch above")]
     from .. import processes
-    from ..launchers import Ranks
     from .links import measure
 
     ranks = Ranks.from_env()
