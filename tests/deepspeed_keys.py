@@ -13,7 +13,6 @@ import contextlib
 import json
 import typing
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, TypeAdapter
@@ -152,34 +151,25 @@ def of_pipeline() -> Iterator[tuple[str, Section]]:
         yield name, {} if default == "auto" else {"type": [KINDS[type(default)]]}
 
 
-def table() -> Section:
-    """The whole table."""
+def text() -> str:
+    """The whole table as its file has it, a line a key."""
     import deepspeed
 
-    return {"deepspeed": deepspeed.__version__, "properties": dict(of_section())}
+    keys = _lines(dict(of_section()), " ")
+    return f'{{"deepspeed": "{deepspeed.__version__}", "properties": {{\n{keys}\n}}}}\n'
 
 
-def write(path: Path) -> None:
-    """The table as a file, a line a key."""
-
-    def lines(section: Section, indent: str) -> str:
-        return ",\n".join(
-            f"{indent}{json.dumps(name)}: "
-            + (
-                f'{{"type": {json.dumps(value["type"])}, "properties": {{\n'
-                f"{lines(value['properties'], indent + ' ')}\n{indent}}}}}"
-                if "properties" in value
-                else json.dumps(value)
-            )
-            for name, value in section.items()
-        )
-
-    found = table()
-    path.write_text(
-        f'{{"deepspeed": "{found["deepspeed"]}", "properties": {{\n'
-        f"{lines(found['properties'], ' ')}\n}}}}\n"
-    )
+def _lines(section: Section, indent: str) -> str:
+    lines = []
+    for name, value in section.items():
+        if inner := value.get("properties"):
+            head = f'"type": {json.dumps(value["type"])}, "properties"'
+            shown = f"{{{head}: {{\n{_lines(inner, indent + ' ')}\n{indent}}}}}"
+        else:
+            shown = json.dumps(value)
+        lines.append(f"{indent}{json.dumps(name)}: {shown}")
+    return ",\n".join(lines)
 
 
 if __name__ == "__main__":
-    write(KEYS_FILE)
+    KEYS_FILE.write_text(text())
