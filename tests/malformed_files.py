@@ -113,6 +113,7 @@ ODD_JOBS = {
     "/dev/null": ["a pipe or a device"],
     "linear.toml/more.toml": ["Not a directory"],
     "n" * 300: ["too long"],
+    "red\x1b[31m\n.toml": ["\\x1b[31m", "No such file"],
     "": ["a directory"],
 }
 ZERO2 = '"zero_optimization": {"stage": 2'

@@ -28,8 +28,9 @@ TYPED += ["long key", "FSDP for ZeRO"]
 def cases() -> dict[str, tuple[list[str], dict[str, str], list[str]]]:
     """Name of each case: command line, environment, words of its line."""
     found: dict[str, tuple[list[str], dict[str, str], list[str]]] = {}
-    for name, words in [*((n, w) for n, (_, w) in JOBS_TOML.items()), *ODD_JOBS.items()]:
-        found[name] = (["train", name, "--strategy", "ddp"], {}, [name.split("/")[0], *words])
+    jobs = {name: [f"{name}: ", *words] for name, (_, words) in JOBS_TOML.items()} | ODD_JOBS
+    for name, words in jobs.items():
+        found[name] = (["train", name, "--strategy", "ddp"], {}, words)
     for name, (_, words) in DS_CONFIGS.items():
         setting = f"strategy.zero2.ds_config={name}.json"
         command = ["train", LINEAR, "--strategy", "zero2", "--set", setting]
