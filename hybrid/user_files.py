@@ -17,18 +17,23 @@ def read_text(path: Path, what: str, max_bytes: int = MAX_BYTES) -> str:
     """The text of a file; `what` names it in errors. JobError where it is no regular file (a pipe
     or a device could be waited for without end), holds more than `max_bytes` or is not UTF-8. A
     byte order mark in front, which some editors write, is no part of the text."""
+    problem, content = None, b""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            kind = "a directory" if path.is_dir() else "a pipe or a device"
-            raise JobError(f"{what}: cannot be read: is {kind}, not a file")
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            with path.open("rb") as file:
+                content = file.read(max_bytes + 1)
+        else:
+            kind = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
+            problem = f"is {kind}, not a file"
     except OSError as error:
-        raise JobError(f"{what}: cannot be read: {error.strerror}") from None
+        problem = error.strerror
     except ValueError as error:  # a NUL in its name
-        raise JobError(f"{what}: cannot be read: {error}") from None
+        problem = str(error)
     if len(content) > max_bytes:
-        raise JobError(f"{what}: cannot be read: holds more than {max_bytes >> 10} KiB")
+        problem = f"holds more than {max_bytes >> 10} KiB"
+    if problem:
+        raise JobError(f"{what}: cannot be read: {problem}")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
