@@ -65,8 +65,7 @@ def compare(
 
     loaded = _load(job, overrides)
     names = [n.strip() for n in strategies.split(",")] if strategies else list(registry.NAMES)
-    for name in names:
-        registry.get(name)
+    registry.check_settings(loaded, names)
     watcher = _progress()
     try:
         result = compare_strategies(loaded, names, nproc, out, watcher)
@@ -94,7 +93,7 @@ def train(
     from .strategies import registry
 
     loaded = _load(job, overrides)
-    registry.get(strategy)
+    registry.check_settings(loaded, [strategy])
     if launchers.name():
         record = _train_as_rank(loaded, strategy, nproc, out)
         if launchers.Ranks.from_env().rank:
@@ -281,5 +280,7 @@ def main() -> None:
 
 def _say(message: str | None, status: int) -> int:
     if message is not None:
-        print(f"hybrid: {' '.join(message.split())}", file=sys.stderr)
+        line = " ".join(message.split())
+        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        print(f"hybrid: {shown}", file=sys.stderr)
     return status

@@ -32,12 +32,25 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-Positive = Annotated[int, Field(ge=1)]
+MAX_DEPTH = 100  # levels of options; pydantic writes 255 and no more
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[int, Field(ge=1, lt=2**63)]
 Partition = Literal["uniform", "parameters"] | Annotated[list[Positive], Field(min_length=1)]
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
 
 
 def _storable(options: dict[str, Any]) -> dict[str, Any]:
     """Options as every rank will read them back from `job.json`."""
+    level: list[Any] = [options]
+    for _ in range(MAX_DEPTH):
+        level = [inner for value in level for inner in _inside(value)]
+    if level:
+        raise ValueError(f"options are nested more than {MAX_DEPTH} levels deep")
     try:
         json.dumps(options, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -83,7 +96,7 @@ class Schedule(_Section):
     end of the run along a line or half a cosine."""
 
     name: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: Count = 0
     min_lr: float = Field(default=0.0, ge=0)
 
 
@@ -101,10 +114,10 @@ class Train(_Section):
     steps: Positive | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     clip_norm: float = Field(default=0.0, ge=0)
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: Count = 0
     activation_checkpointing: bool = False
     compile: bool = False
-    eval_every: int = Field(default=0, ge=0)
+    eval_every: Count = 0
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:

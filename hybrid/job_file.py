@@ -6,7 +6,7 @@ job = load_job("launch/jobs/mnist.toml", ["train.steps=20", "optimizer.name=adam
 from __future__ import annotations
 
 import difflib
-import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from .config import Job, JobError
+from .user_files import read_json, read_text, show, show_key
 
+MAX_TOML_BYTES = 2**16
+# tomllib takes time and memory with the square of a dotted key's parts: 8 s and 3 GB for 30,000.
+_LONG_KEY = re.compile(r"""(?:(?<![\w"'-])[\w"'-]++[ \t]*+\.[ \t]*+){100}""")
 _INSTEAD = {"train.steps": "epochs", "train.epochs": "steps"}
 
 
@@ -51,18 +55,27 @@ def _copy(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     """The mapping in a TOML file, or in a JSON file such as a run's own `job.json`."""
-    kind = "JSON" if path.suffix == ".json" else "TOML"
-    try:
-        text = path.read_bytes().decode()
-        data = json.loads(text) if kind == "JSON" else tomllib.loads(text)
-    except OSError as error:
-        raise JobError(f"{path}: cannot be read: {error.strerror}; a job file is needed") from None
-    except (ValueError, RecursionError) as error:
-        first = str(error).splitlines()[0]
-        raise JobError(f"{path}: not a {kind} file: {first}") from None
+    data = read_json(path, str(path)) if path.suffix == ".json" else _read_toml(path)
     if not isinstance(data, dict):
         raise JobError(f"{path}: holds a {type(data).__name__}, a job is sections of keys")
     return data
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    text = read_text(path, str(path), MAX_TOML_BYTES)
+    try:
+        return _parse(text)
+    except RecursionError:
+        raise JobError(f"{path}: not a TOML file: nested too deeply") from None
+    except ValueError as error:
+        raise JobError(f"{path}: not a TOML file: {str(error).splitlines()[0]}") from None
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """What TOML says; ValueError or RecursionError where it is none."""
+    if found := _LONG_KEY.search(text):
+        raise ValueError(f"more than 100 parts in the key {show_key(found[0])}")
+    return tomllib.loads(text)
 
 
 def _parse_pair(text: str) -> tuple[str, Any]:
@@ -70,8 +83,8 @@ def _parse_pair(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise JobError(f"--set {text!r}: write a.b=value, such as train.steps=20")
     try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        return key.strip(), _parse(f"value = {value}")["value"]
+    except (ValueError, RecursionError):  # a bare word
         return key.strip(), value.strip()
 
 
@@ -95,14 +108,13 @@ def _one_line(error: ValidationError) -> str:
     field, valid = _locate(first["loc"])
     if first["type"] == "extra_forbidden":
         unknown = str(first["loc"][-1])
-        near = difflib.get_close_matches(unknown, valid, 1)
+        near = difflib.get_close_matches(unknown[:100], valid, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"{field}.{unknown}: unknown key; {hint}valid: {', '.join(valid)}".lstrip(".")
+        where = ".".join(filter(None, (field, show_key(unknown))))
+        return f"{where}: unknown key; {hint}valid: {', '.join(valid)}"
     if first["type"] == "missing":
         return f"{field}: missing; it has no default"
-    value = repr(first["input"])
-    value = value if len(value) <= 60 else value[:57] + "..."
-    shown = "" if first["type"] == "value_error" else f" = {value}"
+    shown = "" if first["type"] == "value_error" else f" = {show(first['input'])}"
     messages = dict.fromkeys(e["msg"] for e in errors if _locate(e["loc"])[0] == field)
     return f"{field}{shown}: {'; or '.join(messages).replace('Value error, ', '')}"
 

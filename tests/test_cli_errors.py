@@ -37,7 +37,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "no such job": (["train", "nowhere.toml", "@ddp"], ["nowhere.toml", "cannot be read"]),
     "a folder": (["train", ".", "@ddp"], ["cannot be read", "directory"]),
     "not TOML": (["train", "bad.toml", "@ddp"], ["bad.toml", "not a TOML file", "line 1"]),
-    "not UTF-8": (["train", "latin.toml", "@ddp"], ["latin.toml", "not a TOML file"]),
+    "not UTF-8": (["train", "latin.toml", "@ddp"], ["latin.toml", "UTF-8", "byte 3"]),
     "not sections": (["train", "list.json", "@ddp"], ["list.json", "list"]),
     "a value for a section": (["train", LINEAR, "@ddp", "--set", "train=3"], ["train = 3"]),
     "a key in a value": (

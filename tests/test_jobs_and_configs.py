@@ -6,7 +6,6 @@ import json
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -43,31 +42,15 @@ def test_a_shipped_job_can_be_made_and_has_no_setting_without_effect(name: str) 
     assert resolve_lengths(prepared.job, 1) == prepared.job, "lengths are settled once"
 
 
-def unknown_zero_keys(config: dict[str, Any]) -> set[str]:
-    """Keys of `zero_optimization` that DeepSpeed's own model of it does not have."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    fields = DeepSpeedZeroConfig.model_fields
-    known = set(fields) | {field.alias for field in fields.values() if field.alias}
-    return set(config.get("zero_optimization", {})) - known
-
-
 def test_every_ds_config_has_its_stage_and_no_other_is_shipped() -> None:
     assert {path.stem for path in DS_CONFIGS} == set(STAGES)
 
 
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
-def test_a_shipped_ds_config_is_loaded_and_deepspeed_knows_its_keys(path: Path) -> None:
+def test_a_shipped_ds_config_is_loaded_by_name_and_by_path(path: Path) -> None:
     by_name = _ds_config.load(path.stem, STAGES[path.stem])
     assert by_name == _ds_config.load(str(path), STAGES[path.stem])
     assert by_name == json.loads(path.read_text())
-    assert unknown_zero_keys(by_name) == set()
-
-
-def test_a_misspelt_key_would_be_noticed() -> None:
-    config = _ds_config.load("zero2", 2)
-    config["zero_optimization"]["reduce_buket_size"] = 1
-    assert unknown_zero_keys(config) == {"reduce_buket_size"}
 
 
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)

@@ -38,7 +38,7 @@ strategies._preflight
 data models
 jit_cache
 importing schedule processes environment job_file
-launchers accelerate_launch
+launchers accelerate_launch user_files
 config
 layout records tolerances liveness
 """

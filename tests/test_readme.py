@@ -21,7 +21,12 @@ from hybrid.strategies import registry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLES = sorted((ROOT / "launch" / "examples").glob("*.py"))
+# Of the Python API; what uses none of it is shown beside what it explains.
+EXAMPLES = sorted(
+    path
+    for path in (ROOT / "launch" / "examples").glob("*.py")
+    if "\nimport hybrid\n" in path.read_text()
+)
 
 INSTALLS = "sets up an environment; the Makefile's rule does it before these tests run"
 NOT_RUN = {

@@ -1,12 +1,18 @@
-"""DeepSpeed configuration files: what DeepSpeed alone owns; the rest comes from the job."""
+"""DeepSpeed configuration files: what DeepSpeed alone owns; the rest comes from the job. No torch.
+
+DeepSpeed reads a file with unknown keys in silence. Here each key must be in `_ds_keys.json`, which
+`python -m tests.deepspeed_keys` writes from the installed DeepSpeed.
+"""
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from ..config import Job, JobError
+from ..user_files import read_json, show, show_key
 from .base import Unsupported
 
 # What the job says for every strategy alike. A file that says it too would win or lose in silence.
@@ -19,31 +25,110 @@ OWNED_BY_JOB = {
     "scheduler": "[schedule]",
     "fp16": "train.precision",
     "bf16": "train.precision",
+    "bfloat16": "train.precision",
     "data_types": "train.precision",
+    "torch_autocast": "train.precision",
+    "communication_data_type": "train.precision",
+    "data_efficiency": "[data]",
 }
+# What would be overwritten, or would make another run than the job's.
+NOT_HERE = {
+    "steps_per_print": "steps are shown and written by the run itself",
+    "zero_allow_untested_optimizer": "it is always set here",
+    "managed_gradient_accumulation": "every step is a whole optimizer step here",
+    "tensor_parallel": "no strategy here splits tensors",
+    "expert_parallel": "no strategy here places experts",
+    "hybrid_engine": "it generates text with another engine",
+    "autotuning": "it starts runs of its own",
+}
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "pipeline": 0}  # 2d's is in the job
+SHIPPED = (*STAGES, "2d")
+KEYS_FILE = Path(__file__).parent / "_ds_keys.json"
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "boolean": bool,
+    "integer": int,
+    "number": (int, float),
+    "string": str,
+    "array": list,
+    "object": dict,
+    "null": type(None),
+}
+
+
+def check(job: Job, strategy: str) -> None:
+    """JobError where the file that a strategy's section of the job names is wrong; nothing for a
+    strategy that takes none."""
+    path = getattr(job.settings(strategy), "ds_config", None)
+    if path is not None:
+        stage = job.strategy.two_d.zero_stage if strategy == "2d" else STAGES[strategy]
+        load(path, stage)
 
 
 def load(name: str, stage: int) -> dict[str, Any]:
     """The configuration in a file, or in the shipped `ds_configs/NAME.json`; JobError where it
-    cannot be read, says what the job says, or asks for another ZeRO stage than `stage`."""
-    path = Path(name) if name.endswith(".json") else _shipped(name)
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise JobError(f"ds_config = {name!r}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise JobError(f"ds_config = {name!r}: not a JSON file: {error}") from None
+    cannot be read, holds what DeepSpeed does not know, says what the job says, or asks for another
+    ZeRO stage than `stage`."""
+    where = f"ds_config = {name!r}"
+    config = read_json(_shipped(name) if name in SHIPPED else Path(name), where)
     if not isinstance(config, dict):
-        raise JobError(f"ds_config = {name!r}: holds a {type(config).__name__}, not an object")
+        raise JobError(f"{where}: holds a {type(config).__name__}, not an object")
     for key in config.keys() & OWNED_BY_JOB.keys():
-        raise JobError(f"ds_config = {name!r}: {key}: set {OWNED_BY_JOB[key]} in the job instead")
-    zero = config.get("zero_optimization", {})
-    found = zero.get("stage", 0) if isinstance(zero, dict) else zero
+        raise JobError(f"{where}: {key}: set {OWNED_BY_JOB[key]} in the job instead")
+    for key in config.keys() & NOT_HERE.keys():
+        raise JobError(f"{where}: {key}: may not be set: {NOT_HERE[key]}")
+    table = json.loads(KEYS_FILE.read_text())
+    if problem := _problem(config, table | {"type": ["object"]}, ""):
+        raise JobError(f"{where}: {problem} (by DeepSpeed {table['deepspeed']})")
+    found = config.get("zero_optimization", {}).get("stage", 0)
     if found != stage:
-        raise JobError(
-            f"ds_config = {name!r}: zero_optimization.stage = {found}: this strategy needs {stage}"
-        )
+        raise JobError(f"{where}: zero_optimization.stage = {found}: this strategy needs {stage}")
     return config
+
+
+def _problem(value: Any, known: dict[str, Any], path: str) -> str | None:
+    """The first thing in a value that a row of the table does not allow, as `path: what`."""
+    if not _fits(value, known):
+        return f"{path} = {show(value)}: valid: {_describe(known)}"
+    if not isinstance(value, dict) or "properties" not in known:
+        return None
+    keys = known["properties"]
+    for key, inner in value.items():
+        here = ".".join(filter(None, (path, show_key(key))))
+        if key not in keys:
+            near = difflib.get_close_matches(key[:100], keys, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(keys)}"
+            return f"{here}: unknown key; {hint}"
+        if problem := _problem(inner, keys[key], here):
+            return problem
+    return None
+
+
+def _fits(value: Any, known: dict[str, Any]) -> bool:
+    if "enum" in known and value is not None and value not in known["enum"]:
+        return False
+    if not any(_is_a(kind, value) for kind in known.get("type", _KINDS)):
+        return False
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return True
+    lowest, highest = known.get("minimum", value), known.get("maximum", value)
+    return lowest <= value <= highest and value > known.get("exclusiveMinimum", value - 1)
+
+
+def _is_a(kind: str, value: Any) -> bool:
+    """As JSON has it: true is no number, and 5e8 is an integer."""
+    if isinstance(value, bool):
+        return kind == "boolean"
+    whole = isinstance(value, float) and value.is_integer()
+    return isinstance(value, _KINDS[kind]) or (kind == "integer" and whole)
+
+
+def _describe(known: dict[str, Any]) -> str:
+    if "enum" in known:
+        return ", ".join(map(repr, known["enum"]))
+    words = " or ".join(known["type"])
+    bounds = {"minimum": ">=", "maximum": "<=", "exclusiveMinimum": ">"}
+    return " ".join([words, *(f"{sign} {known[b]}" for b, sign in bounds.items() if b in known)])
 
 
 def _shipped(name: str) -> Path:

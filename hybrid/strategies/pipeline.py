@@ -31,7 +31,7 @@ def check(job: Job, layout: Layout, outline: Outline) -> list[str]:
     from . import _ds_config
     from ._partition import check_stages
 
-    _ds_config.load(job.strategy.pipeline.ds_config or name, stage=0)
+    _ds_config.check(job, name)
     return [*_ds_config.check_precision(job), *check_stages(name, job, layout, outline)]
 
 

@@ -10,6 +10,7 @@ from .. import accelerate_launch
 from ..config import Job, JobError
 from ..launchers import Ranks
 from ..layout import Layout
+from . import _ds_config
 from .base import Engine, Outline, Strategy
 
 if TYPE_CHECKING:
@@ -36,6 +37,14 @@ def get(name: str) -> Strategy:
     if name not in _MODULES:
         raise JobError(f"strategy = {name!r}: unknown; valid: {', '.join(NAMES)}")
     return cast(Strategy, importlib.import_module(f".{_MODULES[name]}", __package__))
+
+
+def check_settings(job: Job, names: Sequence[str]) -> None:
+    """JobError where there is no strategy of a name, or its section of the job names a file that is
+    wrong: what can be known before the model is made. Imports no torch."""
+    for name in names:
+        get(name)
+        _ds_config.check(job, name)
 
 
 def plan(job: Job, name: str, nproc: int, outline: Outline) -> tuple[Layout, list[str]]:

@@ -41,7 +41,7 @@ def check(job: Job, layout: Layout, outline: Outline) -> list[str]:
     from ._partition import check_stages
 
     settings = job.strategy.two_d
-    _ds_config.load(settings.ds_config or _file(settings), settings.zero_stage)
+    _ds_config.check(job, name)
     if settings.zero_stage == 0 and job.train.precision != "fp32":
         raise Unsupported(
             f"strategy.2d.zero_stage = 0 with train.precision = {job.train.precision!r}: DeepSpeed "

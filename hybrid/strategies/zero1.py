@@ -29,7 +29,7 @@ def check(job: Job, layout: Layout, outline: Outline) -> list[str]:
     """Runs everything; refuses a `ds_config` with keys that are not its to set."""
     from . import _ds_config
 
-    _ds_config.load(job.strategy.zero1.ds_config or name, stage=1)
+    _ds_config.check(job, name)
     return _ds_config.check_precision(job)
 
 

@@ -1,0 +1,156 @@
+"""DeepSpeed's configurations: which keys are known, and that plain DeepSpeed takes our files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybrid.config import JobError
+from hybrid.strategies import _ds_config
+from tests import deepspeed_keys
+from tests.conftest import ROOT, small_job
+
+README = (ROOT / "ds_configs" / "README.md").read_text()
+COMMANDS = re.findall(r"^deepspeed .*", README, re.M)
+RUN = ("zero2", "pipeline")  # the others take their turn by hand: 10 s each
+
+
+def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
+    found = deepspeed_keys.text()
+    assert _ds_config.KEYS_FILE.read_text() == found, "run: python -m tests.deepspeed_keys"
+
+
+def samples(known: dict[str, Any]) -> Iterator[Any]:
+    """Values that a row of the table allows."""
+    least = known.get("minimum", known.get("exclusiveMinimum", 0))
+    whole = max(1, int(least) + ("exclusiveMinimum" in known))
+    values = {"boolean": True, "integer": whole, "number": float(least) or 0.5, "string": "auto"}
+    for kind in known.get("type", []):
+        yield from known.get("enum") or [values.get(kind, {"array": [], "object": {}}.get(kind))]
+
+
+def leaves(section: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any]]:
+    """Path and row of each value in the table."""
+    for name, known in section["properties"].items():
+        yield (*path, name), known
+        if "properties" in known:
+            yield from leaves(known, (*path, name))
+
+
+# DeepSpeed takes certain texts alone here, and says so itself when it starts; or a GPU is needed.
+CHOICES = {
+    "seq_parallel_communication_data_type",
+    "gradient_allreduce_op",
+    "checkpoint.tag_validation",
+    "checkpoint.writer.type",
+    "aio.use_gds",
+}
+
+
+def test_deepspeed_takes_what_the_table_allows() -> None:
+    """Each value alone, since not all go together; under ZeRO-3, which takes the most."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    table = json.loads(_ds_config.KEYS_FILE.read_text())
+    wrong, tried = {}, 0
+    for path, known in leaves(table):
+        for value in samples(known):
+            config: Any = value
+            for name in reversed(path):
+                config = {name: config}
+            if path[0] == "zero_optimization" and isinstance(config[path[0]], dict):
+                config[path[0]].setdefault("stage", 3)
+            tried += 1
+            try:
+                DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1} | config)
+            except Exception as error:
+                wrong[".".join(path)] = f"{value!r}: {error}"
+    assert tried > 150 and set(wrong) <= CHOICES, wrong
+
+
+FULL = {
+    "zero_optimization": {
+        "stage": 2,
+        "reduce_bucket_size": 5e7,
+        "overlap_comm": None,
+        "offload_optimizer": {"device": "cpu", "ratio": 1},
+    },
+    "activation_checkpointing": {"number_checkpoints": 4, "profile": False},
+    "comms_logger": {"enabled": True, "prof_ops": ["all_reduce"]},
+    "flops_profiler": {"profile_step": 2, "output_file": None},
+    "wall_clock_breakdown": True,
+}
+
+
+def test_a_file_with_much_in_it_is_taken(tmp_path: Path) -> None:
+    file = tmp_path / "full.json"
+    file.write_text(json.dumps(FULL))
+    assert _ds_config.load(str(file), 2) == FULL
+    _ds_config.check(small_job(strategy__zero2__ds_config=str(file)), "zero2")
+    with pytest.raises(JobError, match=r"zero_optimization.stage = 2: this strategy needs 3"):
+        _ds_config.check(small_job(strategy__zero3__ds_config=str(file)), "zero3")
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_2d_needs_the_stage_that_its_job_says(stage: int, tmp_path: Path) -> None:
+    file = tmp_path / "two.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1 - stage}}))
+    job = small_job(strategy__2d={"zero_stage": stage, "ds_config": str(file)})
+    with pytest.raises(JobError, match=f"stage = {1 - stage}: this strategy needs {stage}"):
+        _ds_config.check(job, "2d")
+
+
+@pytest.mark.parametrize("key", _ds_config.NOT_HERE)
+def test_what_the_toolkit_does_itself_is_refused(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps({key: True}))
+    with pytest.raises(JobError, match=f"{key}: may not be set: {_ds_config.NOT_HERE[key]}"):
+        _ds_config.load(str(file), 0)
+
+
+def test_the_commands_name_every_file() -> None:
+    named = [re.findall(r"ds_configs/(\w+)\.json", command) for command in COMMANDS]
+    assert sorted(named) == sorted([p.stem] for p in (ROOT / "ds_configs").glob("*.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUN)
+def test_plain_deepspeed_takes_a_file_as_it_is(name: str) -> None:
+    (command,) = (c for c in COMMANDS if f"/{name}.json" in c)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher, *words = shlex.split(command)
+    done = subprocess.Popen(
+        [Path(sys.executable).parent / launcher, "--master_port", str(port), *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": path_with_ours()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = done.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(done.pid, signal.SIGKILL)
+        raise
+    assert done.returncode == 0, output[-4000:]
+    first, last = (float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)$", output, re.M))
+    assert last < first / 5
+
+
+def path_with_ours() -> str:
+    """PATH with this environment's programs first, as after activating it."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
