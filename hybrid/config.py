@@ -35,6 +35,7 @@ class _Section(BaseModel):
 MAX_DEPTH = 100  # levels of options; pydantic writes 255 and no more
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
+Seconds = Annotated[int, Field(ge=1, le=7 * 24 * 3600)]
 Partition = Literal["uniform", "parameters"] | Annotated[list[Positive], Field(min_length=1)]
 
 
@@ -103,8 +104,8 @@ class Schedule(_Section):
 class Train(_Section):
     """`global_batch`: samples per optimizer step over all ranks. `micro_batches`: pieces each
     data-parallel rank cuts its share into. `epochs` or `steps`: one of them. `clip_norm`: greatest
-    global gradient norm, 0 is off. `precision`: what layers compute in; `hybrid.precision` has its
-    whole meaning. `activation_checkpointing`: compute each layer's activations again in backward
+    global gradient norm, 0 is off. `precision`: what layers compute in; README.md has its whole
+    meaning. `activation_checkpointing`: compute each layer's activations again in backward
     instead of keeping them. `compile`: torch.compile each layer. `eval_every`: optimizer steps
     between evaluations, the first before training; 0: at the end alone."""
 
@@ -147,8 +148,8 @@ class Launch(_Section):
     """Seconds until a run gives up: `start_timeout_s` on ranks that do not start or meet,
     `collective_timeout_s` on a rank that others wait for in a collective."""
 
-    start_timeout_s: Positive = 60
-    collective_timeout_s: Positive = 300
+    start_timeout_s: Seconds = 60
+    collective_timeout_s: Seconds = 300
 
 
 class StrategySettings(_Section):

@@ -29,6 +29,7 @@ KINDS = {  # every field of the job, by the kind of value it takes
         *(f"strategy.{name}.micro_batches" for name in NAMES),
         *("strategy.ddp.powersgd_rank", "strategy.ddp.bucket_cap_mb"),
         "strategy.local_sgd.emulate_replicas",
+        *("launch.start_timeout_s", "launch.collective_timeout_s"),
     ],
     "whole": ["train.seed", "train.eval_every", "schedule.warmup_steps"],
     "number": [
