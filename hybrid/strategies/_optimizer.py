@@ -116,13 +116,16 @@ def global_norm(parameters: Iterable[nn.Parameter], group: Any = None) -> float:
 
 
 def clip(parameters: Iterable[nn.Parameter], norm: float, limit: float) -> None:
-    """Scale gradients whose global norm is `norm` so that it is at most `limit`; 0: leave them."""
-    if limit and norm > limit:
+    """Scale gradients whose global norm is `norm` so that it is at most `limit`; 0: leave them.
+    With the 1e-6 of `torch.nn.utils.clip_grad_norm_`, which DeepSpeed has too: left out, each
+    clipped step is 1e-6 / norm apart from theirs."""
+    factor = limit / (norm + 1e-6)
+    if limit and factor < 1:
         for parameter in parameters:
             if parameter.grad is not None:
                 gradient: Any = parameter.grad
                 local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-                local.mul_(limit / norm)
+                local.mul_(factor)
 
 
 class LossScale:
