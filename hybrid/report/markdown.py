@@ -66,12 +66,14 @@ def _precision(comparison: Comparison) -> list[str]:
 
 
 def _validation(comparison: Comparison) -> list[str]:
+    told = [f"- **{_escape(n)}**: {text}" for n, text in _evaluated(comparison).items()]
+    return ["", "## Validation loss", "", *told] if told else []
+
+
+def _evaluated(comparison: Comparison) -> dict[str, str]:
     """From the first evaluation to the last, of each run that may be believed."""
     runs = {n: comparison.strategies[n] for n, run in judge(comparison).items() if not run.problem}
-    told = [
-        f"- **{_escape(n)}**: {_progress(run)}" for n, run in runs.items() if len(run.evals) > 1
-    ]
-    return ["", "## Validation loss", "", *told] if told else []
+    return {n: _progress(run) for n, run in runs.items() if len(run.evals) > 1}
 
 
 def _progress(run: Record) -> str:
@@ -112,9 +114,9 @@ def console_table(comparison: Comparison) -> Table:
 
     said = verdict(comparison)
     title = Text(said.headline, "bold green" if said.ok else "bold red")
-    table = Table(
-        title=title, caption=Text("\n".join(said.details)), title_justify="left", box=None
-    )
+    below = [*said.details, *(f"{n}: {text}." for n, text in _evaluated(comparison).items())]
+    caption = Text("\n".join(below))
+    table = Table(title=title, caption=caption, title_justify="left", box=None)
     table.caption_justify = "left"
     headers = make_headers(comparison)
     shown = [n for n, head in enumerate(headers) if head not in LEFT_TO_THE_FILES]
