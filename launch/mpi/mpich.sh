@@ -17,7 +17,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 words=(-np "$NPROC")
 if [ -n "$HOSTFILE" ]; then
   export MASTER_ADDR=${MASTER_ADDR:?name or address of the first host} MASTER_PORT
-  hosts=$(sed -nE 's/^([^#[:space:]]+)[[:space:]]+slots=([0-9]+).*/\1:\2/p' "$HOSTFILE" | paste -sd,)
+  hosts=$(sed -nE 's/^([^#[:space:]]+) +slots=([0-9]+).*/\1:\2/p' "$HOSTFILE" | paste -sd,)
   words+=(-hosts "$hosts") # MPICH hands the environment on by itself
 fi
 exec "${MPIRUN:-mpirun}" "${words[@]}" \

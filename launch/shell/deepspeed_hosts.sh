@@ -12,7 +12,7 @@ HOSTFILE=${HOSTFILE:-launch/hostfile}
 MASTER_PORT=${MASTER_PORT:-29500} # free on the first host
 OUT=${OUT:-out/deepspeed} # results on the first host, errors of its ranks on each
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Over ssh only PYTHON* and a few more variables travel; others go into ~/.deepspeed_env, a line each:
+# Over ssh only PYTHON* and a few more variables travel; others go into ~/.deepspeed_env:
 #   OMP_NUM_THREADS=1
 #   GLOO_SOCKET_IFNAME=eth0
 
