@@ -1,5 +1,5 @@
-"""Under a real SLURM: every batch script runs; jobs that are requeued or cancelled, or lose a rank, end
-as launch/slurm.md says."""
+"""Under a real SLURM: every batch script runs; jobs that are requeued or cancelled, and one that
+loses a rank, end as launch/slurm.md says."""
 
 from __future__ import annotations
 
