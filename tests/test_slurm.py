@@ -14,7 +14,6 @@ from typing import NamedTuple
 import pytest
 
 from tests import slurm_cluster
-from tests.conftest import ROOT
 from tests.pages import blocks, environment, record_of
 from tests.test_failures import ranks_of, wait_for_steps
 
@@ -156,7 +155,3 @@ def pids_of(out: Path) -> list[int]:
 def environ_of(pid: int) -> bytes:
     """The variables that a process was started with."""
     return Path(f"/proc/{pid}/environ").read_bytes()
-
-
-def test_the_checkout_is_left_as_it_was() -> None:
-    assert not list(ROOT.glob("slurm-*.log"))
