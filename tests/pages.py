@@ -50,17 +50,13 @@ def free_port() -> int:
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    """For commands typed in `folder`: the checkout's files and programs, two hosts that are this
-    machine, and nothing of a launcher that started the tests."""
+    """For commands typed in `folder`: the checkout's files and programs, a free port, and `more`."""
     if not (folder / "launch").exists():
         (folder / "launch").symlink_to(ROOT / "launch")
-    hosts = folder / "hosts"
-    hosts.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
     ours = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "MASTER_PORT": str(free_port()),
-        "HOSTFILE": str(hosts),
     }
     return os.environ | ours | more
 

@@ -35,7 +35,10 @@ def test_commands_run(commands: list[str], needs: str | None, tmp_path: Path) ->
     if needs and not shutil.which(needs):
         pytest.skip(f"not installed: {needs}")
     here = [command.replace("node1", "localhost") for command in commands]
-    said = run_at_once(here, tmp_path, environment(tmp_path))
+    hosts = tmp_path / "hosts"  # that are this machine
+    hosts.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    several = {"HOSTFILE": str(hosts)} if len(commands) > 1 else {}
+    said = run_at_once(here, tmp_path, environment(tmp_path, **several))
     record = record_of(tmp_path)
     assert (record["status"], record["world_size"]) == ("ok", 2), said
     assert record["receipt"]["engaged"]
