@@ -50,7 +50,7 @@ def free_port() -> int:
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    """For commands typed in `folder`: the checkout's files and programs, a free port, and `more`."""
+    """For commands typed in `folder`: the checkout's files and programs, a free port, `more`."""
     if not (folder / "launch").exists():
         (folder / "launch").symlink_to(ROOT / "launch")
     ours = {
