@@ -3,8 +3,7 @@
     python -m benchmarks.launchers > benchmarks/launchers.md
 
 Run from the top folder; a few minutes on two cores. Launchers that are not installed are left out,
-and said to be. srun needs a SLURM that runs; `launch/slurm/README.md` tells how one does on one
-machine.
+and said to be. srun needs a SLURM that runs; tests/slurm_cluster.py starts one on one machine.
 """
 
 from __future__ import annotations
