@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
+from . import launchers
 from .config import JobError
 from .launch import RunFailed
+from .launchers import Ranks
 from .layout import LayoutError
 from .rank import PeerFailed
 from .strategies.base import Unsupported
@@ -16,9 +17,7 @@ def explain(error: Exception) -> tuple[str | None, int]:
     """What to say of an error that a command ended with, if anything, and the exit status; raises
     an error that only its traceback explains."""
     if isinstance(error, (JobError, LayoutError, Unsupported)):
-        # All ranks of a launcher find the same mistake; one a host says it.
-        quiet = os.environ.get("LOCAL_RANK", "0") != "0" and "HYBRID_PARENT" not in os.environ
-        return None if quiet else str(error), 2
+        return None if _is_said_by_another() else str(error), 2
     if isinstance(error, RunFailed) and error.failure.kind != "error":
         return error.failure.message, 2
     if isinstance(error, RunFailed):
@@ -29,3 +28,12 @@ def explain(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, PeerFailed):
         return None, 1  # said by `leave_error`, which knows the first cause
     raise error
+
+
+def _is_said_by_another() -> bool:
+    """All ranks of a launcher find the same mistake; one a host says it, and under `hybrid` each,
+    in its own log."""
+    try:
+        return launchers.name() not in (None, "hybrid") and Ranks.from_env().local_rank > 0
+    except JobError:  # the mistake is the launcher's own
+        return False

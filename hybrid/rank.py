@@ -74,6 +74,8 @@ def leave_error(error: BaseException, at: Whereabouts) -> Cause | None:
     Returns what it follows from, where that is another rank's failure. What is known of a lack of
     memory goes to the error's notes as well, for launchers that print it."""
     message, kind = ": ".join([type(error).__name__, *str(error).splitlines()[:1]]), kind_of(error)
+    if isinstance(error, SystemExit):
+        message = "was told to end, by SIGTERM"
     whole = f"{message} ({at.doing})"
     if kind != "error":
         message = whole = str(error)

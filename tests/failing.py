@@ -94,9 +94,9 @@ def _in_step(act: Callable[[], Any]) -> None:
 def main() -> None:
     """The command, whose ranks come back to this file."""
     fault = sys.argv.pop(1)
-    if "RANK" not in os.environ:
-        from hybrid import launch
+    from hybrid import launch, launchers
 
+    if launchers.name() is None:
         program = [sys.executable, __file__, fault]
         launch.run = functools.partial(launch.run, program=program)
     elif "single" not in sys.argv:  # the reference stays whole
