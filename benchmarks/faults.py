@@ -55,9 +55,9 @@ FAULTS = {
     "a rank falls behind": Fault(
         "falls_behind", None, 1, LIMIT_S + 12, rf"rank 1 .*did not join the others.*{STEP}"
     ),
-    "a rank never starts": Fault("never_starts", None, 1, LIMIT_S + 5, "ranks 1 of 2 did not st"),
-    "a wrong rendezvous": Fault("goes_elsewhere", None, 1, LIMIT_S + 5, "rank 1 .*no meeting of r"),
-    "a taken port": Fault("port_is_taken", None, 1, LIMIT_S + 5, "rank 0 .*cannot listen on port"),
+    "a rank never starts": Fault("never_starts", None, 1, LIMIT_S + 12, "ranks 1 of 2 did not st"),
+    "a wrong rendezvous": Fault("goes_elsewhere", None, 1, LIMIT_S + 12, "rank 1 .*no meeting of"),
+    "a taken port": Fault("port_is_taken", None, 1, LIMIT_S + 12, "rank 0 .*cannot listen on"),
     "SIGTERM": Fault("nothing", signal.SIGTERM, 143, 5, ""),
     "Ctrl-C": Fault("nothing", signal.SIGINT, 130, 5, "hybrid: interrupted"),
     "the launcher is killed": Fault("nothing", signal.SIGKILL, -9, 5, ""),

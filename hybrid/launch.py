@@ -27,7 +27,7 @@ from .records import Kind
 
 GRACE_S = 3.0  # between SIGTERM and SIGKILL, for ranks to flush their logs
 POLL_S = 0.02
-PATIENCE_S = 3.0  # with ranks that may know more
+PATIENCE_S = 8.0  # with ranks that live and may know more
 
 
 @dataclasses.dataclass(frozen=True)
