@@ -66,7 +66,7 @@ def ranks_pids(out: Path) -> list[int]:
 
 def wait_for_steps(out: Path, at_least: int) -> None:
     """Until rank 0 has written that many steps."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     file = out / "steps.jsonl"
     while not file.exists() or len(file.read_text().splitlines()) < at_least:
         assert time.monotonic() < deadline, "the run did not begin"
