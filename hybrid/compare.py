@@ -224,7 +224,9 @@ def _tolerance(job: Job, name: str) -> dict[str, float]:
 
 
 def _with_settings(job: Job, strategy: str, changes: dict[str, Any]) -> Job:
-    """The job with other settings in one strategy's section."""
+    """The job with other settings in one strategy's section; one's own strategy has none."""
+    if not changes:
+        return job
     field = "two_d" if strategy == "2d" else strategy
     section = getattr(job.strategy, field).model_copy(update=changes)
     strategies = job.strategy.model_copy(update={field: section})

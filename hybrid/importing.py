@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping
+from types import ModuleType
 from typing import Any
 
 from .config import JobError
@@ -51,13 +52,22 @@ def _first_line(error: Exception) -> str:
 
 def _import(section: str, name: str, path: str) -> Callable[..., Any]:
     module, _, function = path.partition(":")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a user's own file lies where the command is typed
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except Exception as error:  # a user's file may raise anything while it is imported
-        words = f"cannot be imported: {_first_line(error)}"
-        raise JobError(f"{section}.name = {name!r}: {words}") from error
+    loaded = import_module(f"{section}.name = {name!r}", module)
+    found = getattr(loaded, function, None)
+    if found is None:
+        words = f"cannot be imported: module {module!r} has no attribute {function!r}"
+        raise JobError(f"{section}.name = {name!r}: {words}")
     if not callable(found):
         raise JobError(f"{section}.name = {name!r}: is not a function")
     return found
+
+
+def import_module(given: str, module: str) -> ModuleType:
+    """A module that the job or the command names; JobError, beginning with what was `given`, where
+    it cannot be imported."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a user's own file lies where the command is typed
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a user's file may raise anything while it is imported
+        raise JobError(f"{given}: cannot be imported: {_first_line(error)}") from error

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from .. import accelerate_launch
 from ..config import Job, JobError
+from ..importing import import_module
 from ..launchers import Ranks
 from ..layout import Layout
 from . import _ds_config
@@ -30,13 +31,22 @@ _MODULES = {
     "2d": "two_d",
 }
 NAMES = tuple(_MODULES)
+PARTS = ("name", "summary", "layout", "check", "period", "build")  # see `Strategy`
 
 
 def get(name: str) -> Strategy:
-    """The strategy of that name; JobError, listing the valid ones, where there is none."""
-    if name not in _MODULES:
-        raise JobError(f"strategy = {name!r}: unknown; valid: {', '.join(NAMES)}")
-    return cast(Strategy, importlib.import_module(f".{_MODULES[name]}", __package__))
+    """The strategy of that name, or one's own by its module; JobError, listing the valid names,
+    where there is none."""
+    if name in _MODULES:
+        return cast(Strategy, importlib.import_module(f".{_MODULES[name]}", __package__))
+    if not all(part.isidentifier() for part in name.split(".")) or "." not in name:
+        valid = ", ".join(NAMES)
+        raise JobError(f"strategy = {name!r}: unknown; valid: {valid}, package.module")
+    module = import_module(f"strategy = {name!r}", name)
+    missing = [part for part in PARTS if not hasattr(module, part)]
+    if missing:
+        raise JobError(f"strategy = {name!r}: the module has no {', no '.join(missing)}")
+    return cast(Strategy, module)
 
 
 def check_settings(job: Job, names: Sequence[str]) -> None:
