@@ -1,4 +1,4 @@
-"""A strategy that is no part of the package: one process sums each batch in one piece.
+"""A strategy that is no part of the package: one process, by the engine of `single`.
 
 hybrid compare JOB --strategies tests.toy_strategy
 """
@@ -12,7 +12,7 @@ from hybrid.layout import Layout
 from hybrid.strategies.base import Outline, Unsupported
 
 name = "tests.toy_strategy"
-summary = "one process, each batch in one piece"
+summary = "one process, fp32 alone"
 
 
 def layout(job: Job, nproc: int) -> Layout:
@@ -33,7 +33,7 @@ def period(job: Job) -> int:
 
 
 def build(job: Job, layout: Layout, layers: Any, loss: Any) -> Any:
-    """The engine of `single`, asked for one micro-batch."""
+    """The engine of `single`."""
     from hybrid.strategies._replicas import ReplicaEngine
 
     return ReplicaEngine(job, layout, layers, loss)
