@@ -23,6 +23,7 @@ from .config import Launch
 from .launchers import Ranks
 
 DEFAULT_LIMITS = Launch()
+_told: set[str] = set()  # variables that a launcher would have set, until `cleanup`
 _THERE = "hybrid/there/"  # keys of the store: each rank's host, once it has come
 
 
@@ -41,9 +42,11 @@ def init_process(rank: int, world_size: int, limits: Launch = DEFAULT_LIMITS) ->
     """Join the run's default process group: nccl on GPUs, gloo on CPUs. MASTER_ADDR and MASTER_PORT
     name the meeting point; a process alone needs neither. Returns the store where ranks met;
     StartError, which names those missing, after `limits.start_timeout_s`."""
+    found = set(os.environ)
     os.environ.setdefault("RANK", str(rank))
     os.environ.setdefault("WORLD_SIZE", str(world_size))
     launchers.adopt()
+    _told.update(os.environ.keys() - found)
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)
@@ -130,6 +133,8 @@ def cleanup() -> None:
             deepspeed.destroy_process_group()  # and all groups of it that DeepSpeed remembers
         else:
             dist.destroy_process_group()
+        while _told:
+            os.environ.pop(_told.pop(), None)
         constants = dist.constants
         _set_default_timeouts(constants.default_pg_timeout, constants.default_pg_nccl_timeout)
 

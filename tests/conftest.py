@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,18 @@ def largest_differences(result: dict[str, Any], name: str) -> float:
     runs = result["strategies"]
     pairs = zip(runs[name]["steps"], runs["single"]["steps"], strict=True)
     return max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in pairs)
+
+
+@pytest.fixture(autouse=True)
+def no_launcher_left_behind() -> Iterator[None]:
+    """A test that leaves such variables makes commands of later tests think they are ranks."""
+    words = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "ACCELERATE_", "FSDP_")
+    before = set(os.environ)
+    yield
+    left = [key for key in os.environ.keys() - before if key.startswith(words)]
+    for key in left:
+        del os.environ[key]
+    assert not left, left
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,8 @@ def start_train(
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        # A shell has what it starts in the background ignore Ctrl-C, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 

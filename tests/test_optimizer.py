@@ -16,6 +16,7 @@ import hybrid
 from hybrid.data.batches import MicroBatch
 from hybrid.models import build_model
 from hybrid.models.layers import Layers
+from hybrid.processes import cleanup
 from hybrid.strategies._optimizer import (
     LossScale,
     build_optimizer,
@@ -222,3 +223,4 @@ def test_engines_leave_decay_out_where_the_job_says_so(strategy: str) -> None:
     expected = before["1.up.weight"] * (1 - 0.5 * DECAY)
     torch.testing.assert_close(after["1.up.weight"], expected, rtol=1e-6, atol=0)
     engine.close()
+    cleanup()
