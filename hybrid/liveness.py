@@ -39,8 +39,9 @@ EFFECTS = (
 
 
 def is_effect(message: str) -> bool:
-    """Whether an error says that another rank is gone or did not come."""
-    return any(words in message for words in EFFECTS)
+    """Whether an error says that another rank is gone or did not come. One that found nobody at the
+    meeting point is itself the one that did not come."""
+    return "no meeting of ranks" not in message and any(words in message for words in EFFECTS)
 
 
 @dataclasses.dataclass(frozen=True)
