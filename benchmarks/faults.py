@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hybrid import jit_cache, records
-from hybrid.environment import describe
+from hybrid.environment import summary
 from hybrid.job_file import to_dict
-from tests.conftest import ROOT, small_job
-from tests.test_failures import ranks_of
+from tests.conftest import small_job
+from tests.test_failures import ranks_of, start_train
 
-from .hosts import Hosts, address, why_not
+from .hosts import Hosts, why_not
 
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3", "pipeline")
 LIMIT_S = 6  # launch.start_timeout_s and launch.collective_timeout_s of the runs
@@ -70,16 +70,7 @@ def start(out: Path, strategy: str, fault: Fault) -> subprocess.Popen[str]:
     """The run with its fault, in the background."""
     limits = {"start_timeout_s": LIMIT_S, "collective_timeout_s": LIMIT_S}
     steps = 6 if fault.sent is None else 100_000
-    out.mkdir(parents=True)
-    records.write(to_dict(small_job(train__steps=steps, launch=limits)), out / "small.json")
-    words = ["train", str(out / "small.json"), "--strategy", strategy, "--nproc", "2"]
-    return subprocess.Popen(
-        [sys.executable, "tests/failing.py", fault.plant, *words, "--out", str(out)],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        cwd=ROOT,
-    )
+    return start_train(out, strategy, steps, fault=fault.plant, launch=limits)
 
 
 def wait_for_fault(out: Path, fault: Fault) -> float:
@@ -132,18 +123,9 @@ def check_cut(strategy: str, folder: Path) -> tuple[bool, str]:
     out, within_s = folder / f"{strategy}-cut", 2 * LIMIT_S + 12
     limits = {"start_timeout_s": 60, "collective_timeout_s": LIMIT_S}
     records.write(to_dict(small_job(train__steps=100_000, launch=limits)), out / "small.json")
-    words = ["-m", "hybrid", "train", str(out / "small.json"), "--strategy", strategy]
-    common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": address(0)}
+    words = ["train", str(out / "small.json"), "--strategy", strategy, "--out", str(out)]
     with Hosts(2) as hosts:
-        ranks = [
-            hosts.start(
-                rank,
-                [sys.executable, *words, "--out", str(out)],
-                common | {"RANK": str(rank), "MASTER_PORT": "29501", "OMP_NUM_THREADS": "1"},
-                out / f"{rank}.log",
-            )
-            for rank in (0, 1)
-        ]
+        ranks = hosts.start_ranks([0, 1], words, out)
         began = wait_for_fault(out, FAULTS["SIGTERM"])
         hosts.cut(1)
         try:
@@ -151,7 +133,7 @@ def check_cut(strategy: str, folder: Path) -> tuple[bool, str]:
         except subprocess.TimeoutExpired:
             return False, f"| {strategy} | a cut link | did not end | | | | **no** |"
     took, left = time.monotonic() - began, leftovers(out)
-    said = (out / "0.log").read_text().splitlines()
+    said = (out / "rank0.log").read_text().splitlines()
     first = next((line for line in said if line.startswith("hybrid: rank")), "")
     ok = codes == [1, 1] and took <= within_s and not left
     ok = ok and bool(re.search("because of rank 1 .*no sign of life", first))
@@ -164,18 +146,13 @@ def check_cut(strategy: str, folder: Path) -> tuple[bool, str]:
 
 def main() -> None:
     """All faults, then one clean run of each strategy."""
-    machine = describe()
-    versions = ", ".join(f"{k} {v}" for k, v in machine["packages"].items() if v)
     print("# How runs end\n")
     print(
-        f"Two processes, gloo, timeouts of {LIMIT_S} s in the job. {machine['processor']}, "
-        f"{machine['cores']} cores;\n{versions};\ncommit {machine['commit']}. Command: "
-        "`python -m benchmarks.faults`. Seconds: from the fault to the end\nof the command, with "
-        "what is promised.\n"
+        f"Two processes, gloo, timeouts of {LIMIT_S} s in the job. {summary()}.\n"
+        "Command: `python -m benchmarks.faults`. Seconds: from the fault to the command's end, "
+        "with what is promised.\n"
     )
-    print(
-        "| strategy | fault | exit | seconds | first line | left running or locked | as promised |"
-    )
+    print("| strategy | fault | exit | seconds | first line | left behind | as promised |")
     print("|---|---|---|---|---|---|---|")
     good, count = 0, 0
     with tempfile.TemporaryDirectory() as folder:
@@ -190,11 +167,9 @@ def main() -> None:
             good, count = good + ok, count + 1
         print(f"\n{good} of {count} as promised. Then, each once more without a fault:\n")
         for strategy in STRATEGIES:
-            run = start(
-                Path(folder) / f"clean-{strategy}", strategy, Fault("nothing", None, 0, 0, "")
-            )
-            run.communicate(timeout=120)
-            print(f"- {strategy}: exit {run.returncode}")
+            clean = start(Path(folder) / f"clean-{strategy}", strategy, NO_FAULT)
+            clean.communicate(timeout=120)
+            print(f"- {strategy}: exit {clean.returncode}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import hybrid
 from hybrid import records
-from hybrid.environment import describe
+from hybrid.environment import summary
 from hybrid.records import Comparison, Record
 from hybrid.strategies.registry import NAMES
 
@@ -86,13 +86,10 @@ def repeat(folder: Path, strategy: str) -> str:
 def main() -> None:
     """Everything, in order."""
     folder = Path(sys.argv[1])
-    machine = describe()
     print("# A GPT of 10.7 million parameters under every strategy\n")
-    versions = ", ".join(f"{k} {v}" for k, v in machine["packages"].items() if v)
     print(
         f"`{JOB}`: 30 steps, AdamW, warm-up and cosine, clipping 1.0, accumulation 4,\n"
-        f"four processes of one thread each. {machine['processor']}, {machine['cores']} cores,\n"
-        f"gloo; Python {machine['python']}, {versions};\ncommit {machine['commit']}. "
+        f"four processes of one thread each, gloo. {summary()}.\n"
         f"Command: `python benchmarks/gpt.py {folder}`.\n\n"
         "Differences: the greatest of any step (of any tensor at the end), relative to `single`,\n"
         "or for `local_sgd` to its emulation in one process. MiB: what the busiest rank sends a\n"

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from types import TracebackType
 from typing import Self
 
 NETWORK = "10.77.0"
+PORT = "29511"  # where ranks meet; each set of hosts has all of its own
 TOOLS = ("ip", "tc", "nsenter", "unshare")
 
 
@@ -115,6 +117,25 @@ class Hosts:
             )
         self._started.append(process)
         return process
+
+    def start_ranks(
+        self, place: Sequence[int], arguments: Sequence[str], out: Path
+    ) -> list[subprocess.Popen[bytes]]:
+        """`hybrid ARGUMENTS` as ranks, r on host place[r], as a scheduler starts them one by one;
+        each prints to `out/rankR.log`."""
+        started = []
+        for rank, host in enumerate(place):
+            environ = {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(len(place)),
+                "LOCAL_RANK": str(place[:rank].count(host)),
+                "MASTER_ADDR": address(place[0]),
+                "MASTER_PORT": PORT,
+                "OMP_NUM_THREADS": "1",
+            }
+            command = [sys.executable, "-m", "hybrid", *arguments]
+            started.append(self.start(host, command, environ, out / f"rank{rank}.log"))
+        return started
 
     def sent(self, host: int) -> int:
         """Bytes that the host's link has carried out so far, headers and all."""

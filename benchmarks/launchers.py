@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from hybrid import records
-from hybrid.environment import describe
+from hybrid.environment import summary
+from hybrid.parity import relative
 from hybrid.records import Record
 
 JOB = "launch/jobs/mlp.toml"
@@ -61,19 +62,16 @@ def run(launcher: str, strategy: str, out: Path) -> Record | str:
 def largest(record: Record, reference: Record) -> float:
     """Greatest relative difference of a loss at any step."""
     pairs = zip(record.steps, reference.steps, strict=True)
-    return max(abs(a.loss - b.loss) / abs(b.loss) for a, b in pairs)
+    return max(relative(a.loss, b.loss) for a, b in pairs)
 
 
 def main() -> None:
     """The table, one row a launcher and strategy."""
-    machine = describe()
-    versions = ", ".join(f"{k} {v}" for k, v in machine["packages"].items() if v)
     print("# One job under every launcher\n")
     print(
-        f"`{JOB}` on two processes of one thread each. {machine['processor']}, "
-        f"{machine['cores']} cores, gloo;\n{versions};\ncommit {machine['commit']}. Command: "
-        "`python -m benchmarks.launchers`.\nDifferences: the greatest of a loss at any step, "
-        "relative to `single`.\n"
+        f"`{JOB}` on two processes of one thread each, gloo. {summary()}.\n"
+        "Command: `python -m benchmarks.launchers`. Differences: the greatest of a loss at any "
+        "step, relative to `single`.\n"
     )
     print("| strategy | launcher | steps | difference | last loss | whole command, s |")
     print("|---|---|---|---|---|---|")

@@ -20,14 +20,14 @@ from typing import Any
 
 import hybrid
 from hybrid import records
-from hybrid.environment import describe
+from hybrid.environment import summary
 from hybrid.job_file import to_dict
 from hybrid.records import Record
 
-from .hosts import Hosts, address, why_not
+from .hosts import PORT, Hosts, address, why_not
+from .launchers import largest
 
 JOB = "launch/jobs/mlp.toml"
-PORT = "29511"
 COPIES = {"parallel.replicate": 2, "parallel.shard": 2}
 TWO_D = {"parallel.pp": 2, "parallel.dp": 2}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -110,25 +110,7 @@ def by_rank(
 ) -> Record | str:
     """One run, rank r on host place[r], as a scheduler that places ranks one by one starts it."""
     words = ["train", str(write_job(out, changes)), "--strategy", strategy, "--out", str(out)]
-    common = {
-        "WORLD_SIZE": str(len(place)),
-        "MASTER_ADDR": address(place[0]),
-        "MASTER_PORT": PORT,
-        "OMP_NUM_THREADS": "1",
-    }
-    started = []
-    for rank, host in enumerate(place):
-        local = place[:rank].count(host)
-        environ = common | {"RANK": str(rank), "LOCAL_RANK": str(local)}
-        command = [sys.executable, "-m", "hybrid", *words]
-        started.append(hosts.start(host, command, environ, out / f"rank{rank}.log"))
-    return finish(started, out)
-
-
-def difference(record: Record, reference: Record) -> float:
-    """Greatest relative difference of a loss."""
-    pairs = zip(record.steps, reference.steps, strict=True)
-    return max(abs(a.loss - b.loss) / abs(b.loss) for a, b in pairs)
+    return finish(hosts.start_ranks(place, words, out), out)
 
 
 def equality(folder: Path, single: Record) -> None:
@@ -143,7 +125,7 @@ def equality(folder: Path, single: Record) -> None:
                 record = by_launcher(hosts, 2, launcher, name, out)
                 shown = record
                 if isinstance(record, Record):
-                    shown = f"{difference(record, single):.1e}"
+                    shown = f"{largest(record, single):.1e}"
                 cells.append(shown)
             print(f"| {name} | {' | '.join(map(str, cells))} |", flush=True)
 
@@ -226,13 +208,10 @@ def main() -> None:
     """All tables."""
     if reason := why_not():
         sys.exit(f"several_hosts: {reason}")
-    machine = describe()
-    versions = ", ".join(f"{k} {v}" for k, v in machine["packages"].items() if v)
     print("# Several hosts\n")
     print(
-        f"`{JOB}`; hosts are network namespaces of one machine: {machine['processor']}, "
-        f"{machine['cores']} cores, gloo;\n{versions};\ncommit {machine['commit']}. Command: "
-        "`python -m benchmarks.several_hosts`, as root.\n"
+        f"`{JOB}`; hosts are network namespaces of one machine, gloo. {summary()}.\n"
+        "Command: `python -m benchmarks.several_hosts`, as root.\n"
     )
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -54,16 +54,14 @@ def _meant(job: Job, strategy: str) -> dict[str, tuple[str, list[str]]]:
     Values that are also accelerate's own when a field is left out count as not said."""
     zero = strategy in ("zero1", "zero2", "zero3")
     checkpointing = str(job.train.activation_checkpointing).lower()
-    parallel, precision = job.parallel, job.train.precision
+    precision, replicate = job.train.precision, job.parallel.replicate or 1
+    dynamo = ["no", *(["inductor"] if job.train.compile else [])]
     return {
         "ACCELERATE_USE_FSDP": ("fsdp", ["true" if strategy == "fsdp" else "false"]),
         "ACCELERATE_USE_DEEPSPEED": ("deepspeed", ["true" if zero else "false"]),
         "ACCELERATE_USE_MEGATRON_LM": ("megatron_lm", ["false"]),
         STARTED: ("mixed_precision", ["no", *([] if precision == "fp32" else [precision])]),
-        "ACCELERATE_DYNAMO_BACKEND": (
-            "dynamo_backend",
-            ["no", *(["inductor"] if job.train.compile else [])],
-        ),
+        "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", dynamo),
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("zero_stage", [strategy.removeprefix("zero")]),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
             "gradient_accumulation_steps",
@@ -84,7 +82,7 @@ def _meant(job: Job, strategy: str) -> dict[str, tuple[str, list[str]]]:
         "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", [checkpointing]),
         "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": (
             "parallelism_config_dp_replicate_size",
-            [str(parallel.replicate or 1)],
+            [str(replicate)],
         ),
         **{
             f"PARALLELISM_CONFIG_{axis}_SIZE": (f"parallelism_config_{axis.lower()}_size", ["1"])

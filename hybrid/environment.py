@@ -29,6 +29,16 @@ def describe() -> dict[str, Any]:
     }
 
 
+def summary() -> str:
+    """What `describe` says, as a line for reports: processor, releases, commit."""
+    machine = describe()
+    releases = ", ".join(f"{k} {v}" for k, v in machine["packages"].items() if v)
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, Python {machine['python']}, "
+        f"{releases}, commit {machine['commit']}"
+    )
+
+
 def num_cores() -> int:
     """Processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 import hybrid
-from benchmarks.hosts import Hosts, address, why_not
+from benchmarks.hosts import Hosts, why_not
 from hybrid import records
 from hybrid.job_file import to_dict
 from hybrid.records import Record
@@ -22,18 +22,10 @@ pytestmark = [
 TIMEOUT_S = 6
 
 
-def rank_of(rank: int, strategy: str, out: Path) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of one of two ranks, as a scheduler starts it."""
-    command = [sys.executable, "-m", "hybrid", "train", str(out / "job.json")]
-    environ = {
-        "RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": address(0),
-        "MASTER_PORT": "29501",
-        "OMP_NUM_THREADS": "1",
-    }
-    return [*command, "--strategy", strategy, "--out", str(out)], environ
+def start(hosts: Hosts, strategy: str, out: Path) -> list[subprocess.Popen[bytes]]:
+    """Two ranks of `out/job.json`, a host each."""
+    words = ["train", str(out / "job.json"), "--strategy", strategy, "--out", str(out)]
+    return hosts.start_ranks([0, 1], words, out)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "pipeline"])
@@ -41,11 +33,9 @@ def test_two_hosts_compute_what_one_process_does(strategy: str, tmp_path: Path) 
     job = small_job()
     records.write(to_dict(job), tmp_path / "job.json")
     with Hosts(2) as hosts:
-        ranks = [
-            hosts.start(r, *rank_of(r, strategy, tmp_path), tmp_path / f"{r}.log") for r in (0, 1)
-        ]
+        ranks = start(hosts, strategy, tmp_path)
         codes = [rank.wait(timeout=120) for rank in ranks]
-        assert codes == [0, 0], (tmp_path / "0.log").read_text()
+        assert codes == [0, 0], (tmp_path / "rank0.log").read_text()
         assert min(hosts.sent(host) for host in (0, 1)) > 10_000  # it went over the links
     run = records.read(Record, tmp_path / "record.json")
     single = hybrid.train(job, "single")
@@ -57,20 +47,18 @@ def test_a_cut_link_ends_the_ranks_on_both_sides(tmp_path: Path) -> None:
     limits = {"start_timeout_s": 60, "collective_timeout_s": TIMEOUT_S}
     records.write(to_dict(small_job(train__steps=10**6, launch=limits)), tmp_path / "job.json")
     with Hosts(2) as hosts:
-        ranks = [
-            hosts.start(r, *rank_of(r, "ddp", tmp_path), tmp_path / f"{r}.log") for r in (0, 1)
-        ]
+        ranks = start(hosts, "ddp", tmp_path)
         steps, deadline = tmp_path / "steps.jsonl", time.monotonic() + 60
         while not (steps.exists() and steps.read_text().count("\n") > 3):
-            assert time.monotonic() < deadline, (tmp_path / "0.log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "rank0.log").read_text()
             time.sleep(0.1)
         hosts.cut(1)
         cut = time.monotonic()
         codes = [rank.wait(timeout=120) for rank in ranks]
         assert time.monotonic() - cut < 2 * TIMEOUT_S + 12 and codes == [1, 1]
         names = [hosts.name(host) for host in (0, 1)]
-    first = (tmp_path / "0.log").read_text()
+    first = (tmp_path / "rank0.log").read_text()
     assert f"rank 0 on {names[0]} ends, because of rank 1 on {names[1]}: no sign of life" in first
-    second = (tmp_path / "1.log").read_text()
+    second = (tmp_path / "rank1.log").read_text()
     assert f"rank 1 on {names[1]} ends, because of rank 0 on " in second
     assert "meeting point" in second
