@@ -266,6 +266,8 @@ def main() -> None:
         _keep_stdout()
     try:
         status = app(standalone_mode=False)
+        if status == 130:  # typer takes Ctrl-C for itself, and says nothing
+            status = _say("interrupted", status)
     except _USAGE_ERROR as error:
         status = _say(error.format_message(), 2)
     except (KeyboardInterrupt, typer.Abort):

@@ -128,8 +128,9 @@ def test_ending_the_command_ends_its_ranks(number: int, status: int, tmp_path: P
     run = start_train(out, "zero1", steps=100_000)
     wait_for_steps(out, 2)
     run.send_signal(number)
-    run.communicate(timeout=WITHIN_S)
+    _, stderr = run.communicate(timeout=WITHIN_S)
     assert run.returncode == status
+    assert ("hybrid: interrupted" in stderr.splitlines()) == (number == signal.SIGINT)
     deadline = time.monotonic() + 10
     while ranks_pids(out) and time.monotonic() < deadline:
         time.sleep(0.1)
