@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hybrid import jit_cache
-from hybrid.doctor import devices, finding, launchers, machine, network, packages
+from hybrid.doctor import devices, finding, machine, network, packages, programs
 from tests.conftest import ROOT
 
 BOUNDS = [(">=", "0.19.3"), ("<", "0.20")]
@@ -121,10 +121,10 @@ def test_accelerate_config(
     text: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    assert launchers.accelerate_config() is None
+    assert programs.accelerate_config() is None
     (tmp_path / "accelerate").mkdir()
     (tmp_path / "accelerate" / "default_config.yaml").write_text(text)
-    (found,) = launchers.check_accelerate_config(launchers.accelerate_config())
+    (found,) = programs.check_accelerate_config(programs.accelerate_config())
     assert found.status == status and (found.mend is None) == (status == "ok"), found
 
 
@@ -141,8 +141,8 @@ def test_launchers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / name).write_text(f"#!/bin/sh\necho {name} says so\nexit {code}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
-    monkeypatch.setattr(launchers.shutil, "which", lambda n: which_in(tmp_path, n))
-    found = {f.name.removeprefix("launcher "): f for f in launchers.check_launchers()}
+    monkeypatch.setattr(programs.shutil, "which", lambda n: which_in(tmp_path, n))
+    found = {f.name.removeprefix("launcher "): f for f in programs.check_launchers()}
     assert "another Python's" in found["torchrun"].found
     assert found["torchrun"].mend == "call it as `python -m torch.distributed.run`"
     assert found["srun"].status == "warning" and "srun says so" in found["srun"].found
@@ -156,8 +156,8 @@ def which_in(folder: Path, name: str) -> str | None:
 
 def test_mpich_is_told_from_open_mpi() -> None:
     hydra = ["HYDRA build details:", "Version:            4.0.2", "CC: gcc"]
-    assert launchers.describe("mpirun", hydra) == "MPICH (Hydra) 4.0.2"
-    assert launchers.describe("mpirun", ["mpirun (Open MPI) 4.1.4"]) == "mpirun (Open MPI) 4.1.4"
+    assert programs.describe("mpirun", hydra) == "MPICH (Hydra) 4.0.2"
+    assert programs.describe("mpirun", ["mpirun (Open MPI) 4.1.4"]) == "mpirun (Open MPI) 4.1.4"
 
 
 def test_a_program_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,10 @@ from ..launchers import name as launcher_name
 from ..records import dumps
 from .devices import check_devices, torch_problem
 from .finding import Finding
-from .launchers import check_launchers
 from .machine import check_machine
 from .network import check_network
 from .packages import check_packages
+from .programs import check_launchers
 
 CHECKS = (check_packages, check_devices, check_machine, check_network, check_launchers)
 RANKS = "ranks"  # the last finding of a rank that met no others
