@@ -148,14 +148,23 @@ def strategies(json: Json = False) -> None:
 
 @app.command()
 def doctor(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="FILE",
+            help="Judge these alone: accelerate's YAML or JSON, DeepSpeed's JSON, hostfiles.",
+        ),
+    ] = None,
     self_test: Annotated[
         bool, typer.Option(help="Run a tiny job under each strategy: about a minute.")
     ] = True,
     json: Json = False,
 ) -> None:
     """Say what this machine lacks and how to mend it; under a launcher, how fast its links are."""
-    from .doctor import run
+    from .doctor import judge_files, run
 
+    if files:
+        raise typer.Exit(judge_files(files, _stdout if json else None))
     raise typer.Exit(run(self_test, _stdout if json else None))
 
 

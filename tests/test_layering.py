@@ -37,7 +37,7 @@ strategies.base
 strategies._preflight
 data models
 jit_cache
-importing schedule processes environment job_file
+importing schedule processes environment job_file known_keys
 launchers accelerate_launch user_files
 config
 layout records tolerances liveness

@@ -1,7 +1,8 @@
 """`hybrid doctor`: what this machine lacks for the toolkit's runs, and how to mend it.
 
 Each check yields findings; none raises for what it finds. Under a launcher the ranks also look at
-one another: what each host found, and how fast the links between them are.
+one another: what each host found, and how fast the links between them are. `hybrid doctor FILE...`
+judges files that launchers are handed instead.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from ..launchers import Ranks, adopt
@@ -52,6 +54,21 @@ def run(self_test: bool, json_to: TextIO | None) -> int:
     elif report.findings[-1].name == RANKS:  # the first rank cannot know
         print(f"hybrid: {report.host}: {report.findings[-1].found}", file=sys.stderr)
     return 0 if report.ok else 3
+
+
+def judge_files(files: Sequence[Path], json_to: TextIO | None) -> int:
+    """The command with files: judges what is handed to launchers in place of the machine. JobError
+    for the first that is malformed; traps in the others are warnings, which leave the status 0."""
+    from .files import judge
+
+    findings = []
+    for finding in judge(files):
+        findings.append(finding)
+        if json_to is None:
+            _print(finding)
+    if json_to:
+        print(dumps(Report(socket.gethostname(), True, findings, [])), file=json_to)
+    return 0
 
 
 def examine(self_test: bool = True, tell: Tell | None = None) -> Report:

@@ -7,8 +7,8 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from ..config import JobError
 from ..environment import package_version
 from .finding import Finding, run_program
 
@@ -92,35 +92,15 @@ def check_accelerate_config(file: Path | None) -> Iterator[Finding]:
     if file is None:
         yield Finding(name, "ok", "no default file")
         return
-    config = _read(file)
-    if not isinstance(config, dict):
-        yield Finding(
-            name, "warning", f"{file}: cannot be read", "write it anew: accelerate config"
-        )
-        return
-    # A NO without quotes is False in YAML.
-    kind, wanted = config.get("distributed_type") or "NO", config.get("num_processes", 1)
-    mpirun = config.get("mpirun_config")
-    hostfile = isinstance(mpirun, dict) and mpirun.get("mpirun_hostfile")
-    if kind in ("MULTI_CPU", "NO") and wanted != 1 and not hostfile:
-        yield Finding(
-            name,
-            "warning",
-            f"{file}: distributed_type {kind} starts one process, not {wanted}",
-            f"accelerate launch --multi_gpu --num_processes {wanted}, which starts as many on CPUs "
-            "too; or name an mpirun_hostfile there",
-        )
-        return
-    yield Finding(name, "ok", f"{file}: {kind}, {wanted} processes")
-
-
-def _read(file: Path) -> Any:
-    """What is in a YAML file, of which JSON is a part; None where it cannot be read."""
     try:
-        import yaml
-    except ModuleNotFoundError:  # it comes with Accelerate
-        return None
-    try:
-        return yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
-        return None
+        from .accelerate_files import judge  # wants a YAML parser, which comes with Accelerate
+
+        found, traps = judge(file, str(file))
+    except (JobError, ModuleNotFoundError) as error:
+        yield Finding(name, "warning", str(error), "mend it, or write it anew: accelerate config")
+        return
+    if traps:
+        what = "; ".join(trap for trap, _ in traps)
+        yield Finding(name, "warning", f"{file}: {what}", "; ".join(mend for _, mend in traps))
+    else:
+        yield Finding(name, "ok", f"{file}: {found}")

@@ -6,13 +6,13 @@ DeepSpeed reads a file with unknown keys in silence. Here each key must be in `_
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from ..config import Job, JobError
-from ..user_files import read_json, show, show_key
+from ..known_keys import problem
+from ..user_files import read_json
 from .base import Unsupported
 
 # What the job says for every strategy alike. A file that says it too would win or lose in silence.
@@ -45,16 +45,6 @@ STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "pipeline": 0}  # 2d's is in the j
 SHIPPED = (*STAGES, "2d")
 KEYS_FILE = Path(__file__).parent / "_ds_keys.json"
 
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "boolean": bool,
-    "integer": int,
-    "number": (int, float),
-    "string": str,
-    "array": list,
-    "object": dict,
-    "null": type(None),
-}
-
 
 def check(job: Job, strategy: str) -> None:
     """JobError where the file that a strategy's section of the job names is wrong; nothing for a
@@ -71,6 +61,15 @@ def load(name: str, stage: int) -> dict[str, Any]:
     ZeRO stage than `stage`."""
     where = f"ds_config = {name!r}"
     config = read_json(_shipped(name) if name in SHIPPED else Path(name), where)
+    found = stage_of(config, where)
+    if found != stage:
+        raise JobError(f"{where}: zero_optimization.stage = {found}: this strategy needs {stage}")
+    return config
+
+
+def stage_of(config: Any, where: str) -> int:
+    """The ZeRO stage that a configuration asks for; JobError, beginning with `where`, where a job
+    does not take it: it holds what DeepSpeed does not know, or says what the job says."""
     if not isinstance(config, dict):
         raise JobError(f"{where}: holds a {type(config).__name__}, not an object")
     for key in config.keys() & OWNED_BY_JOB.keys():
@@ -78,57 +77,9 @@ def load(name: str, stage: int) -> dict[str, Any]:
     for key in config.keys() & NOT_HERE.keys():
         raise JobError(f"{where}: {key}: may not be set: {NOT_HERE[key]}")
     table = json.loads(KEYS_FILE.read_text())
-    if problem := _problem(config, table | {"type": ["object"]}, ""):
-        raise JobError(f"{where}: {problem} (by DeepSpeed {table['deepspeed']})")
-    found = config.get("zero_optimization", {}).get("stage", 0)
-    if found != stage:
-        raise JobError(f"{where}: zero_optimization.stage = {found}: this strategy needs {stage}")
-    return config
-
-
-def _problem(value: Any, known: dict[str, Any], path: str) -> str | None:
-    """The first thing in a value that a row of the table does not allow, as `path: what`."""
-    if not _fits(value, known):
-        return f"{path} = {show(value)}: valid: {_describe(known)}"
-    if not isinstance(value, dict) or "properties" not in known:
-        return None
-    keys = known["properties"]
-    for key, inner in value.items():
-        here = ".".join(filter(None, (path, show_key(key))))
-        if key not in keys:
-            near = difflib.get_close_matches(key[:100], keys, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(keys)}"
-            return f"{here}: unknown key; {hint}"
-        if problem := _problem(inner, keys[key], here):
-            return problem
-    return None
-
-
-def _fits(value: Any, known: dict[str, Any]) -> bool:
-    if "enum" in known and value is not None and value not in known["enum"]:
-        return False
-    if not any(_is_a(kind, value) for kind in known.get("type", _KINDS)):
-        return False
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return True
-    lowest, highest = known.get("minimum", value), known.get("maximum", value)
-    return lowest <= value <= highest and value > known.get("exclusiveMinimum", value - 1)
-
-
-def _is_a(kind: str, value: Any) -> bool:
-    """As JSON has it: true is no number, and 5e8 is an integer."""
-    if isinstance(value, bool):
-        return kind == "boolean"
-    whole = isinstance(value, float) and value.is_integer()
-    return isinstance(value, _KINDS[kind]) or (kind == "integer" and whole)
-
-
-def _describe(known: dict[str, Any]) -> str:
-    if "enum" in known:
-        return ", ".join(map(repr, known["enum"]))
-    words = " or ".join(known["type"])
-    bounds = {"minimum": ">=", "maximum": "<=", "exclusiveMinimum": ">"}
-    return " ".join([words, *(f"{sign} {known[b]}" for b, sign in bounds.items() if b in known)])
+    if wrong := problem(config, table | {"type": ["object"]}):
+        raise JobError(f"{where}: {wrong} (by DeepSpeed {table['deepspeed']})")
+    return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
 def _shipped(name: str) -> Path:
