@@ -16,9 +16,19 @@ import tempfile
 from typing import IO, Any
 
 from hybrid import cli, data, job_file, launch, launchers, models, rank, records
+from hybrid.doctor import files
 from hybrid.strategies import registry
 
-USED = (data, job_file, launch, launchers, models, rank, records)  # by the command line, late
+USED = (
+    data,
+    files,
+    job_file,
+    launch,
+    launchers,
+    models,
+    rank,
+    records,
+)  # by the command line, late
 
 HEAVY = ("torch", "accelerate", "deepspeed", "transformers", "numpy")
 HANGS_S = 20

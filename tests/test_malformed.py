@@ -1,7 +1,8 @@
 """Files that no one should write, and some do: each ends with 2, one line, and next to no cost.
 
 Jobs, DeepSpeed configurations, and what launchers hand to their ranks. An accelerate YAML is read
-by accelerate before any rank starts; what a rank sees of it, and refuses, are variables.
+by accelerate before any rank starts: of it a rank sees, and refuses, variables. The files themselves
+are judged by `hybrid doctor FILE`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,18 @@ import pytest
 
 from tests.conftest import JOBS, hybrid_command
 from tests.malformed_files import DS_CONFIGS, JOB, JOBS_TOML, LAUNCHERS, ODD_JOBS
+from tests.malformed_launch_files import (
+    ACCELERATE_FILES,
+    DEEPSPEED_FILES,
+    HOSTFILES,
+    LAUNCH_FILES,
+    ODD_LAUNCH_FILES,
+)
 
 LINEAR = str(JOBS / "linear.toml")
 CPU_S = 1.0  # of a whole command
 TYPED = ["binary.toml", "dots.toml", "deep.json", "pipe.toml", "sparse.json", "nested garbage"]
-TYPED += ["long key", "FSDP for ZeRO"]
+TYPED += ["long key", "FSDP for ZeRO", "doctor launch/bomb.yaml"]
 
 
 def cases() -> dict[str, tuple[list[str], dict[str, str], list[str]]]:
@@ -37,10 +45,15 @@ def cases() -> dict[str, tuple[list[str], dict[str, str], list[str]]]:
         found[name] = (command, {}, [f"ds_config = '{name}.json'", *words])
     for name, (strategy, environ, words) in LAUNCHERS.items():
         found[name] = (["train", LINEAR, "--strategy", strategy], environ, words)
+    files = {name: words for name, (_, words) in LAUNCH_FILES.items()} | ODD_LAUNCH_FILES
+    for name, words in files.items():
+        file = f"launch/{name}"
+        found[f"doctor {file}"] = (["doctor", file], {}, [f"hybrid: {file}: ", *words])
     return found
 
 
 CASES = cases()
+FILES = len(ACCELERATE_FILES) + len(HOSTFILES) + len(DEEPSPEED_FILES) + len(ODD_LAUNCH_FILES)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (text, _) in DS_CONFIGS.items():
         (path / f"{name}.json").write_text(text)
     (path / "linear.toml").write_text(JOB)
+    make_launch_files(path / "launch")
     (path / "loop.toml").symlink_to("loop2.toml")
     (path / "loop2.toml").symlink_to("loop.toml")
     (path / "self.toml").symlink_to("self.toml")
@@ -62,6 +76,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with (path / name).open("wb") as file:
             file.truncate(2**40)
     return path
+
+
+def make_launch_files(path: Path) -> None:
+    path.mkdir()
+    for name, (content, _) in LAUNCH_FILES.items():
+        (path / name).write_bytes(content)
+    (path / "loop").symlink_to("loop.yaml")
+    (path / "loop.yaml").symlink_to("loop")
+    (path / "folder.yaml").mkdir()
+    os.mkfifo(path / "pipe.json")
+    for name in ("sparse", "sparse.yaml"):
+        with (path / name).open("wb") as file:
+            file.truncate(2**40)
 
 
 def environment() -> dict[str, str]:
@@ -96,7 +123,8 @@ def assert_one_line(status: int, stdout: str, stderr: str, words: list[str]) -> 
 
 
 def test_there_are_eighty() -> None:
-    assert len(CASES) == len(JOBS_TOML) + len(ODD_JOBS) + len(DS_CONFIGS) + len(LAUNCHERS) >= 80
+    assert len(CASES) == len(JOBS_TOML) + len(ODD_JOBS) + len(DS_CONFIGS) + len(LAUNCHERS) + FILES
+    assert len(CASES) >= 80 and min(len(ACCELERATE_FILES), len(HOSTFILES)) > 20
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -114,7 +142,7 @@ def test_as_it_is_typed(name: str, folder: Path) -> None:
     words, environ, expected = CASES[name]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-m", "hybrid", *words, "--out", "results"],
+        [sys.executable, "-m", "hybrid", *words, *(["--out", "results"] * (words[0] == "train"))],
         capture_output=True,
         text=True,
         timeout=60,

@@ -64,8 +64,9 @@ def read_yaml(path: Path, what: str) -> Any:
         line = text.count("\n", 0, error.position) + 1
         found = f"line {line}: the character {error.character:#04x} may not be used"
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        found = f"line {mark.line + 1}: {error.problem}"
+        found = f"line {error.problem_mark.line + 1}: {error.problem}"
+        if error.context_mark:
+            found += f", {error.context} in line {error.context_mark.line + 1}"
     except ValueError as error:  # a date that is none, thousands of digits
         found = str(error)
     raise JobError(f"{what}: not a plain YAML file: {found[:200]}")

@@ -1,0 +1,190 @@
+"""`hybrid doctor FILE...`: files for launchers that are well, their traps, and what is known of
+accelerate's keys against accelerate itself. `test_malformed.py` has files that are not well."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hybrid.config import JobError
+from hybrid.doctor import accelerate_keys
+from hybrid.doctor.accelerate_files import judge_config
+from hybrid.doctor.files import judge
+from hybrid.doctor.plain_yaml import read_yaml
+from tests.conftest import ROOT, hybrid_command
+
+SHIPPED = sorted(
+    [
+        *(ROOT / "launch" / "accelerate").iterdir(),
+        ROOT / "launch" / "hostfile",
+        *(ROOT / "ds_configs").glob("*.json"),
+    ]
+)
+FSDP = {"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": {"fsdp_version": 2}}
+ZERO = {"distributed_type": "DEEPSPEED", "num_processes": 4}
+CPU = {"distributed_type": "MULTI_CPU", "num_processes": 2}
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}-{file.name}")
+def test_what_is_shipped_is_well(file: Path) -> None:
+    (found,) = judge([file])
+    assert (found.name, found.status, found.mend) == (str(file), "ok", None)
+
+
+def test_the_command_says_what_each_would_start() -> None:
+    names = ["launch/accelerate/hybrid_fsdp.yaml", "launch/hostfile", "ds_configs/2d.json"]
+    done = hybrid_command("doctor", *names, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    assert [line[:2] for line in lines] == [["ok", name] for name in names]
+    assert [line[2] for line in lines] == [
+        "accelerate configuration: FSDP, 4 processes on 1 machine, FSDP 2; for fsdp",
+        "hostfile: 2 hosts, 4 processes: node1 2, node2 2",
+        "DeepSpeed configuration: ZeRO 1; for zero1 and 2d with strategy.2d.zero_stage = 1",
+    ]
+
+
+def test_as_json(tmp_path: Path) -> None:
+    file = tmp_path / "cpu.yaml"
+    file.write_text(yaml.safe_dump(CPU))
+    done = hybrid_command("doctor", "--json", str(file), timeout=60)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["ok"] is True and report["links"] == []
+    fine, trap = report["findings"]
+    assert (fine["name"], fine["status"]) == (str(file), "ok")
+    assert (trap["name"], trap["status"]) == (str(file), "warning")
+    assert "one process" in trap["found"] and "MULTI_GPU" in trap["mend"]
+
+
+def test_good_files_are_said_before_one_that_is_malformed(tmp_path: Path) -> None:
+    good, bad = tmp_path / "hosts", tmp_path / "bad"
+    good.write_text("node1 slots=1 # the only one\r\n")
+    bad.write_text("node1\n")
+    done = hybrid_command("doctor", str(good), str(bad), timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith(f"hybrid: {bad}: line 1 = 'node1'")
+    assert done.stdout == f"ok       {str(good):20} hostfile: 1 host, 1 process: node1 1\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (FSDP, "FSDP, 4 processes on 1 machine, FSDP 2; for fsdp"),
+        (FSDP | {"fsdp_config": {"version": "2"}}, "FSDP 2; for fsdp"),
+        (FSDP | {"mixed_precision": "BF16"}, "FSDP 2, bf16; for fsdp"),
+        (ZERO, "DEEPSPEED, 4 processes on 1 machine, ZeRO 2; for zero2"),
+        (ZERO | {"deepspeed_config": {"zero_stage": 3}}, "ZeRO 3; for zero3"),
+        (CPU | {"distributed_type": "MULTI_GPU", "fsdp_config": {}}, "for every strategy"),
+        (CPU | {"mpirun_config": {"mpirun_hostfile": "h"}}, "2 processes on 1 machine; for every"),
+        ({"distributed_type": "NO"}, "NO, 1 process on 1 machine"),
+        (FSDP | {"dynamo_backend": "inductor", "gpu_ids": None}, "for fsdp"),
+        (FSDP | {"downcast_bf16": "no", "tpu_env": [], "main_process_port": 0}, "for fsdp"),
+    ],
+)
+def test_what_it_would_start(config: dict[str, Any], words: str) -> None:
+    found, traps = judge_config(config, "file")
+    assert words in found and traps == []
+
+
+MACHINES = {"num_machines": 2, "main_process_ip": "node1"}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (CPU, "MULTI_CPU starts one process on a machine without mpirun, not 2"),
+        (CPU | {"distributed_type": "NO"}, "NO starts one process"),
+        ({"distributed_type": "MULTI_GPU"}, "num_processes is left out"),
+        (FSDP | {"fsdp_config": {"fsdp_offload_params": "true"} | FSDP["fsdp_config"]}, "offload"),
+        ({"distributed_type": "FSDP", "num_processes": 2}, "FSDP 1, which accelerate takes"),
+        (FSDP | {"num_machines": 2}, "main_process_ip is left out"),
+        (ZERO | MACHINES, "over ssh, by pdsh"),
+        (ZERO | {"fsdp_config": {"fsdp_version": 2}}, "fsdp_config is not read with DEEPSPEED"),
+        (ZERO | {"deepspeed_config": {"zero_stage": 0}}, "no job takes zero_stage 0"),
+        (ZERO | {"deepspeed_config": {"deepspeed_config_file": "x"}}, "deepspeed_config_file"),
+        (ZERO | {"deepspeed_config": {"offload_param_device": "CPU"}}, "offload_param_device CPU"),
+        (FSDP | {"parallelism_config": {"parallelism_config_tp_size": 4}}, "config_tp_size"),
+        (FSDP | {"mixed_precision": "fp8"}, "mixed_precision fp8"),
+        ({"distributed_type": "XLA", "num_processes": 8}, "distributed_type XLA"),
+    ],
+)
+def test_traps(config: dict[str, Any], words: str) -> None:
+    _, traps = judge_config(config, "file")
+    ((trap, mend),) = traps
+    assert words in trap and mend
+
+
+def test_a_command_a_machine_is_no_trap() -> None:
+    standard = {"deepspeed_config": {"deepspeed_multinode_launcher": "standard"}}
+    found, traps = judge_config(ZERO | MACHINES | standard, "file")
+    assert "4 processes on 2 machines" in found and traps == []
+
+
+def test_plain_values_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "plain.yaml"
+    file.write_text("\ufeffa: {b: [1, 2.5, null, 'no']}\nc: |\n  text\n", encoding="utf-8")
+    assert read_yaml(file, "file") == {"a": {"b": [1, 2.5, None, "no"]}, "c": "text\n"}
+
+
+def test_known_fields_are_accelerate_s() -> None:
+    from accelerate.commands.config.config_args import ClusterConfig
+    from accelerate.utils import DistributedType
+
+    rows = accelerate_keys.table()["properties"]
+    assert rows.keys() == ClusterConfig.__dataclass_fields__.keys() | accelerate_keys.OLD.keys()
+    assert rows["distributed_type"]["enum"] == [kind.value for kind in DistributedType]
+
+
+def test_known_keys_of_sections_are_accelerate_s_options() -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    rows = accelerate_keys.table()["properties"]
+    options = {action.dest: action for action in launch_command_parser()._actions}
+    known = {
+        section: {name for name in options if name.startswith(prefix)}
+        for section, prefix in accelerate_keys.PREFIXES.items()
+    }
+    known["fsdp_config"].add("fsdp_ignored_modules")
+    known["mpirun_config"].add("bind-to")
+    group = {n for n in options if n.startswith(("zero", "offload_", "gradient_", "deepspeed_"))}
+    known["deepspeed_config"] = group
+    assert {section: set(rows[section]["properties"]) for section in known} == known
+    for section in known:
+        for name, row in rows[section]["properties"].items():
+            choices = getattr(options.get(name), "choices", None)
+            assert "enum" not in row or choices in (None, row["enum"]), name
+
+
+def test_accelerate_takes_the_shipped_files_and_no_unknown_field(tmp_path: Path) -> None:
+    """It does look at fields; a key of a section that it does not know it takes."""
+    from accelerate.commands.config import load_config_from_file
+
+    for file in (ROOT / "launch" / "accelerate").iterdir():
+        load_config_from_file(str(file))
+    file = tmp_path / "typo.yaml"
+    file.write_text(yaml.safe_dump(FSDP | {"num_process": 2}))
+    with pytest.raises(ValueError, match="unknown keys"):
+        load_config_from_file(str(file))
+    file.write_text(yaml.safe_dump(FSDP | {"fsdp_config": {"fsdp_verson": 2}}))
+    assert load_config_from_file(str(file)).fsdp_config == {"fsdp_verson": 2}
+    with pytest.raises(JobError, match="did you mean 'fsdp_version'"):
+        list(judge([file]))
+
+
+def test_without_accelerate_or_with_another_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accelerate_keys.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="accelerate is not installed"):
+        judge_config(FSDP, "file")
+    monkeypatch.undo()
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "accelerate", raising=False)
+    with pytest.raises(JobError, match="cannot be read as that of 1.15"):
+        judge_config(FSDP, "file")
