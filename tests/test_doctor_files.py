@@ -67,7 +67,7 @@ def test_good_files_are_said_before_one_that_is_malformed(tmp_path: Path) -> Non
     bad.write_text("node1\n")
     done = hybrid_command("doctor", str(good), str(bad), timeout=60)
     assert done.returncode == 2 and done.stderr.startswith(f"hybrid: {bad}: line 1 = 'node1'")
-    assert done.stdout == f"ok       {str(good):20} hostfile: 1 host, 1 process: node1 1\n"
+    assert done.stdout == f"ok       {good!s:20} hostfile: 1 host, 1 process: node1 1\n"
 
 
 @pytest.mark.parametrize(
@@ -186,5 +186,5 @@ def test_without_accelerate_or_with_another_source(
     (tmp_path / "accelerate" / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "accelerate", raising=False)
-    with pytest.raises(JobError, match="cannot be read as that of 1.15"):
+    with pytest.raises(JobError, match="cannot be read as that of 1"):
         judge_config(FSDP, "file")

@@ -1,8 +1,8 @@
 """Files that no one should write, and some do: each ends with 2, one line, and next to no cost.
 
-Jobs, DeepSpeed configurations, and what launchers hand to their ranks. An accelerate YAML is read
-by accelerate before any rank starts: of it a rank sees, and refuses, variables. The files themselves
-are judged by `hybrid doctor FILE`.
+Jobs, DeepSpeed configurations, what launchers hand to their ranks, and files for launchers. Of an
+accelerate YAML, which is read before any rank starts, a rank sees and refuses variables; the file
+itself is judged by `hybrid doctor FILE`.
 """
 
 from __future__ import annotations
