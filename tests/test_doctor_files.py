@@ -54,7 +54,8 @@ def test_as_json(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(CPU))
     done = hybrid_command("doctor", "--json", str(file), timeout=60)
     report = json.loads(done.stdout)
-    assert done.returncode == 0 and report["ok"] is True and report["links"] == []
+    assert (done.returncode, done.stderr) == (0, "")
+    assert report["ok"] is True and report["links"] == []
     fine, trap = report["findings"]
     assert (fine["name"], fine["status"]) == (str(file), "ok")
     assert (trap["name"], trap["status"]) == (str(file), "warning")
