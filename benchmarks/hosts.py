@@ -5,7 +5,9 @@
 
 Needs root and iproute2 (`why_not` says what is missing). A host has an address, a name, its own
 loopback and its own `/etc/hosts`; files and processors are the machine's. Rates are by tbf, on what
-a host sends; latency is the machine's. benchmarks/several_hosts.py measures on them.
+a host sends; latency is the machine's. The hosts also know one another as node1, node2 and so on,
+and with `start_ssh` they reach one another over ssh.
+benchmarks/several_hosts.py measures on them.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -23,14 +26,15 @@ from typing import Self
 
 NETWORK = "10.77.0"
 PORT = "29511"  # where ranks meet; each set of hosts has all of its own
-TOOLS = ("ip", "tc", "nsenter", "unshare")
+TOOLS = ("ip", "tc", "nsenter", "unshare")  # Debian's iproute2 and util-linux
+SSHD = "/usr/sbin/sshd"
+SSH_TOOLS = ("ssh", "ssh-keygen", SSHD)  # openssh-client, openssh-server
 
 
-def why_not() -> str | None:
-    """What keeps this machine from having hosts; None where nothing does."""
-    missing = [tool for tool in TOOLS if not shutil.which(tool)]
-    if missing:
-        return f"{', '.join(missing)}: not installed (Debian's iproute2 and util-linux)"
+def why_not(*tools: str) -> str | None:
+    """What keeps this machine from having hosts with these tools; None where nothing does."""
+    if missing := [tool for tool in (*TOOLS, *tools) if not shutil.which(tool)]:
+        return f"not installed: {', '.join(missing)}"
     if os.geteuid():
         return "only root can make network namespaces"
     probe = subprocess.run(["ip", "netns", "add", f"hyprobe{os.getpid()}"], capture_output=True)
@@ -55,7 +59,7 @@ class Hosts:
         self._started: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
-        names = [f"{address(i)} {self.name(i)}" for i in range(self.count)]
+        names = [f"{address(i)} {self.name(i)} node{i + 1}" for i in range(self.count)]
         table = "\n".join(["127.0.0.1 localhost", *names, ""])
         (Path(self._files.name) / "hosts").write_text(table)
         try:
@@ -79,6 +83,8 @@ class Hosts:
                 process.kill()
             process.wait()
         for host in range(self.count):
+            # The link first: a namespace takes its own with it only some time later.
+            subprocess.run(["ip", "link", "del", self._link(host)], capture_output=True)
             subprocess.run(["ip", "netns", "del", self.name(host)], capture_output=True)
         subprocess.run(["ip", "link", "del", self.bridge], capture_output=True)
         self._files.cleanup()
@@ -87,8 +93,12 @@ class Hosts:
         """The host's name, which is also its namespace's."""
         return f"{self.bridge}h{host + 1}"
 
+    def _link(self, host: int) -> str:
+        """The bridge's end of the host's cable."""
+        return f"{self.bridge}v{host + 1}"
+
     def _add(self, host: int) -> None:
-        name, outside = self.name(host), f"{self.bridge}v{host + 1}"
+        name, outside = self.name(host), self._link(host)
         _run("ip", "netns", "add", name)
         veth = ("ip", "link", "add", outside, "type", "veth", "peer", "name", "eth0")
         _run(*veth, "netns", name)
@@ -136,6 +146,38 @@ class Hosts:
             command = [sys.executable, "-m", "hybrid", *arguments]
             started.append(self.start(host, command, environ, out / f"rank{rank}.log"))
         return started
+
+    def start_ssh(self) -> dict[str, str]:
+        """Let the hosts reach one another over ssh without a password. Returns the variables that a
+        command needs for it: a PATH whose `ssh` knows the key.
+
+        Each host's daemon has processes of its own, so that `pkill` over ssh, which deepspeed's
+        launcher runs at its end, ends none of another host."""
+        folder = Path(self._files.name)
+        ours = Path(sys.executable).parent
+        _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key"))
+        known = f"SetEnv PATH={ours}:{os.environ['PATH']} GLOO_SOCKET_IFNAME=eth0"
+        lines = [f"HostKey {folder}/key", f"AuthorizedKeysFile {folder}/key.pub", known]
+        lines += ["StrictModes no", "UsePAM no", "PidFile none", "PermitRootLogin yes", ""]
+        (folder / "sshd_config").write_text("\n".join(lines))
+        Path("/run/sshd").mkdir(exist_ok=True)  # it drops its privileges there
+        apart = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        daemon = [SSHD, "-D", "-e", "-f", str(folder / "sshd_config")]
+        for host in range(self.count):
+            log = folder / f"sshd{host}.log"
+            self.start(host, [*apart, *daemon], {}, log)
+            deadline = time.monotonic() + 10
+            while "listening" not in log.read_text():
+                if time.monotonic() > deadline:
+                    raise OSError(f"{SSHD} does not start: {log.read_text()}")
+                time.sleep(0.02)
+        options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR"]
+        words = " ".join(["-i", f"{folder}/key", *(f"-o {option}" for option in options)])
+        (folder / "bin").mkdir()
+        client = folder / "bin" / "ssh"
+        client.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} {words} "$@"\n')
+        client.chmod(0o755)
+        return {"PATH": f"{client.parent}:{ours}:{os.environ['PATH']}"}
 
     def sent(self, host: int) -> int:
         """Bytes that the host's link has carried out so far, headers and all."""

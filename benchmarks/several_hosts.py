@@ -4,12 +4,14 @@
 
 Run as root from the top folder; about half an hour on two cores. Differences are the greatest of a
 loss at any step, relative to `single`; times are medians of timed steps; bytes are counted by the
-kernel on each host's link and set against what the run counted of its collectives.
+kernel on each host's link, headers and all.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,59 +22,59 @@ from typing import Any
 
 import hybrid
 from hybrid import records
+from hybrid.config import Job
 from hybrid.environment import summary
 from hybrid.job_file import to_dict
+from hybrid.layout import Layout
 from hybrid.records import Record
 
-from .hosts import PORT, Hosts, address, why_not
+from .hosts import PORT, SSH_TOOLS, Hosts, why_not
 from .launchers import largest
 
-JOB = "launch/jobs/mlp.toml"
-COPIES = {"parallel.replicate": 2, "parallel.shard": 2}
-TWO_D = {"parallel.pp": 2, "parallel.dp": 2}
+SIZES = [784, 512, 512, 512, 10]
+CHANGES = {
+    "model.options": {"sizes": SIZES, "activation": "tanh"},
+    "train.epochs": None,
+    "train.steps": 20,
+    "strategy.2d.zero_stage": 0,
+}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("ddp", {}),
     "fsdp": ("fsdp", {}),
-    "fsdp, copies across hosts": ("fsdp", COPIES),
+    "fsdp, 2 copies across x 2 shards inside": (
+        "fsdp",
+        {"parallel.replicate": 2, "parallel.shard": 2},
+    ),
     "zero3": ("zero3", {}),
     "pipeline": ("pipeline", {}),
-    "2d": ("2d", TWO_D),
+    "2d, stages across": ("2d", {"parallel.pp": 2, "parallel.dp": 2}),
+}
+# The scripts in launch/: started on each host, or on the first alone.
+ON_EACH = {
+    "torchrun": {"SCRIPT": "shell/torchrun_hosts.sh", "NPROC": "2"},
+    "accelerate": {"SCRIPT": "shell/accelerate_hosts.sh", "NPROC": "2"},
+    "deepspeed, no ssh": {"SCRIPT": "shell/deepspeed_hosts.sh"},
+}
+ON_FIRST = {
+    "deepspeed over pdsh": {"SCRIPT": "shell/deepspeed_hosts.sh", "NEEDS": "pdsh"},
+    "Open MPI": {"SCRIPT": "mpi/openmpi.sh", "NPROC": "4", "MPIRUN": "mpirun.openmpi"},
+    "MPICH": {"SCRIPT": "mpi/mpich.sh", "NPROC": "4", "MPIRUN": "mpirun.mpich"},
 }
 RATES = {"unlimited": None, "1 Gbit/s": 1000.0, "100 Mbit/s": 100.0, "20 Mbit/s": 20.0}
 RANKED = ("ddp", "fsdp", "zero2", "zero3", "pipeline")
+AGAIN = f"{RANKED[0]} again"  # how far two runs of the same lie apart
+RANKED_STEPS = 9  # the last six are timed
 
 
-def torchrun(host: int, hosts: int, ranks: int) -> list[str]:
-    """What starts a host's ranks; the same for the functions below."""
-    words = ["--nnodes", str(hosts), "--nproc-per-node", str(ranks), "--node-rank", str(host)]
-    return ["torchrun", *words, "--master-addr", address(0), "--master-port", PORT, "-m", "hybrid"]
-
-
-def accelerate(host: int, hosts: int, ranks: int) -> list[str]:
-    """Accelerate's multi-machine mode."""
-    words = ["--multi_gpu", "--num_processes", str(hosts * ranks), "--num_machines", str(hosts)]
-    where = ["--main_process_ip", address(0), "--main_process_port", PORT]
-    plain = ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    rank = ["--machine_rank", str(host)]
-    return ["accelerate", "launch", *words, *rank, *where, *plain, "-m", "hybrid"]
-
-
-def deepspeed(host: int, hosts: int, ranks: int) -> list[str]:
-    """DeepSpeed's launcher without ssh, on a hostfile of addresses."""
-    file = Path(tempfile.gettempdir()) / f"hostfile-{os.getpid()}"
-    file.write_text("".join(f"{address(i)} slots={ranks}\n" for i in range(hosts)))
-    words = ["--hostfile", str(file), "--no_ssh", "--node_rank", str(host)]
-    where = ["--master_addr", address(0), "--master_port", PORT]
-    return ["deepspeed", *words, *where, "--module", "hybrid"]
-
-
-LAUNCHERS = {"torchrun": torchrun, "accelerate": accelerate, "deepspeed --no_ssh": deepspeed}
+def the_job(changes: dict[str, Any]) -> Job:
+    """The job of all tables, with changes."""
+    return hybrid.load_job("launch/jobs/mlp.toml", CHANGES | changes)
 
 
 def write_job(folder: Path, changes: dict[str, Any]) -> Path:
     """The job with changes, as a file."""
     folder.mkdir(parents=True, exist_ok=True)
-    records.write(to_dict(hybrid.load_job(JOB, changes)), folder / "job.json")
+    records.write(to_dict(the_job(changes)), folder / "job.json")
     return folder / "job.json"
 
 
@@ -85,23 +87,37 @@ def finish(processes: Sequence[subprocess.Popen[bytes]], out: Path) -> Record | 
         return "did not end within 300 s"
     if any(codes):
         lines = [x for log in out.glob("*.log") for x in log.read_text().splitlines()]
-        return f"exit {codes}: {next((x for x in lines if x.startswith('hybrid: ')), '')[:90]}"
+        said = [x for x in lines if x.startswith("hybrid: ")] or lines[-1:] or [""]
+        return f"exit {codes}: {said[0][:90]}"
     return records.read(Record, out / "record.json")
 
 
-def by_launcher(hosts: Hosts, ranks: int, launcher: str, name: str, out: Path) -> Record | str:
-    """One run through a launcher on each host."""
+def by_script(hosts: Hosts, ssh: dict[str, str], launcher: str, name: str, out: Path) -> Any:
+    """One run on hosts of two ranks by a script of launch/: the record, or why there is none."""
+    settings = (ON_EACH | ON_FIRST)[launcher]
+    needed = settings.get("MPIRUN", settings.get("NEEDS", "sh"))
+    if not shutil.which(needed):
+        return f"{needed} is not installed"
     strategy, changes = RUNS[name]
-    words = ["train", str(write_job(out, changes)), "--strategy", strategy, "--out", str(out)]
-    started = [
-        hosts.start(
-            host,
-            [*LAUNCHERS[launcher](host, hosts.count, ranks), *words],
-            {"OMP_NUM_THREADS": "1"},
-            out / f"host{host}.log",
-        )
-        for host in range(hosts.count)
-    ]
+    variables = (
+        settings
+        | ssh
+        | {
+            "JOB": str(write_job(out, changes)),
+            "STRATEGY": strategy,
+            "OUT": str(out),
+            "HOSTFILE": "launch/hostfile",
+            "MASTER_ADDR": "node1",
+            "MASTER_PORT": PORT,
+            "OMP_NUM_THREADS": "1",
+        }
+    )
+    script = [f"launch/{settings['SCRIPT']}"]
+    where = range(hosts.count) if launcher in ON_EACH else [0]
+    started = []
+    for host in where:
+        rank = {"NODE_RANK": str(host)} if launcher in ON_EACH else {}
+        started.append(hosts.start(host, script, variables | rank, out / f"host{host}.log"))
     return finish(started, out)
 
 
@@ -113,110 +129,124 @@ def by_rank(
     return finish(hosts.start_ranks(place, words, out), out)
 
 
-def equality(folder: Path, single: Record) -> None:
+def equality(folder: Path) -> None:
     """Two hosts of two ranks under each launcher."""
+    launchers = [*ON_EACH, *ON_FIRST]
     print("## Equal under each launcher: two hosts of two ranks\n")
-    print(f"| | {' | '.join(LAUNCHERS)} |\n|---|{'---:|' * len(LAUNCHERS)}")
+    print(f"| | {' | '.join(launchers)} |\n|---|{'---:|' * len(launchers)}")
+    single = hybrid.train(the_job({}), "single")
     with Hosts(2) as hosts:
+        ssh = hosts.start_ssh()
         for name in RUNS:
             cells = []
-            for launcher in LAUNCHERS:
-                out = folder / f"{name}-{launcher}".replace(" ", "-")
-                record = by_launcher(hosts, 2, launcher, name, out)
-                shown = record
+            for launcher in launchers:
+                out = folder / f"{name}-{launcher}".replace(" ", "-").replace(",", "")
+                record = by_script(hosts, ssh, launcher, name, out)
                 if isinstance(record, Record):
-                    shown = f"{largest(record, single):.1e}"
-                cells.append(shown)
-            print(f"| {name} | {' | '.join(map(str, cells))} |", flush=True)
+                    cells.append(f"{largest(record, single):.1e}")
+                else:
+                    cells.append(str(record))
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def predicted_bytes(layout: Layout, batch: int, place: Sequence[int]) -> list[float]:
+    """Bytes a step that each host sends to others, of the layout alone: `SIZES` cut into stages of
+    as many layers each, in fp32. A ring all-reduce over n columns sends 2 (n - 1) / n of a stage's
+    parameters (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md); between stages
+    go the activations of the whole batch and their gradients, each column's own."""
+    cuts = [stage * (len(SIZES) - 1) // layout.pp for stage in range(layout.pp + 1)]
+    sent = [0.0] * (max(place) + 1)
+    for rank, host in enumerate(place):
+        stage, column = layout.stage(rank), layout.dp_rank(rank)
+        layers = range(cuts[stage], cuts[stage + 1])
+        parameters = sum((SIZES[i] + 1) * SIZES[i + 1] for i in layers)
+        if {place[layout.dp * stage + other] for other in range(layout.dp)} != {host}:
+            sent[host] += 4 * parameters * 2 * (layout.dp - 1) / layout.dp
+        for other, at in ((stage + 1, cuts[stage + 1]), (stage - 1, cuts[stage])):
+            if 0 <= other < layout.pp and place[other * layout.dp + column] != host:
+                sent[host] += 4 * SIZES[at] * batch / layout.dp
+    return sent
 
 
 def link_bytes(hosts: Hosts, place: Sequence[int], changes: dict[str, Any], out: Path) -> str:
-    """Bytes a step on each link, of two runs of unlike length, and what the run counted."""
-    sent, counted, seconds = [], [0.0] * hosts.count, 0.0
-    for steps in (10, 40):
+    """A row: KiB a step on each link, from two runs of unlike length, beside the prediction."""
+    sent, shorter, longer = [], 5, 20
+    for steps in (shorter, longer):
         before = [hosts.sent(host) for host in range(hosts.count)]
-        record = by_rank(
-            hosts, place, "2d", changes | {"train.steps": steps}, out / f"steps-{steps}"
-        )
+        record = by_rank(hosts, place, "2d", changes | {"train.steps": steps}, out / f"{steps}")
         if not isinstance(record, Record):
-            return f"{record} | | |"
+            return f"{record} | | | |"
         sent.append([hosts.sent(host) - b for host, b in enumerate(before)])
-        assert record.comm and record.throughput
-        across = _crossing(record, place)
-        counted = [
-            sum(b for b, at in zip(across, place, strict=True) if at == host)
-            for host in range(hosts.count)
-        ]
-        seconds = record.throughput.step_s_median
-    measured = [(b - a) / 30 for a, b in zip(*sent, strict=True)]
-    off = max(abs(m / c - 1) for m, c in zip(measured, counted, strict=True) if c)
-    kib = [f"{m / 1024:.0f}" for m in measured], [f"{c / 1024:.0f}" for c in counted]
-    return f"{', '.join(kib[0])} | {', '.join(kib[1])} | {off:.1%} | {1000 * seconds:.0f}"
-
-
-def _crossing(record: Record, place: Sequence[int]) -> list[float]:
-    """Bytes a step that each rank sends to another host: between stages where those lie apart, and
-    between columns where these do."""
-    dp = record.layout["dp"]
-    stages_apart = len({place[rank] for rank in range(0, len(place), dp)}) > 1
-    columns_apart = len(set(place[:dp])) > 1
-    assert record.comm
-    crossing = [0.0] * len(place)
-    for op, numbers in record.comm.by_op.items():
-        between_stages = op in ("send", "recv", "isend", "irecv")
-        if stages_apart if between_stages else columns_apart:
-            crossing = [a + b for a, b in zip(crossing, numbers["bytes"], strict=True)]
-    return crossing
+    job = the_job(changes | {"train.steps": longer})
+    single = hybrid.train(job, "single")
+    measured = [(b - a) / (longer - shorter) for a, b in zip(*sent, strict=True)]
+    predicted = predicted_bytes(Layout(**record.layout), job.train.global_batch, place)
+    off = max((m / c - 1 for m, c in zip(measured, predicted, strict=True)), key=abs)
+    cells = [", ".join(f"{x / 1024:.0f}" for x in row) for row in (measured, predicted)]
+    assert record.throughput
+    ms = 1000 * record.throughput.step_s_median
+    return f"{' | '.join(cells)} | {off:+.1%} | {ms:.0f} | {largest(record, single):.1e}"
 
 
 def placement(folder: Path) -> None:
     """2d on four hosts of two ranks, laid out both ways."""
-    print("\n## 2d on four hosts of two ranks, links of 100 Mbit/s\n")
-    print("KiB a step that each host sends.\n")
-    print("| | measured | counted | off by at most | ms a step |\n|---|---|---|---:|---:|")
+    print("\n## 2d on four hosts of two ranks, both ways\n")
+    print(
+        "KiB a step that each host sends. tbf cuts what it delays into packets with a header each"
+    )
+    print(
+        "(66 bytes in 1,514, and an answer of as many to every other one); else the kernel passes"
+    )
+    print("64 KiB at a time.\n")
+    print("| links | | measured | predicted | off by at most | ms a step | difference |")
+    print("|---|---|---|---|---:|---:|---:|")
     ways = {
-        "stages inside, columns across": ([0, 1, 2, 3, 0, 1, 2, 3], {"pp": 2, "dp": 4}),
-        "columns inside, stages across": ([0, 0, 1, 1, 2, 2, 3, 3], {"pp": 4, "dp": 2}),
+        "stages inside, columns across": ([0, 1, 2, 3, 0, 1, 2, 3], 2, 4),
+        "columns inside, stages across": ([0, 0, 1, 1, 2, 2, 3, 3], 4, 2),
     }
-    with Hosts(4, mbit=100) as hosts:
-        for name, (place, degrees) in ways.items():
-            changes = {f"parallel.{axis}": n for axis, n in degrees.items()}
-            changes["train.epochs"] = None
-            out = folder / name.replace(" ", "-")
-            print(f"| {name} | {link_bytes(hosts, place, changes, out)} |", flush=True)
+    for rate in ("unlimited", "100 Mbit/s"):
+        with Hosts(4, RATES[rate]) as hosts:
+            for name, (place, pp, dp) in ways.items():
+                degrees = {"parallel.pp": pp, "parallel.dp": dp, "train.global_batch": 1000}
+                out = folder / f"{rate}-{name}".replace(" ", "-").replace("/", "")
+                row = link_bytes(hosts, place, degrees, out)
+                print(f"| {rate} | {name} | {row} |", flush=True)
 
 
 def ranking(folder: Path) -> None:
-    """Four hosts of one rank at several rates."""
+    """Four hosts of one rank at several rates; the last column is the first's strategy again."""
+    columns = [*RANKED, AGAIN]
     print("\n## Which is fastest: four hosts of one rank, ms a step\n")
-    print(f"| | {' | '.join(RANKED)} | fastest |\n|---|{'---:|' * len(RANKED)}---|")
+    print(f"| links | {' | '.join(columns)} | fastest |\n|---|{'---:|' * len(columns)}---|")
     for rate, mbit in RATES.items():
+        found: dict[str, float] = {}
         with Hosts(4, mbit) as hosts:
-            found: dict[str, float] = {}
-            for strategy in RANKED:
-                changes = {"train.steps": 14, "train.epochs": None}
-                out = folder / f"{strategy}-{rate}".replace(" ", "-").replace("/", "")
+            for column in columns:
+                out = folder / f"{column}-{rate}".replace(" ", "-").replace("/", "")
+                strategy, changes = column.removesuffix(" again"), {"train.steps": RANKED_STEPS}
                 record = by_rank(hosts, [0, 1, 2, 3], strategy, changes, out)
                 if isinstance(record, Record) and record.throughput:
-                    found[strategy] = 1000 * record.throughput.step_s_median
-        cells = [f"{found[s]:.0f}" if s in found else "failed" for s in RANKED]
-        best = min(found, key=lambda s: found[s]) if found else ""
+                    found[column] = 1000 * record.throughput.step_s_median
+        cells = [f"{found[c]:.0f}" if c in found else "failed" for c in columns]
+        best = min(found, key=lambda column: found[column]) if found else ""
         print(f"| {rate} | {' | '.join(cells)} | {best} |", flush=True)
 
 
 def main() -> None:
     """All tables."""
-    if reason := why_not():
+    if reason := why_not(*SSH_TOOLS):
         sys.exit(f"several_hosts: {reason}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no host is left
     print("# Several hosts\n")
     print(
-        f"`{JOB}`; hosts are network namespaces of one machine, gloo. {summary()}.\n"
+        f"`launch/jobs/mlp.toml` with layers of {SIZES}; hosts are network namespaces of one "
+        f"machine, gloo, one thread a rank. {summary()}.\n"
         "Command: `python -m benchmarks.several_hosts`, as root.\n"
     )
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        single = hybrid.train(hybrid.load_job(JOB), "single")
-        equality(root / "equality", single)
+        equality(root / "equality")
         placement(root / "placement")
         ranking(root / "ranking")
 

@@ -1,7 +1,8 @@
 """The commands of the launchers' pages, and how each is to be run.
 
 A block's fence says it: `bash`, one command after the other; `bash at once`, one on each host, all
-at the same time; `bash needs PROGRAM`; `bash in SLURM`; `bash not run: REASON`.
+at the same time; `bash needs PROGRAM`; `bash in SLURM`; `bash over ssh`, on the first of hosts that
+ssh reaches.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every command in the launchers' pages runs, or its page says why it cannot here."""
+"""Every command in the launchers' pages runs: here, or where ELSEWHERE says."""
 
 from __future__ import annotations
 
@@ -13,21 +13,19 @@ import pytest
 from tests.conftest import ROOT
 from tests.pages import PAGES, blocks, environment, record_of, run_at_once
 
+ELSEWHERE = ("in SLURM", "over ssh")  # in test_slurm.py and test_several_hosts.py
 LAUNCHERS = {"torchrun", "accelerate", "deepspeed", "slurm", "mpi"}
 
 
 def runs() -> Iterator[Any]:
     """Commands that run together, and the program that they need."""
     for page, how, commands in blocks():
+        if how in ELSEWHERE:
+            continue
         groups = [commands] if how == "at once" else [[command] for command in commands]
         for group in groups:
-            marks = [pytest.mark.slow]
-            if how.startswith("not run: "):
-                marks.append(pytest.mark.skip(reason=how.removeprefix("not run: ")))
-            elif how == "in SLURM":
-                marks.append(pytest.mark.skip(reason="tests/test_slurm.py runs it"))
             needs = how.removeprefix("needs ") if how.startswith("needs ") else None
-            yield pytest.param(group, needs, id=f"{page}-{group[0]}", marks=marks)
+            yield pytest.param(group, needs, id=f"{page}-{group[0]}", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("commands", "needs"), list(runs()))
@@ -63,7 +61,7 @@ def test_a_page_tells_what_people_ask(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_blocks_say_how_they_run(page: Path) -> None:
     fences = re.findall(r"^```(.+)$", page.read_text(), re.M)
-    known = r"bash( at once| in SLURM| needs \S+| not run: .{10,})?|text"
+    known = r"bash( at once| in SLURM| over ssh| needs \S+)?|text"
     assert fences or page.stem == "README"
     assert not [fence for fence in fences if not re.fullmatch(known, fence)]
 
@@ -77,7 +75,7 @@ def test_files_it_names_exist(page: Path) -> None:
 
 
 def test_every_script_is_run_by_a_command() -> None:
-    run = " ".join(c for b in blocks() if not b.how.startswith("not run") for c in b.commands)
+    run = " ".join(command for block in blocks() for command in block.commands)
     scripts = [file for end in ("sh", "sbatch") for file in (ROOT / "launch").rglob(f"*.{end}")]
     assert len(scripts) == 12
     assert not [file.name for file in scripts if str(file.relative_to(ROOT)) not in run]

@@ -61,3 +61,6 @@ for step in range(STEPS):
         loss = sum(losses) / len(losses)
     if engine.global_rank == 0 and step in (0, STEPS - 1):
         print(f"step {step}: loss {loss.item():.4f}")
+
+# Left to the end of the process, gloo's threads sometimes abort it.
+deepspeed.comm.destroy_process_group()
