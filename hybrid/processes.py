@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import launchers
+from . import launchers, threads
 from .config import Launch
 from .launchers import Ranks
 
@@ -46,6 +46,7 @@ def init_process(rank: int, world_size: int, limits: Launch = DEFAULT_LIMITS) ->
     os.environ.setdefault("RANK", str(rank))
     os.environ.setdefault("WORLD_SIZE", str(world_size))
     launchers.adopt()
+    threads.share()
     _told.update(os.environ.keys() - found)
     here = device()
     if here.type == "cuda":

@@ -102,6 +102,8 @@ def test_first_cause_is_named(fault: str, strategy: str, words: str, tmp_path: P
     first = next(line for line in stderr.splitlines() if line.startswith("hybrid: rank "))
     assert words in first, stderr
     assert re.match(r"hybrid: rank [01] on \S+: ", first) and ranks_of(tmp_path / "run") == []
+    if fault == "is_killed":
+        assert "planted: last words\n" in (tmp_path / "run/logs/rank1.log").read_text()
 
 
 def test_a_killed_rank_ends_the_command(tmp_path: Path) -> None:
