@@ -23,8 +23,9 @@ def share() -> None:
         return
     threads = max(1, min(num_cores(), cores_of_all() // ranks))
     if torch := sys.modules.get("torch"):
-        if torch.get_num_threads() <= threads:
-            return  # a user's own setting, or an earlier run's
+        if (own := torch.get_num_threads()) <= threads:
+            os.environ[VARIABLE] = str(own)  # Accelerate changes torch's where this is not set
+            return
         torch.set_num_threads(threads)
     os.environ[VARIABLE] = str(threads)
     if launchers.Ranks.from_env().rank == 0:

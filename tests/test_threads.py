@@ -70,14 +70,14 @@ def test_rank_0_says_so_and_no_other(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("found", "told"), [(16, [4]), (4, []), (1, [])])
+@pytest.mark.parametrize(("found", "told", "set_to"), [(16, [4], "4"), (4, [], "4"), (1, [], "1")])
 def test_a_torch_that_is_imported_is_told(
-    found: int, told: list[int], monkeypatch: pytest.MonkeyPatch
+    found: int, told: list[int], set_to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch = types.ModuleType("torch")
     heard: list[int] = []
     torch.get_num_threads = lambda: found  # type: ignore[attr-defined]
     torch.set_num_threads = heard.append  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch", torch)
-    share(monkeypatch, RANKS)
+    assert share(monkeypatch, RANKS) == set_to
     assert heard == told, "what computes with no more threads has been told by its user"
