@@ -41,6 +41,7 @@ def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         (RANKS, 16, 16, "4"),
         (RANKS, 2, 2, "1"),
         (RANKS, 8, 32, "8"),  # bound to cores of its own
+        (RANKS, 1, 16, "1"),
         (RANKS, 16, 32, "8"),  # bound to a socket, with another rank
         (RANKS | {"OMP_NUM_THREADS": "3"}, 16, 16, "3"),
         (RANKS | {"LOCAL_WORLD_SIZE": "1"}, 16, 16, None),
