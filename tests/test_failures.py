@@ -47,6 +47,8 @@ def start_train(
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        # Containers like to set it, and it would hide that a rank's words stay in a buffer.
+        env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
         # A shell has what it starts in the background ignore Ctrl-C, and so would this.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
