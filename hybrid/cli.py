@@ -184,7 +184,7 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
 
 
 def _train_as_rank(job: Any, strategy: str, nproc: int | None, out: Path) -> Any:
-    from . import launchers
+    from . import launchers, rank_log, threads
     from .config import JobError
     from .strategies import registry
 
@@ -194,6 +194,9 @@ def _train_as_rank(job: Any, strategy: str, nproc: int | None, out: Path) -> Any
         raise JobError(f"--nproc {nproc}: the launcher started {ranks.world_size} processes")
     registry.check_launcher(job, strategy, ranks)
     launchers.adopt()
+    if launchers.name() != "hybrid":
+        rank_log.keep(out / "logs", ranks)
+    threads.share()
     from .train import train
 
     return train(job, strategy, out)

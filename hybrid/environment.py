@@ -39,10 +39,10 @@ def summary() -> str:
     )
 
 
-def num_cores() -> int:
-    """Processors that this process may use."""
+def num_cores(process: int = 0) -> int:
+    """Processors that a process may use; 0 is this one."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
+        return len(os.sched_getaffinity(process))
     return os.cpu_count() or 1
 
 

@@ -89,6 +89,7 @@ def _environment(rank: int, nproc: int, port: int, logs: Path) -> dict[str, str]
         "MASTER_PORT": port,
         # More threads than cores made two ranks 17 times slower; a user's own setting stands.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, num_cores() // nproc)),
+        "PYTHONUNBUFFERED": 1,  # a killed rank's log has its last words
         "HYBRID_LOGS": logs,
         "HYBRID_PARENT": os.getpid(),
     }

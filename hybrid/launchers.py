@@ -7,9 +7,11 @@ them, so that nothing else asks who the launcher is.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -92,14 +94,41 @@ def adopt() -> Ranks:
     """Set what torch, Accelerate and DeepSpeed read, where the launcher speaks otherwise; returns
     the ranks. JobError where ranks cannot know where to meet."""
     ranks, kind = Ranks.from_env(), _kind(os.environ)
-    found = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}
+    found = {
+        "RANK": ranks.rank,
+        "WORLD_SIZE": ranks.world_size,
+        "LOCAL_RANK": ranks.local_rank,
+        "LOCAL_WORLD_SIZE": ranks_here(),
+    }
     for key, value in found.items():
-        os.environ.setdefault(key, str(value))
+        if value is not None:
+            os.environ.setdefault(key, str(value))
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         address, port = ("localhost", 0) if kind is None else _meeting_point(kind, ranks)
         os.environ.setdefault("MASTER_ADDR", address)
         os.environ.setdefault("MASTER_PORT", str(port))
     return ranks
+
+
+def ranks_here() -> int | None:
+    """How many ranks this host has; None where nobody says."""
+    kind = _kind(os.environ)
+    if kind is None:
+        return 1
+    if kind == "srun":
+        return tasks_here()
+    return _number(VARIABLES[kind][3]) or _number("LOCAL_SIZE")  # deepspeed's word for it
+
+
+def tasks_here() -> int | None:
+    """How many tasks srun started on this host, from such as "2(x3),1": 2 on each of three hosts,
+    1 on the next. None where there is no step of SLURM's."""
+    counts: list[int] = []
+    for part in os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
+            counts += [int(found[1])] * int(found[2] or 1)
+    host = _number("SLURM_NODEID")
+    return counts[host] if host is not None and host < len(counts) else None
 
 
 def _kind(environ: Mapping[str, str]) -> str | None:
@@ -123,7 +152,7 @@ def _meeting_point(kind: str, ranks: Ranks) -> tuple[str, int]:
     if kind == "srun":
         job, step = _number("SLURM_JOB_ID") or 0, _number("SLURM_STEP_ID") or 0
         return _first_node(), PORTS[(1009 * job + step) % len(PORTS)]
-    if _number(VARIABLES[kind][3]) == ranks.world_size:
+    if ranks_here() == ranks.world_size:
         return "localhost", PORTS[os.getppid() % len(PORTS)]  # all ranks of a host have one parent
     how = "-x MASTER_ADDR=... -x MASTER_PORT=..." if kind == "Open MPI" else "-genv NAME VALUE"
     raise JobError(
@@ -192,7 +221,8 @@ def _watch(above: dict[int, str]) -> None:
         time.sleep(1)
         for pid, started in above.items():
             if _started(pid) != started:
-                print(f"hybrid: the launcher (process {pid}) is gone: ending", file=sys.stderr)
+                with contextlib.suppress(OSError):  # the launcher may have been who read it
+                    print(f"hybrid: the launcher (process {pid}) is gone: ending", file=sys.stderr)
                 os._exit(1)
 
 

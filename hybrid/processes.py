@@ -11,19 +11,19 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from . import launchers
+from . import launchers, threads
 from .config import Launch
 from .launchers import Ranks
 
 DEFAULT_LIMITS = Launch()
-_told: set[str] = set()  # variables that a launcher would have set, until `cleanup`
+_joined = ExitStack()  # what `cleanup` undoes
 _THERE = "hybrid/there/"  # keys of the store: each rank's host, once it has come
 
 
@@ -42,11 +42,11 @@ def init_process(rank: int, world_size: int, limits: Launch = DEFAULT_LIMITS) ->
     """Join the run's default process group: nccl on GPUs, gloo on CPUs. MASTER_ADDR and MASTER_PORT
     name the meeting point; a process alone needs neither. Returns the store where ranks met;
     StartError, which names those missing, after `limits.start_timeout_s`."""
-    found = set(os.environ)
+    _joined.enter_context(environment_kept())
     os.environ.setdefault("RANK", str(rank))
     os.environ.setdefault("WORLD_SIZE", str(world_size))
     launchers.adopt()
-    _told.update(os.environ.keys() - found)
+    threads.share()
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)
@@ -126,17 +126,17 @@ def environment_kept() -> Iterator[None]:
 
 
 def cleanup() -> None:
-    """Leave the process group, if this process is in one."""
+    """Leave the process group, if this process is in one. The environment is again as it was before
+    joining."""
     if dist.is_initialized():
         deepspeed = sys.modules.get("deepspeed.comm")
         if deepspeed and deepspeed.is_initialized():
             deepspeed.destroy_process_group()  # and all groups of it that DeepSpeed remembers
         else:
             dist.destroy_process_group()
-        while _told:
-            os.environ.pop(_told.pop(), None)
         constants = dist.constants
         _set_default_timeouts(constants.default_pg_timeout, constants.default_pg_nccl_timeout)
+    _joined.close()
 
 
 def gather_rows(row: Sequence[int | float]) -> list[list[int | float]]:

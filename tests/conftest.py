@@ -62,13 +62,15 @@ def largest_differences(result: dict[str, Any], name: str) -> float:
 
 @pytest.fixture(autouse=True)
 def no_launcher_left_behind() -> Iterator[None]:
-    """Variables that a test leaves would make commands of later tests think they are ranks."""
-    words = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "ACCELERATE_", "FSDP_")
+    """Variables that a test leaves would make commands of later tests think they are ranks: it
+    fails, and they are taken back."""
+    words = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "FSDP_", "OMP_NUM_THREADS")
     before = set(os.environ)
     yield
-    for key in os.environ.keys() - before:
-        if key.startswith(words):
-            del os.environ[key]
+    left = sorted(key for key in os.environ.keys() - before if key.startswith(words))
+    for key in left:
+        del os.environ[key]
+    assert not left, f"the test left {', '.join(left)} in the environment"
 
 
 @pytest.fixture(scope="session")

@@ -19,13 +19,24 @@ IN_STEP = 2
 
 
 def raises() -> None:
-    """An error of the model's."""
-    _in_step(lambda: (_ for _ in ()).throw(RuntimeError("planted: the sky fell")))
+    """An error of the model's, after words from Python and words as C++ prints them."""
+
+    def act() -> None:
+        print("planted: Python's words")
+        os.write(1, b"planted: C's words\n")
+        raise RuntimeError("planted: the sky fell")
+
+    _in_step(act)
 
 
 def is_killed() -> None:
     """As the kernel does when a host has no memory left."""
-    _in_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+    def act() -> None:
+        print("planted: last words")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _in_step(act)
 
 
 def has_no_memory() -> None:

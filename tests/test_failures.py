@@ -47,6 +47,8 @@ def start_train(
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        # Containers like to set it, and it would hide that a rank's words stay in a buffer.
+        env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
         # A shell has what it starts in the background ignore Ctrl-C, and so would this.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
@@ -102,6 +104,8 @@ def test_first_cause_is_named(fault: str, strategy: str, words: str, tmp_path: P
     first = next(line for line in stderr.splitlines() if line.startswith("hybrid: rank "))
     assert words in first, stderr
     assert re.match(r"hybrid: rank [01] on \S+: ", first) and ranks_of(tmp_path / "run") == []
+    if fault == "is_killed":
+        assert "planted: last words\n" in (tmp_path / "run/logs/rank1.log").read_text()
 
 
 def test_a_killed_rank_ends_the_command(tmp_path: Path) -> None:

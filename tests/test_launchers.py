@@ -21,7 +21,9 @@ OPEN_MPI = {
 }
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 STEP = {"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "12"}
+STEP |= {"SLURM_NODEID": "0"}
 SRUN = STEP | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_NODES": "1"}
+SRUN |= {"SLURM_STEP_TASKS_PER_NODE": "4"}
 
 
 @pytest.fixture
@@ -29,11 +31,12 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets the variables of a launcher, and those alone."""
     words = ("RANK", "WORLD_SIZE", "OMPI_", "PMI_", "MPI_", "SLURM_", "MASTER_", "ACCELERATE_")
     for key in list(os.environ):
-        if key.startswith(words) or key in ("LOCAL_RANK", "HYBRID_PARENT", "CROSS_RANK"):
+        if key.startswith((*words, "LOCAL_")) or key in ("HYBRID_PARENT", "CROSS_RANK"):
             monkeypatch.delenv(key)
+    adopted = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
     def put(variables: dict[str, str]) -> None:
-        for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        for key in adopted:
             monkeypatch.setenv(key, "")  # so that what `adopt` sets goes again
             monkeypatch.delenv(key)
         for key, value in variables.items():
@@ -83,9 +86,10 @@ def test_ranks_that_make_no_sense_are_refused(variables: dict[str, str], environ
 
 
 def test_what_other_launchers_say_is_said_in_torch_s_variables(environ: Any) -> None:
-    for variables in (MPICH, SRUN):
+    for variables, here in ((MPICH, "2"), (SRUN, "4")):
         environ(variables)
         ranks = launchers.adopt()
+        assert os.environ["LOCAL_WORLD_SIZE"] == here
         assert os.environ["RANK"] == str(ranks.rank)
         assert os.environ["WORLD_SIZE"] == str(ranks.world_size)
         assert os.environ["LOCAL_RANK"] == str(ranks.local_rank)
@@ -112,6 +116,28 @@ def test_mpi_on_several_hosts_needs_to_be_told_where(environ: Any) -> None:
     environ(OPEN_MPI)
     with pytest.raises(JobError, match=r"MASTER_ADDR and MASTER_PORT are not set.*-x MASTER_ADDR"):
         launchers.adopt()
+
+
+@pytest.mark.parametrize(
+    ("variables", "here"),
+    [
+        ({}, 1),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, None),  # set by hand
+        (TORCH | {"LOCAL_WORLD_SIZE": "4"}, 4),
+        (TORCH | {"CROSS_RANK": "0", "LOCAL_SIZE": "2"}, 2),
+        (OPEN_MPI, 2),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}, 2),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3(x2),1", "SLURM_NODEID": "1"}, 3),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2"}, 1),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "two"}, None),
+        (SRUN | TORCH | {"LOCAL_WORLD_SIZE": "8", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, 8),
+    ],
+)
+def test_ranks_of_a_host_are_counted(
+    variables: dict[str, str], here: int | None, environ: Any
+) -> None:
+    environ(variables)
+    assert launchers.ranks_here() == here
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}

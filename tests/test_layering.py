@@ -37,10 +37,11 @@ strategies.base
 strategies._preflight
 data models
 jit_cache
-importing schedule processes environment job_file known_keys
+importing schedule processes job_file rank_log known_keys
+threads
 launchers accelerate_launch user_files
 config
-layout records tolerances liveness
+layout records tolerances liveness environment
 """
 # These libraries are imported in these files alone, and there inside functions.
 HOMES = {

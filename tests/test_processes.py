@@ -8,7 +8,9 @@ import pytest
 
 import hybrid
 import hybrid.train  # whose imports set variables of their own
-from tests.conftest import small_job
+from hybrid import processes
+from hybrid.models.mlp import mlp
+from tests.conftest import SMALL, small_job
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero1"])
@@ -30,4 +32,13 @@ def test_a_run_that_fails_leaves_it_too() -> None:
     before = dict(os.environ)
     with pytest.raises(IndexError, match="Target"):  # ten classes, four outputs
         hybrid.train(small_job(model__options={"sizes": [32, 4]}), "single")
+    assert os.environ == before
+
+
+def test_an_engine_of_one_s_own_loop_leaves_it_with_the_group() -> None:
+    before = dict(os.environ)
+    engine = hybrid.open_engine(small_job(), "zero1", *mlp(**SMALL["model"]["options"]))
+    engine.close()
+    assert "RANK" in os.environ
+    processes.cleanup()
     assert os.environ == before

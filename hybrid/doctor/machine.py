@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .. import jit_cache
 from ..environment import num_cores
+from ..threads import cores_of_all
 from .finding import Finding
 
 ENOUGH_SHARED = 2**30  # bytes; a container gets 64 MiB unless told otherwise
@@ -24,9 +25,9 @@ def check_machine() -> Iterator[Finding]:
     """What runs need of the host, whichever devices it has."""
     cores = num_cores()
     yield check_cores(cores, cgroup_cores(CGROUP_QUOTA))
-    yield check_threads(
-        cores, int(os.environ.get("LOCAL_WORLD_SIZE", 0)), os.environ.get("OMP_NUM_THREADS")
-    )
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    together = cores_of_all() if ranks else cores
+    yield check_threads(together, ranks, os.environ.get("OMP_NUM_THREADS"))
     if Path("/dev/shm").is_dir():
         yield check_shared_memory(shutil.disk_usage("/dev/shm").total)
     if sys.platform != "win32":
@@ -62,7 +63,7 @@ def check_threads(cores: int, ranks: int, setting: str | None) -> Finding:
     if not ranks:
         note = "" if setting else ": each rank gets its share of the cores"
         return Finding("threads", "ok", f"{shown}{note}")
-    threads = int(setting.split(",")[0]) if setting else cores
+    threads = int(setting.split(",")[0]) if setting else share  # as `hybrid.threads` does
     found = f"{ranks} ranks of {threads} threads on {cores} cores ({shown})"
     if ranks > cores and threads == 1:
         mend = f"start at most {cores} ranks on this host"

@@ -1,0 +1,84 @@
+"""Ranks that share a host share its cores, whoever started them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+
+import pytest
+
+from hybrid import threads
+
+RANKS = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}
+STEP = {"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "1"}
+
+
+def share(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], own: int = 16, launcher: int = 16
+) -> str | None:
+    """OMP_NUM_THREADS after `share`, in a rank that may use `own` cores of its launcher's."""
+    for key in (threads.VARIABLE, "SLURM_STEP_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.setenv(key, "")
+        monkeypatch.delenv(key)
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(threads, "num_cores", lambda process=0: launcher if process else own)
+    threads.share()
+    return os.environ.get(threads.VARIABLE)
+
+
+@pytest.fixture
+def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the command line, which shares before it imports torch."""
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+
+
+@pytest.mark.usefixtures("without_torch")
+@pytest.mark.parametrize(
+    ("variables", "own", "launcher", "expected"),
+    [
+        (RANKS, 16, 16, "4"),
+        (RANKS, 2, 2, "1"),
+        (RANKS, 8, 32, "8"),  # bound to cores of its own
+        (RANKS, 1, 16, "1"),
+        (RANKS, 16, 32, "8"),  # bound to a socket, with another rank
+        (RANKS | {"OMP_NUM_THREADS": "3"}, 16, 16, "3"),
+        (RANKS | {"LOCAL_WORLD_SIZE": "1"}, 16, 16, None),
+        (RANKS | STEP, 16, 64, "4"),  # a step that has a part of its node
+        (RANKS | STEP | {"SLURM_CPUS_PER_TASK": "6"}, 6, 64, "6"),
+        (RANKS | STEP | {"SLURM_CPUS_PER_TASK": "6"}, 64, 64, "6"),
+    ],
+)
+def test_a_rank_takes_its_share(
+    variables: dict[str, str],
+    own: int,
+    launcher: int,
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert share(monkeypatch, variables, own, launcher) == expected
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_rank_0_says_so_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    share(monkeypatch, RANKS, 4, 4)
+    said = "hybrid: OMP_NUM_THREADS is not set: 1 thread for each of the 4 ranks of this host\n"
+    assert capsys.readouterr().err == said
+    share(monkeypatch, RANKS | {"RANK": "1"})
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("found", "told", "set_to"), [(16, [4], "4"), (4, [], "4"), (1, [], "1")])
+def test_a_torch_that_is_imported_is_told(
+    found: int, told: list[int], set_to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = types.ModuleType("torch")
+    heard: list[int] = []
+    torch.get_num_threads = lambda: found  # type: ignore[attr-defined]
+    torch.set_num_threads = heard.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert share(monkeypatch, RANKS) == set_to
+    assert heard == told, "what computes with no more threads has been told by its user"
