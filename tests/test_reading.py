@@ -194,7 +194,7 @@ def test_quantities_are_all_that_can_differ() -> None:
     assert {q for row in table for q in spans(row[0])} == found
 
 
-def test_tolerances_are_the_codes(wrong: Made) -> None:
+def test_tolerances_are_the_codes() -> None:
     head, *table = rows(section("Parity").split("`hybrid/tolerances.py`:")[1].split("###")[0])
     for name, *cells in table:
         precision, _, hook = name.replace(" `comm_hook` ", "").partition(",")
