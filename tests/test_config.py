@@ -42,7 +42,7 @@ KINDS = {  # every field of the job, by the kind of value it takes
     ],
     "text": [
         *("model.name", "data.name"),
-        *(f"strategy.{name}.ds_config" for name in NAMES[4:]),
+        *(f"strategy.{name}.ds_config" for name in ("zero1", "zero2", "zero3", "pipeline", "2d")),
     ],
     "section": ["model.options", "data.options"],
     "choice": [

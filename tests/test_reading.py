@@ -1,0 +1,299 @@
+"""The page on reading a comparison tells the truth: held against real comparisons and the code.
+
+The comparisons run in this process, on one rank: one with faults planted, one that needs controls.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import hybrid
+from hybrid import exit_status, launch, parity, records, tolerances
+from hybrid.cli import app
+from hybrid.job_file import load_job
+from hybrid.measure.instruments import WARMUP_STEPS
+from hybrid.parity import Run
+from hybrid.records import Comparison, Weights
+from hybrid.report.precision import KINDS
+from hybrid.report.table import UNLIKE_STEPS, make_headers
+from hybrid.report.verdict import STATES, judge, verdict
+from tests import faulty
+from tests import test_parity as made
+from tests.conftest import JOBS, ROOT, small_job
+from tests.reading import PARITY, SOURCES, TEXT, flat, rows, section, spans, strings
+
+compare_module = importlib.import_module("hybrid.compare")  # the package has a function so named
+
+
+class Made(NamedTuple):
+    """A comparison and its folder."""
+
+    result: Comparison
+    out: Path
+
+
+def in_this_process(
+    nproc: int, arguments: Sequence[str], out: Path, *rest: Any, **more: Any
+) -> None:
+    """`launch.run` without processes: one rank, which fails as a rank of its own would."""
+    assert nproc == 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small layers: more are several times slower
+    try:
+        hybrid.train(load_job(Path(arguments[1]), []), arguments[3], out)
+    except Exception as error:
+        failure = launch.Failure(0, f"{type(error).__name__}: {error}", "")
+        raise launch.RunFailed(failure) from None
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The page's own example: `ddp` forgets to divide, `fsdp` falls back, `2d` is not possible."""
+    from accelerate import Accelerator
+
+    from hybrid.strategies import _accelerate
+
+    out = tmp_path_factory.mktemp("wrong") / "out" / "compare"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "run", in_this_process)
+        patch.setattr(Accelerator, "backward", Accelerator.backward)  # to have them back after
+        patch.setattr(_accelerate, "_keep_fsdp", _accelerate._keep_fsdp)
+        faulty.not_divided_by_accumulation()
+        faulty.fsdp_falls_back()
+        job = hybrid.load_job(JOBS / "mlp.toml", {"train.epochs": 3})
+        names = ["ddp", "local_sgd", "fsdp", "2d"]
+        return Made(hybrid.compare(job, names, nproc=1, out=out), out)
+
+
+@pytest.fixture(scope="module")
+def excused(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """`ddp` sums in another order, where rounding of weights needs controls to be tolerated."""
+    out = tmp_path_factory.mktemp("excused")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "run", in_this_process)
+        patch.setitem(tolerances.EXACT_STEPS, "fp32", 0)
+        patch.setitem(tolerances.TOLERANCES, "fp32", {**FP32, "weights": 1e-12})
+        job = small_job(train__steps=30, strategy__ddp={"micro_batches": 5})
+        return Made(hybrid.compare(job, ["ddp"], nproc=1, out=out), out)
+
+
+FP32 = tolerances.TOLERANCES["fp32"]
+
+
+def test_the_worked_example_is_what_is_printed(wrong: Made) -> None:
+    printed = flat(section("An example that is wrong").split("```text\n")[1].split("```")[0])
+    left_out = ("layout", "weight diff", "step ms")
+    heads = " ".join(head for head in make_headers(wrong.result) if head not in left_out)
+    assert printed.startswith(f"Not equal: ddp from step 0 (grad_norm). {heads} single reference 0")
+    said = verdict(wrong.result)
+    assert said.headline.startswith("Not equal: ddp from step 0 (grad_norm)")
+    told = re.escape(judge(wrong.result)["ddp"].problem.split(" or of ")[0])
+    digits = re.sub(r"(\d\\\.\d{4})\d+", r"\1\\d+", told)  # ranks sum in another order
+    assert digits != told and re.search(digits, printed), told
+    assert "Equal: local_sgd computed what local_sgd_emulation did." in said.details
+
+
+def test_the_refused_receipt_is_what_is_printed(wrong: Made) -> None:
+    problem = judge(wrong.result)["fsdp"].problem
+    at = problem.index("receipt refused")
+    assert problem.startswith("fsdp failed: rank 0 on ")
+    assert problem[at:] in flat(section("Receipts"))
+
+
+def test_the_excuse_is_what_is_printed(excused: Made) -> None:
+    (told,) = (s for s in verdict(excused.result).details if "passed the tolerance" in s)
+    start, _, end = re.sub(r"\d+ places?", "13 places", told).partition("; the greatest: ")
+    assert f"{start}; the greatest: weights of 0.bias at the end, difference" in flat(TEXT)
+    assert re.fullmatch(r"[a-z_0-9. ]+ at .+, difference \S+, control \S+\.", end)
+
+
+def test_statuses_are_all_there_are() -> None:
+    table = [row[:2] for row in rows(section("Status"))[1:]]
+    assert {name for name, _ in table} == {"reference", *STATES}
+    assert {s for _, s in table} == {f"`{s}`" for s in typing.get_args(records.Status)}
+
+
+def test_evidence_and_refusals_are_in_the_code(wrong: Made) -> None:
+    text = section("Receipts")
+    known = {s for code in SOURCES for s in strings(code)}
+    refusals = [row[0].strip("`") for row in rows(text.split("it says | look at")[1])]
+    assert len(refusals) == 5
+    assert not [words for words in refusals if not any(words in s for s in known)]
+    keys = {row[0]: spans(row[1]) for row in rows(text.split("After")[0])[1:]}
+    assert not {key for found in keys.values() for key in found} - known - {"local_sgd"}
+    runs = wrong.result.strategies
+    for name, found in (("ddp", keys["`ddp`"]), ("local_sgd", ["replicas", "merges", "drift"])):
+        receipt = runs[name].receipt
+        assert receipt and {*found, "precision"} <= receipt.evidence.keys()
+
+
+def test_quantities_are_all_that_can_differ() -> None:
+    loops = [n.iter for n in ast.walk(PARITY) if isinstance(n, ast.For)]
+    found = {s for loop in loops if isinstance(loop, ast.Tuple) for s in strings(loop)}
+    for node in ast.walk(PARITY):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "_Found":
+            what = node.args[1]
+            if not isinstance(what, ast.Name):  # the loop's
+                found.add(" ".join(strings(what)) + "NAME" * isinstance(what, ast.JoinedStr))
+    table = rows(section("Parity").split("The tolerances")[0])[1:]
+    assert {q for row in table for q in spans(row[0])} == found
+
+
+def test_tolerances_are_the_codes() -> None:
+    head, *table = rows(section("Parity").split("`hybrid/tolerances.py`:")[1].split("###")[0])
+    for name, *cells in table:
+        precision, _, hook = name.replace(" `comm_hook` ", "").partition(",")
+        *sizes, steps = cells
+        stated = dict(zip(head[1:6], map(float, sizes), strict=True))
+        assert stated == tolerances.tolerance(precision, hook or "none"), name
+        assert steps == f"{tolerances.EXACT_STEPS[precision]} steps"
+    named = {name for name, *_ in table}
+    hooks = {f"fp32, `comm_hook` {hook}" for hook in tolerances.HOOK_TOLERANCES}
+    assert named == {*tolerances.TOLERANCES, *hooks}
+
+
+def test_other_constants_are_the_codes() -> None:
+    assert parity.SAME_START == 1e-9 and "may differ by 1e-9" in TEXT
+    assert parity.SHARE_OF_CONTROL == 0.25 and "at least a quarter as much" in flat(TEXT)
+    assert compare_module.CONTROL_CUTS == (1, 3, 7) and "in 1, 3 and 7 micro-batches" in TEXT
+    assert f"over {UNLIKE_STEPS} times the median. The first {WARMUP_STEPS} st" in flat(TEXT)
+    assert tuple(spans(section("The precision ledger"))[: len(KINDS)]) == KINDS
+
+
+def first_updates(**factors: float) -> Run:
+    """A run that leaves its reference after the first step, with updates off by tensor."""
+    off = {n: by for n in made.NAMES for start, by in factors.items() if n.startswith(start[1:])}
+    steps = made.at_steps(range(1, made.STEPS), loss=1.1).record.steps
+    return made.make_run(weights=made.make_weights(off), steps=steps)
+
+
+def causes() -> list[str]:
+    """What the code says of runs that are wrong in every way it knows."""
+    other = Weights({**made.START, "2.bias": 7.0}, made.make_weights().after_first_step)
+    every = range(made.STEPS)
+    runs = [
+        made.make_run(weights=other),
+        made.at_steps([5], samples=2),
+        made.at_steps([5], lr=2.0),
+        *(made.at_steps(every, grad_norm=by) for by in (2.0, 3.0, 6.0, 1 / 2, 1 / 3)),
+        first_updates(_=10.0),
+        *(first_updates(_2=10.0, _3=by) for by in (10.0, 5.0)),
+        *(first_updates(_1=10.0, _2=by) for by in (10.0, 5.0)),
+    ]
+    found = [made.first(run)[2] for run in runs]
+    short = made.make_run(steps=made.make_run().record.steps[:10])
+    last = Run(short.record, made.with_weights("1.bias", 2.0).weights)
+    late = parity.judge(last, short, "single", FP32, made.FACTORS).first_difference
+    return [str(cause) for cause in (*found, late and late.likely_cause)]
+
+
+def test_likely_causes_are_those_that_the_code_names() -> None:
+    templates = [row[0].strip("`") for row in rows(section("Likely causes"))[1:]]
+    patterns = [re.sub(r"\b(N|NAMES|LAYERS|HOW)\b", ".+", re.escape(t)) for t in templates]
+    used = set()
+    for cause in causes():
+        matches = {n for n, pattern in enumerate(patterns) if re.fullmatch(pattern, cause)}
+        assert len(matches) == 1, cause
+        used |= matches
+    assert used == set(range(len(templates)))
+
+
+def test_every_word_of_a_likely_cause_is_explained() -> None:
+    text = section("Likely causes")
+    said: set[str] = set()
+    for node in PARITY.body:
+        returns = node.returns if isinstance(node, ast.FunctionDef) else None
+        if returns and ast.unparse(returns) == "str | None":
+            said |= {s.strip() for s in strings(node) if " " in s}
+    assert len(said) > 15
+    assert not {s for s in said if s not in text} - {"weights of", "x"}  # a quantity, "A x B"
+
+
+def find(value: Any, path: Sequence[str]) -> bool:
+    """Whether a path leads somewhere in a JSON value; capitals stand for any key or index."""
+    if not path:
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    if path[0].isupper():
+        return isinstance(value, (dict, list)) and any(find(v, path[1:]) for v in inner)
+    return isinstance(value, dict) and path[0] in value and find(value[path[0]], path[1:])
+
+
+def test_keys_exist(wrong: Made, excused: Made) -> None:
+    results = [records.to_dict(m.result) for m in (wrong, excused)]
+    named, parent = 0, ""
+    for cell, _ in rows(section("Exact values"))[1:]:
+        for span in spans(cell):
+            path = f"{parent}{span}" if span.startswith(".") else span
+            parent = path.rpartition(".")[0]
+            named += 1
+            assert any(find(result, path.split(".")) for result in results), path
+    assert named > 40
+    assert "2d" not in results[0]["parity"] and results[0]["strategies"]["2d"]["reason"]
+    failed = results[0]["parity"]["fsdp"]
+    assert (failed["ok"], failed["first_difference"]) == (False, None)
+
+
+def test_snippet_runs(wrong: Made, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", TEXT, re.M | re.S)
+    assert len(snippet.splitlines()) == 5
+    monkeypatch.chdir(wrong.out.parent.parent)
+    exec(snippet, {})
+    lines = capsys.readouterr().out.splitlines()
+    starts = ["single ok True None", "ddp ok False {'step': 0", "local_sgd ok True None"]
+    starts += ["fsdp failed False rank 0 on", "2d not_possible None 2 stages"]
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True)), lines
+
+
+def test_commands_are_the_command_lines(wrong: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(wrong.out.parent.parent)
+    group: Any = get_command(app)
+    (fenced,) = re.findall(r"```bash\n\s*(hybrid .*)\n", TEXT)
+    _, command, *arguments = shlex.split(fenced)
+    given = group.commands[command].make_context(command, arguments).params
+    assert load_job(given["job"], []).train.steps == 30  # the job as it ran
+    text = " ".join(spans(TEXT))
+    named = {*re.findall(r"\bhybrid ([a-z]+)(?! JOB\w)\b", text)}
+    assert named == {"compare", "doctor"} <= group.commands.keys()
+    options = {o for p in group.commands["compare"].params for o in p.opts}
+    used = set(re.findall(r"(?<![\w-])--[a-z]+", text))
+    assert {"--out", "--json", "--set", "--nproc"} == used <= options
+    overrides = re.findall(r"--set ([\w.]+=\w+)", text)
+    assert len(overrides) == 3 and load_job(JOBS / "mlp.toml", overrides)
+
+
+def test_files_exist(wrong: Made, excused: Made) -> None:
+    named = re.findall(r"`((?:launch|hybrid|tests|benchmarks)/[\w./-]+)`", TEXT)
+    assert len(named) > 3 and not [path for path in named if not (ROOT / path).exists()]
+    for file in ("report.html", "compare.md", "compare.json"):
+        assert f"`{file}`" in TEXT and (wrong.out / file).exists()
+    for file in ("job.json", "record.json", "steps.jsonl", "checkpoints/final/"):
+        assert f"`{file}`" in TEXT and (wrong.out / "ddp" / file).exists()
+    assert "`OUT/single_cut_1`" in TEXT and (excused.out / "single_cut_1").is_dir()
+    assert "`local_sgd_emulation`" in TEXT and (wrong.out / "local_sgd_emulation").is_dir()
+
+
+def test_exit_statuses(wrong: Made, excused: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    def status(result: Comparison | None, *more: str) -> int:
+        monkeypatch.setattr(compare_module, "compare", lambda *_: result)
+        return CliRunner().invoke(app, ["compare", str(JOBS / "mlp.toml"), *more]).exit_code
+
+    assert (status(excused.result), status(wrong.result)) == (0, 1)
+    assert exit_status.explain(hybrid.JobError("x")) == ("x", 2)
+    assert exit_status.explain(ModuleNotFoundError("x", name="plotly")) == ("x", 3)
+    words = ("0 where all that was possible", "1 where a run failed", "2 where the job", "3 where")
+    assert all(w in flat(section("In CI")) for w in words)
