@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -24,6 +25,7 @@ from .launchers import Ranks
 
 DEFAULT_LIMITS = Launch()
 _joined = ExitStack()  # what `cleanup` undoes
+FAREWELL_S = 0.05
 _THERE = "hybrid/there/"  # keys of the store: each rank's host, once it has come
 
 
@@ -134,6 +136,10 @@ def cleanup() -> None:
             deepspeed.destroy_process_group()  # and all groups of it that DeepSpeed remembers
         else:
             dist.destroy_process_group()
+        # A moment for gloo's threads to let go of the last collective's tensors, for which they need
+        # the interpreter: a group that an engine still refers to lives on, and once Python ends its
+        # threads would abort the process (https://github.com/pytorch/pytorch/issues/190489).
+        time.sleep(FAREWELL_S)
         constants = dist.constants
         _set_default_timeouts(constants.default_pg_timeout, constants.default_pg_nccl_timeout)
     _joined.close()

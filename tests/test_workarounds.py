@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,20 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
 print(Accelerator(cpu=True, fsdp_plugin=plugin).distributed_type.name)
+"""
+
+# The last collective of a group that something still refers to; one thread keeps the interpreter to
+# itself, which is otherwise a matter of milliseconds.
+LEAVE = """
+import sys, torch, torch.distributed as dist
+from hybrid import processes
+processes.init_process(0, 1)
+group = dist.new_group([0])
+sys.setswitchinterval(100)
+dist.broadcast(torch.ones(3), 0, group, async_op=True)
+sum(range(10**7))
+if sys.argv[1] == "ours":
+    processes.cleanup()
 """
 
 
@@ -89,3 +104,11 @@ def test_deepspeed_still_clips_stages_by_the_first_one_s_norm(tmp_path: Path) ->
     first = result.parity["pipeline"].first_difference
     assert first is not None and first.step == 1 and first.quantity == "loss", first
     assert first.likely_cause and "first update" in first.likely_cause, first
+
+
+def test_gloo_still_aborts_a_process_that_ends_too_soon(tmp_path: Path) -> None:
+    """hybrid/processes.py::cleanup, launch/examples/plain_deepspeed.py"""
+    for whose, status in (("theirs", -signal.SIGABRT), ("ours", 0)):
+        command = [sys.executable, "-c", LEAVE, whose]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        assert done.returncode == status, whose + done.stderr

@@ -6,6 +6,7 @@ deepspeed --num_gpus 2 launch/examples/plain_deepspeed.py --deepspeed_config ds_
 import argparse
 import itertools
 import json
+import time
 
 import deepspeed
 import torch
@@ -62,5 +63,7 @@ for step in range(STEPS):
     if engine.global_rank == 0 and step in (0, STEPS - 1):
         print(f"step {step}: loss {loss.item():.4f}")
 
-# Left to the end of the process, gloo's threads sometimes abort it.
 deepspeed.comm.destroy_process_group()
+# A moment for gloo's threads to let go of the last batch: later they would abort the process
+# (https://github.com/pytorch/pytorch/issues/190489).
+time.sleep(0.1)
