@@ -237,12 +237,8 @@ def likely_cause(
 
 def _explain_ratio(ratio: float, factors: Mapping[str, int]) -> str | None:
     """Words for a ratio that is one of the factors or its inverse, within 1 %."""
-    products = dict(factors)
-    if len(factors) > 1:
-        product = 1
-        for value in factors.values():
-            product *= value
-        products[" x ".join(factors)] = product
+    several = {name: value for name, value in factors.items() if value > 1}
+    products = several | {" x ".join(several): math.prod(several.values())}
     for inverse in (False, True):
         names = [
             name

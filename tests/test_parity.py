@@ -120,6 +120,12 @@ def test_a_ratio_that_is_no_factor_is_not_explained() -> None:
     assert first(at_steps(range(STEPS), grad_norm=2.0), factors=one)[2] is None
 
 
+def test_a_factor_of_one_is_not_named() -> None:
+    only = {"micro-batches": 4, "data-parallel ranks": 1}
+    said = first(at_steps(range(STEPS), grad_norm=4.0), factors=only)[2]
+    assert said == "gradients 4 times too large: not divided by the number of micro-batches"
+
+
 def test_other_samples_are_named_before_their_loss() -> None:
     steps = list(make_run().record.steps)
     steps[4] = dataclasses.replace(steps[4], sample_digest="ff", loss=9.0)

@@ -101,7 +101,7 @@ def test_the_worked_example_is_what_is_printed(wrong: Made) -> None:
     assert printed.startswith(f"Not equal: ddp from step 0 (grad_norm). {heads} single reference 0")
     said = verdict(wrong.result)
     assert said.headline.startswith("Not equal: ddp from step 0 (grad_norm)")
-    told = re.escape(judge(wrong.result)["ddp"].problem.split(" or of ")[0])
+    told = re.escape(judge(wrong.result)["ddp"].problem)
     digits = re.sub(r"(\d\\\.\d{4})\d+", r"\1\\d+", told)  # ranks sum in another order
     assert digits != told and re.search(digits, printed), told
     assert "Equal: local_sgd computed what local_sgd_emulation did." in said.details
@@ -250,7 +250,6 @@ def test_keys_exist(wrong: Made, excused: Made) -> None:
 
 def test_snippet_runs(wrong: Made, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
     (snippet,) = re.findall(r"^```python\n(.*?)^```$", TEXT, re.M | re.S)
-    assert len(snippet.splitlines()) == 5
     monkeypatch.chdir(wrong.out.parent.parent)
     exec(snippet, {})
     lines = capsys.readouterr().out.splitlines()

@@ -113,7 +113,8 @@ class Engine(Protocol):
         ...
 
     def receipt(self) -> Receipt:
-        """What really runs, read off the live objects of all ranks."""
+        """What really runs, read off the live objects of all ranks. `evidence["precision"]` is its
+        ledger, which the loop completes."""
         ...
 
     def close(self) -> None:

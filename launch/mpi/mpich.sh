@@ -12,7 +12,6 @@ NPROC=${NPROC:-2}      # processes, over all hosts
 HOSTFILE=${HOSTFILE:-} # several hosts: lines of "HOST slots=NUMBER"
 MASTER_PORT=${MASTER_PORT:-29500} # several hosts: free on the first
 OUT=${OUT:-out/mpich} # results on the first host, errors of its ranks on each
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 words=(-np "$NPROC")
 if [ -n "$HOSTFILE" ]; then

@@ -12,11 +12,10 @@ NPROC=${NPROC:-2}       # processes, over all hosts
 HOSTFILE=${HOSTFILE:-}  # several hosts: lines of "HOST slots=NUMBER"
 MASTER_PORT=${MASTER_PORT:-29500} # several hosts: free on the first
 OUT=${OUT:-out/openmpi} # results on the first host, errors of its ranks on each
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # Left to itself, Open MPI binds each rank to one core, whatever its number of threads, and refuses
 # more ranks than cores.
-words=(-np "$NPROC" --bind-to none --oversubscribe -x OMP_NUM_THREADS)
+words=(-np "$NPROC" --bind-to none --oversubscribe ${OMP_NUM_THREADS:+-x OMP_NUM_THREADS})
 if [ -n "$HOSTFILE" ]; then
   export MASTER_ADDR=${MASTER_ADDR:?name or address of the first host} MASTER_PORT
   words+=(--hostfile "$HOSTFILE" -x PATH -x PYTHONPATH -x MASTER_ADDR -x MASTER_PORT)

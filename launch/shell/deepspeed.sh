@@ -9,8 +9,6 @@ STRATEGY=${STRATEGY:-zero2}
 NPROC=${NPROC:-2} # processes: as many as GPUs; on CPUs as many as cores, or fewer
 OUT=${OUT:-out/deepspeed}
 MASTER_PORT=${MASTER_PORT:-29500} # each run on a host needs its own
-# deepspeed sets none, and each rank would take all cores:
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # Without --num_gpus, deepspeed starts one process on a host that has no GPU.
 exec deepspeed --num_gpus "$NPROC" --master_port "$MASTER_PORT" \

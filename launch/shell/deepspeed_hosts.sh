@@ -11,9 +11,7 @@ STRATEGY=${STRATEGY:-zero2}
 HOSTFILE=${HOSTFILE:-launch/hostfile}
 MASTER_PORT=${MASTER_PORT:-29500} # free on the first host
 OUT=${OUT:-out/deepspeed} # results on the first host, errors of its ranks on each
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Over ssh only PYTHON* and a few more variables travel; others go into ~/.deepspeed_env:
-#   OMP_NUM_THREADS=1
 #   GLOO_SOCKET_IFNAME=eth0
 
 words=(--hostfile "$HOSTFILE" --master_port "$MASTER_PORT")
