@@ -136,8 +136,8 @@ def cleanup() -> None:
             deepspeed.destroy_process_group()  # and all groups of it that DeepSpeed remembers
         else:
             dist.destroy_process_group()
-        # A moment for gloo's threads to let go of the last collective's tensors, for which they need
-        # the interpreter: a group that an engine still refers to lives on, and once Python ends its
+        # A moment for gloo's threads to let go of the last collective's tensors, which takes the
+        # interpreter: a group that an engine still refers to lives on, and once Python ends its
         # threads would abort the process (https://github.com/pytorch/pytorch/issues/190489).
         time.sleep(FAREWELL_S)
         constants = dist.constants
