@@ -1,8 +1,8 @@
-"""One job under every launcher: the same losses, as a Markdown table.
+"""One job under every launcher: the same losses, as a Markdown table; and how fast a run starts.
 
     python -m benchmarks.launchers > benchmarks/launchers.md
 
-Run from the top folder; a few minutes on two cores. Launchers that are not installed are left out,
+Run from the top folder; some minutes on two cores. Launchers that are not installed are left out,
 and said to be. srun needs a SLURM that runs; tests/slurm_cluster.py starts one on one machine.
 """
 
@@ -37,6 +37,7 @@ LAUNCHERS = {
     "mpirun (MPICH)": ["mpirun.mpich", "-np", "2", *PYTHON],
     "srun": ["srun", "-K1", "-n2", *PYTHON],
 }
+STARTS = 5
 CONFIG = {"pipeline": "ddp"}  # accelerate's name for processes and nothing else
 
 
@@ -65,8 +66,30 @@ def largest(record: Record, reference: Record) -> float:
     return max(relative(a.loss, b.loss) for a, b in pairs)
 
 
+def start_up(folder: Path) -> tuple[list[float], list[str]]:
+    """Seconds from the command to the first step of a pipeline on two processes, of several runs,
+    and what they compiled."""
+    compiled, seconds = folder / "ops", []
+    words = ["train", JOB, "--strategy", "pipeline", "--nproc", "2", "--set", "train.epochs=1"]
+    for i in range(STARTS):
+        out = folder / f"start-{i}"
+        began = time.monotonic()
+        run = subprocess.Popen(
+            [*PYTHON, *words, "--out", str(out)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"TORCH_EXTENSIONS_DIR": str(compiled)},
+        )
+        steps = out / "steps.jsonl"
+        while run.poll() is None and not (steps.exists() and steps.read_text()):
+            time.sleep(0.01)
+        seconds.append(time.monotonic() - began)
+        assert run.wait(timeout=300) == 0
+    return sorted(seconds), [path.name for path in compiled.rglob("*")]
+
+
 def main() -> None:
-    """The table, one row a launcher and strategy."""
+    """The table, one row a launcher and strategy; then the start."""
     print("# One job under every launcher\n")
     print(
         f"`{JOB}` on two processes of one thread each, gloo. {summary()}.\n"
@@ -88,6 +111,12 @@ def main() -> None:
                     away, last = largest(record, single), record.steps[-1].loss
                     row = f"{len(record.steps)} | {away:.1e} | {last:.7f} | {took:.1f}"
                 print(f"| {strategy} | {launcher} | {row} |", flush=True)
+        seconds, compiled = start_up(Path(folder))
+    print("\n## From the command to the first step\n")
+    print(
+        f"`pipeline` on two processes, {STARTS} times: median {seconds[STARTS // 2]:.1f} s, "
+        f"{seconds[0]:.1f} to {seconds[-1]:.1f} s. Ops compiled: {', '.join(compiled) or 'none'}."
+    )
 
 
 if __name__ == "__main__":
