@@ -115,7 +115,7 @@ def test_the_refused_receipt_is_what_is_printed(wrong: Made) -> None:
 
 
 def test_the_excuse_is_what_is_printed(excused: Made) -> None:
-    (told,) = (s for s in verdict(excused.result).details if "passed the tolerance" in s)
+    (told,) = (s for s in verdict(excused.result).details if "exceeded the tolerance" in s)
     start, _, end = re.sub(r"\d+ places?", "13 places", told).partition("; the greatest: ")
     assert f"{start}; the greatest: weights of 0.bias at the end, difference" in flat(TEXT)
     assert re.fullmatch(r"[a-z_0-9. ]+ at .+, difference \S+, control \S+\.", end)

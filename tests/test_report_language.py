@@ -210,15 +210,15 @@ def test_what_was_excused_is_one_sentence() -> None:
     late, end = found_at(25, "loss", 3e-6), found_at(None, "weights of 2.up.weight", 6.18e-5)
     comparison = make_excused(ddp=[end], fsdp=[end], zero1=[])
     text = report.markdown(comparison)
-    assert text.count("passed the tolerance") == 1
-    assert "ddp, fsdp passed the tolerance at 1 place each, excused since" in text
+    assert text.count("exceeded the tolerance") == 1
+    assert "ddp, fsdp exceeded the tolerance at 1 place each, excused since" in text
     tail = "the greatest: weights of 2.up.weight at the end, difference 6.2e-5, control 9.9e-5."
     assert tail in text
-    assert "fsdp passed the tolerance at 1 to 2 places each" in report.markdown(
+    assert "fsdp exceeded the tolerance at 1 to 2 places each" in report.markdown(
         make_excused(ddp=[end], fsdp=[late, end])
     )
     only = make_excused(ddp=[late, end])
-    assert "ddp passed the tolerance at 2 places, excused" in report.markdown(only)
+    assert "ddp exceeded the tolerance at 2 places, excused" in report.markdown(only)
     page = Page(report.html(only)).text
     assert "loss at step 25, difference 3e-6, control 9.9e-5" in page
     assert not re.search("step none|at none", page + report.markdown(only), re.IGNORECASE)

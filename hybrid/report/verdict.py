@@ -126,8 +126,8 @@ def _tell_excused(equal: Mapping[str, Parity]) -> list[str]:
     each = " each" if len(names) > 1 else ""
     worst = max((e for n in names for e in equal[n].excused), key=lambda e: e["difference"])
     return [
-        f"{', '.join(names)} passed the tolerance at {places}{each}, excused since a control, the "
-        "reference with its batches summed in another order, differs there by a quarter as much or "
+        f"{', '.join(names)} exceeded the tolerance at {places}{each}, excused since a control, "
+        "the reference with its batches summed in another order, differs there by a quarter as much or "
         f"more; the greatest: {format_excused(worst)}."
     ]
 
