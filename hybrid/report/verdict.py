@@ -127,8 +127,8 @@ def _tell_excused(equal: Mapping[str, Parity]) -> list[str]:
     worst = max((e for n in names for e in equal[n].excused), key=lambda e: e["difference"])
     return [
         f"{', '.join(names)} exceeded the tolerance at {places}{each}, excused since a control, "
-        "the reference with its batches summed in another order, differs there by a quarter as much or "
-        f"more; the greatest: {format_excused(worst)}."
+        "the reference with its batches summed in another order, differs there by a quarter as "
+        f"much or more; the greatest: {format_excused(worst)}."
     ]
 
 
