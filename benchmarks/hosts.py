@@ -52,7 +52,7 @@ def address(host: int) -> str:
 class Hosts:
     """`count` hosts that can reach one another, until the end of the `with`."""
 
-    def __init__(self, count: int, mbit: float | None = None) -> None:
+    def __init__(self, count: int, mbit: int | None = None) -> None:
         self.count, self.mbit = count, mbit
         self.bridge = f"hybr{os.getpid() % 10_000}"
         self._files = tempfile.TemporaryDirectory()
@@ -107,7 +107,9 @@ class Hosts:
         _run("ip", "-n", name, "link", "set", "eth0", "up")
         _run("ip", "-n", name, "link", "set", "lo", "up")
         if self.mbit:
-            limit = ("root", "tbf", "rate", f"{self.mbit}mbit", "burst", "64kb", "latency", "50ms")
+            burst = max(64, self.mbit // 4)  # kB; two milliseconds, or fast links stay idle
+            limit = ("root", "tbf", "rate", f"{self.mbit}mbit", "burst", f"{burst}kb")
+            limit += ("latency", "50ms")
             _run("tc", "-n", name, "qdisc", "add", "dev", "eth0", *limit)
 
     def start(

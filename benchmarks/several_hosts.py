@@ -9,9 +9,11 @@ kernel on each host's link, headers and all.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -60,7 +62,7 @@ ON_FIRST = {
     "Open MPI": {"SCRIPT": "mpi/openmpi.sh", "NPROC": "4", "MPIRUN": "mpirun.openmpi"},
     "MPICH": {"SCRIPT": "mpi/mpich.sh", "NPROC": "4", "MPIRUN": "mpirun.mpich"},
 }
-RATES = {"unlimited": None, "1 Gbit/s": 1000.0, "100 Mbit/s": 100.0, "20 Mbit/s": 20.0}
+RATES = {"unlimited": None, "1 Gbit/s": 1000, "100 Mbit/s": 100, "20 Mbit/s": 20}
 RANKED = ("ddp", "fsdp", "zero2", "zero3", "pipeline")
 AGAIN = f"{RANKED[0]} again"  # how far two runs of the same lie apart
 RANKED_STEPS = 9  # the last six are timed
@@ -213,23 +215,38 @@ def placement(folder: Path) -> None:
                 print(f"| {rate} | {name} | {row} |", flush=True)
 
 
+def measured_mbit(hosts: Hosts, out: Path) -> str:
+    """What `hybrid doctor` measures of a link between two hosts, in Mbit/s: the median."""
+    out.mkdir(parents=True)
+    ranks = hosts.start_ranks(range(hosts.count), ["doctor", "--json"], out)
+    codes = [rank.wait(timeout=120) for rank in ranks]
+    said = (out / "rank0.log").read_text()
+    if any(codes):
+        return f"exit {codes}"
+    links = json.loads(said[said.index("{\n") :])["links"]
+    return f"{statistics.median(link['bytes_per_s'] for link in links) * 8e-6:,.0f}"
+
+
 def ranking(folder: Path) -> None:
-    """Four hosts of one rank at several rates; the last column is the first's strategy again."""
+    """Four hosts of one rank at several rates; the last run is the first's strategy again."""
     columns = [*RANKED, AGAIN]
     print("\n## Which is fastest: four hosts of one rank, ms a step\n")
-    print(f"| links | {' | '.join(columns)} | fastest |\n|---|{'---:|' * len(columns)}---|")
+    print(f"| links | measured Mbit/s | {' | '.join(columns)} | fastest |")
+    print(f"|---|---:|{'---:|' * len(columns)}---|")
     for rate, mbit in RATES.items():
         found: dict[str, float] = {}
+        place = folder / rate.replace(" ", "-").replace("/", "")
         with Hosts(4, mbit) as hosts:
+            speed = measured_mbit(hosts, place / "doctor")
             for column in columns:
-                out = folder / f"{column}-{rate}".replace(" ", "-").replace("/", "")
                 strategy, changes = column.removesuffix(" again"), {"train.steps": RANKED_STEPS}
+                out = place / column.replace(" ", "-")
                 record = by_rank(hosts, [0, 1, 2, 3], strategy, changes, out)
                 if isinstance(record, Record) and record.throughput:
                     found[column] = 1000 * record.throughput.step_s_median
-        cells = [f"{found[c]:.0f}" if c in found else "failed" for c in columns]
+        cells = [f"{found[c]:,.0f}" if c in found else "failed" for c in columns]
         best = min(found, key=lambda column: found[column]) if found else ""
-        print(f"| {rate} | {' | '.join(cells)} | {best} |", flush=True)
+        print(f"| {rate} | {speed} | {' | '.join(cells)} | {best} |", flush=True)
 
 
 def main() -> None:
