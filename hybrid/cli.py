@@ -61,12 +61,13 @@ def compare(
     """Run the job under each strategy and hold every run against `single`."""
     from . import records
     from .compare import compare as compare_strategies
+    from .progress import Progress
     from .strategies import registry
 
     loaded = _load(job, overrides)
     names = [n.strip() for n in strategies.split(",")] if strategies else list(registry.NAMES)
     registry.check_settings(loaded, names)
-    watcher = _progress()
+    watcher = Progress()
     try:
         result = compare_strategies(loaded, names, nproc, out, watcher)
     finally:
@@ -163,9 +164,8 @@ def doctor(
     """Say what this machine lacks and how to mend it; under a launcher, how fast its links are."""
     from .doctor import judge_files, run
 
-    if files:
-        raise typer.Exit(judge_files(files, _stdout if json else None))
-    raise typer.Exit(run(self_test, _stdout if json else None))
+    to = _stdout if json else None
+    raise typer.Exit(judge_files(files, to) if files else run(self_test, to))
 
 
 def _load(path: Path, overrides: list[str] | None) -> Any:
@@ -186,6 +186,7 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
 def _train_as_rank(job: Any, strategy: str, nproc: int | None, out: Path) -> Any:
     from . import launchers, rank_log, threads
     from .config import JobError
+    from .progress import Progress
     from .strategies import registry
 
     launchers.end_with_launcher()
@@ -194,12 +195,17 @@ def _train_as_rank(job: Any, strategy: str, nproc: int | None, out: Path) -> Any
         raise JobError(f"--nproc {nproc}: the launcher started {ranks.world_size} processes")
     registry.check_launcher(job, strategy, ranks)
     launchers.adopt()
+    follow = None
     if launchers.name() != "hybrid":
         rank_log.keep(out / "logs", ranks)
+        if ranks.rank == 0:
+            watcher = Progress(shared=True)
+            watcher.started(strategy, job.train.steps or 0, out)
+            follow = watcher.follow
     threads.share()
     from .train import train
 
-    return train(job, strategy, out)
+    return train(job, strategy, out, follow)
 
 
 def _train_by_launching(job: Any, strategy: str, nproc: int | None, out: Path) -> Any:
@@ -207,6 +213,7 @@ def _train_by_launching(job: Any, strategy: str, nproc: int | None, out: Path) -
     from .compare import default_nproc
     from .job_file import to_dict
     from .prepare import prepare
+    from .progress import Progress
     from .strategies import registry
 
     prepared = prepare(job)
@@ -217,29 +224,19 @@ def _train_by_launching(job: Any, strategy: str, nproc: int | None, out: Path) -
     accelerate_launch.check_started(layout.world_size)
     for line in warnings:
         print(f"hybrid: warning: {strategy}: {line}", file=sys.stderr)
+    emulating = strategy == "local_sgd" and job.strategy.local_sgd.emulate_replicas
     file = out / "job.json"
     records.write(to_dict(prepared.job), file)
-    watcher = _progress()
+    watcher = Progress()
     watcher.started(strategy, prepared.job.train.steps or 0, out)
     try:
         arguments = ["train", str(file), "--strategy", strategy, "--out", str(out)]
-        launch.run(_num_ranks(layout, job, strategy), arguments, out, watcher.poll)
+        launch.run(1 if emulating else layout.world_size, arguments, out, watcher.poll)
         record = records.read(records.Record, out / "record.json")
         watcher.finished(strategy, record)
     finally:
         watcher.close()
     return record
-
-
-def _num_ranks(layout: Any, job: Any, strategy: str) -> int:
-    emulating = strategy == "local_sgd" and job.strategy.local_sgd.emulate_replicas
-    return 1 if emulating else layout.world_size
-
-
-def _progress() -> Any:
-    from .progress import Progress
-
-    return Progress()
 
 
 def _print_table(result: Any) -> None:

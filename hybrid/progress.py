@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .records import Record
+from .records import Record, StepRecord
 from .report.formats import format_bytes, format_number
 
 if TYPE_CHECKING:
@@ -43,15 +43,16 @@ class Row:
 
 
 class Progress:
-    """A watcher for `hybrid.compare` and `hybrid train`."""
+    """A watcher for `hybrid.compare` and `hybrid train`; in lines, where a terminal is not its own
+    alone (`shared`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: bool = False) -> None:
         from rich.console import Console
         from rich.live import Live
 
         self.console = Console(stderr=True)
         self.live: Any = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and not shared:
             self.live = Live(console=self.console, auto_refresh=False)
             self.live.start()
         self.rows: dict[str, Row] = {}
@@ -61,13 +62,13 @@ class Progress:
 
     def started(self, name: str, steps: int, out: Path) -> None:
         """A run begins; its `steps.jsonl` grows in `out`. One that an earlier run left is removed:
-        its steps are not this run's."""
+        its steps are not this run's. `steps`: 0 where it is not known yet."""
         self.name, self.total, self.file, self.offset = name, steps, out / "steps.jsonl", 0
         self.file.unlink(missing_ok=True)
         self.recent.clear()
         self.begun = self.shown = time.monotonic()
         self.rows[name] = Row(dict.fromkeys(NUMBERS, "") | {"step": "starting"})
-        self._show(f"{name}: starting, {steps} steps")
+        self._show(f"{name}: starting" + (f", {steps} steps" if steps else ""))
 
     def poll(self) -> None:
         """Read the steps that were written since, and show them when it is time to."""
@@ -78,6 +79,13 @@ class Progress:
         if self.recent and self._is_due():
             row = self.rows[self.name] = self._row()
             self._show(f"{self.name}: {plain_line(row)}")
+
+    def follow(self, step: StepRecord, total: int) -> None:
+        """`poll` in the process that trains, after each step: only when there is something to show,
+        since the other ranks wait."""
+        self.total = total
+        if self._is_due():
+            self.poll()
 
     def finished(self, name: str, record: Record) -> None:
         """A run has ended: its own figures of the whole run in place of the recent ones."""

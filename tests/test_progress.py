@@ -162,6 +162,21 @@ def test_no_line_within_ten_seconds(
     assert shown(watcher, capsys) == ""
 
 
+def test_in_the_process_that_trains_it_reads_when_it_is_due(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], clock: list[float]
+) -> None:
+    watcher = Progress(shared=True)
+    watcher.started("ddp", 0, tmp_path)
+    assert capsys.readouterr().err == "ddp: starting\n"
+    for number in (0, 1):
+        append(tmp_path, step(number))
+        watcher.follow(record().steps[number], 10)
+        assert capsys.readouterr().err == "" and watcher.offset == 0
+    clock[0] += 10
+    watcher.follow(record().steps[1], 10)
+    assert "ddp: step 2/10, loss" in capsys.readouterr().err
+
+
 def test_steps_of_an_earlier_run_are_not_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,7 +141,7 @@ def test_as_the_deepspeed_launcher_starts_them(tmp_path: Path) -> None:
     record = json.loads(result)
     threads = record["environment"]["threads_per_rank"]
     assert threads == max(1, record["environment"]["cores"] // 2) and nothing == ""
-    assert "hybrid: OMP_NUM_THREADS is not set: " in said
+    assert "hybrid: OMP_NUM_THREADS is not set: " in said and "ddp: starting, 4 steps\n" in said
     assert {path.name for path in logs.iterdir()} == {
         f"rank{rank}.{kind}" for rank in "01" for kind in ("log", "where")
     }
