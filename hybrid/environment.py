@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "numpy", "hybrid")
 
 
@@ -40,10 +41,23 @@ def summary() -> str:
 
 
 def num_cores(process: int = 0) -> int:
-    """Processors that a process may use; 0 is this one."""
+    """Processors that a process may use, but no more than the container has time for; 0 is this
+    one."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(process))
-    return os.cpu_count() or 1
+        allowed = len(os.sched_getaffinity(process))
+    else:
+        allowed = os.cpu_count() or 1
+    quota = cgroup_cores(CGROUP_QUOTA)
+    return min(allowed, max(1, int(quota))) if quota else allowed
+
+
+def cgroup_cores(file: Path) -> float | None:
+    """How many cores' time a container may use (cgroup v2); None where nothing limits it."""
+    try:
+        quota, period = file.read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):  # "max": no limit
+        return None
 
 
 def cache_folder() -> Path:

@@ -130,19 +130,25 @@ def environment_kept() -> Iterator[None]:
 def cleanup() -> None:
     """Leave the process group, if this process is in one. The environment is again as it was before
     joining."""
-    if dist.is_initialized():
-        deepspeed = sys.modules.get("deepspeed.comm")
-        if deepspeed and deepspeed.is_initialized():
-            deepspeed.destroy_process_group()  # and all groups of it that DeepSpeed remembers
-        else:
-            dist.destroy_process_group()
-        # A moment for gloo's threads to let go of the last collective's tensors, which takes the
-        # interpreter: a group that an engine still refers to lives on, and once Python ends its
-        # threads would abort the process (https://github.com/pytorch/pytorch/issues/190489).
-        time.sleep(FAREWELL_S)
-        constants = dist.constants
-        _set_default_timeouts(constants.default_pg_timeout, constants.default_pg_nccl_timeout)
-    _joined.close()
+    try:
+        if dist.is_initialized():
+            _leave()
+    finally:
+        _joined.close()
+
+
+def _leave() -> None:
+    deepspeed = sys.modules.get("deepspeed.comm")
+    if deepspeed and deepspeed.is_initialized():
+        deepspeed.destroy_process_group()  # and all groups of it that DeepSpeed remembers
+    else:
+        dist.destroy_process_group()
+    # A moment for gloo's threads to let go of the last collective's tensors, which takes the
+    # interpreter: a group that an engine still refers to lives on, and once Python ends its threads
+    # would abort the process (https://github.com/pytorch/pytorch/issues/190489).
+    time.sleep(FAREWELL_S)
+    constants = dist.constants
+    _set_default_timeouts(constants.default_pg_timeout, constants.default_pg_nccl_timeout)
 
 
 def gather_rows(row: Sequence[int | float]) -> list[list[int | float]]:

@@ -35,9 +35,9 @@ def share() -> None:
 
 def cores_of_all() -> int:
     """Cores that the ranks of this host have together. A launcher may bind each to some of its own,
-    so they are the launcher's; SLURM's is no process of the job, and says it in variables."""
+    so they are the launcher's; srun's is no process of the job, and says it in variables."""
     tasks = launchers.tasks_here()
-    if tasks is None:
+    if tasks is None or "OMPI_COMM_WORLD_SIZE" in os.environ:  # Open MPI's daemons are srun's tasks
         return num_cores(os.getppid())
     per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
     return int(per_task) * tasks if per_task.isdecimal() else num_cores()

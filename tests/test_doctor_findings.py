@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid import jit_cache
+from hybrid import environment, jit_cache
 from hybrid.doctor import devices, finding, machine, network, packages, programs
 from tests.conftest import ROOT
 
@@ -63,13 +63,25 @@ def test_threads(ranks: int, setting: str | None, status: str) -> None:
         assert found.mend == "OMP_NUM_THREADS=1"
 
 
-def test_cores_and_limits(tmp_path: Path) -> None:
+def test_a_container_s_time_counts_where_it_has_less_than_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quota = tmp_path / "cpu.max"
-    quota.write_text("150000 100000\n")
-    assert machine.cgroup_cores(quota) == 1.5
-    assert machine.check_cores(4, 1.5).mend == "OMP_NUM_THREADS=1 or less"
-    quota.write_text("max 100000\n")
-    assert machine.cgroup_cores(quota) is machine.cgroup_cores(tmp_path / "none") is None
+    monkeypatch.setattr(environment, "CGROUP_QUOTA", quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(64))
+    for text, time, cores in (
+        ("150000 100000\n", 1.5, 1),
+        ("50000 100000\n", 0.5, 1),
+        ("800000 100000\n", 8, 8),
+        ("max 100000\n", None, 64),
+    ):
+        quota.write_text(text)
+        assert (environment.cgroup_cores(quota), environment.num_cores()) == (time, cores)
+    assert environment.cgroup_cores(tmp_path / "none") is None
+    assert machine.check_cores(8, 8.0).found == "8, with the time of 8 in this container"
+
+
+def test_limits() -> None:
     assert machine.check_shared_memory(64 * 2**20).status == "warning"
     assert machine.check_shared_memory(2**31).status == "ok"
     assert machine.check_open_files(256).status == "warning"

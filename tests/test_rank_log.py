@@ -75,10 +75,10 @@ def test_what_an_earlier_run_left_goes(tmp_path: Path) -> None:
 
 
 def test_a_process_that_outlives_its_rank_holds_nothing_up(tmp_path: Path) -> None:
-    late = "sleep 2; echo late"
+    late = "sleep 5; echo late"
     began = time.monotonic()
     as_rank_1(f"subprocess.Popen(['sh', '-c', '{late}'])", tmp_path)
-    assert time.monotonic() - began < 2, "the launcher waited for the end of the stream"
+    assert time.monotonic() - began < 5, "the launcher waited for the end of the stream"
     first = (tmp_path / "rank1.log").open()
     as_rank_1("print('next run')", tmp_path)
     deadline = time.monotonic() + 10

@@ -46,6 +46,7 @@ def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         (RANKS | {"OMP_NUM_THREADS": "3"}, 16, 16, "3"),
         (RANKS | {"LOCAL_WORLD_SIZE": "1"}, 16, 16, None),
         (RANKS | STEP, 16, 64, "4"),  # a step that has a part of its node
+        (RANKS | STEP | {"OMPI_COMM_WORLD_SIZE": "4"}, 8, 64, "8"),  # of mpirun's in a SLURM job
         (RANKS | STEP | {"SLURM_CPUS_PER_TASK": "6"}, 6, 64, "6"),
         (RANKS | STEP | {"SLURM_CPUS_PER_TASK": "6"}, 64, 64, "6"),
     ],

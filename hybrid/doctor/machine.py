@@ -11,14 +11,13 @@ from importlib import metadata
 from pathlib import Path
 
 from .. import jit_cache
-from ..environment import num_cores
+from ..environment import CGROUP_QUOTA, cgroup_cores, num_cores
 from ..threads import cores_of_all
 from .finding import Finding
 
 ENOUGH_SHARED = 2**30  # bytes; a container gets 64 MiB unless told otherwise
 ENOUGH_FILES = 1024  # a rank has sockets to every peer in every group, and its libraries' files
 RDMA = Path("/sys/class/infiniband")
-CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def check_machine() -> Iterator[Finding]:
@@ -36,21 +35,10 @@ def check_machine() -> Iterator[Finding]:
     yield from check_jit_cache(jit_cache.folder())
 
 
-def cgroup_cores(file: Path) -> float | None:
-    """How many cores' time a container may use (cgroup v2); None where nothing limits it."""
-    try:
-        quota, period = file.read_text().split()
-        return int(quota) / int(period)
-    except (OSError, ValueError):  # "max": no limit
-        return None
-
-
 def check_cores(cores: int, quota: float | None) -> Finding:
-    """Cores that this process may run on against the time that it is given."""
-    if quota is not None and quota < cores:
-        found = f"{cores} cores, but time of {quota:g}: threads would wait for one another"
-        return Finding("cores", "warning", found, f"OMP_NUM_THREADS={max(1, int(quota))} or less")
-    return Finding("cores", "ok", f"{cores}")
+    """Cores that runs count with; a container's time is what counts where it has less."""
+    limit = "" if quota is None else f", with the time of {quota:g} in this container"
+    return Finding("cores", "ok", f"{cores}{limit}")
 
 
 def check_threads(cores: int, ranks: int, setting: str | None) -> Finding:
