@@ -117,6 +117,10 @@ ACCELERATE_FILES: dict[str, tuple[bytes, list[str]]] = {
         FSDP.encode() + b"  fsdp_sync_module_states: false\n",
         ["fsdp_sync_module_states = False", "fsdp_cpu_ram_efficient_loading: false"],
     ),
+    "quoted_false.yaml": (
+        FSDP.encode() + b"  sync_module_states: false\n  cpu_ram_efficient_loading: 'false'\n",
+        ["fsdp_sync_module_states = False", "in quotes, it is true"],
+    ),
     "prefetch.yaml": (
         FSDP.encode() + b"  fsdp_backward_prefetch: '3'\n",
         ["fsdp_backward_prefetch = '3'", "<= 2", "'NO_PREFETCH'"],

@@ -115,7 +115,7 @@ def _contradictions_of_fsdp(config: Config) -> Iterator[str]:
     if loading and not section.get("fsdp_sync_module_states", True):
         yield (
             "fsdp_config.fsdp_sync_module_states = False: valid: true, or "
-            "fsdp_cpu_ram_efficient_loading: false (left out, it is true)"
+            "fsdp_cpu_ram_efficient_loading: false (left out or in quotes, it is true)"
         )
 
 
