@@ -164,6 +164,8 @@ def doctor(
     """Say what this machine lacks and how to mend it; under a launcher, how fast its links are."""
     from .doctor import judge_files, run
 
+    if files and not self_test:
+        raise typer.BadParameter("--no-self-test: valid without FILE, which starts no test")
     to = _stdout if json else None
     raise typer.Exit(judge_files(files, to) if files else run(self_test, to))
 

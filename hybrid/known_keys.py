@@ -2,7 +2,8 @@
 
 A section of a table has `properties`; a value has `type`, `minimum`, `enum`, ... as in JSON Schema,
 all alternatives in one list of types. A `whole number` is an integer that is not written as 5e8.
-`words` are texts that are taken besides, in upper and lower case. `{}` takes anything.
+`words` are values that are taken besides, texts in upper and lower case. `quoted` takes a number as
+text too. `{}` takes anything.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def problem(value: Any, known: dict[str, Any], path: str = "") -> str | None:
 
 
 def _fits(value: Any, known: dict[str, Any]) -> bool:
-    if isinstance(value, str) and value.lower() in map(str.lower, known.get("words", ())):
+    if isinstance(value, str) and known.get("quoted"):
+        return _fits(_number(value), known | {"quoted": False})
+    if _folded(value) in map(_folded, known.get("words", ())):
         return True
     if "enum" in known and value is not None and value not in known["enum"]:
         return False
@@ -53,6 +56,18 @@ def _fits(value: Any, known: dict[str, Any]) -> bool:
         return True
     lowest, highest = known.get("minimum", value), known.get("maximum", value)
     return lowest <= value <= highest and value > known.get("exclusiveMinimum", value - 1)
+
+
+def _folded(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _number(text: str) -> Any:
+    """The number that a text is; the text itself where it is none."""
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        return text
 
 
 def _is_a(kind: str, value: Any) -> bool:

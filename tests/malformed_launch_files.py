@@ -113,6 +113,23 @@ ACCELERATE_FILES: dict[str, tuple[bytes, list[str]]] = {
         FSDP.encode() + b"  fsdp_reshard_after_forward: FULL_SHARD\n",
         ["fsdp_reshard_after_forward = 'FULL_SHARD'", "true or false"],
     ),
+    "not_synced.yaml": (
+        FSDP.encode() + b"  fsdp_sync_module_states: false\n",
+        ["fsdp_sync_module_states = False", "fsdp_cpu_ram_efficient_loading: false"],
+    ),
+    "quoted_false.yaml": (
+        FSDP.encode() + b"  sync_module_states: false\n  cpu_ram_efficient_loading: 'false'\n",
+        ["fsdp_sync_module_states = False", "in quotes, it is true"],
+    ),
+    "prefetch.yaml": (
+        FSDP.encode() + b"  fsdp_backward_prefetch: '3'\n",
+        ["fsdp_backward_prefetch = '3'", "<= 2", "'NO_PREFETCH'"],
+    ),
+    "clipping.yaml": (
+        FSDP.encode() + b"deepspeed_config: {gradient_clipping: '-1'}\n",
+        ["gradient_clipping = '-1'", ">= 0", "'auto'"],
+    ),
+    "minus_two.yaml": (config("4", "-2"), ["num_processes = -2", ">= 1 or -1"]),
     "text_for_number.yaml": (config("4", "four"), ["num_processes = 'four'", "whole number >= 1"]),
     "half.yaml": (config("4", "4.5"), ["num_processes = 4.5", "whole number"]),
     "truth_for_number.yaml": (config("4", "yes"), ["num_processes = True", "whole number"]),

@@ -16,6 +16,7 @@ from hybrid.doctor import accelerate_keys
 from hybrid.doctor.accelerate_files import judge_config
 from hybrid.doctor.files import judge
 from hybrid.doctor.plain_yaml import read_yaml
+from hybrid.doctor.programs import check_accelerate_config
 from tests.conftest import ROOT, hybrid_command
 
 SHIPPED = sorted(
@@ -28,6 +29,14 @@ SHIPPED = sorted(
 FSDP = {"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": {"fsdp_version": 2}}
 ZERO = {"distributed_type": "DEEPSPEED", "num_processes": 4}
 CPU = {"distributed_type": "MULTI_CPU", "num_processes": 2}
+
+
+def fsdp(**settings: Any) -> dict[str, Any]:
+    return {"fsdp_config": {"fsdp_version": 2} | settings}
+
+
+def zero(**settings: Any) -> dict[str, Any]:
+    return {"deepspeed_config": settings}
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}-{file.name}")
@@ -84,6 +93,13 @@ def test_good_files_are_said_before_one_that_is_malformed(tmp_path: Path) -> Non
         ({"distributed_type": "NO"}, "NO, 1 process on 1 machine"),
         (FSDP | {"dynamo_backend": "inductor", "gpu_ids": None}, "for fsdp"),
         (FSDP | {"downcast_bf16": "no", "tpu_env": [], "main_process_port": 0}, "for fsdp"),
+        (FSDP | {"tpu_use_sudo": "yes"}, "for fsdp"),
+        (FSDP | {"fp8_config": {"use_mxfp8_block_scaling": True}}, "for fsdp"),
+        (FSDP | fsdp(fsdp_sharding_strategy=1, fsdp_backward_prefetch="2"), "for fsdp"),
+        (FSDP | fsdp(fsdp_state_dict_type="3", fsdp_auto_wrap_policy="no_wrap"), "for fsdp"),
+        (FSDP | fsdp(cpu_ram_efficient_loading=False, sync_module_states=False), "for fsdp"),
+        (ZERO | zero(gradient_accumulation_steps="4", gradient_clipping="1.0"), "for zero2"),
+        (ZERO | zero(gradient_clipping="1e-3", zero_stage="3"), "ZeRO 3; for zero3"),
     ],
 )
 def test_what_it_would_start(config: dict[str, Any], words: str) -> None:
@@ -92,6 +108,7 @@ def test_what_it_would_start(config: dict[str, Any], words: str) -> None:
 
 
 MACHINES = {"num_machines": 2, "main_process_ip": "node1"}
+OVER_MPI = {"mpirun_config": {"mpirun_hostfile": "h"}}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +120,18 @@ MACHINES = {"num_machines": 2, "main_process_ip": "node1"}
         (FSDP | {"fsdp_config": {"fsdp_offload_params": "true"} | FSDP["fsdp_config"]}, "offload"),
         ({"distributed_type": "FSDP", "num_processes": 2}, "FSDP 1, which accelerate takes"),
         (FSDP | {"num_machines": 2}, "main_process_ip is left out"),
+        (CPU | MACHINES | OVER_MPI, "main_process_port is left out"),
+        (FSDP | {"num_processes": -1}, "num_processes is left out"),
+        ({"distributed_type": "NO", "num_processes": -1}, "num_processes is left out"),
+        (FSDP | fsdp(fsdp_version=1, reshard_after_forward=True), "FSDP 1"),
+        (FSDP | {"dynamo_config": {"backend": "EAGER"}}, "no job takes dynamo_backend EAGER"),
+        (FSDP | {"dynamo_backend": "tvm"}, "no job takes dynamo_backend tvm"),
+        (FSDP | {"fp8_config": {"amax_history_length": 16}}, "amax_history_length is read by no"),
+        (FSDP | {"fp8_config": {"amax_compute_algorithm": "max"}}, "amax_compute_algorithm is"),
+        (FSDP | {"fp8_config": {"optimization_level": "O2"}}, "optimization_level is read by no"),
         (ZERO | MACHINES, "over ssh, by pdsh"),
+        (ZERO | MACHINES | zero(deepspeed_multinode_launcher=None), "over ssh, by pdsh"),
+        (ZERO | MACHINES | zero(deepspeed_multinode_launcher="slurm"), "are reached by srun"),
         (ZERO | {"fsdp_config": {"fsdp_version": 2}}, "fsdp_config is not read with DEEPSPEED"),
         (ZERO | {"deepspeed_config": {"zero_stage": 0}}, "no job takes zero_stage 0"),
         (ZERO | {"deepspeed_config": {"deepspeed_config_file": "x"}}, "deepspeed_config_file"),
@@ -117,6 +145,45 @@ def test_traps(config: dict[str, Any], words: str) -> None:
     _, traps = judge_config(config, "file")
     ((trap, mend),) = traps
     assert words in trap and mend
+
+
+@pytest.mark.parametrize("kind", ["NO", "MULTI_CPU"])
+def test_one_process_on_each_machine_is_no_even_share(kind: str) -> None:
+    config = {"distributed_type": kind, "num_processes": 1, "main_process_port": 29500}
+    found, ((trap, _),) = judge_config(config | MACHINES, "file")
+    assert f"{kind}, 2 processes on 2 machines" in found and "each a run of its own" in trap
+
+
+@pytest.mark.parametrize("kind", ["inclusion", "exclusion"])
+def test_a_filter_counts_in_place_of_num_processes(kind: str) -> None:
+    filtered = {f"deepspeed_{kind}_filter": "node1:0@node2:0,1"}
+    odd = ZERO | MACHINES | {"num_processes": 3}
+    found, _ = judge_config(odd | zero(**filtered), "file")
+    assert "DEEPSPEED, processes as the filter says on 2 machines" in found
+    with pytest.raises(JobError, match="multiple of num_machines"):
+        judge_config(odd | zero(**filtered, deepspeed_multinode_launcher="standard"), "file")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ZERO | zero(deepspeed_config_file="x.json"),
+        ZERO | zero(offload_param_device="cpu"),
+        FSDP | {"dynamo_backend": "EAGER"},
+        CPU | {"distributed_type": "MULTI_GPU", "mixed_precision": "fp8"},
+    ],
+)
+def test_no_strategy_is_promised_of_what_no_job_takes(config: dict[str, Any]) -> None:
+    found, traps = judge_config(config, "file")
+    assert "; for" not in found and traps
+    assert "ZeRO" not in found or "deepspeed_config_file" not in config["deepspeed_config"]
+
+
+def test_files_and_the_self_test_are_apart() -> None:
+    done = hybrid_command("doctor", "launch/hostfile", "--no-self-test", timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "--no-self-test: valid without FILE" in line
 
 
 def test_a_command_a_machine_is_no_trap() -> None:
@@ -151,6 +218,7 @@ def test_known_keys_of_sections_are_accelerate_s_options() -> None:
     }
     known["fsdp_config"].add("fsdp_ignored_modules")
     known["mpirun_config"].add("bind-to")
+    known["fp8_config"] |= {"fp8_use_mxfp8_block_scaling", *accelerate_keys.UNREAD}
     group = {n for n in options if n.startswith(("zero", "offload_", "gradient_", "deepspeed_"))}
     known["deepspeed_config"] = group
     assert {section: set(rows[section]["properties"]) for section in known} == known
@@ -182,6 +250,8 @@ def test_without_accelerate_or_with_another_source(
     monkeypatch.setattr(accelerate_keys.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="accelerate is not installed"):
         judge_config(FSDP, "file")
+    (found,) = check_accelerate_config(ROOT / "launch" / "accelerate" / "fsdp.yaml")
+    assert "not installed" in found.found and found.mend == "see the package above"
     monkeypatch.undo()
     (tmp_path / "accelerate").mkdir()
     (tmp_path / "accelerate" / "__init__.py").touch()

@@ -30,6 +30,7 @@ _READERS = {
 }
 _ALONE = ("NO", "MULTI_CPU")  # one process, unless mpirun starts more
 _AXES = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
+_DS_FILE = "deepspeed_config_file"
 _QUOTE = "; YAML reads a bare no, NO or off as False: put it in quotes"
 
 
@@ -81,14 +82,15 @@ def _section(config: Config, name: str) -> Config:
 
 def _contradictions(config: Config) -> Iterator[str]:
     """What accelerate would end on later, or round off."""
-    kind, processes = config["distributed_type"], config.get("num_processes")
+    kind, processes = config["distributed_type"], _processes(config)
     machines, rank = config.get("num_machines", 1), config.get("machine_rank", 0)
     for old, new in accelerate_keys.OLD.items():
         if old in config and new in config:
             yield f"{old} = {show(config[old])}: {new} says it too; valid: one of the two"
     if rank >= machines:
         yield f"machine_rank = {rank}: valid: less than num_machines = {machines}"
-    if processes and processes % machines:
+    counted = not _started_alone(config) and not _by_filter(config)
+    if processes and processes % machines and counted:
         yield (
             f"num_processes = {processes}: counts all machines together; valid: a multiple of "
             f"num_machines = {machines}"
@@ -105,11 +107,16 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 
 def _contradictions_of_fsdp(config: Config) -> Iterator[str]:
-    reshard = _section(config, "fsdp_config").get("fsdp_reshard_after_forward")
-    is_second, is_truth = _fsdp_version(config) == 2, str(reshard).lower() in ("true", "false")
-    if reshard is not None and is_second != is_truth:
-        valid = "true or false" if is_second else "a sharding strategy, or fsdp_version 2"
-        yield f"fsdp_config.fsdp_reshard_after_forward = {show(reshard)}: valid: {valid}"
+    section = _section(config, "fsdp_config")
+    reshard = section.get("fsdp_reshard_after_forward", True)  # FSDP 1 never looks at it
+    if _fsdp_version(config) == 2 and str(reshard).lower() not in ("true", "false"):
+        yield f"fsdp_config.fsdp_reshard_after_forward = {show(reshard)}: valid: true or false"
+    loading = section.get("fsdp_cpu_ram_efficient_loading", True)  # to accelerate, any text is true
+    if loading and not section.get("fsdp_sync_module_states", True):
+        yield (
+            "fsdp_config.fsdp_sync_module_states = False: valid: true, or "
+            "fsdp_cpu_ram_efficient_loading: false (left out or in quotes, it is true)"
+        )
 
 
 def _size(axis: str) -> str:
@@ -121,6 +128,27 @@ def _fsdp_version(config: Config) -> int:
     return int(_section(config, "fsdp_config").get("fsdp_version", 1))
 
 
+def _processes(config: Config) -> int | None:
+    """None where --num_processes has to say it: what is left out is -1 to accelerate, 1 with NO."""
+    own = 1 if config["distributed_type"] == "NO" else -1
+    number = config.get("num_processes", own)
+    return None if number == -1 else number
+
+
+def _launcher(config: Config) -> str:
+    """What reaches the other machines with DEEPSPEED."""
+    return _section(config, "deepspeed_config").get("deepspeed_multinode_launcher") or "pdsh"
+
+
+def _by_filter(config: Config) -> bool:
+    """Whether a filter of the hostfile says how many are started, in place of num_processes."""
+    if config["distributed_type"] != "DEEPSPEED" or config.get("num_machines", 1) == 1:
+        return False
+    section = _section(config, "deepspeed_config")
+    named = any(section.get(f"deepspeed_{kind}clusion_filter") for kind in ("in", "ex"))
+    return named and _launcher(config) != "standard"
+
+
 def _started_alone(config: Config) -> bool:
     by_mpirun = _section(config, "mpirun_config").get("mpirun_hostfile")
     return config["distributed_type"] in _ALONE and not by_mpirun
@@ -128,13 +156,14 @@ def _started_alone(config: Config) -> bool:
 
 def _describe(config: Config) -> str:
     kind, machines = config["distributed_type"], config.get("num_machines", 1)
-    number = config.get("num_processes", 1 if kind == "NO" else None)
-    number = machines if _started_alone(config) else number
+    number = machines if _started_alone(config) else _processes(config)
     processes = count(number, "process") if number else "processes as --num_processes says"
+    if _by_filter(config):
+        processes = "processes as the filter says"
     words = [kind, f"{processes} on {count(machines, 'machine')}"]
     if kind == "FSDP":
         words.append(f"FSDP {_fsdp_version(config)}")
-    if kind == "DEEPSPEED":
+    if kind == "DEEPSPEED" and not _section(config, "deepspeed_config").get(_DS_FILE):
         words.append(f"ZeRO {_stage(config)}")
     if (precision := str(config.get("mixed_precision") or "no").lower()) != "no":
         words.append(precision)
@@ -154,26 +183,34 @@ def _stage(config: Config) -> int:
 
 def _strategies(config: Config) -> str:
     kind = config["distributed_type"]
-    if kind == "FSDP" and _fsdp_version(config) == 2:
+    if any(_refused(config)):
+        return ""
+    if kind == "FSDP":
         return "; for fsdp"
-    if kind == "DEEPSPEED" and _stage(config):
+    if kind == "DEEPSPEED":
         return f"; for zero{_stage(config)}"
     every = kind.startswith("MULTI_") and not _started_alone(config)
     return "; for every strategy" if every else ""
 
 
 def _traps(config: Config) -> Iterator[Trap]:
-    kind, processes = config["distributed_type"], config.get("num_processes")
-    if processes is None and kind != "NO":
+    kind, processes = config["distributed_type"], _processes(config)
+    if processes is None:
         yield "num_processes is left out", "give accelerate launch --num_processes"
-    if _started_alone(config) and (processes or 1) > 1:
-        mend = "distributed_type: MULTI_GPU starts as many on CPUs too; or name an mpirun_hostfile"
-        yield f"{kind} starts one process on a machine without mpirun, not {processes}", mend
+    several = config.get("num_machines", 1) > 1
+    if _started_alone(config) and ((processes or 1) > 1 or several):
+        end = "each a run of its own" if several else f"not {processes}"
+        mend = "distributed_type: MULTI_GPU starts num_processes, on CPUs too; or name an "
+        mend += "mpirun_hostfile"
+        yield f"{kind} starts one process on a machine without mpirun, {end}", mend
     yield from _traps_of_machines(config)
     for section, readers in _READERS.items():
         if config.get(section) and kind not in readers:
             mend = f"leave it out, or set distributed_type to {' or '.join(readers)}"
             yield f"{section} is not read with {kind}", mend
+    for key, read in accelerate_keys.UNREAD.items():
+        if key in _section(config, "fp8_config"):
+            yield f"fp8_config.{key} is read by nothing, though accelerate config writes it", read
     for found, valid in _refused(config):
         yield f"no job takes {found}", valid
 
@@ -183,10 +220,13 @@ def _traps_of_machines(config: Config) -> Iterator[Trap]:
         return
     if not config.get("main_process_ip"):
         yield "main_process_ip is left out", "give accelerate launch --main_process_ip"
-    launcher = _section(config, "deepspeed_config").get("deepspeed_multinode_launcher", "pdsh")
+    if config["distributed_type"] in _ALONE and config.get("main_process_port") is None:
+        yield "main_process_port is left out", "give accelerate launch --main_process_port"
+    launcher = _launcher(config)
     if config["distributed_type"] == "DEEPSPEED" and launcher not in ("standard", "nossh"):
+        by = "by srun" if launcher == "slurm" else f"over ssh, by {launcher}"
         mend = "deepspeed_multinode_launcher: standard, and the command on each machine"
-        yield f"the other machines are reached over ssh, by {launcher}", mend
+        yield f"the other machines are reached {by}", mend
 
 
 def _refused(config: Config) -> Iterator[Trap]:
@@ -200,14 +240,16 @@ def _refused(config: Config) -> Iterator[Trap]:
         yield "fsdp_offload_params", "valid: false"
     if kind == "DEEPSPEED" and not _stage(config):
         yield "zero_stage 0", "valid: 1, 2 or 3; pipeline and 2d take a MULTI_GPU configuration"
-    if deepspeed.get("deepspeed_config_file"):
-        mend = "give the file to the job instead, as strategy.zero1.ds_config and so on"
-        yield "deepspeed_config_file", mend
+    if deepspeed.get(_DS_FILE):
+        yield _DS_FILE, "give the file to the job instead, as strategy.zero1.ds_config and so on"
     for key in ("offload_optimizer_device", "offload_param_device"):
         if (deepspeed.get(key) or "none").lower() != "none":
             yield f"{key} {deepspeed[key]}", "valid: none"
     for axis in _AXES[2:]:
         if _section(config, "parallelism_config").get(_size(axis), 1) > 1:
             yield _size(axis), "valid: 1"
+    dynamo = _section(config, "dynamo_config").get("dynamo_backend") or config.get("dynamo_backend")
+    if (dynamo or "no").lower() not in ("no", "inductor"):
+        yield f"dynamo_backend {dynamo}", "valid: NO, INDUCTOR"
     if str(config.get("mixed_precision")).lower() == "fp8":
         yield "mixed_precision fp8", "valid: no, bf16, fp16"

@@ -30,6 +30,8 @@ PREFIXES = {
 _DEEPSPEED_GROUP = "deepspeed_args"
 _TRUTH = {"type": ["boolean"], "words": ["true", "false"]}
 _MAYBE_TRUTH = {"type": ["boolean", "null"], "words": ["true", "false"]}
+_TYPED = {"type": ["boolean"], "words": ["no", "yes"]}  # as `accelerate config` is answered
+_TEXT = {"type": ["string", "null"]}
 _COUNT = {"type": ["whole number"], "minimum": 1}
 _DEVICE = {"type": ["null"], "words": ["none", "cpu", "nvme"]}
 _TYPES = {"int": "whole number", "float": "number", "str": "string", "bool": "boolean"}
@@ -37,23 +39,36 @@ _TYPES = {"int": "whole number", "float": "number", "str": "string", "bool": "bo
 _NARROWER: dict[str, Row] = {
     # SageMaker's configurations have other fields, and start nothing where this toolkit is.
     "compute_environment": {"type": ["string"], "enum": ["LOCAL_MACHINE"]},
-    "num_processes": _COUNT,
+    "num_processes": _COUNT | {"words": [-1]},  # accelerate's own: --num_processes has to say it
     "num_machines": _COUNT,
     "machine_rank": {"type": ["whole number"], "minimum": 0},
     "main_process_port": {"type": ["whole number", "null"], "minimum": 0, "maximum": 65535},
-    "downcast_bf16": {"type": ["boolean"], "words": ["no", "yes"]},  # `accelerate config` writes no
-    "zero_stage": {"type": ["whole number", "null"], "minimum": 0, "maximum": 3},
+    "downcast_bf16": _TYPED,
+    "tpu_use_sudo": _TYPED,
+    # Ranks are told these as text.
+    "zero_stage": {
+        "type": ["whole number", "null"],
+        "minimum": 0,
+        "maximum": 3,
+        "quoted": True,
+    },
     "gradient_accumulation_steps": {
         "type": ["whole number", "null"],
         "minimum": 1,
         "words": ["auto"],
+        "quoted": True,
     },
-    "gradient_clipping": {"type": ["number", "null"], "minimum": 0, "words": ["auto"]},
+    "gradient_clipping": {
+        "type": ["number", "null"],
+        "minimum": 0,
+        "words": ["auto"],
+        "quoted": True,
+    },
     "offload_optimizer_device": _DEVICE,
     "offload_param_device": _DEVICE,
     "zero3_init_flag": _MAYBE_TRUTH,
     "zero3_save_16bit_model": _MAYBE_TRUTH,
-    "fsdp_version": {"type": ["whole number"], "minimum": 1, "maximum": 2, "words": ["1", "2"]},
+    "fsdp_version": {"type": ["whole number"], "minimum": 1, "maximum": 2, "quoted": True},
     "fp8_backend": {"type": ["null"], "words": ["TE", "MSAMP", "AO"]},
     **{
         f"parallelism_config_{axis}_size": _COUNT
@@ -61,17 +76,28 @@ _NARROWER: dict[str, Row] = {
     },
     "parallelism_config_sp_seq_length": {"type": ["whole number", "string", "null"]},
 }
-# Choices that are lists in accelerate/utils/constants.py, under these names.
-_LISTED = (
-    "fsdp_sharding_strategy",
-    "fsdp_auto_wrap_policy",
-    "fsdp_backward_prefetch",
-    "fsdp_state_dict_type",
-)
+# Choices that are lists in accelerate/utils/constants.py, under these names, and up to which number
+# each may be one of torch's instead.
+_LISTED = {
+    "fsdp_sharding_strategy": 5,
+    "fsdp_auto_wrap_policy": 0,
+    "fsdp_backward_prefetch": 2,
+    "fsdp_state_dict_type": 3,
+}
 # Fields that `process_config` turns into those beside them, over what is written there.
 OLD = {"dynamo_backend": "dynamo_config", "fp16": "mixed_precision"}
-# Read by accelerate/utils/launch.py, and no option.
-_NO_OPTIONS = {"fsdp_config": "fsdp_ignored_modules", "mpirun_config": "bind-to"}
+# Written by `accelerate config`, and read by nothing: the option that was meant.
+UNREAD = {
+    "fp8_amax_history_length": "fp8_amax_history_len",
+    "fp8_amax_compute_algorithm": "fp8_amax_compute_algo",
+    "fp8_optimization_level": "fp8_opt_level",
+}
+# Taken over by accelerate/utils/launch.py, and no option.
+_NO_OPTIONS: dict[str, dict[str, Row]] = {
+    "fsdp_config": {"fsdp_ignored_modules": _TEXT},
+    "mpirun_config": {"bind-to": _TEXT},
+    "fp8_config": {"fp8_use_mxfp8_block_scaling": _TRUTH, **{name: {} for name in UNREAD}},
+}
 
 
 def table() -> Row:
@@ -99,8 +125,7 @@ def _rows(root: Path) -> dict[str, Row]:
     rows = dict(_fields(_parse(root / "commands/config/config_args.py")))
     for section in (*PREFIXES, "deepspeed_config"):
         found = {name: row for group, name, row in options if _is_of(section, group, name)}
-        if section in _NO_OPTIONS:
-            found[_NO_OPTIONS[section]] = {"type": ["string", "null"]}
+        found |= _NO_OPTIONS.get(section, {})
         inner = {name: narrower.get(name, row) for name, row in found.items()}
         rows[section] = {"type": rows[section]["type"], "properties": inner}
     rows |= {name: {"type": ["boolean"]} for name in OLD}
@@ -122,8 +147,15 @@ def _narrower(enums: dict[str, list[str]], lists: dict[str, list[str]]) -> dict[
             "type": ["string", "null"],
             "enum": lists["DEEPSPEED_MULTINODE_LAUNCHERS"],
         },
-        **{name: {"type": ["null"], "words": lists[name.upper()]} for name in _LISTED},
+        **{name: _listed(lists[name.upper()], last) for name, last in _LISTED.items()},
     }
+
+
+def _listed(words: list[str], last: int) -> Row:
+    if not last:
+        return {"type": ["null"], "words": words}
+    numbers = {"type": ["whole number", "null"], "minimum": 1, "maximum": last}
+    return numbers | {"words": words, "quoted": True}
 
 
 def _is_of(section: str, group: str, name: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..config import JobError
 from ..environment import package_version
+from .accelerate_files import judge
 from .finding import Finding, run_program
 
 # Ours by Python: the package, and how to call it whatever stands in PATH.
@@ -93,10 +94,11 @@ def check_accelerate_config(file: Path | None) -> Iterator[Finding]:
         yield Finding(name, "ok", "no default file")
         return
     try:
-        from .accelerate_files import judge  # wants a YAML parser, which comes with Accelerate
-
         found, traps = judge(file, str(file))
-    except (JobError, ModuleNotFoundError) as error:
+    except ModuleNotFoundError as error:  # no accelerate, whose source says what a file may hold
+        yield Finding(name, "warning", str(error), "see the package above")
+        return
+    except JobError as error:
         yield Finding(name, "warning", str(error), "mend it, or write it anew: accelerate config")
         return
     if traps:
