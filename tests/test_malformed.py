@@ -70,25 +70,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "loop2.toml").symlink_to("loop.toml")
     (path / "self.toml").symlink_to("self.toml")
     (path / "dangling.toml").symlink_to("gone.toml")
-    (path / "folder.toml").mkdir()
-    os.mkfifo(path / "pipe.toml")
-    for name in ("sparse.toml", "sparse.json"):
-        with (path / name).open("wb") as file:
-            file.truncate(2**40)
+    make_no_files(path, "folder.toml", "pipe.toml", ("sparse.toml", "sparse.json"))
     return path
 
 
+def make_no_files(path: Path, folder: str, pipe: str, sparse: tuple[str, str]) -> None:
+    """What is no file, and files that look as large as no disk."""
+    (path / folder).mkdir()
+    os.mkfifo(path / pipe)
+    for name in sparse:
+        with (path / name).open("wb") as file:
+            file.truncate(2**40)
+
+
 def make_launch_files(path: Path) -> None:
+    """The same for launchers."""
     path.mkdir()
     for name, (content, _) in LAUNCH_FILES.items():
         (path / name).write_bytes(content)
     (path / "loop").symlink_to("loop.yaml")
     (path / "loop.yaml").symlink_to("loop")
-    (path / "folder.yaml").mkdir()
-    os.mkfifo(path / "pipe.json")
-    for name in ("sparse", "sparse.yaml"):
-        with (path / name).open("wb") as file:
-            file.truncate(2**40)
+    make_no_files(path, "folder.yaml", "pipe.json", ("sparse", "sparse.yaml"))
 
 
 def environment() -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 from ..config import JobError
 from ..known_keys import problem
 from ..user_files import read_json, show
-from . import accelerate_keys
+from .accelerate_keys import OLD, PREFIXES, UNREAD, table
 from .plain_yaml import read_yaml
 
 Config = dict[str, Any]
@@ -47,12 +47,12 @@ def judge_config(config: Any, where: str) -> tuple[str, list[Trap]]:
         held = "nothing" if config is None else f"a {type(config).__name__}"
         raise JobError(f"{where}: holds {held}, not a mapping of accelerate's keys")
     config = _in_full(config, where)
-    table = accelerate_keys.table()
-    if wrong := problem(config, table):
+    known = table()
+    if wrong := problem(config, known):
         quote = _QUOTE if " = False: " in wrong else ""
-        raise JobError(f"{where}: {wrong} (by accelerate {table['accelerate']}){quote}")
+        raise JobError(f"{where}: {wrong} (by accelerate {known['accelerate']}){quote}")
     if "distributed_type" not in config:
-        names = table["properties"]["distributed_type"]["enum"]
+        names = known["properties"]["distributed_type"]["enum"]
         raise JobError(f"{where}: distributed_type: missing; valid: {', '.join(names)}")
     for wrong in _contradictions(config):
         raise JobError(f"{where}: {wrong}")
@@ -64,7 +64,7 @@ def _in_full(config: Config, where: str) -> Config:
     fsdp_config is fsdp_version."""
     full = dict(config)
     for section in ("fsdp_config", "fp8_config", "dynamo_config"):
-        prefix, found = accelerate_keys.PREFIXES[section], {}
+        prefix, found = PREFIXES[section], {}
         if not isinstance(config.get(section), dict):
             continue
         for key, value in config[section].items():
@@ -84,7 +84,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     """What accelerate would end on later, or round off."""
     kind, processes = config["distributed_type"], _processes(config)
     machines, rank = config.get("num_machines", 1), config.get("machine_rank", 0)
-    for old, new in accelerate_keys.OLD.items():
+    for old, new in OLD.items():
         if old in config and new in config:
             yield f"{old} = {show(config[old])}: {new} says it too; valid: one of the two"
     if rank >= machines:
@@ -208,7 +208,7 @@ def _traps(config: Config) -> Iterator[Trap]:
         if config.get(section) and kind not in readers:
             mend = f"leave it out, or set distributed_type to {' or '.join(readers)}"
             yield f"{section} is not read with {kind}", mend
-    for key, read in accelerate_keys.UNREAD.items():
+    for key, read in UNREAD.items():
         if key in _section(config, "fp8_config"):
             yield f"fp8_config.{key} is read by nothing, though accelerate config writes it", read
     for found, valid in _refused(config):

@@ -13,8 +13,8 @@ from pathlib import Path
 from ..config import JobError
 from ..strategies._ds_config import STAGES, stage_of
 from ..user_files import read_json, read_text, show
-from . import accelerate_files
-from .accelerate_files import Trap, count
+from .accelerate_files import Trap, count, judge_config
+from .accelerate_files import judge as judge_accelerate
 from .finding import Finding
 
 ONLY_ACCELERATE = ("compute_environment", "distributed_type")
@@ -37,12 +37,12 @@ def judge(files: Iterable[Path]) -> Iterator[Finding]:
 
 def _judge(file: Path, where: str) -> tuple[str, list[Trap]]:
     if file.suffix.lower() in (".yaml", ".yml"):
-        return accelerate_files.judge(file, where)
+        return judge_accelerate(file, where)
     if file.suffix.lower() != ".json":
         return _hostfile(read_text(file, where, MAX_HOSTFILE), where), []
     config = read_json(file, where)
     if isinstance(config, dict) and any(key in config for key in ONLY_ACCELERATE):
-        return accelerate_files.judge_config(config, where)
+        return judge_config(config, where)
     return _deepspeed(stage_of(config, where)), []
 
 
