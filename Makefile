@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 
 demo-gpt: $(INSTALLED)
 	$(BIN)/hybrid compare launch/jobs/gpt_demo.toml --strategies single,fsdp,2d --out out/demo-gpt
-	$(BIN)/hybrid sample out/demo-gpt/2d --prompt "def " --tokens 300
+	$(BIN)/hybrid generate out/demo-gpt/2d --prompt "def " --tokens 300
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

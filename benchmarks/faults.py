@@ -20,9 +20,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from hybrid import jit_cache, records
-from hybrid.environment import summary
-from hybrid.job_file import to_dict
+from hybrid import records
+from hybrid.job.file import to_dict
+from hybrid.launch.ops_cache import ops_folder
+from hybrid.measure.machine import summarise_machine
 from tests.conftest import small_job
 from tests.test_failures import ranks_of, start_train
 
@@ -90,7 +91,7 @@ def leftovers(out: Path) -> str:
     deadline = time.monotonic() + 5
     while (left := ranks_of(out)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return "; ".join([*left, *(str(path) for path in jit_cache.folder().glob("**/lock"))])
+    return "; ".join([*left, *(str(path) for path in ops_folder().glob("**/lock"))])
 
 
 def check(strategy: str, name: str, folder: Path) -> tuple[bool, str]:
@@ -151,7 +152,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no host is left
     print("# How runs end\n")
     print(
-        f"Two processes, gloo, timeouts of {LIMIT_S} s in the job. {summary()}.\n"
+        f"Two processes, gloo, timeouts of {LIMIT_S} s in the job. {summarise_machine()}.\n"
         "Command: `python -m benchmarks.faults`. Seconds: from the fault to the command's end, "
         "with what is promised.\nLeft behind: processes and locks that are there 5 s later.\n"
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import hybrid
 from hybrid import records
-from hybrid.environment import summary
+from hybrid.measure.machine import summarise_machine
 from hybrid.records import Comparison, Record
 from hybrid.strategies.registry import NAMES
 
@@ -89,7 +89,7 @@ def main() -> None:
     print("# A GPT of 10.7 million parameters under every strategy\n")
     print(
         f"`{JOB}`: 30 steps, AdamW, warm-up and cosine, clipping 1.0, accumulation 4,\n"
-        f"four processes of one thread each, gloo. {summary()}.\n"
+        f"four processes of one thread each, gloo. {summarise_machine()}.\n"
         f"Command: `python benchmarks/gpt.py {folder}`.\n\n"
         "Differences: the greatest of any step (of any tensor at the end), relative to `single`,\n"
         "or for `local_sgd` to its emulation in one process. MiB: what the busiest rank sends a\n"

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from hybrid import records
-from hybrid.environment import summary
-from hybrid.parity import relative
+from hybrid.comparison.parity import relative
+from hybrid.measure.machine import summarise_machine
 from hybrid.records import Record
 
 JOB = "launch/jobs/mlp.toml"
@@ -92,7 +92,7 @@ def main() -> None:
     """The table, one row a launcher and strategy; then the start."""
     print("# One job under every launcher\n")
     print(
-        f"`{JOB}` on two processes of one thread each, gloo. {summary()}.\n"
+        f"`{JOB}` on two processes of one thread each, gloo. {summarise_machine()}.\n"
         "Command: `python -m benchmarks.launchers`. Differences: the greatest of a loss at any "
         "step, relative to `single`.\n"
     )

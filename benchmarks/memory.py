@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import hybrid
-from hybrid import environment
+from hybrid.measure.machine import describe_machine
 from hybrid.measure.memory import StorageMeter
 from hybrid.models import build_model
 from hybrid.models.layers import Layers
@@ -128,7 +128,7 @@ def main() -> None:
     print("| strategy | processes | theory MB | engine's own MB | measured MB, each rank |", end="")
     print(" measured / theory | measured / both |\n|---|---:|---:|---:|---:|---:|---:|")
     print("\n".join(rows))
-    here = environment.describe()
+    here = describe_machine()
     versions = ", ".join(f"{k} {v}" for k, v in here["packages"].items() if k != "hybrid")
     print(f"\n{here['processor']}, {here['cores']} cores, {here['system']}, {versions},")
     print(f"Python {here['python']}, commit {here['commit']}.")

@@ -24,10 +24,10 @@ from typing import Any
 
 import hybrid
 from hybrid import records
-from hybrid.config import Job
-from hybrid.environment import summary
-from hybrid.job_file import to_dict
+from hybrid.job.file import to_dict
+from hybrid.job.schema import Job
 from hybrid.layout import Layout
+from hybrid.measure.machine import summarise_machine
 from hybrid.records import Record
 
 from .hosts import PORT, SSH_TOOLS, Hosts, why_not
@@ -265,7 +265,7 @@ def main() -> None:
     print("# Several hosts\n")
     print(
         f"`launch/jobs/mlp.toml` with layers of {SIZES}; hosts are network namespaces of one "
-        f"machine, gloo, one thread a rank. {summary()}.\n"
+        f"machine, gloo, one thread a rank. {summarise_machine()}.\n"
         "Command: `python -m benchmarks.several_hosts`, as root.\n"
     )
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -10,45 +10,43 @@
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .compare import compare
-    from .config import Job, JobError
-    from .data.batches import BatchPlan, MicroBatch, load
-    from .job_file import load_job
+    from .comparison.session import compare
+    from .data import build_data
+    from .data.batches import BatchPlan
+    from .data.loader import MicroBatch, load_micro_batch
+    from .job.errors import JobError
+    from .job.file import load_job
+    from .job.schema import Job
+    from .launch.process_group import cleanup
+    from .models import build_model
+    from .models.losses import cross_entropy
     from .strategies.registry import open_engine
-    from .train import train
+    from .training.loop import train
 
 _HOMES = {
     "BatchPlan": "data.batches",
-    "Job": "config",
-    "JobError": "config",
-    "MicroBatch": "data.batches",
-    "compare": "compare",
-    "load": "data.batches",
-    "load_job": "job_file",
+    "Job": "job.schema",
+    "JobError": "job.errors",
+    "MicroBatch": "data.loader",
+    "build_data": "data",
+    "build_model": "models",
+    "cleanup": "launch.process_group",
+    "compare": "comparison.session",
+    "cross_entropy": "models.losses",
+    "load_job": "job.file",
+    "load_micro_batch": "data.loader",
     "open_engine": "strategies.registry",
-    "train": "train",
+    "train": "training.loop",
 }
-__all__ = ["BatchPlan", "Job", "JobError", "MicroBatch", "compare", "load", "load_job"]
-__all__ += ["open_engine", "train"]
+__all__ = ["BatchPlan", "Job", "JobError", "MicroBatch", "build_data", "build_model", "cleanup"]
+__all__ += ["compare", "cross_entropy", "load_job", "load_micro_batch", "open_engine", "train"]
 
 
-class _Package(types.ModuleType):
-    """Looks its public names up when asked. `hybrid.train` and `hybrid.compare` are functions,
-    although files of these names lie here: importing such a file must not put the module there."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module 'hybrid' has no attribute {name!r}")
-        return getattr(importlib.import_module(f".{_HOMES[name]}", self.__name__), name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in _HOMES:
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hybrid' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -60,13 +60,12 @@ def compare(
 ) -> None:
     """Run the job under each strategy and hold every run against `single`."""
     from . import records
-    from .compare import compare as compare_strategies
-    from .progress import Progress
+    from .comparison.session import compare as compare_strategies
     from .strategies import registry
+    from .training.progress import Progress
 
     loaded = _load(job, overrides)
     names = [n.strip() for n in strategies.split(",")] if strategies else list(registry.NAMES)
-    registry.check_settings(loaded, names)
     watcher = Progress()
     try:
         result = compare_strategies(loaded, names, nproc, out, watcher)
@@ -88,29 +87,26 @@ def train(
     out: Out = Path("out/train"),
     overrides: Overrides = None,
     json: Json = False,
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Run the job once, on a launcher's processes or on `--nproc` of its own."""
-    from . import launchers, records
-    from .strategies import registry
+    from . import records
+    from .training.run import run_job
 
-    loaded = _load(job, overrides)
-    registry.check_settings(loaded, [strategy])
-    if launchers.name():
-        record = _train_as_rank(loaded, strategy, nproc, out)
-        if launchers.Ranks.from_env().rank:
-            return
-    else:
-        record = _train_by_launching(loaded, strategy, nproc, out)
+    record = run_job(_load(job, overrides), strategy, out, nproc, parent)
+    if record is None:
+        return
     if json:
         print(records.dumps(record), file=_stdout)
-    elif "HYBRID_PARENT" not in os.environ:
+    else:
         rate = f", {record.throughput.samples_per_s:.0f} samples/s" if record.throughput else ""
         last = record.steps[-1]
         print(f"{strategy}: {len(record.steps)} steps, loss {last.loss:.6f}{rate}; {out}")
 
 
+@app.command("sample", hidden=True)
 @app.command()
-def sample(
+def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder: OUT, OUT/STRATEGY.")],
     prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to write at most.")] = 200,
@@ -121,9 +117,9 @@ def sample(
 ) -> None:
     """Write text from the final weights of a run on text."""
     from . import records
-    from .sample import sample as sample_text
+    from .training.generate import generate as generate_text
 
-    text = sample_text(run, prompt, tokens, temperature, seed, top_k)
+    text = generate_text(run, prompt, tokens, temperature, seed, top_k)
     print(records.dumps({"prompt": prompt, "text": text}) if json else text, file=_stdout)
 
 
@@ -131,7 +127,7 @@ def sample(
 def strategies(json: Json = False) -> None:
     """List the strategies and what each accepts."""
     from . import records
-    from .config import Strategies
+    from .job.schema import Strategies
     from .strategies import registry
 
     table: dict[str, Any] = {}
@@ -162,83 +158,24 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Say what this machine lacks and how to mend it; under a launcher, how fast its links are."""
-    from .doctor import judge_files, run
+    from .doctor import run, run_on_files
 
     if files and not self_test:
         raise typer.BadParameter("--no-self-test: valid without FILE, which starts no test")
     to = _stdout if json else None
-    raise typer.Exit(judge_files(files, to) if files else run(self_test, to))
+    raise typer.Exit(run_on_files(files, to) if files else run(self_test, to))
 
 
 def _load(path: Path, overrides: list[str] | None) -> Any:
     from .data import SOURCES
-    from .importing import check_name
-    from .job_file import load_job
+    from .job.file import load_job
+    from .job.imports import check_name
     from .models import check_model_name
 
     job = load_job(path, overrides or [])
     check_model_name(job.model.name)
     check_name("data", job.data.name, SOURCES)
-    if "HYBRID_PARENT" not in os.environ:
-        for line in job.warnings():
-            print(f"hybrid: warning: {line}", file=sys.stderr)
     return job
-
-
-def _train_as_rank(job: Any, strategy: str, nproc: int | None, out: Path) -> Any:
-    from . import launchers, rank_log, threads
-    from .config import JobError
-    from .progress import Progress
-    from .strategies import registry
-
-    launchers.end_with_launcher()
-    ranks = launchers.Ranks.from_env()
-    if nproc not in (None, ranks.world_size):
-        raise JobError(f"--nproc {nproc}: the launcher started {ranks.world_size} processes")
-    registry.check_launcher(job, strategy, ranks)
-    launchers.adopt()
-    follow = None
-    if launchers.name() != "hybrid":
-        rank_log.keep(out / "logs", ranks)
-        if ranks.rank == 0:
-            watcher = Progress(shared=True)
-            watcher.started(strategy, job.train.steps or 0, out)
-            follow = watcher.follow
-    threads.share()
-    from .train import train
-
-    return train(job, strategy, out, follow)
-
-
-def _train_by_launching(job: Any, strategy: str, nproc: int | None, out: Path) -> Any:
-    from . import accelerate_launch, jit_cache, launch, records
-    from .compare import default_nproc
-    from .job_file import to_dict
-    from .prepare import prepare
-    from .progress import Progress
-    from .strategies import registry
-
-    prepared = prepare(job)
-    jit_cache.mend()
-    layout, warnings = registry.plan(
-        prepared.job, strategy, nproc or default_nproc(job), prepared.outline
-    )
-    accelerate_launch.check_started(layout.world_size)
-    for line in warnings:
-        print(f"hybrid: warning: {strategy}: {line}", file=sys.stderr)
-    emulating = strategy == "local_sgd" and job.strategy.local_sgd.emulate_replicas
-    file = out / "job.json"
-    records.write(to_dict(prepared.job), file)
-    watcher = Progress()
-    watcher.started(strategy, prepared.job.train.steps or 0, out)
-    try:
-        arguments = ["train", str(file), "--strategy", strategy, "--out", str(out)]
-        launch.run(1 if emulating else layout.world_size, arguments, out, watcher.poll)
-        record = records.read(records.Record, out / "record.json")
-        watcher.finished(strategy, record)
-    finally:
-        watcher.close()
-    return record
 
 
 def _print_table(result: Any) -> None:
@@ -284,16 +221,43 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         status = _say("interrupted", 130)
     except Exception as error:
-        from .exit_status import explain
-
-        status = _say(*explain(error))
+        status = _explain(error)
     _stdout.flush()
     sys.exit(status or 0)
 
 
-def _say(message: str | None, status: int) -> int:
-    if message is not None:
-        line = " ".join(message.split())
-        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-        print(f"hybrid: {shown}", file=sys.stderr)
+def _explain(error: Exception) -> int:
+    """Print what an error means to whoever gave the command, unless that is said elsewhere; returns
+    the exit status. Raises an error that only its traceback explains."""
+    from .job.errors import PeerFailed, RunFailed, exit_status
+
+    status = exit_status(error)
+    if status is None:
+        raise error
+    if isinstance(error, PeerFailed) or (status == 2 and _is_said_by_another_rank()):
+        return status  # `leave_error` knows the first cause and has printed it
+    if isinstance(error, RunFailed) and status == 2:
+        return _say(error.failure.message, status)
+    if isinstance(error, RunFailed):
+        print(f"hybrid: {error}\n{error.failure.details}", file=sys.stderr)
+        return status
+    return _say(str(error), status)
+
+
+def _is_said_by_another_rank() -> bool:
+    """All ranks of a launcher find the same mistake; the first one of each host prints it."""
+    from .job.errors import JobError
+    from .launch.placement import find_placement
+
+    try:
+        here = find_placement("--parent" in sys.argv)
+    except JobError:  # the mistake is the launcher's own
+        return False
+    return here.under_foreign_launcher and here.local_rank > 0
+
+
+def _say(message: str, status: int) -> int:
+    line = " ".join(message.split())
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    print(f"hybrid: {shown}", file=sys.stderr)
     return status

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 Kind = Literal["job", "unsupported", "error"]  # of a failure: whose fault it is
-Status = Literal["ok", "failed", "not_possible"]
+Status = Literal["running", "ok", "failed", "not_possible"]
 T = TypeVar("T")
 
 

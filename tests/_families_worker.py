@@ -13,7 +13,7 @@ import deepspeed  # noqa: F401
 import transformers  # noqa: F401
 
 import hybrid
-from hybrid.launchers import end_with_launcher
+from hybrid.launch.orphans import end_with_launcher
 
 
 def train_one(strategy: str, out: Path, port: str, file: str) -> int:

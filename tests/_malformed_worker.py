@@ -15,8 +15,13 @@ import sys
 import tempfile
 from typing import IO, Any
 
-from hybrid import cli, data, job_file, launch, launchers, models, rank, records
+from hybrid import data, models, records
+from hybrid.cli import main
 from hybrid.doctor import files
+from hybrid.job import file as job_file
+from hybrid.launch import environment as launchers
+from hybrid.launch import failures as rank
+from hybrid.launch import local as launch
 from hybrid.strategies import registry
 
 USED = (
@@ -61,7 +66,7 @@ def _be_the_command(case: dict[str, Any], streams: list[IO[bytes]]) -> None:
     os.environ.update(case["environ"])
     sys.argv = ["hybrid", *case["words"]]
     try:
-        cli.main()
+        main()
     except SystemExit as leave:
         status = int(leave.code or 0)
     except BaseException:

@@ -22,8 +22,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hybrid.measure.comm import CollectiveCounter, tcp_bytes_sent
 from hybrid.measure.memory import StorageMeter
+from hybrid.measure.traffic import CollectiveCounter, tcp_bytes_sent
 
 STEPS = 3
 LARGE = 4_000_000  # bytes, so that what TCP and gloo add around them is small

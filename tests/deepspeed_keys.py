@@ -1,6 +1,6 @@
 """Which keys a DeepSpeed configuration may hold, read off the installed DeepSpeed.
 
-    python -m tests.deepspeed_keys      writes hybrid/strategies/_ds_keys.json
+    python -m tests.deepspeed_keys      writes hybrid/engines/deepspeed_keys.json
 
 DeepSpeed accepts unknown keys in silence, and importing it costs seconds; so the toolkit checks a
 file against this table. A section has `properties`; a value has `type`, `minimum`, ... as in JSON
@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, TypeAdapter
 from pydantic.errors import PydanticInvalidForJsonSchema
 
-from hybrid.strategies._ds_config import KEYS_FILE, NOT_HERE, OWNED_BY_JOB
+from hybrid.engines.deepspeed_config import KEYS_FILE, NOT_HERE, OWNED_BY_JOB
 
 Section = dict[str, Any]
 KINDS = {bool: "boolean", int: "number", float: "number", str: "string"}

@@ -6,7 +6,6 @@ promised by tests/test_failures.py, and by benchmarks/faults.py under several st
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import socket
@@ -84,13 +83,13 @@ def nothing() -> None:
 
 
 def _rank() -> int:
-    from hybrid.launchers import Ranks
+    from hybrid.launch.placement import find_placement
 
-    return Ranks.from_env().rank
+    return find_placement().rank
 
 
 def _in_step(act: Callable[[], Any]) -> None:
-    from hybrid.measure.instruments import Instruments
+    from hybrid.measure.clock import Instruments
 
     enter = Instruments.step
 
@@ -105,16 +104,16 @@ def _in_step(act: Callable[[], Any]) -> None:
 def main() -> None:
     """The command, whose ranks come back to this file."""
     fault = sys.argv.pop(1)
-    from hybrid import launch, launchers
+    from hybrid.launch.environment import launcher_name
+    from hybrid.training import run
 
-    if launchers.name() is None:
-        program = [sys.executable, __file__, fault]
-        launch.run = functools.partial(launch.run, program=program)
+    if launcher_name() is None:
+        run.PROGRAM = [sys.executable, __file__, fault]
     elif "single" not in sys.argv:  # the reference stays whole
         globals()[fault]()
-    from hybrid import cli
+    from hybrid.cli import main
 
-    cli.main()
+    main()
 
 
 if __name__ == "__main__":

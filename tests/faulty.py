@@ -26,7 +26,7 @@ def not_divided_by_accumulation() -> None:
 
 def stage_not_divided_by_accumulation() -> None:
     """The same in a pipeline, whose loss is taken elsewhere."""
-    from hybrid.strategies._stages import StageEngine
+    from hybrid.engines.pipeline_deepspeed import StageEngine
 
     take = StageEngine._take_loss
 
@@ -60,7 +60,7 @@ def _share_ids(change: Callable[[int, int], tuple[int, int]]) -> None:
 
 def targets_of_another_batch() -> None:
     """The last stage reads its targets from another order of the batch than the first stage."""
-    from hybrid.strategies._stages import StageEngine
+    from hybrid.engines.pipeline_deepspeed import StageEngine
 
     feed = StageEngine._feed
 
@@ -98,27 +98,27 @@ def rank_skips_all_reduce() -> None:
 
 def stage_with_another_rate() -> None:
     """Stage 1's optimizer is given ten times the learning rate."""
-    from hybrid.launchers import Ranks
-    from hybrid.strategies import _optimizer
+    from hybrid.engines import pipeline_deepspeed
+    from hybrid.launch.placement import find_placement
 
-    give = _optimizer.set_learning_rate
+    give = pipeline_deepspeed.set_learning_rate
 
     def larger(optimizer: Any, lr: float) -> None:
-        give(optimizer, lr * 10 if Ranks.from_env().rank == 1 else lr)
+        give(optimizer, lr * 10 if find_placement().rank == 1 else lr)
 
-    _optimizer.set_learning_rate = larger
+    pipeline_deepspeed.set_learning_rate = larger
 
 
 def stage_with_larger_updates() -> None:
     """Stage 1 steps ten times as far, and its optimizer shows the right rate all the same."""
-    from hybrid.launchers import Ranks
-    from hybrid.strategies import _optimizer
+    from hybrid.engines import pipeline_deepspeed
+    from hybrid.launch.placement import find_placement
 
-    build = _optimizer.build_optimizer
+    build = pipeline_deepspeed.build_optimizer
 
     def farther(*arguments: Any) -> torch.optim.Optimizer:
         optimizer = build(*arguments)
-        if Ranks.from_env().rank == 1:
+        if find_placement().rank == 1:
             step = optimizer.step
 
             def ten_times(*arguments: Any, **options: Any) -> Any:
@@ -130,15 +130,14 @@ def stage_with_larger_updates() -> None:
             optimizer.step = ten_times  # type: ignore[method-assign]
         return optimizer
 
-    _optimizer.build_optimizer = farther
+    pipeline_deepspeed.build_optimizer = farther
 
 
 def other_initial_weight() -> None:
     """One weight of the whole model starts elsewhere."""
-    import importlib
+    from hybrid.training import loop
 
-    train = importlib.import_module("hybrid.train")
-    build = train.build_shared
+    build = loop.build_shared
 
     def nudged(*arguments: Any) -> Any:
         layers, loss = build(*arguments)
@@ -146,19 +145,19 @@ def other_initial_weight() -> None:
             layers[1].weight[0, 0] += 1e-3
         return layers, loss
 
-    train.build_shared = nudged  # type: ignore[attr-defined]
+    loop.build_shared = nudged
 
 
 def deepspeed_clips_alone() -> None:
     """A pipeline without ZeRO is left to DeepSpeed's own clipping."""
-    from hybrid.strategies import _pipe
-    from hybrid.strategies._stages import StageEngine
+    from hybrid.engines import pipeline_deepspeed
+    from hybrid.engines.pipeline_deepspeed import StageEngine
 
-    make = _pipe.make_pipeline
+    make = pipeline_deepspeed.make_pipeline
 
-    def clipping(job: Any, layout: Any, stage: Any, loss: Any, config: Any, *more: Any) -> Any:
+    def clipping(job: Any, placement: Any, stage: Any, loss: Any, config: Any, *more: Any) -> Any:
         config = config | {"gradient_clipping": job.train.clip_norm}
-        return make(job, layout, stage, loss, config, *more)
+        return make(job, placement, stage, loss, config, *more)
 
     def only_measure(self: Any, engine: Any) -> None:
         limit, self.job = (
@@ -172,14 +171,14 @@ def deepspeed_clips_alone() -> None:
 
     clip = StageEngine._clip
     StageEngine._clip = only_measure  # type: ignore[method-assign]
-    _pipe.make_pipeline = clipping
+    pipeline_deepspeed.make_pipeline = clipping
 
 
 def fsdp_falls_back() -> None:
     """Accelerate is left to itself on a host without a GPU: it trains DDP and says nothing."""
-    from hybrid.strategies import _accelerate
+    from hybrid.engines import accelerator
 
-    _accelerate._keep_fsdp = lambda *_: None
+    accelerator._keep_fsdp = lambda *_: None
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def impose(limit: int) -> None:
     import deepspeed.pipe  # noqa: F401
     import torch._dynamo  # noqa: F401
 
-    import hybrid.train  # noqa: F401
+    import hybrid.training.loop  # noqa: F401
 
     (kib,) = re.findall(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)

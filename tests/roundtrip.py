@@ -12,17 +12,14 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 import hybrid
-from hybrid.data import build_data
-from hybrid.launchers import Ranks
-from hybrid.models import build_model
-from hybrid.processes import cleanup
+from hybrid.launch.placement import find_placement
 
 
 def main(job_file: str, strategy: str, out: str) -> None:
     """Halve every weight through `state` and `load`, take two steps, leave the weights in OUT."""
     job = hybrid.load_job(job_file)
-    samples, _ = build_data(job)
-    engine = hybrid.open_engine(job, strategy, *build_model(job))
+    samples, _ = hybrid.build_data(job)
+    engine = hybrid.open_engine(job, strategy, *hybrid.build_model(job))
     shared = [{name: t * 0.5 for name, t in engine.state().items()}]
     if dist.is_initialized():
         dist.broadcast_object_list(shared, src=0)
@@ -33,12 +30,14 @@ def main(job_file: str, strategy: str, out: str) -> None:
     plan = hybrid.BatchPlan(len(samples), job.train.global_batch, engine.layout.dp, cuts, 0)
     for step in range(2):
         ids = [i for share in engine.shares for i in plan.micro_batch_ids(step, share)]
-        engine.train_step([hybrid.load(samples, i, engine.micro_batch_size) for i in ids])
+        engine.train_step(
+            [hybrid.load_micro_batch(samples, i, engine.micro_batch_size) for i in ids]
+        )
     state = engine.state()
-    if Ranks.from_env().rank == 0:
+    if find_placement().rank == 0:
         save_file(state, Path(out) / "after.safetensors")
     engine.close()
-    cleanup()
+    hybrid.cleanup()
 
 
 if __name__ == "__main__":

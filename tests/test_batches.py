@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from hybrid.data import batches
-from hybrid.data.batches import BatchPlan, MicroBatch, load
+from hybrid.data.batches import BatchPlan, _last_order
+from hybrid.data.loader import MicroBatch, load_micro_batch
+from hybrid.engines.tally import StepRow, Tally, TallyRow, hash_ids, step_result
+from hybrid.job.errors import RunError
 from hybrid.models.losses import cross_entropy
-from hybrid.strategies._torch import Tally, hash_ids, step_result
-from hybrid.strategies.base import RunError
 
 SHARES = [1, 2, 3, 4]
 
@@ -37,7 +37,7 @@ def test_a_plan_is_a_pure_function_of_seed_step_and_share() -> None:
     places = [(step, share) for step in range(20) for share in range(3)]
     once = {place: plan.micro_batch_ids(*place) for place in places}
     torch.manual_seed(99)
-    batches._last_order.clear()
+    _last_order.clear()
     again = BatchPlan(50, 8, 3, 2, seed=4)
     for place in reversed(places):
         BatchPlan(50, 8, 3, 2, seed=5).batch(place[0])  # another plan between two calls
@@ -116,23 +116,23 @@ def test_no_seed_keeps_the_order_of_the_set() -> None:
 
 
 def test_loading_gives_the_samples_of_the_ids_in_their_order() -> None:
-    got = load(samples(), [3, 1])
+    got = load_micro_batch(samples(), [3, 1])
     assert got.input.tolist() == [[6, 7], [2, 3]] and got.target.tolist() == [3, 1]
     assert got.ids.tolist() == [3, 1] and got.ids.dtype == torch.int64
 
 
 def test_loading_pads_to_a_size_and_names_only_real_samples() -> None:
-    got = load(samples(), [3, 1], size=4)
+    got = load_micro_batch(samples(), [3, 1], size=4)
     assert got.input.tolist() == [[6, 7], [2, 3], [0, 1], [0, 1]]
     assert got.target.tolist() == [3, 1, 0, 0] and got.ids.tolist() == [3, 1]
-    assert load(samples(), [2, 4], size=2).target.tolist() == [2, 4]
+    assert load_micro_batch(samples(), [2, 4], size=2).target.tolist() == [2, 4]
 
 
 def test_an_empty_micro_batch_has_one_row_and_no_ids() -> None:
-    got = load(samples(), [])
+    got = load_micro_batch(samples(), [])
     assert got.input.shape == (1, 2) and got.target.shape == (1,)
     assert got.ids.shape == (0,) and got.ids.dtype == torch.int64
-    padded = load(samples(), [], size=3)
+    padded = load_micro_batch(samples(), [], size=3)
     assert padded.input.shape == (3, 2) and padded.ids.shape == (0,)
 
 
@@ -144,7 +144,7 @@ def micro_batch(ids: list[int], padding: int = 0) -> tuple[torch.Tensor, MicroBa
     return output.requires_grad_(), MicroBatch(output, target, torch.tensor(ids).long())
 
 
-def tally(*pieces: list[int], padding: int = 0) -> list[int | float]:
+def tally(*pieces: list[int], padding: int = 0) -> TallyRow:
     sums = Tally(torch.device("cpu"))
     for ids in pieces:
         sums.add(cross_entropy, *micro_batch(ids, padding), score=True)
@@ -165,7 +165,7 @@ def test_padding_alone_gives_a_zero_with_a_graph() -> None:
     loss = sums.add(cross_entropy, output, piece, score=True)
     loss.backward()
     assert float(loss.detach()) == 0 and output.grad is not None and not output.grad.any()
-    assert sums.row() == [0.0, 0, 0, 0, 0, 0, 0]
+    assert sums.row() == (0.0, 0, 0, 0, 0, 0, 0)
 
 
 def test_digests_know_no_order_and_no_split() -> None:
@@ -173,7 +173,7 @@ def test_digests_know_no_order_and_no_split() -> None:
     for pieces in ([[9, 1, 5, 2]], [[1, 2], [5, 9]], [[5], [9, 2, 1], []]):
         other = tally(*pieces, padding=1)
         assert other[0] == pytest.approx(whole[0]) and other[1:] == whole[1:]
-    assert whole[1:3] == [4, 4] and whole[6] == 1
+    assert whole[1:3] == (4, 4) and whole[6] == 1
     parts = [tally([1, 2]), tally([5, 9])]
     assert [sum(int(p[i]) for p in parts) % 2**64 for i in (3, 5)] == [whole[3], whole[5]]
 
@@ -185,10 +185,10 @@ def test_another_id_has_another_digest() -> None:
     assert hash_ids(torch.tensor([1, 4])) != hash_ids(torch.tensor([2, 3]))
 
 
-def ranks(**second: float) -> list[list[int | float]]:
+def ranks(**second: float) -> list[StepRow]:
     """Two ranks' rows of a step, with changes to the second."""
     norm, lr = second.get("norm", 2.0), second.get("lr", 0.1)
-    return [[3.0, 2, 2, 2**64 - 1, 0, 0, 0, 2.0, 0.1], [5.0, 6, 3, 2, 0, 0, 0, norm, lr]]
+    return [StepRow(3.0, 2, 2, 2**64 - 1, 2.0, 0.1), StepRow(5.0, 6, 3, 2, norm, lr)]
 
 
 def test_a_step_is_put_together_from_its_ranks() -> None:

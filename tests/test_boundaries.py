@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from hybrid.config import JobError
+from hybrid.job.errors import JobError
 from hybrid.models.layers import Layers
 from hybrid.models.losses import cross_entropy
-from hybrid.preflight import input_problem
-from hybrid.prepare import _outline, prepare
-from hybrid.strategies._preflight import Boundary
+from hybrid.stages.checks import Boundary
+from hybrid.stages.shapes import input_problem
+from hybrid.training.check import _build_layers, check_job
 from tests.conftest import small_job
 from tests.test_preflight import ROW, TOKENS, WIDTH, Returns, find
 
@@ -85,34 +85,34 @@ def test_inputs_that_a_first_stage_cannot_take(sample: Any, said: str | None) ->
 
 
 def test_preparing_finds_the_boundaries() -> None:
-    prepared = prepare(small_job())
-    assert prepared.outline.layer_parameters == [792, 400, 204, 130]
-    assert [b.shapes[0] for b in prepared.outline.boundaries] == (
+    prepared = check_job(small_job())
+    assert prepared.summary.layer_parameters == [792, 400, 204, 130]
+    assert [b.shapes[0] for b in prepared.summary.boundaries] == (
         [("rows", 24), ("rows", 16), ("rows", 12), ("rows", 10)]
     )
-    assert prepared.outline.cut_problem is None and prepared.job.train.steps == 6
-    own = prepare(
+    assert prepared.summary.cut_problem is None and prepared.job.train.steps == 6
+    own = check_job(
         small_job(
             model={"name": "tests.workloads:regression"}, data={"name": "tests.workloads:points"}
         )
     )
-    assert [b.shapes[0][1] for b in own.outline.boundaries] == [20, 20, 20, 20, 3]
+    assert [b.shapes[0][1] for b in own.summary.boundaries] == [20, 20, 20, 20, 3]
 
 
 def test_preparing_a_shipped_model_holds_no_weights() -> None:
     own = {"name": "tests.workloads:regression"}
     for job, device in ((small_job(), "meta"), (small_job(model=own), "cpu")):
-        assert {p.device.type for x in _outline(job) for p in x.parameters()} == {device}
+        assert {p.device.type for x in _build_layers(job) for p in x.parameters()} == {device}
     model = {"name": "gpt", "options": {"preset": "13b"}}  # 52 GB
-    prepared = prepare(small_job(model=model, data={"name": "tests.workloads:sentences"}))
-    assert sum(prepared.outline.layer_parameters) > 12e9
-    assert prepared.outline.boundaries[-1].shapes == (("rows", 16, 50257),)
-    assert {b.dtypes for b in prepared.outline.boundaries} == {("float32",)}
+    prepared = check_job(small_job(model=model, data={"name": "tests.workloads:sentences"}))
+    assert sum(prepared.summary.layer_parameters) > 12e9
+    assert prepared.summary.boundaries[-1].shapes == (("rows", 16, 50257),)
+    assert {b.dtypes for b in prepared.summary.boundaries} == {("float32",)}
 
 
 def test_preparing_refuses_a_tracker_before_all_else() -> None:
     with pytest.raises(JobError, match=r"log\.trackers = 'x': unknown; valid: "):
-        prepare(small_job(log__trackers=["x"]))
+        check_job(small_job(log__trackers=["x"]))
 
 
 def dicts() -> Any:
@@ -134,14 +134,14 @@ def whole() -> Any:
 
 def test_preparing_says_why_a_model_cannot_be_cut() -> None:
     model = {"name": "tests.test_boundaries:whole"}
-    prepared = prepare(small_job(model=model, data__options={"features": WIDTH}))
-    assert prepared.outline.cut_problem == "its layers cannot be told apart"
+    prepared = check_job(small_job(model=model, data__options={"features": WIDTH}))
+    assert prepared.summary.cut_problem == "its layers cannot be told apart"
     model = {"name": "tests.workloads:regression"}
-    prepared = prepare(small_job(model=model, data={"name": "tests.test_boundaries:dicts"}))
-    assert str(prepared.outline.cut_problem).startswith("its data gives a dict as an input")
+    prepared = check_job(small_job(model=model, data={"name": "tests.test_boundaries:dicts"}))
+    assert str(prepared.summary.cut_problem).startswith("its data gives a dict as an input")
 
 
 def test_preparing_refuses_samples_that_are_no_pairs() -> None:
     with pytest.raises(JobError) as refused:
-        prepare(small_job(data={"name": "tests.test_boundaries:single"}))
+        check_job(small_job(data={"name": "tests.test_boundaries:single"}))
     assert "sample 0 of the train set must be (input, target): " in str(refused.value)

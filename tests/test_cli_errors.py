@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hybrid import cli
+from hybrid.cli import main
 from tests.conftest import JOBS, hybrid_command
 
 LINEAR = str(JOBS / "linear.toml")
@@ -156,7 +157,7 @@ def run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Run]:
     """Runs the command line in this process: its status, stdout, stderr."""
-    for variable in ("RANK", "WORLD_SIZE", "HYBRID_PARENT", "HYBRID_LOGS"):
+    for variable in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(variable, raising=False)
     handler = signal.getsignal(signal.SIGTERM)
 
@@ -164,7 +165,7 @@ def run(
         monkeypatch.setattr(cli, "_stdout", sys.stdout)
         monkeypatch.setattr(sys, "argv", ["hybrid", *words])
         with pytest.raises(SystemExit) as leave:
-            cli.main()
+            main()
         return int(leave.value.code or 0), *capfd.readouterr()
 
     yield run_main

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hybrid
-from hybrid.strategies.base import RunError
+from hybrid.job.errors import RunError
 
 GPT = {"num_layers": 1, "width": 16, "num_heads": 2, "context": 16, "vocab_size": 61}
 

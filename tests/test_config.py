@@ -12,8 +12,9 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 import hybrid
-from hybrid.config import Job, JobError, resolve_lengths
-from hybrid.job_file import load_job, to_dict
+from hybrid.job.errors import JobError
+from hybrid.job.file import load_job, to_dict
+from hybrid.job.schema import Job, resolve_lengths
 from hybrid.strategies.registry import NAMES
 
 JOB: dict[str, Any] = {

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from hybrid.config import JobError
-from hybrid.strategies import _ds_config
+from hybrid.engines.deepspeed_config import KEYS_FILE, NOT_HERE, check_ds_config, load_ds_config
+from hybrid.job.errors import JobError
 from tests import deepspeed_keys
 from tests.conftest import ROOT, small_job
 
@@ -28,7 +28,7 @@ NAMES = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
 
 def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
     found = deepspeed_keys.text()
-    assert _ds_config.KEYS_FILE.read_text() == found, "run: python -m tests.deepspeed_keys"
+    assert KEYS_FILE.read_text() == found, "run: python -m tests.deepspeed_keys"
 
 
 def samples(known: dict[str, Any]) -> Iterator[Any]:
@@ -62,7 +62,7 @@ def test_deepspeed_takes_what_the_table_allows() -> None:
     """Each value alone, since not all go together; under ZeRO-3, which takes the most."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    table = json.loads(_ds_config.KEYS_FILE.read_text())
+    table = json.loads(KEYS_FILE.read_text())
     wrong, tried = {}, 0
     for path, known in leaves(table):
         for value in samples(known):
@@ -96,10 +96,10 @@ FULL = {
 def test_a_file_with_much_in_it_is_taken(tmp_path: Path) -> None:
     file = tmp_path / "full.json"
     file.write_text(json.dumps(FULL))
-    assert _ds_config.load(str(file), 2) == FULL
-    _ds_config.check(small_job(strategy__zero2__ds_config=str(file)), "zero2")
+    assert load_ds_config(str(file), 2) == FULL
+    check_ds_config(small_job(strategy__zero2__ds_config=str(file)), "zero2")
     with pytest.raises(JobError, match=r"zero_optimization.stage = 2: this strategy needs 3"):
-        _ds_config.check(small_job(strategy__zero3__ds_config=str(file)), "zero3")
+        check_ds_config(small_job(strategy__zero3__ds_config=str(file)), "zero3")
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -108,15 +108,15 @@ def test_2d_needs_the_stage_that_its_job_says(stage: int, tmp_path: Path) -> Non
     file.write_text(json.dumps({"zero_optimization": {"stage": 1 - stage}}))
     job = small_job(strategy__2d={"zero_stage": stage, "ds_config": str(file)})
     with pytest.raises(JobError, match=f"stage = {1 - stage}: this strategy needs {stage}"):
-        _ds_config.check(job, "2d")
+        check_ds_config(job, "2d")
 
 
-@pytest.mark.parametrize("key", _ds_config.NOT_HERE)
+@pytest.mark.parametrize("key", NOT_HERE)
 def test_what_the_toolkit_does_itself_is_refused(key: str, tmp_path: Path) -> None:
     file = tmp_path / "other.json"
     file.write_text(json.dumps({key: True}))
-    with pytest.raises(JobError, match=f"{key}: may not be set: {_ds_config.NOT_HERE[key]}"):
-        _ds_config.load(str(file), 0)
+    with pytest.raises(JobError, match=f"{key}: may not be set: {NOT_HERE[key]}"):
+        load_ds_config(str(file), 0)
 
 
 def test_the_commands_name_every_file() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hybrid import records
-from hybrid.job_file import to_dict
+from hybrid.job.file import to_dict
 from tests.conftest import ROOT, small_job
 
 WITHIN_S = 30
@@ -60,10 +60,10 @@ def ranks_pids(out: Path) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                environment = (entry / "environ").read_bytes()
+                words = (entry / "cmdline").read_bytes().decode().split("\0")
             except OSError:
                 continue
-            if f"HYBRID_LOGS={out}/logs".encode() in environment.split(b"\0"):
+            if "--parent" in words and str(out) in words:
                 pids.append(int(entry.name))
     return sorted(pids)
 

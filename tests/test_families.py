@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from hybrid import launch, records
-from hybrid.job_file import load_job
+from hybrid import records
+from hybrid.engines.layers import prepare_layers
+from hybrid.engines.optimizer import no_decay_names
+from hybrid.job.file import load_job
+from hybrid.launch.local import run_ranks
 from hybrid.models import build_model
 from hybrid.models.dropout import Dropout
-from hybrid.strategies._model import prepare_layers
-from hybrid.strategies._optimizer import spared_names
 from tests.conftest import ROOT
 from tests.workloads import sentences
 
@@ -104,7 +105,7 @@ def test_what_lies_outside_the_decoder_layers_is_not_forgotten(folders: dict[str
         }
     )
     layers, _ = build_model(job)
-    spared = spared_names(layers, ["norms", "embeddings"])
+    spared = no_decay_names(layers, ["norms", "embeddings"])
     outside = {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight"}
     assert outside < spared and "transformer.h.0.mlp.c_fc.weight" not in spared
     prepare_layers(job, layers)
@@ -121,7 +122,7 @@ def test_families_agree_with_plain_transformers(
     files = {name: write_job(f, tmp_path / f"{name}.json") for name, f in folders.items()}
     jobs = [f"{free_port()}:{file}" for file in files.values()]
     worker = [sys.executable, "-m", "tests._families_worker"]
-    launch.run(NPROC[strategy], [strategy, str(tmp_path), *jobs], tmp_path, program=worker)
+    run_ranks(NPROC[strategy], [strategy, str(tmp_path), *jobs], tmp_path, program=worker)
     for family in FAMILIES:
         record = records.read(records.Record, tmp_path / family / "record.json")
         assert record.receipt and record.receipt.engaged

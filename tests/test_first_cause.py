@@ -11,18 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from hybrid.config import JobError
-from hybrid.launch import Failure, RunFailed, first_cause
-from hybrid.layout import LayoutError
-from hybrid.liveness import EFFECTS, is_effect
-from hybrid.rank import (
-    Whereabouts,
+from hybrid.job.errors import Failure, JobError, RunFailed, Unsupported
+from hybrid.launch.failures import (
+    RankStatus,
     describe_out_of_memory,
+    first_cause,
     is_out_of_memory,
     leave_error,
-    logs_folder,
 )
-from hybrid.strategies.base import Unsupported
+from hybrid.launch.heartbeat import PEER_LOSS_MESSAGES, is_peer_loss
+from hybrid.launch.placement import Placement
+from hybrid.layout import LayoutError
 from tests.conftest import small_job
 
 LOST = "DistBackendError: [../gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:4321"
@@ -35,9 +34,9 @@ def leave(logs: Path, rank: int, at: float, message: str, kind: str = "error") -
     (logs / f"rank{rank}.error.json").write_text(json.dumps(what))
 
 
-def here() -> Whereabouts:
-    """A rank of the environment's, that has just started."""
-    return Whereabouts(small_job(), logs_folder(None))
+def here(rank: int = 0, logs: Path | None = None) -> RankStatus:
+    """The status of a rank of three that has just started."""
+    return RankStatus(small_job(), Placement(rank, 3, rank, "hybrid"), logs)
 
 
 def log(logs: Path, rank: int, text: str = "") -> None:
@@ -56,10 +55,10 @@ def test_the_earliest_raise_wins_whatever_its_rank(tmp_path: Path) -> None:
 def test_how_gloo_and_its_store_word_a_lost_peer() -> None:
     store = "Failed to recv, got 0 bytes. Connection was likely closed. Did the server shutdown?"
     for said in (LOST, store, "Read error [127.0.0.1]:80: Connection reset by peer"):
-        assert is_effect(said), said
+        assert is_peer_loss(said), said
 
 
-@pytest.mark.parametrize("words", EFFECTS)
+@pytest.mark.parametrize("words", PEER_LOSS_MESSAGES)
 def test_a_lost_connection_comes_last_even_when_it_is_earlier(words: str, tmp_path: Path) -> None:
     leave(tmp_path, 0, 1.0, f"RuntimeError: connection: {words}")
     leave(tmp_path, 1, 2.0, "ValueError: the cause")
@@ -141,13 +140,9 @@ def test_what_a_rank_leaves_is_what_the_launcher_reads(
     message: str,
     kind: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("HYBRID_LOGS", str(tmp_path))
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("WORLD_SIZE", "3")
     before = time.time()
-    leave_error(raised(error), here())
+    leave_error(raised(error), here(2, tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"rank2.error.json", "rank2.where"}
     assert before <= json.loads((tmp_path / "rank2.error.json").read_text())["time"] <= time.time()
     found = first_cause({2: 1}, tmp_path, seen=0.0)
@@ -177,8 +172,8 @@ def test_which_errors_are_of_memory() -> None:
 
 
 def test_a_lack_of_memory_says_where_how_much_and_what_takes_less() -> None:
-    at = Whereabouts(small_job(optimizer={"name": "adamw", "lr": 0.1}))
-    at.move("in step 3")
+    at = RankStatus(small_job(optimizer={"name": "adamw", "lr": 0.1}), Placement())
+    at.set("in step 3")
     at.parameters = at.held = 2**20
     said = describe_out_of_memory(HOST_FULL, at)
     assert said.startswith("out of memory in step 3; could not allocate 4194304 bytes; "), said
@@ -189,7 +184,7 @@ def test_a_lack_of_memory_says_where_how_much_and_what_takes_less() -> None:
 
 def test_of_a_shard_its_own_parameters_are_counted() -> None:
     sgd = {"name": "sgd", "lr": 0.1}
-    at = Whereabouts(small_job(optimizer=sgd))
+    at = RankStatus(small_job(optimizer=sgd), Placement())
     at.parameters, at.held = 4 * 2**20, 2**20
     said = describe_out_of_memory(GPU_FULL, at)
     assert "this rank holds 1,048,576 of the model's 4,194,304 parameters: " in said
@@ -200,7 +195,7 @@ def test_of_a_shard_its_own_parameters_are_counted() -> None:
 
 
 def test_before_there_is_an_engine_the_whole_model_is_counted() -> None:
-    at = Whereabouts(small_job())
+    at = RankStatus(small_job(), Placement())
     assert describe_out_of_memory(MemoryError(), at).startswith("out of memory starting;")
     at.parameters = 2**20
     assert "the model has 1,048,576 parameters: " in describe_out_of_memory(MemoryError(), at)
@@ -209,18 +204,13 @@ def test_before_there_is_an_engine_the_whole_model_is_counted() -> None:
 def test_a_limit_of_the_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {resource.RLIMIT_DATA: 3 * 2**30, resource.RLIMIT_AS: resource.RLIM_INFINITY}
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limits[which], -1))
-    said = describe_out_of_memory(MemoryError(), Whereabouts(small_job()))
+    said = describe_out_of_memory(MemoryError(), RankStatus(small_job(), Placement()))
     assert "RLIMIT_DATA allows this process 3,072 MiB in all" in said and "RLIMIT_AS" not in said
 
 
-def test_a_lack_of_memory_is_left_and_noted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HYBRID_LOGS", str(tmp_path))
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_a_lack_of_memory_is_left_and_noted(tmp_path: Path) -> None:
     error = raised(MemoryError())
-    leave_error(error, here())
+    leave_error(error, here(1, tmp_path))
     found = first_cause({1: 1}, tmp_path, seen=0.0)
     assert found.message.startswith("out of memory starting")
     assert error.__notes__ == [found.message]  # what a launcher that prints the error shows
@@ -232,24 +222,16 @@ def test_no_memory_for_a_trace_costs_the_trace_alone(
     def full(error: BaseException) -> list[str]:
         raise MemoryError
 
-    monkeypatch.setenv("HYBRID_LOGS", str(tmp_path))
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(traceback, "format_exception", full)
-    leave_error(MemoryError(), here())
+    leave_error(MemoryError(), here(0, tmp_path))
     monkeypatch.undo()
     found = first_cause({0: 1}, tmp_path, seen=0.0)
     assert found.message.startswith("out of memory") and found.details == ""
 
 
-def test_the_later_of_two_real_errors_is_not_the_cause(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HYBRID_LOGS", str(tmp_path))
+def test_the_later_of_two_real_errors_is_not_the_cause(tmp_path: Path) -> None:
     for rank in (1, 0):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        leave_error(raised(ValueError(f"of {rank}")), here())
+        leave_error(raised(ValueError(f"of {rank}")), here(rank, tmp_path))
         time.sleep(0.01)
     assert first_cause({0: 1, 1: 1}, tmp_path, seen=0.0).rank == 1
 
@@ -257,7 +239,6 @@ def test_the_later_of_two_real_errors_is_not_the_cause(
 def test_without_a_folder_a_rank_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("HYBRID_LOGS", raising=False)
     monkeypatch.chdir(tmp_path)
     leave_error(ValueError("x"), here())
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from hybrid.config import JobError
+from hybrid.job.errors import JobError
 from hybrid.models import build_model
 from hybrid.models.gpt import PRESETS, Attention, gpt
 from hybrid.models.losses import cross_entropy

@@ -18,9 +18,9 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks import hf_models
-from hybrid.models._hf_cut import HFLayers, pack_ids, unpack_ids
-from hybrid.models._hf_probe import NotOnMeta
 from hybrid.models.hf import as_layers, hf
+from hybrid.models.hf.probe import NotOnMeta
+from hybrid.models.hf.stages import HFLayers, pack_ids, unpack_ids
 from hybrid.models.layers import holders_of
 from hybrid.models.losses import cross_entropy
 

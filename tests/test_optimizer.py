@@ -13,19 +13,19 @@ import torch
 from torch import nn
 
 import hybrid
-from hybrid.data.batches import MicroBatch
-from hybrid.models import build_model
-from hybrid.models.layers import Layers
-from hybrid.processes import cleanup
-from hybrid.strategies._optimizer import (
+from hybrid.data.loader import MicroBatch
+from hybrid.engines.optimizer import (
     LossScale,
     build_optimizer,
     count_groups,
+    no_decay_names,
     read_learning_rate,
     set_learning_rate,
-    spared_names,
 )
-from hybrid.strategies.base import RunError, Unsupported
+from hybrid.job.errors import RunError, Unsupported
+from hybrid.launch.process_group import cleanup
+from hybrid.models import build_model
+from hybrid.models.layers import Layers
 from tests.conftest import small_job
 
 KINDS = ("norms", "biases", "embeddings")
@@ -63,7 +63,7 @@ ALL_KINDS = [kinds for n in range(4) for kinds in itertools.combinations(KINDS, 
 def test_spared_are_the_kinds_asked_for(no_decay: tuple[str, ...]) -> None:
     for options in ({}, {"tied": False}, {"positions": "learned"}):
         layers = gpt_layers(**options)
-        spared = spared_names(layers, no_decay)
+        spared = no_decay_names(layers, no_decay)
         assert spared == expected_spared(layers, no_decay)
         assert "1.attention.qkv.weight" not in spared and "2.up.weight" not in spared
 
@@ -71,14 +71,14 @@ def test_spared_are_the_kinds_asked_for(no_decay: tuple[str, ...]) -> None:
 def test_a_tied_embedding_is_spared_as_head_too() -> None:
     tied, untied = gpt_layers(), gpt_layers(tied=False)
     head = tied[-1].logits.weight
-    spared = spared_names(tied, ["embeddings"])
+    spared = no_decay_names(tied, ["embeddings"])
     assert spared == {"0.token.weight"} == {tied.names()[head]}
-    assert spared_names(untied, ["embeddings"]) == {"0.token.weight"}
+    assert no_decay_names(untied, ["embeddings"]) == {"0.token.weight"}
     assert untied.names()[untied[-1].logits.weight] == "3.logits.weight"
     later = Layers([nn.Linear(4, 4), nn.Linear(6, 4, bias=False), nn.Embedding(4, 6)])
     later[1].weight = nn.Parameter(torch.ones(4, 6))
     later[2].weight = later[1].weight
-    assert spared_names(later, ["embeddings"]) == {"1.weight"}, "of every kind that a place is"
+    assert no_decay_names(later, ["embeddings"]) == {"1.weight"}, "of every kind that a place is"
 
 
 class HouseRMSNorm(nn.Module):
@@ -100,8 +100,8 @@ class Biased(nn.Module):
 def test_norms_and_biases_of_other_libraries() -> None:
     layers = Layers([HouseRMSNorm(), Biased(), nn.BatchNorm1d(4), nn.GroupNorm(2, 4)])
     norms = {"0.scale", "2.weight", "2.bias", "3.weight", "3.bias"}
-    assert spared_names(layers, ["norms"]) == norms
-    assert spared_names(layers, ["biases"]) == {"1.qkv_bias", "2.bias", "3.bias"}
+    assert no_decay_names(layers, ["norms"]) == norms
+    assert no_decay_names(layers, ["biases"]) == {"1.qkv_bias", "2.bias", "3.bias"}
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -110,7 +110,7 @@ def test_every_trained_parameter_is_in_one_group(name: str, no_decay: tuple[str,
     layers = gpt_layers()
     layers[1].up.bias.requires_grad_(False)
     named = dict(layers.whole().named_parameters())
-    spared = spared_names(layers, no_decay)
+    spared = no_decay_names(layers, no_decay)
     settings = {"name": name, "lr": 0.5, "weight_decay": DECAY}
     optimizer = build_optimizer(job(optimizer=settings), named, spared)
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
@@ -126,13 +126,13 @@ def test_every_trained_parameter_is_in_one_group(name: str, no_decay: tuple[str,
 def test_all_may_be_spared() -> None:
     layers = Layers([nn.LayerNorm(4)])
     named = dict(layers.whole().named_parameters())
-    optimizer = build_optimizer(job(), named, spared_names(layers, ["norms"]))
+    optimizer = build_optimizer(job(), named, no_decay_names(layers, ["norms"]))
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0]
 
 
 def test_a_stage_has_as_many_groups_as_the_whole_model() -> None:
     layers = gpt_layers()
-    spared = spared_names(layers, ["embeddings"])
+    spared = no_decay_names(layers, ["embeddings"])
     assert count_groups(layers, spared) == 2 and count_groups(layers, ()) == 1
     assert count_groups(layers, set(layers.names().values())) == 1
     middle = dict(layers.join(range(1, 2)).named_parameters())  # a stage without an embedding
@@ -150,7 +150,7 @@ def test_a_stage_has_as_many_groups_as_the_whole_model() -> None:
 def test_decay_moves_what_is_not_spared_and_nothing_else(settings: dict[str, Any]) -> None:
     asked = job(optimizer={"lr": 0.5, "weight_decay": DECAY, **settings})
     layers = gpt_layers()
-    spared = spared_names(layers, KINDS)
+    spared = no_decay_names(layers, KINDS)
     named = dict(layers.whole().named_parameters())
     optimizer = build_optimizer(asked, named, spared)
     before = {}
@@ -181,7 +181,7 @@ def test_settings_reach_the_optimizer() -> None:
 def test_every_group_takes_the_rate_of_the_step() -> None:
     layers = gpt_layers()
     named = dict(layers.whole().named_parameters())
-    optimizer = build_optimizer(job(), named, spared_names(layers, KINDS))
+    optimizer = build_optimizer(job(), named, no_decay_names(layers, KINDS))
     set_learning_rate(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
     assert read_learning_rate(optimizer) == 0.125

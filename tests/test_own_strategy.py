@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import hybrid
-from hybrid.config import JobError
-from hybrid.job_file import to_dict
+from hybrid.job.errors import JobError
+from hybrid.job.file import to_dict
 from hybrid.strategies import registry
 from tests.conftest import ROOT, small_job
 
@@ -54,7 +54,7 @@ def test_what_it_refuses_is_not_possible(tmp_path: Path) -> None:
     [
         ("toy", "unknown; valid: single, ddp, .*, package.module"),
         ("tests.no_such_file", "cannot be imported: No module named"),
-        ("tests.texts", "the module has no name, no summary, no layout, no check, no period, no b"),
+        ("tests.texts", "the module has no name, no summary, no layout, no build"),
         ("../toy", "unknown; valid: "),
     ],
 )

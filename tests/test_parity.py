@@ -11,9 +11,9 @@ import numpy
 import pytest
 
 from hybrid import records
-from hybrid.parity import Run, judge, relative, weight_difference
+from hybrid.comparison.parity import Run, compare_runs, relative, weight_difference
+from hybrid.comparison.tolerances import EXACT_STEPS, TOLERANCES
 from hybrid.records import EvalResult, Parity, Receipt, Record, StepRecord, Weights
-from hybrid.tolerances import EXACT_STEPS, TOLERANCES
 
 STEPS = 40
 FACTORS = {"micro-batches": 2, "data-parallel ranks": 3}
@@ -64,7 +64,7 @@ def with_weights(name: str, by: float) -> Run:
 
 
 def verdict(run: Run, *controls: Run, factors: dict[str, int] = FACTORS) -> Parity:
-    return judge(run, make_run(), "single", TOLERANCES["fp32"], factors, controls)
+    return compare_runs(run, make_run(), "single", TOLERANCES["fp32"], factors, controls)
 
 
 def first(run: Run, *controls: Run, **more: Any) -> tuple[int | None, str, str | None]:
@@ -208,10 +208,10 @@ def test_in_fewer_bits_controls_count_from_an_earlier_step() -> None:
     exact = EXACT_STEPS["bf16"]
     assert exact <= 12 < EXACT_STEPS["fp32"]
     arguments = (run, make_run(), "single", TOLERANCES["bf16"], FACTORS, [run])
-    assert not judge(*arguments).ok
-    assert judge(*arguments, exact_steps=exact).ok
+    assert not compare_runs(*arguments).ok
+    assert compare_runs(*arguments, exact_steps=exact).ok
     early = at_steps([exact - 1], loss=1.01)
-    assert not judge(early, *arguments[1:5], [early], exact_steps=exact).ok
+    assert not compare_runs(early, *arguments[1:5], [early], exact_steps=exact).ok
 
 
 def test_other_samples_and_rates_are_never_excused() -> None:

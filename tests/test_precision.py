@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 import hybrid
-from hybrid.data.batches import BatchPlan, load
+from hybrid.data.batches import BatchPlan
+from hybrid.data.loader import load_micro_batch
+from hybrid.engines import optimizer, replicas
+from hybrid.engines.precision import DTYPES, check_ledger, plain_name, round_at_use
+from hybrid.job.errors import RunError
 from hybrid.models import build_model
 from hybrid.models.losses import cross_entropy
-from hybrid.strategies import _precision, _replicas
-from hybrid.strategies._precision import DTYPES, check_ledger, plain_name, round_at_use
-from hybrid.strategies.base import RunError
 from tests.workloads import points
 
 LOW = ["bf16", "fp16"]
@@ -190,7 +191,7 @@ def round_nothing(model: nn.Module, dtype: torch.dtype) -> None:
 def test_a_run_that_holds_something_else_is_refused(
     fault: Any, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_replicas._precision, "round_at_use", fault)
+    monkeypatch.setattr(replicas, "round_at_use", fault)
     with pytest.raises(RunError, match=f"receipt refused: .*{said}"):
         hybrid.train(gpt_job(train__precision="bf16", optimizer__name="sgd"), "single")
     monkeypatch.undo()
@@ -248,7 +249,7 @@ def test_a_skipped_step_changes_no_weight_and_no_state() -> None:
     seen = []
     for step in range(8):
         before = engine.state()
-        batches = [load(samples, ids) for ids in plan.micro_batch_ids(step, 0)]
+        batches = [load_micro_batch(samples, ids) for ids in plan.micro_batch_ids(step, 0)]
         result = engine.train_step(batches)
         after = engine.state()
         same = {torch.equal(after[name], before[name]) for name in before}
@@ -265,8 +266,8 @@ def test_a_skipped_step_changes_no_weight_and_no_state() -> None:
 def test_the_scale_doubles_after_steps_without_an_overflow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_precision, "GROWTH_STEPS", 2)
-    monkeypatch.setattr(_precision, "INITIAL_SCALE", 2.0**8)
+    monkeypatch.setattr(optimizer, "GROWTH_STEPS", 2)
+    monkeypatch.setattr(optimizer, "INITIAL_SCALE", 2.0**8)
     record = hybrid.train(gpt_job(train__precision="fp16", train__steps=6), "single")
     assert [step.loss_scale for step in record.steps] == [2.0**8] * 2 + [2.0**9] * 2 + [2.0**10] * 2
     assert not any(step.skipped for step in record.steps)
@@ -274,7 +275,7 @@ def test_the_scale_doubles_after_steps_without_an_overflow(
 
 def test_the_scale_changes_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = hybrid.train(gpt_job(train__precision="fp16", train__clip_norm=0.1), "single")
-    monkeypatch.setattr(_precision, "INITIAL_SCALE", 2.0**12)
+    monkeypatch.setattr(optimizer, "INITIAL_SCALE", 2.0**12)
     other = hybrid.train(gpt_job(train__precision="fp16", train__clip_norm=0.1), "single")
     for a, b in zip(usual.steps, other.steps, strict=True):
         assert a.loss == pytest.approx(b.loss, rel=1e-4)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from hybrid.config import Job
+from hybrid.job.schema import Job
 from hybrid.layout import Layout
 from hybrid.models.layers import Layers
-from hybrid.preflight import boundaries
-from hybrid.strategies._partition import partition
-from hybrid.strategies._preflight import Boundary, Findings, best_cut, check_pipeline
+from hybrid.stages.checks import Boundary, Findings, best_cut, check_pipeline
+from hybrid.stages.partition import partition
+from hybrid.stages.shapes import boundaries
 from tests.conftest import small_job
 
 WIDTH = 8

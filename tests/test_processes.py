@@ -7,8 +7,8 @@ import os
 import pytest
 
 import hybrid
-import hybrid.train  # whose imports set variables of their own
-from hybrid import processes
+import hybrid.training.loop  # whose imports set variables of their own
+from hybrid.launch.process_group import cleanup
 from hybrid.models.mlp import mlp
 from tests.conftest import SMALL, small_job
 
@@ -40,5 +40,5 @@ def test_an_engine_of_one_s_own_loop_leaves_it_with_the_group() -> None:
     engine = hybrid.open_engine(small_job(), "zero1", *mlp(**SMALL["model"]["options"]))
     engine.close()
     assert "RANK" in os.environ
-    processes.cleanup()
+    cleanup()
     assert os.environ == before

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hybrid import progress
-from hybrid.progress import NUMBERS, Progress, format_count, format_time, table
 from hybrid.records import EvalResult, Memory, Record, StepRecord, Throughput
+from hybrid.training import progress
+from hybrid.training.progress import NUMBERS, Progress, format_count, format_time, table, time
 
 GIB = 2**30
 
@@ -40,7 +40,7 @@ def append(out: Path, *lines: dict[str, Any]) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that the watcher sees, in seconds: it stands still."""
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
@@ -261,6 +261,6 @@ def test_units_of_count_and_time() -> None:
 
 
 def test_watching_costs_no_torch() -> None:
-    code = "import sys, hybrid.progress as p; p.Progress(); print('torch' in sys.modules)"
+    code = "import sys, hybrid.training.progress as p; p.Progress(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hybrid import records
-from hybrid.job_file import to_dict
+from hybrid.job.file import to_dict
 from tests.conftest import ROOT, small_job
 from tests.pages import free_port
 from tests.test_failures import ranks_of
@@ -21,15 +21,15 @@ from tests.test_failures import ranks_of
 KEEP = """
 import os, signal, subprocess, sys, warnings
 from pathlib import Path
-from hybrid import rank_log
-from hybrid.launchers import Ranks
+from hybrid.launch.logs import redirect_output
+from hybrid.launch.placement import Placement
 print("before")
-rank_log.keep(Path(sys.argv[1]), Ranks(1, 2, 1))
+redirect_output(Path(sys.argv[1]), Placement(1, 2, 1))
 """
 
 
 def as_rank_1(code: str, logs: Path) -> tuple[str, str, str, int]:
-    """Runs code after `keep`: standard output and error, the log, the exit status."""
+    """Runs code after `redirect_output`: standard output and error, the log, the exit status."""
     done = subprocess.run(
         [sys.executable, "-c", KEEP + code, str(logs)],
         capture_output=True,

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from hybrid import records, weights
-from hybrid.config import JobError
-from hybrid.job_file import load_job, to_dict
+from hybrid import records
+from hybrid.checkpoint.weights import save_weights
+from hybrid.job.errors import JobError
+from hybrid.job.file import load_job, to_dict
 from hybrid.models import build_model
 from hybrid.models.losses import Loss, cross_entropy
-from hybrid.sample import sample
+from hybrid.training.generate import generate
 
 CONTEXT = 12
 END = 256
@@ -75,7 +76,7 @@ def make_run(folder: Path, model: str = "small", **changes: Any) -> dict[str, to
 
 def save(folder: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Make these the run's final weights."""
-    weights.save(state, folder / "checkpoints" / "final", {"step": 1})
+    save_weights(state, folder / "checkpoints" / "final", {"step": 1})
     return state
 
 
@@ -92,14 +93,14 @@ def make_table(folder: Path, following: dict[int, dict[int, float]]) -> None:
 def test_greedy_text_is_what_the_weights_say(tmp_path: Path) -> None:
     cycle = {ord(a): {ord(b): 0.6, END: 0.4} for a, b in ("ab", "bc", "ca")}
     make_table(tmp_path, cycle | {END: {ord("c"): 1.0}})
-    assert sample(tmp_path, "xb", 5, temperature=0) == "xbcabca"
-    assert sample(tmp_path, "", 4, temperature=0) == "cabc"  # a document's beginning
+    assert generate(tmp_path, "xb", 5, temperature=0) == "xbcabca"
+    assert generate(tmp_path, "", 4, temperature=0) == "cabc"  # a document's beginning
 
 
 def test_it_stops_where_the_document_ends(tmp_path: Path) -> None:
     make_table(tmp_path, {ord("a"): {ord("b"): 1.0}, ord("b"): {END: 1.0}, END: {ord("a"): 1.0}})
-    assert sample(tmp_path, "a", 50, temperature=0) == "ab"
-    assert sample(tmp_path, "", 50) == "ab"
+    assert generate(tmp_path, "a", 50, temperature=0) == "ab"
+    assert generate(tmp_path, "", 50) == "ab"
 
 
 def test_draws_follow_the_probabilities(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_draws_follow_the_probabilities(tmp_path: Path) -> None:
     make_table(tmp_path, {END: either} | {token: either for token in either})
 
     def shares(**options: Any) -> list[float]:
-        text = sample(tmp_path, "", 2000, **options)
+        text = generate(tmp_path, "", 2000, **options)
         assert len(text) == 2000
         return [text.count(letter) / 2000 for letter in "abc"]
 
@@ -121,11 +122,11 @@ def test_draws_follow_the_probabilities(tmp_path: Path) -> None:
 def test_the_same_arguments_give_the_same_text(tmp_path: Path) -> None:
     make_run(tmp_path)
     torch.manual_seed(5)
-    first = sample(tmp_path, "def ", 30, 1.0, seed=1)
+    first = generate(tmp_path, "def ", 30, 1.0, seed=1)
     torch.manual_seed(6)
-    assert sample(tmp_path, "def ", 30, 1.0, seed=1) == first
-    assert sample(tmp_path, "def ", 30, 1.0, seed=2) != first
-    assert sample(tmp_path, "def ", 40, 1.0, seed=1).startswith(first)
+    assert generate(tmp_path, "def ", 30, 1.0, seed=1) == first
+    assert generate(tmp_path, "def ", 30, 1.0, seed=2) != first
+    assert generate(tmp_path, "def ", 40, 1.0, seed=1).startswith(first)
     assert first.startswith("def ")
 
 
@@ -144,22 +145,22 @@ def test_it_is_the_model_without_dropout_on_the_last_tokens(
         if ids[-1] == END:
             break
     expected = bytes(i for i in ids if i != END).decode(errors="replace")
-    assert sample(tmp_path, "def", num_tokens, temperature=0) == expected
+    assert generate(tmp_path, "def", num_tokens, temperature=0) == expected
     assert len(ids) > 4
 
 
 def test_the_final_weights_are_used_not_the_first(tmp_path: Path) -> None:
     state = make_run(tmp_path)
-    before = sample(tmp_path, "def ", 20, temperature=0)
+    before = generate(tmp_path, "def ", 20, temperature=0)
     save(tmp_path, {name: -tensor for name, tensor in state.items()})
-    assert sample(tmp_path, "def ", 20, temperature=0) != before
+    assert generate(tmp_path, "def ", 20, temperature=0) != before
 
 
 def test_tokens_that_no_text_has_are_never_written(tmp_path: Path) -> None:
     state = make_run(tmp_path, **{"model.options.vocab_size": 300})
     state["2.bias"][257:] = 1000.0  # an embedding padded to a round size
     save(tmp_path, state)
-    assert len(sample(tmp_path, "a", 10, temperature=0).encode(errors="replace")) > 1
+    assert len(generate(tmp_path, "a", 10, temperature=0).encode(errors="replace")) > 1
 
 
 def flip_a_byte(folder: Path) -> None:
@@ -252,7 +253,7 @@ def test_a_folder_that_has_no_text_to_give(case: str, tmp_path: Path) -> None:
     make, words = FOLDERS[case]
     make(tmp_path)
     with pytest.raises(JobError) as found:
-        sample(tmp_path, "\x01", 3, temperature=0)
+        generate(tmp_path, "\x01", 3, temperature=0)
     message = str(found.value)
     assert "\n" not in message and not [w for w in words if w not in message], message
 
@@ -273,7 +274,7 @@ def test_a_folder_that_has_no_text_to_give(case: str, tmp_path: Path) -> None:
 def test_a_wrong_argument(options: dict[str, Any], words: str, tmp_path: Path) -> None:
     make_run(tmp_path)
     with pytest.raises(JobError, match=words):
-        sample(tmp_path, **options)
+        generate(tmp_path, **options)
 
 
 def test_a_run_of_a_hugging_face_tokenizer(tmp_path: Path) -> None:
@@ -282,6 +283,6 @@ def test_a_run_of_a_hugging_face_tokenizer(tmp_path: Path) -> None:
     folder = make_tokenizer(tmp_path / "bpe", ["def text(self):\n    return self\n"])
     changes = {"model.options.vocab_size": 320, "data.options.tokenizer": str(folder)}
     make_run(tmp_path / "run", **changes)
-    assert sample(tmp_path / "run", "return self", 10, 1.0).startswith("return self")
+    assert generate(tmp_path / "run", "return self", 10, 1.0).startswith("return self")
     saved = json.loads((tmp_path / "run" / "job.json").read_text())
     assert saved["data"]["options"]["tokenizer"] == str(folder)

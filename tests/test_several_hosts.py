@@ -11,7 +11,7 @@ import pytest
 import hybrid
 from benchmarks.hosts import SSH_TOOLS, Hosts, why_not
 from hybrid import records
-from hybrid.job_file import to_dict
+from hybrid.job.file import to_dict
 from hybrid.records import Record
 from tests.conftest import JOBS, small_job
 from tests.pages import blocks, environment, record_of

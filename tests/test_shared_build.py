@@ -19,14 +19,15 @@ import torch
 from torch import nn
 
 import hybrid
-from hybrid import launch
-from hybrid.launchers import Ranks
+from hybrid.launch.exchange import gather_objects
+from hybrid.launch.local import run_ranks
+from hybrid.launch.placement import Placement, find_placement
+from hybrid.launch.process_group import cleanup, join_process_group
 from hybrid.models import build_model
 from hybrid.models import shared as shared_module
 from hybrid.models.layers import Layers
 from hybrid.models.losses import cross_entropy
-from hybrid.models.shared import build_shared
-from hybrid.processes import cleanup, gather_objects, join
+from hybrid.models.shared import FILE, _fill, build_shared, save_file, tempfile
 from tests.conftest import small_job
 
 PROGRAM = (sys.executable, "-m", "tests.test_shared_build")
@@ -47,7 +48,7 @@ def is_mapped(tensor: torch.Tensor) -> bool:
     maps = Path("/proc/self/maps").read_text()
     for low, high, name in re.findall(r"^(\w+)-(\w+) (?:\S+ +){4}(.*)$", maps, re.MULTILINE):
         if int(low, 16) <= tensor.data_ptr() < int(high, 16):
-            return shared_module.FILE in name
+            return FILE in name
     raise AssertionError("the tensor's memory is nowhere")
 
 
@@ -98,8 +99,8 @@ def main(out: Path) -> None:
     """Build each kind of model, describe it, and change a tensor on the last rank alone."""
     torch.set_num_threads(1)
     own = {"name": "tests.test_shared_build:own_model", "options": {"folder": str(out)}}
-    ranks = Ranks.from_env()
-    join(ranks)
+    ranks = find_placement()
+    join_process_group(ranks)
     with torch.device("meta"):  # torch imports much when a weight is first made so
         build_model(small_job(model={"name": "gpt", "options": GPT | {"num_layers": 1}}))
     for kind, job in (("gpt", gpt_job()), ("own", small_job(model=own)), ("frozen", gpt_job())):
@@ -128,7 +129,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tmp").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(folder / "tmp"))
-        launch.run(3, [str(folder)], folder, program=PROGRAM)
+        run_ranks(3, [str(folder)], folder, program=PROGRAM)
     return folder
 
 
@@ -178,7 +179,7 @@ def test_a_users_own_function_is_called_on_every_rank(out: Path) -> None:
 
 def test_a_process_alone_makes_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_module, "save_file", None)
-    layers, _ = build_shared(small_job(), Ranks())
+    layers, _ = build_shared(small_job(), Placement())
     assert not any(t.is_meta for t in layers.tensors().values())
 
 
@@ -190,22 +191,21 @@ def test_a_file_that_cannot_be_written_leaves_no_folder(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shared_module, "save_file", full)
-    monkeypatch.setattr(shared_module, "join", lambda ranks: None)
-    monkeypatch.setattr(shared_module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(OSError, match="No space left"):
-        build_shared(small_job(), Ranks(0, 2, 0))
+        build_shared(small_job(), Placement(0, 2, 0))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_with_other_tensors_is_refused(tmp_path: Path) -> None:
     layers, _ = build_model(small_job())
     more = {**layers.tensors(), "9.weight": torch.ones(2)}
-    path = tmp_path / shared_module.FILE
-    shared_module.save_file({n: t.detach() for n, t in more.items()}, path)
+    path = tmp_path / FILE
+    save_file({n: t.detach() for n, t in more.items()}, path)
     with torch.device("meta"):
         shape, _ = build_model(small_job())
     with pytest.raises(RuntimeError, match=r"tensors that the model has not: \['9.weight'\]"):
-        shared_module._fill(shape, path)
+        _fill(shape, path)
 
 
 if __name__ == "__main__":

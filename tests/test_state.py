@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from hybrid import launch, records
-from hybrid.job_file import to_dict
+from hybrid import records
+from hybrid.job.file import to_dict
+from hybrid.launch.local import run_ranks
 from hybrid.strategies.registry import NAMES
 from tests.conftest import ROOT, small_job
 
@@ -19,7 +20,7 @@ def weights_after(strategy: str, nproc: int, out: Path) -> dict[str, object]:
     job = small_job(strategy__local_sgd={"sync_every": 1}, optimizer__momentum=0.9)
     records.write(to_dict(job), out / "job.json")
     program = [sys.executable, str(ROOT / "tests" / "roundtrip.py")]
-    launch.run(nproc, [str(out / "job.json"), strategy, str(out)], out, program=program)
+    run_ranks(nproc, [str(out / "job.json"), strategy, str(out)], out, program=program)
     return load_file(out / "after.safetensors")
 
 

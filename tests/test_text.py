@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid.config import JobError
-from hybrid.data import _text_documents, _text_sources, build_data, text
-from hybrid.data.batches import load
+from hybrid.data import build_data
+from hybrid.data.loader import load_micro_batch
+from hybrid.data.text import documents as _text_documents
+from hybrid.data.text.documents import pieces
+from hybrid.data.text.sources import CHUNK, standard_library, sysconfig
+from hybrid.job.errors import JobError
 from hybrid.models.losses import IGNORED_TARGET
 from tests.conftest import small_job
 from tests.texts import WORDS, documents_of, many, read, write_files
@@ -57,7 +60,7 @@ def test_the_default_corpus(tmp_path: Path) -> None:
     assert 1_700_000 < train.num_bytes + validation.num_bytes <= 2_000_000
     assert 0.07 < validation.num_bytes / 2_000_000 <= 0.1
     assert any(d.startswith(b'"""Record of phased-in') for d in documents_of(train))
-    files = [Path(f) for f in _text_sources.standard_library().files]
+    files = [Path(f) for f in standard_library().files]
     assert len(files) > 300 and {f.suffix for f in files} == {".py"}
     assert not {"site-packages", "test", "tests", "__pycache__"} & {
         x for f in files for x in f.parts
@@ -72,7 +75,7 @@ def test_text_in_another_encoding_is_left_out_of_the_default_corpus(
         tmp_path / "lib", {"a.py": WORDS, "b.py": WORDS * 2, "test/c.py": "no", "d.so": "no"}
     )
     (tmp_path / "lib" / "latin.py").write_bytes(b"# caf\xe9")
-    monkeypatch.setattr(_text_sources.sysconfig, "get_path", lambda _: str(tmp_path / "lib"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path / "lib"))
     found = [d for side in read(tmp_path) for d in documents_of(side)]
     assert found == [(WORDS * 2).encode(), WORDS.encode()]
 
@@ -144,7 +147,7 @@ def test_pieces_are_whole_lines_or_whole_characters(
     whole = (WORDS * 20 + "東京" * 60 + "\n" + WORDS).encode()
     for chunk in (1, 3, 64, len(whole)):
         chunks = [whole[i : i + chunk] for i in range(0, len(whole), chunk)]
-        found = list(_text_documents.pieces(chunks))
+        found = list(pieces(chunks))
         assert b"".join(found) == whole and max(map(len, found)) <= size
         assert all(piece.decode() for piece in found)
         assert all(p.endswith(b"\n") or b"\n" not in p for p in found)
@@ -160,10 +163,10 @@ def test_the_first_documents_up_to_a_number_of_bytes(tmp_path: Path) -> None:
 
 def test_a_batch_of_blocks(tmp_path: Path) -> None:
     train, _ = read(tmp_path, path=many(tmp_path / "texts"))
-    batch = load(train, [3, 0, len(train) - 1], size=5)
+    batch = load_micro_batch(train, [3, 0, len(train) - 1], size=5)
     assert batch.input.shape == batch.target.shape == (5, 16)
     assert batch.input[0].equal(train[3][0]) and batch.target[1].equal(train[0][1])
-    assert train.vocab_size == 257 and IGNORED_TARGET == text.IGNORED_TARGET
+    assert train.vocab_size == 257 and IGNORED_TARGET == IGNORED_TARGET
 
 
 # Mistakes: each is one line that names the option.
@@ -218,7 +221,7 @@ def test_a_mistake_is_one_line(case: str, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     write_files(tmp_path, {"empty.txt": "", "one.txt": "é", "good.txt": WORDS * 3})
     # cut after its first chunk, the wrong byte looks like the beginning of a character
-    (tmp_path / "latin.txt").write_bytes(b"a" * (_text_sources.CHUNK - 1) + b"\xe9 au lait")
+    (tmp_path / "latin.txt").write_bytes(b"a" * (CHUNK - 1) + b"\xe9 au lait")
     options, words = MISTAKES[case]
     spelt = {k: v.replace("FOLDER", str(tmp_path)) if isinstance(v, str) else v
              for k, v in options.items()}  # fmt: skip

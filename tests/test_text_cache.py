@@ -13,8 +13,12 @@ from typing import Any
 import numpy
 import pytest
 
-from hybrid.data import _text_cache, _text_sources, text
-from hybrid.data.tokenizers import Bytes
+from hybrid.data import text as text_module
+from hybrid.data.text import cache as _text_cache
+from hybrid.data.text import sources as _text_sources
+from hybrid.data.text import text
+from hybrid.data.text.cache import HEADER
+from hybrid.data.text.tokenizers import Bytes
 from tests.conftest import ROOT
 from tests.texts import WORDS, documents_of, many, read, tokens_of
 
@@ -28,7 +32,7 @@ def test_a_second_call_reads_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = many(tmp_path / "texts")
     first = read(tmp_path, path=path)
     monkeypatch.setattr(_text_sources, "_chunks", untouchable)
-    monkeypatch.setattr(text, "load_tokenizer", untouchable)
+    monkeypatch.setattr(text_module, "load_tokenizer", untouchable)
     monkeypatch.chdir(tmp_path)
     for again in (
         read(tmp_path, path=path),
@@ -72,8 +76,8 @@ DAMAGE: dict[str, Callable[[bytearray], None]] = {
     "cut in the header": lambda data: data.__delitem__(slice(100, None)),
     "header": damage_byte(200),
     "header's checksum": damage_byte(3),
-    "first token": damage_byte(_text_cache.HEADER),
-    "a token": damage_byte(_text_cache.HEADER + 999),
+    "first token": damage_byte(HEADER),
+    "a token": damage_byte(HEADER + 999),
     "last token": damage_byte(-1),
 }
 
@@ -101,10 +105,10 @@ def test_of_a_large_file_pages_are_checked(tmp_path: Path, monkeypatch: pytest.M
     path = many(tmp_path / "texts")
     read(tmp_path, path=path)
     (file,) = (tmp_path / "cache").glob("*.tokens")
-    pages = (file.stat().st_size - _text_cache.HEADER - 1) // 64
+    pages = (file.stat().st_size - HEADER - 1) // 64
     for page in (0, pages // 2, pages):
         data = bytearray(file.read_bytes())
-        data[_text_cache.HEADER + page * 64] ^= 1
+        data[HEADER + page * 64] ^= 1
         file.write_bytes(data)
         with pytest.warns(UserWarning, match="damaged"):
             read(tmp_path, path=path)
@@ -152,7 +156,7 @@ def test_text_that_changes_while_it_is_read_is_refused(
         Path(path, "000.txt").write_text("something else")
         return Bytes()
 
-    monkeypatch.setattr(text, "load_tokenizer", load_slowly)
+    monkeypatch.setattr(text_module, "load_tokenizer", load_slowly)
     with pytest.raises(ValueError, match="changed while it was read"):
         read(tmp_path, path=path)
     assert not list((tmp_path / "cache").glob("*.tokens"))
@@ -167,7 +171,7 @@ def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("", tmp_path / "home" / ".cache"),
     ):
         monkeypatch.setenv("XDG_CACHE_HOME", given)
-        text.text(path=path)
+        text(path=path)
         assert list((expected / "hybrid" / "text").glob("*.tokens"))
         for file in (expected / "hybrid" / "text").iterdir():
             file.unlink()

@@ -8,7 +8,9 @@ import types
 
 import pytest
 
-from hybrid import threads
+from hybrid.launch import threads
+from hybrid.launch.placement import find_placement
+from hybrid.launch.threads import VARIABLE, set_num_threads
 
 RANKS = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}
 STEP = {"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "1"}
@@ -18,14 +20,14 @@ def share(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], own: int = 16, launcher: int = 16
 ) -> str | None:
     """OMP_NUM_THREADS after `share`, in a rank that may use `own` cores of its launcher's."""
-    for key in (threads.VARIABLE, "SLURM_STEP_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK"):
+    for key in (VARIABLE, "SLURM_STEP_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK"):
         monkeypatch.setenv(key, "")
         monkeypatch.delenv(key)
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(threads, "num_cores", lambda process=0: launcher if process else own)
-    threads.share()
-    return os.environ.get(threads.VARIABLE)
+    set_num_threads(find_placement())
+    return os.environ.get(VARIABLE)
 
 
 @pytest.fixture

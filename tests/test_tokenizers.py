@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from hybrid.data import _text_cache, text
-from hybrid.data.tokenizers import Bytes, load_tokenizer
+from hybrid.data import text
+from hybrid.data.text.cache import dtype_for
+from hybrid.data.text.tokenizers import Bytes, load_tokenizer
 from tests.texts import WORDS, documents_of, many, read, tokens_of
 
 
@@ -74,7 +75,7 @@ def test_large_vocabularies_take_four_bytes(
         vocab_size = 2**16 + 1
         end = 2**16
 
-    assert _text_cache.dtype_for(2**16).itemsize == 2
+    assert dtype_for(2**16).itemsize == 2
     monkeypatch.setattr(text, "load_tokenizer", lambda _: Large())
     train, _ = read(tmp_path, path=many(tmp_path / "texts", 5))
     assert tokens_of(train)[0] == 2**16 and train.vocab_size == 2**16 + 1

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from hybrid.config import JobError
-from hybrid.trackers import Trackers, check_trackers, flatten, step_values
+from hybrid.job.errors import JobError
+from hybrid.training.trackers import Trackers, check_trackers, flatten, step_values
 from tests.conftest import ROOT
 
 LINE: dict[str, Any] = {
@@ -64,7 +64,7 @@ def test_a_missing_package_is_named(
 
 def test_no_tracker_costs_nothing(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from hybrid.trackers import Trackers\n"
+        "import sys, pathlib; from hybrid.training.trackers import Trackers\n"
         f"t = Trackers([], pathlib.Path({str(tmp_path)!r}), {{}})\n"
         "t.log({}, 0); t.finish()\n"
         "print('torch' in sys.modules or 'accelerate' in sys.modules)"
@@ -125,7 +125,7 @@ def test_every_tracker_is_told_the_same_and_is_ended(tmp_path: Path) -> None:
 # As the first of two ranks whose other one never comes: a group that was waited for would hang.
 TENSORBOARD = """
 import pathlib, torch
-from hybrid.trackers import Trackers
+from hybrid.training.trackers import Trackers
 threads = torch.get_num_threads()
 t = Trackers(["tensorboard"], pathlib.Path(OUT), {"model": {"options": {"sizes": [4, 2]}}})
 for i in range(3):

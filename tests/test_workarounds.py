@@ -14,16 +14,17 @@ from tests.test_faults import compare_with
 # DeepSpeed's backend, for one process, with what would compile an op replaced by a word.
 START = """
 import os, sys, deepspeed
-from hybrid.processes import init_process
+from hybrid.launch.placement import Placement
+from hybrid.launch.process_group import join_process_group
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 def load(self):
     print("compiles")
     raise SystemExit
 ShareMemCommBuilder.is_compatible, ShareMemCommBuilder.load = lambda *_: True, load
-init_process(0, 1)
+join_process_group(Placement())
 if sys.argv[1] == "ours":
-    from hybrid.strategies._deepspeed import prepare_process
-    prepare_process()
+    from hybrid.engines.deepspeed_setup import prepare_process
+    prepare_process(Placement())
 else:
     deepspeed.init_distributed("gloo")
 print("started")
@@ -40,19 +41,20 @@ print(Accelerator(cpu=True, fsdp_plugin=plugin).distributed_type.name)
 # itself, which is otherwise a matter of milliseconds.
 LEAVE = """
 import sys, torch, torch.distributed as dist
-from hybrid import processes
-processes.init_process(0, 1)
+from hybrid.launch.placement import Placement
+from hybrid.launch.process_group import cleanup, join_process_group
+join_process_group(Placement())
 group = dist.new_group([0])
 sys.setswitchinterval(100)
 dist.broadcast(torch.ones(3), 0, group, async_op=True)
 sum(range(10**7))
 if sys.argv[1] == "ours":
-    processes.cleanup()
+    cleanup()
 """
 
 
 def test_accelerate_still_turns_fsdp_into_ddp_on_a_cpu() -> None:
-    """hybrid/strategies/_accelerate.py::_keep_fsdp"""
+    """hybrid/engines/accelerator.py::_keep_fsdp"""
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
     done = subprocess.run(
         [sys.executable, "-c", FALL_BACK],
@@ -65,7 +67,7 @@ def test_accelerate_still_turns_fsdp_into_ddp_on_a_cpu() -> None:
 
 
 def test_deepspeed_still_compiles_an_op_when_it_starts_on_a_cpu(tmp_path: Path) -> None:
-    """hybrid/strategies/_deepspeed.py::prepare_process"""
+    """hybrid/engines/deepspeed_setup.py::prepare_process"""
     for whose, word in (("theirs", "compiles"), ("ours", "started")):
         done = subprocess.run(
             [sys.executable, "-c", START, whose],
@@ -79,11 +81,11 @@ def test_deepspeed_still_compiles_an_op_when_it_starts_on_a_cpu(tmp_path: Path) 
 
 
 def test_deepspeed_still_loses_small_biases_in_bf16() -> None:
-    """hybrid/strategies/_deepspeed.py::add_biases_before_rounding"""
+    """hybrid/engines/deepspeed_setup.py::add_biases_before_rounding"""
     code = (
         "import torch\n"
         "from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3 as theirs\n"
-        "from hybrid.strategies._deepspeed import add_biases_before_rounding\n"
+        "from hybrid.engines.deepspeed_setup import add_biases_before_rounding\n"
         "torch.manual_seed(0)\n"
         "x, w = torch.randn(2, 8, 64).bfloat16(), torch.randn(64, 64).bfloat16()\n"
         "bias = torch.full((64,), 3e-3).bfloat16()\n"
@@ -99,7 +101,7 @@ def test_deepspeed_still_loses_small_biases_in_bf16() -> None:
 
 
 def test_deepspeed_still_clips_stages_by_the_first_one_s_norm(tmp_path: Path) -> None:
-    """hybrid/strategies/_stages.py::StageEngine._clip"""
+    """hybrid/engines/pipeline_deepspeed.py::StageEngine._clip"""
     result = compare_with("deepspeed_clips_alone", "pipeline", tmp_path, train__clip_norm=0.05)
     first = result.parity["pipeline"].first_difference
     assert first is not None and first.step == 1 and first.quantity == "loss", first
@@ -107,7 +109,7 @@ def test_deepspeed_still_clips_stages_by_the_first_one_s_norm(tmp_path: Path) ->
 
 
 def test_gloo_still_aborts_a_process_that_ends_too_soon(tmp_path: Path) -> None:
-    """hybrid/processes.py::cleanup, launch/examples/plain_deepspeed.py"""
+    """hybrid/launch/process_group.py::cleanup, launch/examples/plain_deepspeed.py"""
     for whose, status in (("theirs", -signal.SIGABRT), ("ours", 0)):
         command = [sys.executable, "-c", LEAVE, whose]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)

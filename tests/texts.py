@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hybrid.data.text import Blocks, text
-from hybrid.data.tokenizers import Bytes
+from hybrid.data.text.tokenizers import Bytes
 
 END = Bytes.end
 WORDS = "alpha beta gamma delta été 東京 epsilon\n"

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybrid.config import Job
+from hybrid.job.errors import Unsupported
+from hybrid.job.schema import Job
+from hybrid.launch.placement import Placement
 from hybrid.layout import Layout
-from hybrid.strategies.base import Outline, Unsupported
+from hybrid.stages.checks import ModelSummary
 
 name = "tests.toy_strategy"
 summary = "one process, fp32 alone"
@@ -20,20 +22,15 @@ def layout(job: Job, nproc: int) -> Layout:
     return Layout()
 
 
-def check(job: Job, layout: Layout, outline: Outline) -> list[str]:
+def check(job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
     """fp32 alone, to have something to refuse."""
     if job.train.precision != "fp32":
         raise Unsupported(f"train.precision = {job.train.precision!r}: fp32 alone")
     return []
 
 
-def period(job: Job) -> int:
-    """No communication."""
-    return 1
-
-
-def build(job: Job, layout: Layout, layers: Any, loss: Any) -> Any:
+def build(job: Job, placement: Placement, layers: Any, loss: Any) -> Any:
     """The engine of `single`."""
-    from hybrid.strategies._replicas import ReplicaEngine
+    from hybrid.engines.replicas import ReplicaEngine
 
-    return ReplicaEngine(job, layout, layers, loss)
+    return ReplicaEngine(job, placement, layers, loss)

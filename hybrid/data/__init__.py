@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..config import Job, JobError
-from ..importing import call_named
+from ..job.errors import JobError
+from ..job.imports import call_named
+from ..job.schema import Job
 
 SOURCES = {
     "random": "hybrid.data.random:random",

@@ -7,23 +7,11 @@ shares of the data-parallel ranks, a share into micro-batches; sizes differ by a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import default_collate
 
 from ..layout import split
-
-
-@dataclasses.dataclass(frozen=True)
-class MicroBatch:
-    """`input` and `target` of one micro-batch, sample by sample along axis 0, and the samples'
-    `ids`, int64 [n]. Rows past the n-th are padding, which no loss or count ever sees."""
-
-    input: Any
-    target: Any
-    ids: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +60,3 @@ def _mix(seed: int, epoch: int) -> int:
     """A seed of its own for each epoch; the odd constant keeps (s, e+1) off (s+1, e). torch's CPU
     generator reads the low 32 bits alone, so the seed's high ones are folded into them."""
     return (seed * 0x9E3779B97F4A7C15 + (seed >> 32) * 0xD1B54A32D192ED03 + epoch) % 2**63
-
-
-def load(samples: Sequence[Any], ids: list[int], size: int | None = None) -> MicroBatch:
-    """The tensors of `ids`, padded to `size` rows (None: to one row where there is no sample, since
-    layers need not take an empty batch) with copies of the set's first sample."""
-    rows = [samples[i] for i in ids]
-    missing = (size if size is not None else max(1, len(ids))) - len(ids)
-    rows += [samples[0]] * missing
-    inputs, targets = default_collate(rows)
-    return MicroBatch(inputs, targets, torch.tensor(ids, dtype=torch.int64))

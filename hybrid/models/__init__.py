@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..config import Job, JobError
-from ..importing import call_named, check_name
+from ..job.errors import JobError
+from ..job.imports import call_named, check_name
+from ..job.schema import Job
 
 if TYPE_CHECKING:
     from .layers import Layers

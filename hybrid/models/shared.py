@@ -8,16 +8,15 @@ until it is written to: what a stage or a shard leaves behind is never copied.
 from __future__ import annotations
 
 import shutil
-import socket
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..config import Job
-from ..launchers import Ranks
-from ..processes import gather_objects, join
+from ..job.schema import Job
+from ..launch.exchange import gather_objects
+from ..launch.placement import Placement
 from . import build_model, can_be_made_on_meta
 from .layers import Layers
 from .losses import Loss
@@ -25,13 +24,12 @@ from .losses import Loss
 FILE = "start.safetensors"
 
 
-def build_shared(job: Job, ranks: Ranks) -> tuple[Layers, Loss]:
+def build_shared(job: Job, placement: Placement) -> tuple[Layers, Loss]:
     """`build_model` on every rank; collective. A user's own function is called on each rank for
     real, since nothing says that it can do without values."""
-    if ranks.world_size == 1 or not can_be_made_on_meta(job):
+    if placement.world_size == 1 or not can_be_made_on_meta(job):
         return build_model(job)
-    join(ranks)
-    first, folder, host = ranks.local_rank == 0, "", socket.gethostname()
+    first, folder, host = placement.local_rank == 0, "", placement.host
     built = None
     try:
         if first:
@@ -50,7 +48,7 @@ def build_shared(job: Job, ranks: Ranks) -> tuple[Layers, Loss]:
 
 def _map(job: Job, path: Path) -> tuple[Layers, Loss]:
     """The model around the tensors of a file; made for real where its family needs values."""
-    from ._hf_probe import NotOnMeta
+    from .hf.probe import NotOnMeta
 
     try:
         with torch.device("meta"):

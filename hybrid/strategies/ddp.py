@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..config import Job
+from ..engines.protocol import Engine, make_receipt
+from ..job.schema import Job
+from ..launch.placement import Placement
 from ..layout import Layout
 from ..records import Receipt
-from .base import Engine, Outline, make_receipt
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,19 +32,11 @@ def layout(job: Job, nproc: int) -> Layout:
     return Layout(dp=nproc, replicate=nproc)
 
 
-def check(job: Job, layout: Layout, outline: Outline) -> list[str]:
-    """Runs everything."""
-    return []
-
-
-def period(job: Job) -> int:
-    """Every step is alike."""
-    return 1
-
-
-def build(job: Job, layout: Layout, layers: Layers, loss: Loss) -> Engine:
+def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
     """The model under DDP."""
-    from . import _accelerate, _accelerate_engine, _torch
+    from ..engines.accelerated import AcceleratedEngine
+    from ..engines.accelerator import prepare_ddp
+    from ..engines.state import copy_of_state, copy_state, named_tensors
 
     accumulation = job.micro_batches(name)
     hook = job.strategy.ddp.comm_hook
@@ -53,18 +46,16 @@ def build(job: Job, layout: Layout, layers: Layers, loss: Loss) -> Engine:
             "matrix_approximation_rank": job.strategy.ddp.powersgd_rank,
             "start_powerSGD_iter": POWERSGD_START,
         }
-    accelerator, prepared = _accelerate.prepare_ddp(job, layers, accumulation, HOOKS[hook], options)
-    return _accelerate_engine.AccelerateEngine(
+    accelerator, prepared = prepare_ddp(job, placement, layers, accumulation, HOOKS[hook], options)
+    return AcceleratedEngine(
         job,
-        layout,
+        placement,
         loss,
         accelerator,
         prepared,
         inspect=_inspect,
-        gather=lambda engine: _torch.copy_of_state(_module(engine)),
-        scatter=lambda engine, state: _torch.copy_state(
-            _torch.named_tensors(_module(engine)), state
-        ),
+        gather=lambda engine: copy_of_state(_module(engine)),
+        scatter=lambda engine, state: copy_state(named_tensors(_module(engine)), state),
     )
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..config import Job
+from ..engines.protocol import Engine, make_receipt
+from ..job.schema import Job
+from ..launch.placement import Placement
 from ..layout import Layout, fill_degrees
 from ..records import Receipt
-from .base import Engine, Outline, make_receipt
 
 if TYPE_CHECKING:
     import torch
@@ -33,25 +34,16 @@ def layout(job: Job, nproc: int) -> Layout:
     return Layout(dp=nproc, replicate=replicate, shard=shard)
 
 
-def check(job: Job, layout: Layout, outline: Outline) -> list[str]:
-    """Runs everything."""
-    return []
-
-
-def period(job: Job) -> int:
-    """Every step is alike."""
-    return 1
-
-
-def build(job: Job, layout: Layout, layers: Layers, loss: Loss) -> Engine:
+def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
     """The model under FSDP2, one unit a layer."""
-    from . import _accelerate, _accelerate_engine
+    from ..engines.accelerated import AcceleratedEngine
+    from ..engines.accelerator import prepare_fsdp
 
     accumulation = job.micro_batches(name)
-    accelerator, prepared = _accelerate.prepare_fsdp(job, layout, layers, accumulation)
-    return _accelerate_engine.AccelerateEngine(
+    accelerator, prepared = prepare_fsdp(job, placement, layers, accumulation)
+    return AcceleratedEngine(
         job,
-        layout,
+        placement,
         loss,
         accelerator,
         prepared,
@@ -62,24 +54,30 @@ def build(job: Job, layout: Layout, layers: Layers, loss: Loss) -> Engine:
 
 
 def _gather(engine: Any) -> dict[str, torch.Tensor]:
-    from torch.distributed.fsdp import FSDPModule
+    from ..engines.state import named_tensors
 
-    from . import _torch
-
-    for module in engine.model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # evaluation leaves the root's parameters gathered, and rounded
+    _reshard(engine.model)
     full = {}
-    for tensor_name, tensor in _torch.named_tensors(engine.model).items():
+    for tensor_name, tensor in named_tensors(engine.model).items():
         whole = _whole(tensor.detach())  # collective, one at a time: only rank 0 keeps them all
         if engine.accelerator.is_main_process:
             full[tensor_name] = whole.cpu().clone()
     return full
 
 
+def _reshard(model: nn.Module) -> None:
+    """Back to shards alone: evaluation leaves the root's parameters gathered, and rounded."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _scatter(engine: Any, state: Mapping[str, torch.Tensor]) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+    _reshard(engine.model)
     options = StateDictOptions(full_state_dict=True, strict=True)
     set_model_state_dict(engine.model, dict(state), options=options)
 
@@ -90,7 +88,7 @@ def _whole(tensor: Any) -> torch.Tensor:
 
 def _inspect(engine: Any) -> Receipt:
     """Every parameter a DTensor, shards that add up to the whole once, the mesh, the setting."""
-    from ..processes import gather_objects
+    from ..launch.exchange import gather_objects
 
     parameters = list(engine.model.parameters())
     sharded = [p for p in parameters if hasattr(p, "to_local")]

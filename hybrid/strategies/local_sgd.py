@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..config import Job, JobError
+from ..engines.protocol import Engine
+from ..job.errors import JobError, Unsupported
+from ..job.schema import Job
+from ..launch.placement import Placement
 from ..layout import Layout
-from .base import Engine, Outline, Unsupported
 
 if TYPE_CHECKING:
     from ..models.layers import Layers
@@ -28,12 +30,7 @@ def layout(job: Job, nproc: int) -> Layout:
     return Layout(dp=replicas or nproc, replicate=replicas or nproc)
 
 
-def check(job: Job, layout: Layout, outline: Outline) -> list[str]:
-    """Runs everything."""
-    return []
-
-
-def period(job: Job) -> int:
+def steps_between_syncs(job: Job) -> int:
     """Steps from merge to merge."""
     every = job.strategy.local_sgd.sync_every
     if not isinstance(every, int):
@@ -41,9 +38,11 @@ def period(job: Job) -> int:
     return every
 
 
-def build(job: Job, layout: Layout, layers: Layers, loss: Loss) -> Engine:
+def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
     """This rank's replica, or all of them."""
-    from ._replicas import ReplicaEngine
+    from ..engines.replicas import ReplicaEngine
 
     replicas = job.strategy.local_sgd.emulate_replicas or 1
-    return ReplicaEngine(job, layout, layers, loss, merge_every=period(job), replicas=replicas)
+    return ReplicaEngine(
+        job, placement, layers, loss, merge_every=steps_between_syncs(job), replicas=replicas
+    )

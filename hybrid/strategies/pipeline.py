@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..config import Job
+from ..engines.protocol import Engine
+from ..job.errors import Unsupported
+from ..job.schema import Job
+from ..launch.placement import Placement
 from ..layout import Layout
-from .base import Engine, Outline, Unsupported
+from ..stages.checks import ModelSummary
 
 if TYPE_CHECKING:
     from ..models.layers import Layers
@@ -26,25 +29,21 @@ def layout(job: Job, nproc: int) -> Layout:
     return Layout(pp=nproc)
 
 
-def check(job: Job, layout: Layout, outline: Outline) -> list[str]:
+def check(job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
     """Every stage must get layers with parameters, and tensors that can be passed on."""
-    from . import _ds_config
-    from ._partition import check_stages
+    from ..engines.deepspeed_config import check_ds_config, check_fp16
+    from ..stages.checks import check_stages
 
-    _ds_config.check(job, name)
-    return [*_ds_config.check_precision(job), *check_stages(name, job, layout, outline)]
-
-
-def period(job: Job) -> int:
-    """Every step is alike."""
-    return 1
+    check_ds_config(job, name)
+    return [*check_fp16(job), *check_stages(name, job, layout, summary)]
 
 
-def build(job: Job, layout: Layout, layers: Layers, loss: Loss) -> Engine:
+def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
     """This rank's stage."""
-    from . import _deepspeed, _stages
+    from ..engines.deepspeed_setup import full_config, prepare_process
+    from ..engines.pipeline_deepspeed import StageEngine
 
     settings = job.strategy.pipeline
-    _deepspeed.prepare_process()
-    config = _deepspeed.full_config(job, layout, layers, name, settings.ds_config, 0)
-    return _stages.StageEngine(job, layout, layers, loss, settings, 0, config)
+    prepare_process(placement)
+    config = full_config(job, placement, layers, name, settings.ds_config, 0)
+    return StageEngine(job, placement, layers, loss, settings, 0, config)

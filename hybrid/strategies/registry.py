@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from .. import accelerate_launch
-from ..config import Job, JobError
-from ..importing import import_module
-from ..launchers import Ranks
+from ..engines.deepspeed_config import check_ds_config
+from ..engines.protocol import Engine
+from ..job.errors import JobError
+from ..job.imports import import_module
+from ..job.schema import Job
+from ..launch.accelerate_env import check_configuration
+from ..launch.placement import Placement, find_placement
 from ..layout import Layout
-from . import _ds_config
-from .base import Engine, Outline, Strategy
+from ..stages.checks import ModelSummary
+from . import protocol
+from .protocol import REQUIRED, Strategy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,79 +29,90 @@ _MODULES = {
     "ddp": "ddp",
     "local_sgd": "local_sgd",
     "fsdp": "fsdp",
-    "zero1": "zero1",
-    "zero2": "zero2",
-    "zero3": "zero3",
+    "zero1": "zero",
+    "zero2": "zero",
+    "zero3": "zero",
     "pipeline": "pipeline",
     "2d": "two_d",
 }
 NAMES = tuple(_MODULES)
-PARTS = ("name", "summary", "layout", "check", "period", "build")  # see `Strategy`
 
 
 def get(name: str) -> Strategy:
     """The strategy of that name, or one's own by its module; JobError, listing the valid names,
     where there is none."""
     if name in _MODULES:
-        return cast(Strategy, importlib.import_module(f".{_MODULES[name]}", __package__))
+        module = importlib.import_module(f".{_MODULES[name]}", __package__)
+        return cast(Strategy, getattr(module, name, module))  # `zero` holds three
     if not all(part.isidentifier() for part in name.split(".")) or "." not in name:
         valid = ", ".join(NAMES)
         raise JobError(f"strategy = {name!r}: unknown; valid: {valid}, package.module")
     module = import_module(f"strategy = {name!r}", name)
-    missing = [part for part in PARTS if not hasattr(module, part)]
+    missing = [part for part in REQUIRED if not hasattr(module, part)]
     if missing:
         raise JobError(f"strategy = {name!r}: the module has no {', no '.join(missing)}")
     return cast(Strategy, module)
 
 
 def check_settings(job: Job, names: Sequence[str]) -> None:
-    """JobError where there is no strategy of a name, or its section of the job names a file that is
-    wrong: what can be known before the model is made. Imports no torch."""
+    """What can be known before the model is made: raises JobError where there is no strategy of a
+    name, or where its section of the job names a file that is wrong. Imports no torch."""
     for name in names:
         get(name)
-        _ds_config.check(job, name)
+        check_ds_config(job, name)
 
 
-def plan(job: Job, name: str, nproc: int, outline: Outline) -> tuple[Layout, list[str]]:
-    """The layout of one strategy on `nproc` processes, checked for this job, and warnings; raises
-    Unsupported or JobError. Starts nothing."""
+def plan(job: Job, name: str, nproc: int, summary: ModelSummary) -> tuple[Layout, list[str]]:
+    """The layout of one strategy on `nproc` processes, checked for this job, and warnings. Raises
+    Unsupported, LayoutError or JobError; starts nothing."""
     strategy = get(name)
     layout = strategy.layout(job, nproc)
-    return layout, strategy.check(job, layout, outline)
+    return layout, protocol.check(strategy, job, layout, summary)
 
 
-def check_launcher(job: Job, strategy: str, ranks: Ranks) -> Layout:
-    """The layout on the processes that a launcher started; JobError or LayoutError where the job
-    cannot run on so many, or a launcher's configuration says what the job does not."""
-    accelerate_launch.check(job, strategy)
-    layout = get(strategy).layout(job, ranks.world_size)
-    if layout.world_size != ranks.world_size and ranks.world_size > 1:
+def steps_between_syncs(job: Job, name: str) -> int:
+    """Optimizer steps after which a strategy's communication repeats."""
+    return protocol.steps_between_syncs(get(name), job)
+
+
+def place(job: Job, strategy: str, placement: Placement) -> Placement:
+    """The placement with the strategy's layout on the processes that a launcher started. Raises
+    JobError or LayoutError where the job cannot run on so many, or where accelerate's
+    configuration contradicts the job."""
+    check_configuration(job, strategy)
+    layout = get(strategy).layout(job, placement.world_size)
+    if layout.world_size != placement.world_size > 1:
         raise JobError(
             f"strategy = {strategy!r}: runs on {layout.world_size} process, "
-            f"the launcher started {ranks.world_size}"
+            f"the launcher started {placement.world_size}"
         )
-    return layout
+    return dataclasses.replace(placement, layout=layout)
 
 
-def open_engine(job: Job, strategy: str, layers: Sequence[nn.Module], loss: Loss) -> Engine:
+def open_engine(
+    job: Job,
+    strategy: str,
+    layers: Sequence[nn.Module],
+    loss: Loss,
+    placement: Placement | None = None,
+) -> Engine:
     """An engine on the processes that a launcher started, for people who keep their own loop.
 
-    Every rank calls it with the same job and the same initialised `layers` (equal on
-    every rank: seed torch before making them). Joins the process group
-    unless the caller has; `hybrid.processes.cleanup` leaves it. Lengths must be given in steps,
-    `train.steps` and local SGD's `sync_every`, since the size of the data is not known here.
-    Raises Unsupported or JobError before anything is built.
+    Every rank calls it with the same job and the same initialised `layers`: seed torch before
+    making them. It joins the process group unless the caller has (`placement` then says where this
+    rank stands; left out, it is found from the launcher's variables); `hybrid.cleanup` leaves the
+    group. Lengths must be given in steps (`train.steps` and local SGD's `sync_every`), since the
+    size of the data is not known here. Raises Unsupported or JobError before anything is built.
     """
-    from .. import processes
+    from ..engines.layers import prepare_layers
+    from ..launch.process_group import hide_accelerate_configuration, join_process_group
     from ..models.layers import Layers
-    from ._model import prepare_layers
 
     layers = layers if isinstance(layers, Layers) else Layers(layers)
-    ranks = Ranks.from_env()
-    outline = Outline(layers.sizes(), layers.cut_problem)
-    layout = check_launcher(job, strategy, ranks)
-    accelerate_launch.forget()
-    get(strategy).check(job, layout, outline)
+    summary = ModelSummary(layers.sizes(), layers.cut_problem)
+    placement = place(job, strategy, placement or find_placement())
+    hide_accelerate_configuration()
+    protocol.check(get(strategy), job, placement.layout, summary)
     if strategy != "single":
-        processes.join(ranks, job.launch)
-    return get(strategy).build(job, layout, prepare_layers(job, layers), loss)
+        placement = join_process_group(placement, job.launch)
+    return get(strategy).build(job, placement, prepare_layers(job, layers), loss)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..config import Job
+from ..engines.protocol import Engine
+from ..job.schema import Job
+from ..launch.placement import Placement
 from ..layout import Layout
-from .base import Engine, Outline
 
 if TYPE_CHECKING:
     from ..models.layers import Layers
@@ -21,18 +22,8 @@ def layout(job: Job, nproc: int) -> Layout:
     return Layout()
 
 
-def check(job: Job, layout: Layout, outline: Outline) -> list[str]:
-    """Runs everything."""
-    return []
-
-
-def period(job: Job) -> int:
-    """No communication."""
-    return 1
-
-
-def build(job: Job, layout: Layout, layers: Layers, loss: Loss) -> Engine:
+def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
     """One replica with all samples."""
-    from ._replicas import ReplicaEngine
+    from ..engines.replicas import ReplicaEngine
 
-    return ReplicaEngine(job, layout, layers, loss)
+    return ReplicaEngine(job, placement, layers, loss)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..config import Job, TwoD
+from ..engines.protocol import Engine
+from ..job.errors import Unsupported
+from ..job.schema import Job, TwoD
+from ..launch.placement import Placement
 from ..layout import Layout, fill_degrees
-from .base import Engine, Outline, Unsupported
+from ..stages.checks import ModelSummary
 
 if TYPE_CHECKING:
     from ..models.layers import Layers
@@ -35,36 +38,32 @@ def _axis(settings: TwoD, dp: int) -> dict[str, int]:
     return {"shard": dp} if settings.zero_stage else {"replicate": dp}
 
 
-def check(job: Job, layout: Layout, outline: Outline) -> list[str]:
+def check(job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
     """Every stage must get layers with parameters, and tensors that can be passed on."""
-    from . import _ds_config
-    from ._partition import check_stages
+    from ..engines.deepspeed_config import check_ds_config, check_fp16
+    from ..stages.checks import check_stages
 
     settings = job.strategy.two_d
-    _ds_config.check(job, name)
+    check_ds_config(job, name)
     if settings.zero_stage == 0 and job.train.precision != "fp32":
         raise Unsupported(
             f"strategy.2d.zero_stage = 0 with train.precision = {job.train.precision!r}: DeepSpeed "
             "sums rounded gradients in fp32 under ZeRO-1 only; set strategy.2d.zero_stage = 1"
         )
-    return [*_ds_config.check_precision(job), *check_stages(name, job, layout, outline)]
+    return [*check_fp16(job), *check_stages(name, job, layout, summary)]
 
 
-def period(job: Job) -> int:
-    """Every step is alike."""
-    return 1
-
-
-def build(job: Job, layout: Layout, layers: Layers, loss: Loss) -> Engine:
+def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
     """This rank's stage in its column."""
-    from . import _deepspeed, _stages
+    from ..engines.deepspeed_setup import full_config, prepare_process
+    from ..engines.pipeline_deepspeed import StageEngine
 
     settings = job.strategy.two_d
     stage = settings.zero_stage
     path = settings.ds_config or _file(settings)
-    _deepspeed.prepare_process()
-    config = _deepspeed.full_config(job, layout, layers, name, path, stage)
-    return _stages.StageEngine(job, layout, layers, loss, settings, stage, config)
+    prepare_process(placement)
+    config = full_config(job, placement, layers, name, path, stage)
+    return StageEngine(job, placement, layers, loss, settings, stage, config)
 
 
 def _file(settings: TwoD) -> str:

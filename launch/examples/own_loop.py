@@ -5,8 +5,6 @@ import sys
 import torch
 
 import hybrid
-from hybrid.models.losses import cross_entropy
-from hybrid.processes import cleanup
 
 STRATEGY = sys.argv[1] if len(sys.argv) > 1 else "fsdp"
 STEPS = 20
@@ -24,7 +22,7 @@ sections = {
     "strategy": {"local_sgd": {"sync_every": 5}},  # in steps: an engine does not know epochs
 }
 job = hybrid.load_job(sections)
-engine = hybrid.open_engine(job, STRATEGY, layers, cross_entropy)
+engine = hybrid.open_engine(job, STRATEGY, layers, hybrid.cross_entropy)
 plan = hybrid.BatchPlan(
     num_samples=len(samples),
     global_batch=job.train.global_batch,
@@ -34,7 +32,7 @@ plan = hybrid.BatchPlan(
 )
 for step in range(STEPS):
     micro_batches = [
-        hybrid.load(samples, ids, engine.micro_batch_size)
+        hybrid.load_micro_batch(samples, ids, engine.micro_batch_size)
         for share in engine.shares
         for ids in plan.micro_batch_ids(step, share)
     ]
@@ -44,4 +42,4 @@ weights = engine.state()  # whole tensors on rank 0, nothing elsewhere
 if weights:
     print(f"{STRATEGY}: loss {result.loss:.4f} after {STEPS} steps, engaged: {receipt.engaged}")
 engine.close()
-cleanup()
+hybrid.cleanup()

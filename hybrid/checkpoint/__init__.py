@@ -1,0 +1,1 @@
+"""A model's state on disk."""

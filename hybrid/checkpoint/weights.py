@@ -1,0 +1,47 @@
+"""A model's final weights on disk, as safetensors with a checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..job.errors import JobError
+
+FILE = "model.safetensors"
+
+
+def save_weights(state: Mapping[str, torch.Tensor], folder: Path, about: Mapping[str, Any]) -> Path:
+    """Write `folder/model.safetensors` and `folder/checkpoint.json` (its SHA-256 and `about`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE
+    save_file({name: t.contiguous() for name, t in state.items()}, path)
+    with path.open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    text = json.dumps({"file": FILE, "sha256": checksum, **about}, indent=1)
+    (folder / "checkpoint.json").write_text(text + "\n")
+    return path
+
+
+def verify_weights(folder: Path) -> Path:
+    """The path of the weights in a checkpoint's folder; raises JobError unless they are what was
+    written."""
+    file = folder / FILE
+    try:
+        expected = json.loads((folder / "checkpoint.json").read_text())["sha256"]
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise JobError(
+            f"{error.filename}: {error.strerror}; a run that has ended has its final weights there"
+        ) from None
+    except (ValueError, TypeError, KeyError):
+        raise JobError(f"{folder / 'checkpoint.json'}: does not name the weights' sha256") from None
+    if found != expected:
+        raise JobError(f"{file}: is damaged, its SHA-256 is not the one in checkpoint.json")
+    return file

@@ -1,0 +1,141 @@
+"""One job under several strategies: a launcher each, then the verdict. Holds no torch of its own.
+
+`compare` writes OUT/STRATEGY/..., OUT/compare.json, OUT/compare.md and OUT/report.html.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import records, report
+from ..job.errors import JobError, RunFailed, Unsupported
+from ..job.file import to_dict
+from ..job.schema import Job
+from ..launch.ops_cache import remove_stale_locks
+from ..layout import Layout, LayoutError
+from ..measure.machine import describe_machine
+from ..records import Comparison, Parity, Record
+from ..strategies import registry
+from ..training.check import CheckedJob, check_job, print_warnings
+from ..training.run import Program, Silent, Watcher, default_nproc, launch
+from .parity import Run
+from .verdict import judge_run
+
+REFERENCE = "single"
+
+
+def compare(
+    job: Job,
+    strategies: Sequence[str] = registry.NAMES,
+    nproc: int | None = None,
+    out: Path | str = "out/compare",
+    watcher: Watcher | None = None,
+    program: Program | None = None,
+) -> Comparison:
+    """Run the job under each strategy on `nproc` processes and hold each run against `single`.
+
+    nproc: left out, what `job.parallel` multiplies to, or 2. `program` is what starts a rank.
+    Raises JobError before any process starts; a run that fails is in the result, not raised.
+    """
+    print_warnings(job.warnings())
+    registry.check_settings(job, strategies)
+    checked = check_job(job)
+    remove_stale_locks()
+    names = [REFERENCE, *(s for s in dict.fromkeys(strategies) if s != REFERENCE)]
+    layouts = _plan(checked, names, nproc or default_nproc(job))
+    session = _Session(checked.job, Path(out), watcher or Silent(), program)
+    for name, layout in layouts.items():
+        session.run_planned(name, layout)
+    return session.finish(job)
+
+
+def _plan(checked: CheckedJob, names: Sequence[str], nproc: int) -> dict[str, Layout | str]:
+    """The layout of each strategy, or in words why it cannot run here; prints warnings."""
+    layouts: dict[str, Layout | str] = {}
+    warnings: list[str] = []
+    for name in names:
+        try:
+            layouts[name], found = registry.plan(checked.job, name, nproc, checked.summary)
+            warnings += [f"{name}: {line}" for line in found]
+        except LayoutError as error:
+            raise JobError(f"{error} (--nproc {nproc})") from None
+        except Unsupported as error:
+            layouts[name] = str(error)
+    print_warnings(warnings)
+    return layouts
+
+
+class _Session:
+    """The runs of one comparison and the folder they lie in."""
+
+    def __init__(self, job: Job, out: Path, watcher: Watcher, program: Program | None) -> None:
+        self.job, self.out, self.watcher, self.program = job, out, watcher, program
+        self.runs: dict[str, Record] = {}
+        self.controls: dict[str, Record] = {}
+
+    def run_planned(self, name: str, layout: Layout | str) -> None:
+        """Run one strategy; `layout` is text where it cannot run, and says why."""
+        if isinstance(layout, str):
+            record = Record(name, "not_possible", layout)
+            records.write(record, self.out / name / "record.json")
+            self.watcher.finished(name, record)
+        else:
+            record = self._run(name, name, layout.world_size, {})
+        self.runs[name] = record
+
+    def _run(self, label: str, strategy: str, nproc: int, changes: dict[str, Any]) -> Record:
+        """Launch one run, in `out/label`, with changed settings of its strategy."""
+        job, folder = _with_settings(self.job, strategy, changes), self.out / label
+        try:
+            return launch(job, strategy, nproc, folder, self.watcher, label, self.program)
+        except RunFailed as error:
+            if error.failure.kind == "job":
+                raise JobError(error.failure.message) from None
+            return records.read(Record, folder / "record.json")
+
+    def finish(self, job: Job) -> Comparison:
+        """Judge every run, making the controls that this needs, and write the comparison."""
+        possible = [name for name, record in self.runs.items() if record.status != "not_possible"]
+        parity = {name: self._judge(name) for name in possible}
+        result = Comparison(
+            job=to_dict(job),
+            machine=describe_machine(),
+            reference=REFERENCE,
+            strategies=self.runs,
+            parity=parity,
+            ok=all(found.ok for found in parity.values()),
+            controls=self.controls,
+        )
+        report.write(result, self.out)
+        return result
+
+    def _judge(self, name: str) -> Parity:
+        while True:
+            found = judge_run(self.job, name, self.runs, REFERENCE, self.controls, self._load)
+            if isinstance(found, Parity):
+                return found
+            for control in found:
+                self.controls[control.label] = self._run(
+                    control.label, control.strategy, 1, control.changes
+                )
+
+    def _load(self, label: str) -> Run:
+        from safetensors.numpy import load_file
+
+        record = records.read(Record, self.out / label / "record.json")
+        file = record.weights and record.weights.file
+        if not file:
+            raise ValueError(f"{label}: the record names no weights")
+        return Run(record, load_file(self.out / label / file))
+
+
+def _with_settings(job: Job, strategy: str, changes: dict[str, Any]) -> Job:
+    """The job with other settings in one strategy's section; one's own strategy has none."""
+    if not changes:
+        return job
+    field = "two_d" if strategy == "2d" else strategy
+    section = getattr(job.strategy, field).model_copy(update=changes)
+    strategies = job.strategy.model_copy(update={field: section})
+    return job.model_copy(update={"strategy": strategies})

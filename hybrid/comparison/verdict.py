@@ -1,0 +1,83 @@
+"""The verdict on each run of a comparison, from records and weights alone. It starts no run.
+
+`judge_run` returns a verdict, or the control runs that it needs first; who compares makes those and
+asks again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..job.schema import Job
+from ..records import Parity, Record
+from .parity import Run, compare_runs
+from .tolerances import EXACT_STEPS, tolerance
+
+EMULATION = "local_sgd_emulation"
+# Control runs cut each batch into so many micro-batches: other orders of the same sums.
+CONTROL_MICRO_BATCHES = (1, 3, 7)
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """A further run in one process that a verdict needs: `strategy` with changed settings."""
+
+    label: str
+    strategy: str
+    changes: dict[str, Any]
+
+
+def judge_run(
+    job: Job,
+    name: str,
+    runs: Mapping[str, Record],
+    reference: str,
+    controls: Mapping[str, Record],
+    load: Callable[[str], Run],
+) -> Parity | list[Control]:
+    """The verdict on the run `name` against `runs[reference]` (local SGD: against its emulation in
+    one process), or the controls that it needs and that `controls` does not have yet.
+
+    load: a run or control of that label, with its final weights.
+    """
+    record, allowed = runs[name], tolerance_of(job, name)
+    if name == reference:
+        return Parity(record.status == "ok", 0.0, 0.0, tolerance(job.train.precision))
+    undecided = Parity(False, None, None, allowed)
+    if record.status != "ok":
+        return undecided
+    against, changes, known = reference, {}, runs
+    if name == "local_sgd":
+        against, changes, known = EMULATION, {"emulate_replicas": record.layout["dp"]}, controls
+        if against not in controls:
+            return [Control(EMULATION, name, changes)]
+    if known[against].status != "ok":
+        return undecided
+    run, expected, exact = load(name), load(against), EXACT_STEPS[job.train.precision]
+    factors = {"micro-batches": job.micro_batches(name), "data-parallel ranks": record.layout["dp"]}
+    strict = compare_runs(run, expected, against, allowed, factors, (), exact)
+    late = strict.first_difference
+    if late is None or (late.step is not None and late.step < exact):
+        return strict
+    wanted = _summing_orders(against, known[against].strategy, changes)
+    if missing := [control for control in wanted if control.label not in controls]:
+        return missing
+    usable = [load(c.label) for c in wanted if controls[c.label].status == "ok"]
+    return compare_runs(run, expected, against, allowed, factors, usable, exact)
+
+
+def _summing_orders(against: str, strategy: str, changes: dict[str, Any]) -> list[Control]:
+    """The reference with its batches summed in other orders, which shows how far rounding goes."""
+    return [
+        Control(f"{against}_cut_{cut}", strategy, changes | {"micro_batches": cut})
+        for cut in CONTROL_MICRO_BATCHES
+    ]
+
+
+def tolerance_of(job: Job, name: str) -> dict[str, float]:
+    """What a run may differ by: more where layers compute in fewer bits, or where a communication
+    hook rounds gradients."""
+    hook = job.strategy.ddp.comm_hook if name == "ddp" else "none"
+    return tolerance(job.train.precision, hook)

@@ -1,0 +1,102 @@
+"""DeepSpeed configuration files: what DeepSpeed alone owns; the rest comes from the job. No torch.
+
+DeepSpeed reads a file with unknown keys in silence. Here each key must be in
+`deepspeed_keys.json`, which `python -m tests.deepspeed_keys` writes from the installed DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..job.errors import JobError, Unsupported
+from ..job.known_keys import problem
+from ..job.reading import read_json
+from ..job.schema import Job
+
+# What the job says for every strategy alike. A file that says it too would win or lose in silence.
+OWNED_BY_JOB = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.global_batch and train.micro_batches",
+    "gradient_accumulation_steps": "train.micro_batches",
+    "gradient_clipping": "train.clip_norm",
+    "optimizer": "[optimizer]",
+    "scheduler": "[schedule]",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "bfloat16": "train.precision",
+    "data_types": "train.precision",
+    "torch_autocast": "train.precision",
+    "communication_data_type": "train.precision",
+    "data_efficiency": "[data]",
+}
+# What would be overwritten, or would make another run than the job's.
+NOT_HERE = {
+    "steps_per_print": "steps are shown and written by the run itself",
+    "zero_allow_untested_optimizer": "it is always set here",
+    "managed_gradient_accumulation": "every step is a whole optimizer step here",
+    "tensor_parallel": "no strategy here splits tensors",
+    "expert_parallel": "no strategy here places experts",
+    "hybrid_engine": "it generates text with another engine",
+    "autotuning": "it starts runs of its own",
+}
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "pipeline": 0}  # 2d's is in the job
+SHIPPED = (*STAGES, "2d")
+KEYS_FILE = Path(__file__).parent / "deepspeed_keys.json"
+
+
+def check_ds_config(job: Job, strategy: str) -> None:
+    """JobError where the file that a strategy's section of the job names is wrong; nothing for a
+    strategy that takes none."""
+    path = getattr(job.settings(strategy), "ds_config", None)
+    if path is not None:
+        stage = job.strategy.two_d.zero_stage if strategy == "2d" else STAGES[strategy]
+        load_ds_config(path, stage)
+
+
+def load_ds_config(name: str, stage: int) -> dict[str, Any]:
+    """The configuration in a file, or in the shipped `ds_configs/NAME.json`; JobError where it
+    cannot be read, holds what DeepSpeed does not know, says what the job says, or asks for another
+    ZeRO stage than `stage`."""
+    where = f"ds_config = {name!r}"
+    config = read_json(_shipped(name) if name in SHIPPED else Path(name), where)
+    found = stage_of(config, where)
+    if found != stage:
+        raise JobError(f"{where}: zero_optimization.stage = {found}: this strategy needs {stage}")
+    return config
+
+
+def stage_of(config: Any, where: str) -> int:
+    """The ZeRO stage that a configuration asks for; JobError, beginning with `where`, where a job
+    does not take it: it holds what DeepSpeed does not know, or says what the job says."""
+    if not isinstance(config, dict):
+        raise JobError(f"{where}: holds a {type(config).__name__}, not an object")
+    for key in config.keys() & OWNED_BY_JOB.keys():
+        raise JobError(f"{where}: {key}: set {OWNED_BY_JOB[key]} in the job instead")
+    for key in config.keys() & NOT_HERE.keys():
+        raise JobError(f"{where}: {key}: may not be set: {NOT_HERE[key]}")
+    table = json.loads(KEYS_FILE.read_text())
+    if wrong := problem(config, table | {"type": ["object"]}):
+        raise JobError(f"{where}: {wrong} (by DeepSpeed {table['deepspeed']})")
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def _shipped(name: str) -> Path:
+    """In a checkout `ds_configs/` lies beside the package, in a wheel inside it."""
+    package = Path(__file__).parent.parent
+    inside = package / "ds_configs" / f"{name}.json"
+    return inside if inside.exists() else package.parent / "ds_configs" / f"{name}.json"
+
+
+def check_fp16(job: Job) -> list[str]:
+    """Raise Unsupported for fp16 where DeepSpeed refuses it: on CPUs without fp16 units."""
+    if job.train.precision == "fp16":
+        import torch
+
+        if not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+            raise Unsupported(
+                "train.precision = 'fp16': DeepSpeed takes it on GPUs and on CPUs with fp16 units "
+                "only, and this CPU has none; bf16 runs here"
+            )
+    return []

@@ -1,0 +1,73 @@
+"""Calls what a job names: ours by its short name, a user's by `package.module:function`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Collection, Mapping
+from types import ModuleType
+from typing import Any
+
+from .errors import JobError
+
+
+def check_name(section: str, name: str, known: Collection[str]) -> None:
+    """Raise JobError unless `name` is a known one or looks like package.module:function."""
+    module, colon, function = name.partition(":")
+    if name in known or (colon and function.isidentifier() and module):
+        return
+    raise JobError(
+        f"{section}.name = {name!r}: unknown; valid: {', '.join(known)}, package.module:function"
+    )
+
+
+def call_named(
+    section: str, name: str, options: Mapping[str, Any], known: Mapping[str, str]
+) -> Any:
+    """What the function that `section` of the job names returns for `options`; JobError where it
+    cannot be imported or refuses them."""
+    check_name(section, name, known)
+    function = _import(section, name, known.get(name, name))
+    given = f"{section}.options = {dict(options)!r} of {name!r}"
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some builtins have none to show
+        signature = None
+    if signature:
+        try:
+            signature.bind(**options)
+        except TypeError as error:
+            raise JobError(f"{given}: {error}; valid: {', '.join(signature.parameters)}") from None
+    try:
+        return function(**options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise JobError(f"{given}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _import(section: str, name: str, path: str) -> Callable[..., Any]:
+    module, _, function = path.partition(":")
+    loaded = import_module(f"{section}.name = {name!r}", module)
+    found = getattr(loaded, function, None)
+    if found is None:
+        words = f"cannot be imported: module {module!r} has no attribute {function!r}"
+        raise JobError(f"{section}.name = {name!r}: {words}")
+    if not callable(found):
+        raise JobError(f"{section}.name = {name!r}: is not a function")
+    return found
+
+
+def import_module(given: str, module: str) -> ModuleType:
+    """A module that the job or the command names; JobError, beginning with what was `given`, where
+    it cannot be imported."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a user's own file lies where the command is typed
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a user's file may raise anything while it is imported
+        raise JobError(f"{given}: cannot be imported: {_first_line(error)}") from error

@@ -1,0 +1,217 @@
+"""Why a run failed: what each rank says of itself, and which of several failures came first.
+
+A rank keeps a `RankStatus`: what it is doing, in words. If it fails, `leave_error` writes why to
+`OUT/logs/rankN.error.json` and tells the other ranks. `first_cause` reads these files. No torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ..job.errors import Failure, kind_of
+from ..job.schema import Job
+from .heartbeat import Cause, Heartbeat, is_peer_loss
+from .placement import Placement
+
+_WIDTH = 80  # characters of what a rank is doing
+CPU_ALLOCATOR = "DefaultCPUAllocator"  # in the RuntimeError of torch when a host has no memory
+
+
+class RankStatus:
+    """What this rank is doing and, if it fails, why.
+
+    `doing` is in words; it also stands in `logs/rankN.where`, for when the rank cannot say it any
+    more. `parameters`: trained parameters of the whole model; `held`: how many of them this rank
+    has (None: not known yet). `peers`: how this rank hears of the others.
+    """
+
+    def __init__(self, job: Job, placement: Placement, logs: Path | None = None) -> None:
+        self.job, self.placement, self.logs = job, placement, logs
+        self.parameters: int | None = None
+        self.held: int | None = None
+        self.peers: Heartbeat | None = None
+        self._file = -1
+        if logs:
+            logs.mkdir(parents=True, exist_ok=True)
+            path = logs / f"rank{placement.rank}.where"
+            self._file = os.open(path, os.O_CREAT | os.O_WRONLY)
+        self.set("starting")
+
+    def set(self, doing: str) -> None:
+        """Say what this rank does from now on."""
+        self.doing = doing
+        if self._file >= 0:
+            os.pwrite(self._file, f"{doing:{_WIDTH}}"[:_WIDTH].encode(), 0)  # of one width: whole
+
+    def start_heartbeat(self, placement: Placement) -> None:
+        """Give signs of life over the store where the ranks met, if they did."""
+        if placement.store is not None and placement.world_size > 1:
+            self.peers = Heartbeat(placement, lambda: self.doing)
+
+    def close(self) -> None:
+        """Give no more signs of life."""
+        if self.peers:
+            self.peers.stop()
+        if self._file >= 0:
+            os.close(self._file)
+
+
+def leave_error(error: BaseException, status: RankStatus) -> Cause | None:
+    """Write why this rank failed, for `first_cause`, and tell the other ranks.
+
+    Returns the other rank's failure that this one follows from, if there is one. What is known of a
+    lack of memory is also added to the error's notes, for launchers that print it.
+    """
+    message, kind = ": ".join([type(error).__name__, *str(error).splitlines()[:1]]), kind_of(error)
+    if isinstance(error, SystemExit):
+        message = "was told to end, by SIGTERM"
+    whole = f"{message} ({status.doing})"
+    if kind != "error":
+        message = whole = str(error)
+    elif is_out_of_memory(error):
+        message = whole = describe_out_of_memory(error, status)
+        error.add_note(message)
+    cause = None
+    if status.peers and is_peer_loss(message):
+        cause = status.peers.first_cause()
+    elif status.peers:
+        status.peers.report(message)
+    if kind == "error" and status.placement.under_foreign_launcher:
+        _print_cause(whole, cause, status.placement)
+    if status.logs:
+        what: dict[str, Any] = {
+            "time": time.time(),
+            "host": status.placement.host,
+            "message": whole,
+            "details": _trace(error),
+            "kind": kind,
+            "cause": dataclasses.asdict(cause) if cause else None,
+        }
+        path = status.logs / f"rank{status.placement.rank}.error.json"
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(what))
+        os.replace(part, path)
+    return cause
+
+
+def _print_cause(message: str, cause: Cause | None, here: Placement) -> None:
+    """Print the cause in one line, before any traceback, where a launcher mixes what its ranks
+    print. `hybrid`'s own launcher reads the file; a mistake in the job is printed by the command.
+    """
+    line = f"hybrid: rank {here.rank} on {here.host}"
+    if cause:
+        line += f" ends, because of rank {cause.rank} on {cause.host}"
+        message = f"{cause.message} ({cause.where})"
+    print(f"{line}: {message}", file=sys.stderr, flush=True)
+
+
+def _trace(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(error))
+    except MemoryError:  # it reads source files; the message matters more
+        return ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is torch's, on a GPU or a CPU, or Python's word for it. By name: a rank that
+    fails before it imports torch has no need of it."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or CPU_ALLOCATOR in str(error)
+
+
+def describe_out_of_memory(error: BaseException, status: RankStatus) -> str:
+    """One line: where memory ran out, what the model's training takes, what limit is known, and
+    what takes less."""
+    asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+    parts = [
+        f"out of memory {status.doing}",
+        f"could not allocate {asked[1]}" if asked else "",
+        _needs(status),
+        *_limits(error),
+        "zero1 and zero2 hold less on a rank, fsdp, zero3, pipeline and 2d least, "
+        "the less the more processes there are",
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def _needs(status: RankStatus) -> str:
+    """What the parameters of this rank, or of the whole model, take."""
+    if status.parameters is None:
+        return ""
+    counted = status.parameters if status.held is None else status.held
+    whose = f"this rank holds {counted:,} of the model's {status.parameters:,} parameters"
+    if status.held is None:
+        whose = f"the model has {counted:,} parameters"
+    elif status.held == status.parameters:
+        whose = f"this rank holds all {counted:,} parameters of the model"
+    optimizer = status.job.optimizer
+    # fp32 numbers of 4 bytes: the parameter, its gradient, two moments or what momentum keeps.
+    size = 16 if optimizer.name == "adamw" else 12 if optimizer.momentum else 8
+    takes = f"with gradients and the state of {optimizer.name} they take {size} bytes each in fp32"
+    return f"{whose}: {takes}, {_mib(counted * size)}, and activations come on top"
+
+
+def _limits(error: BaseException) -> list[str]:
+    """What a GPU has, by torch's message, and this process's limits that are set (setrlimit(2))."""
+    capacity = re.search(r"total capacity of ([\d.]+ \w+)", str(error))
+    found = [f"the GPU has {capacity[1]}"] if capacity else []
+    if sys.platform != "win32":
+        import resource
+
+        for name in ("RLIMIT_DATA", "RLIMIT_AS"):
+            soft, _ = resource.getrlimit(getattr(resource, name))
+            if soft != resource.RLIM_INFINITY:
+                found.append(f"{name} allows this process {_mib(soft)} in all")
+    return found
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
+    """Which of the ranks that ended badly (rank to exit code) came first, and why."""
+    found: list[tuple[bool, float, Failure]] = []
+    for rank, code in dead.items():
+        path = logs / f"rank{rank}.error.json"
+        if path.exists():
+            left = json.loads(path.read_text())
+            who, message = rank, left["message"]
+            if cause := left["cause"]:
+                who = cause["rank"]
+                message = f"{cause['message']} ({_where(logs, who)})"
+            failure = Failure(who, message, left["details"], left["kind"])
+            found.append((is_peer_loss(failure.message), left["time"], failure))
+        else:
+            tail = _tail(logs / f"rank{rank}.log")
+            message = f"{_how_it_ended(code)} ({_where(logs, rank)})"
+            found.append((False, seen, Failure(rank, message, tail)))
+    return min(found, key=lambda f: f[:2])[2]
+
+
+def _where(logs: Path, rank: int) -> str:
+    """What a rank was about, by its own last word."""
+    path = logs / f"rank{rank}.where"
+    return path.read_text().strip() if path.exists() else "starting"
+
+
+def _how_it_ended(code: int) -> str:
+    """A rank's exit code in words."""
+    if code >= 0:
+        return f"exited with {code}"
+    if -code == signal.SIGKILL:
+        return "was ended by SIGKILL, by which the system also ends what takes too much memory"
+    return f"was ended by {signal.Signals(-code).name}"
+
+
+def _tail(log: Path, lines: int = 20) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

@@ -1,0 +1,133 @@
+"""Starts the processes of one run on this machine, watches them, and says what went wrong first.
+
+Each rank is a `python -m hybrid train ...` with the variables that torchrun would set. Its output
+goes to `OUT/logs/rankN.log`; a rank that raises leaves `OUT/logs/rankN.error.json`
+(`hybrid.launch.failures`). The first cause is the earliest by time; a lost connection to a peer
+that died counts last. No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+from ..job.errors import Failure, RunFailed
+from .failures import first_cause
+from .heartbeat import is_peer_loss
+from .threads import num_cores
+
+GRACE_S = 3.0  # between SIGTERM and SIGKILL, for ranks to flush their logs
+POLL_S = 0.02
+PATIENCE_S = 8.0  # with ranks that live and may know more
+
+
+def run_ranks(
+    nproc: int,
+    arguments: Sequence[str],
+    out: Path,
+    on_poll: Callable[[], None] | None = None,
+    program: Sequence[str] = (sys.executable, "-m", "hybrid"),
+) -> None:
+    """Run `program arguments` as `nproc` ranks until all have ended well; raises RunFailed as soon
+    as one has not, when no rank is left running."""
+    logs = out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    for old in logs.glob("rank*"):
+        old.unlink()
+    with contextlib.ExitStack() as stack:
+        ranks: list[subprocess.Popen[bytes]] = []
+        stack.callback(_end_all, ranks)
+        port = _free_port()
+        for rank in range(nproc):
+            log = stack.enter_context((logs / f"rank{rank}.log").open("wb"))
+            environment = _environment(rank, nproc, port)
+            ranks.append(_start([*program, *arguments], environment, log))
+        _wait(ranks, logs, on_poll)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
+    ranks = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": nproc,
+        "LOCAL_WORLD_SIZE": nproc,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        # More threads than cores made two ranks 17 times slower; a user's own setting stands.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, num_cores() // nproc)),
+        "PYTHONUNBUFFERED": 1,  # a killed rank's log has its last words
+    }
+    return os.environ | {key: str(value) for key, value in ranks.items()}
+
+
+def _start(
+    command: list[str], environment: dict[str, str], log: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C reaches this process alone, which ends the ranks
+    )
+
+
+def _wait(
+    ranks: list[subprocess.Popen[bytes]], logs: Path, on_poll: Callable[[], None] | None
+) -> None:
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if on_poll:
+            on_poll()
+        bad = [i for i, code in enumerate(codes) if code]
+        if bad:
+            raise RunFailed(_await_cause(ranks, logs, time.time()))
+        if all(code == 0 for code in codes):
+            return
+        time.sleep(POLL_S)
+
+
+def _await_cause(ranks: list[subprocess.Popen[bytes]], logs: Path, seen: float) -> Failure:
+    """The first cause, when peers that fail in the same moment have left their word too; a while
+    longer where all that is known so far is an effect."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        time.sleep(0.2)
+        dead = {i: code for i, r in enumerate(ranks) if (code := r.poll())}
+        failure = first_cause(dead, logs, seen)
+        enough = len(dead) == len(ranks) or time.monotonic() > deadline
+        if enough or not is_peer_loss(failure.message):
+            return failure
+
+
+def _end_all(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Leave nothing running: TERM to every rank's process group, then KILL."""
+    for rank in ranks:
+        _signal(rank, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_S
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.wait(max(0.0, deadline - time.monotonic()))
+    for rank in ranks:
+        _signal(rank, signal.SIGKILL)
+        rank.wait()
+
+
+def _signal(rank: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(rank.pid, number)

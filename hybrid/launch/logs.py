@@ -1,0 +1,61 @@
+"""A rank's log, `OUT/logs/rankN.log`, under launchers that keep none. No torch.
+
+All that this process writes to its standard output and error goes there, messages of C++, of
+faulthandler and of processes that it starts too. What Python prints, warnings and tracebacks among
+it, is on the launcher's terminal as well. That takes no further process, so none can be left.
+`hybrid.launch.local` makes the logs of ranks that it starts itself.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from .placement import Placement
+
+
+def redirect_output(logs: Path, placement: Placement) -> None:
+    """Write this rank's output to a new log from now on. Deletes logs left by an earlier run,
+    including those of ranks this run does not have. Rank 0 prints where the logs are."""
+    logs.mkdir(parents=True, exist_ok=True)
+    for old in logs.glob("rank*"):
+        number = re.match(r"rank(\d+)\.", old.name)
+        if number and int(number[1]) % placement.world_size == placement.rank:
+            old.unlink(missing_ok=True)  # not only emptied: its processes may still write there
+    if placement.rank == 0:
+        print(f"hybrid: what each rank N prints is in {logs}/rankN.log", file=sys.stderr)
+    with (logs / f"rank{placement.rank}.log").open("wb") as log:
+        sys.stdout = _divert(sys.stdout, 1, log.fileno())
+        sys.stderr = _divert(sys.stderr, 2, log.fileno())
+
+
+def _divert(stream: TextIO, number: int, log: int) -> TextIO:
+    """Point the descriptor at the log; returns what writes there and to where it pointed before."""
+    stream.flush()
+    both = io.BufferedWriter(_Both(number, os.dup(number)))
+    os.dup2(log, number)
+    return io.TextIOWrapper(both, stream.encoding, stream.errors, line_buffering=True)
+
+
+class _Both(io.RawIOBase):
+    """Two descriptors that get the same; `fileno` is the first."""
+
+    def __init__(self, log: int, terminal: int) -> None:
+        self.log, self.terminal = log, terminal
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.log
+
+    def write(self, data: Any) -> int:
+        for number in (self.log, self.terminal):
+            left = memoryview(data)
+            while left:
+                left = left[os.write(number, left) :]
+        return len(data)

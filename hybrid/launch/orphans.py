@@ -1,0 +1,86 @@
+"""Ends a rank whose launcher is gone, so that no process outlives its run. Linux only. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+_LAUNCHERS = {
+    "torchrun",
+    "torch.distributed.run",
+    "accelerate",
+    "accelerate.commands.launch",
+    "deepspeed",
+    "deepspeed.launcher.runner",
+    "deepspeed.launcher.launch",
+    "mpirun",
+    "mpirun.openmpi",
+    "mpirun.mpich",
+    "mpiexec",
+    "mpiexec.hydra",
+}
+_PDEATHSIG = 1  # PR_SET_PDEATHSIG, prctl(2)
+
+
+def end_with_launcher(started_by: int | None = None) -> None:
+    """Have this rank end when the launcher that started it dies and so cannot end it any more.
+
+    The kernel ends the rank with its parent. deepspeed's and accelerate's launchers start others in
+    between; a thread watches those further up. `started_by`: the process id that the parent must
+    have, where it is known.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent or started_by not in (None, parent):
+        os._exit(1)  # the parent died before the call above
+    above = _launchers_above(parent)
+    if above:
+        threading.Thread(target=_watch, args=(above,), name="launcher", daemon=True).start()
+
+
+def _launchers_above(pid: int) -> list[psutil.Process]:
+    """The unbroken chain of launcher processes above our parent process `pid`."""
+    try:
+        return list(itertools.takewhile(_is_launcher, psutil.Process(pid).parents()))
+    except psutil.Error:  # the parent is gone: the kernel ends this rank
+        return []
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    """Whether a process runs a launcher, as its program or as the module that Python runs."""
+    try:
+        words = [Path(word).name for word in process.cmdline()]
+    except psutil.Error:
+        return False
+    modules = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "-m"]
+    return any(word in _LAUNCHERS for word in [*words[:2], *modules])
+
+
+def _watch(above: list[psutil.Process]) -> None:
+    while True:
+        time.sleep(1)
+        for process in above:
+            if not _is_alive(process):
+                with contextlib.suppress(OSError):  # the launcher may have been who read it
+                    line = f"hybrid: the launcher (process {process.pid}) is gone: ending"
+                    print(line, file=sys.stderr)
+                os._exit(1)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """psutil tells a process from a later one of the same number by its start time."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

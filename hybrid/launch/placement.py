@@ -1,0 +1,149 @@
+"""Where one process stands in a run: its rank, host, device, place in the layout, and its store.
+
+A run makes one `Placement` and passes it on; nothing else asks the environment for a rank. No torch
+until a device is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+from typing import TYPE_CHECKING
+
+from ..job.errors import JobError
+from ..layout import Layout
+from .environment import VARIABLES, launcher_name, num_local_ranks, read_number, variables_of
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+PORTS = range(20000, 30000)  # below Linux's ephemeral ones (net.ipv4.ip_local_port_range)
+OWN = "hybrid"  # the launcher's name where `hybrid` itself started this rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """One process of a run.
+
+    `launcher` started it (None: nobody, it is a process alone). `layout` is the run's once it is
+    known. `store` is where the ranks met (None: they have not, or the process is alone).
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    launcher: str | None = None
+    layout: Layout = dataclasses.field(default_factory=Layout)
+    store: dist.Store | None = None
+
+    @property
+    def host(self) -> str:
+        """This host's name."""
+        return socket.gethostname()
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device: its GPU where the host has one, else the CPU."""
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        return torch.device("cpu")
+
+    @property
+    def backend(self) -> str:
+        """The collective library for this device: nccl on GPUs, gloo on CPUs."""
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
+    @property
+    def stage(self) -> int:
+        """The pipeline stage that this rank holds."""
+        return self.layout.stage(self.rank)
+
+    @property
+    def dp_rank(self) -> int:
+        """Which share of a batch this rank computes."""
+        return self.layout.dp_rank(self.rank)
+
+    @property
+    def under_foreign_launcher(self) -> bool:
+        """Whether another program than `hybrid` started this rank."""
+        return self.launcher not in (None, OWN)
+
+
+def find_placement(started_by_hybrid: bool = False) -> Placement:
+    """This process's place by what its launcher said; a process alone where there is no launcher.
+    Raises JobError where the launcher's variables contradict each other."""
+    kind = variables_of()
+    if kind is None:
+        return Placement()
+    rank, world, local, _ = (read_number(key) for key in VARIABLES[kind])
+    if world is None or rank is None or not rank < world:
+        keys = " and ".join(f"{k} = {os.environ.get(k)!r}" for k in VARIABLES[kind][:2])
+        raise JobError(f"{keys}: the launcher must set a rank below a world size")
+    launcher = OWN if started_by_hybrid else launcher_name()
+    return Placement(rank, world, rank if local is None else local, launcher)
+
+
+def export_rank_variables(placement: Placement) -> None:
+    """Set the variables that torch, Accelerate and DeepSpeed read, where the launcher set others.
+    Raises JobError where the address of rank 0 cannot be known."""
+    found = {
+        "RANK": placement.rank,
+        "WORLD_SIZE": placement.world_size,
+        "LOCAL_RANK": placement.local_rank,
+        "LOCAL_WORLD_SIZE": num_local_ranks(),
+    }
+    kind = variables_of()
+    for key, value in found.items():
+        if value is not None:
+            os.environ.setdefault(key, str(value))
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        address, port = ("localhost", 0) if kind is None else _find_rendezvous(kind, placement)
+        os.environ.setdefault("MASTER_ADDR", address)
+        os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def _find_rendezvous(kind: str, placement: Placement) -> tuple[str, int]:
+    """Address and port of rank 0. Every rank finds the same ones without asking another."""
+    if placement.world_size == 1:
+        return "localhost", 0
+    if kind == "srun":
+        job, step = read_number("SLURM_JOB_ID") or 0, read_number("SLURM_STEP_ID") or 0
+        return _first_node(), PORTS[(1009 * job + step) % len(PORTS)]
+    if num_local_ranks() == placement.world_size:
+        return "localhost", PORTS[os.getppid() % len(PORTS)]  # all ranks of a host have one parent
+    how = "-x MASTER_ADDR=... -x MASTER_PORT=..." if kind == "Open MPI" else "-genv NAME VALUE"
+    raise JobError(
+        "MASTER_ADDR and MASTER_PORT are not set, and ranks on several hosts need to be told where "
+        f"rank 0 is: start {kind} with {how}"
+    )
+
+
+def _first_node() -> str:
+    """The host of rank 0 of this SLURM job step; raises JobError where SLURM does not tell it."""
+    if read_number("SLURM_STEP_NUM_NODES") == 1:
+        return "localhost"
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "")
+    try:
+        first = _scontrol("show", "hostnames", nodes).split()[0]
+        try:
+            socket.getaddrinfo(first, None)
+        except OSError:  # a node whose name is not its host's; SLURM knows the address
+            words = _scontrol("--oneliner", "show", "node", first).split()
+            first = dict(word.split("=", 1) for word in words if "=" in word)["NodeAddr"]
+    except (OSError, subprocess.SubprocessError, LookupError) as error:
+        raise JobError(
+            f"MASTER_ADDR is not set, and the first node of {nodes!r} cannot be found out "
+            f"({type(error).__name__}): export MASTER_ADDR and MASTER_PORT"
+        ) from None
+    return first
+
+
+def _scontrol(*words: str) -> str:
+    return subprocess.run(
+        ["scontrol", *words], capture_output=True, text=True, timeout=30, check=True
+    ).stdout

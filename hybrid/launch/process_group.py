@@ -1,0 +1,156 @@
+"""Joins this process to the other ranks of its run, and leaves them again.
+
+`join_process_group(placement)` and `cleanup()` stand around what a run does;
+`hybrid.launch.exchange` is how ranks tell one another numbers in between.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ..job.errors import StartError, first_line
+from ..job.schema import Launch
+from .accelerate_env import clear_accelerate_variables
+from .placement import Placement, export_rank_variables
+from .threads import set_num_threads
+
+DEFAULT_LIMITS = Launch()
+_joined = ExitStack()  # what `cleanup` undoes
+FAREWELL_S = 0.05
+_ARRIVED = "hybrid/arrived/"  # keys of the store: each rank's host, once it has come
+
+
+def join_process_group(placement: Placement, limits: Launch = DEFAULT_LIMITS) -> Placement:
+    """Join the run's default process group, unless this process is in one: nccl on GPUs, gloo on
+    CPUs. MASTER_ADDR and MASTER_PORT name the rendezvous; a process alone needs neither.
+
+    Returns the placement with the store where the ranks met. Raises StartError, which names the
+    ranks that are missing, after `limits.start_timeout_s`.
+    """
+    if dist.is_initialized():
+        return placement
+    _joined.enter_context(restored_environment())
+    export_rank_variables(placement)
+    set_num_threads(placement)
+    device = placement.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = _meet(placement, limits.start_timeout_s)
+    timeout = timedelta(seconds=limits.collective_timeout_s)
+    store.set_timeout(timeout)
+    _set_default_timeouts(timeout, timeout)
+    dist.init_process_group(
+        placement.backend,
+        store=store,
+        rank=placement.rank,
+        world_size=placement.world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    return dataclasses.replace(placement, store=store)
+
+
+def hide_accelerate_configuration() -> None:
+    """Take accelerate's configuration out of the environment until `cleanup`: the engines are made
+    from the job, which was checked against it, and Accelerate would read it beside the job."""
+    _joined.enter_context(restored_environment())
+    clear_accelerate_variables()
+
+
+def _set_default_timeouts(gloo: timedelta, nccl: timedelta | None) -> None:
+    """Of groups that engines make: they ask for none, and would get torch's of half an hour."""
+    dist.distributed_c10d.default_pg_timeout = gloo
+    dist.distributed_c10d.default_pg_nccl_timeout = nccl
+
+
+def _meet(placement: Placement, seconds: int) -> dist.Store:
+    """The store of the rendezvous once all ranks have come to it."""
+    rank, world_size = placement.rank, placement.world_size
+    store = _open_store(placement, seconds)
+    keys = [f"{_ARRIVED}{other}" for other in range(world_size)]
+    store.set(keys[rank], socket.gethostname())
+    try:
+        store.wait(keys, timedelta(seconds=seconds))
+    except dist.DistError:
+        missing = [other for other, key in enumerate(keys) if not store.check([key])]
+        raise StartError(
+            f"ranks {', '.join(map(str, missing))} of {world_size} did not start within {seconds} s"
+            " (launch.start_timeout_s)"
+        ) from None
+    return store
+
+
+def _open_store(placement: Placement, seconds: int) -> dist.Store:
+    """A store at MASTER_ADDR:MASTER_PORT, which rank 0 holds unless torchrun does.
+
+    torchrun's store outlives its ranks: after a restart (`--max-restarts`) it still has the keys of
+    the first attempt, so each attempt has a prefix of its own, as torch's `env://` has.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    holds = placement.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            placement.world_size,
+            is_master=holds,
+            timeout=timedelta(seconds=seconds),
+            wait_for_workers=False,  # it would not say who is missing
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        where = f"rank 0 cannot listen on port {port}" if holds else f"within {seconds} s"
+        raise StartError(
+            f"no meeting of ranks at MASTER_ADDR:MASTER_PORT = {address}:{port}, {where}: "
+            f"{first_line(error)}"
+        ) from None
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"hybrid/attempt_{attempt}", store)
+
+
+@contextmanager
+def restored_environment() -> Iterator[None]:
+    """Leave the environment variables as they were found. A RANK left behind would tell a later
+    command that a launcher started it; ACCELERATE_USE_DEEPSPEED would make a later run DeepSpeed's.
+    """
+    found = dict(os.environ)
+    try:
+        yield
+    finally:
+        for key in os.environ.keys() - found:
+            del os.environ[key]
+        os.environ.update(found)
+
+
+def cleanup() -> None:
+    """Leave the process group, if this process is in one. The environment variables are again as
+    they were before joining."""
+    try:
+        if dist.is_initialized():
+            _leave()
+    finally:
+        _joined.close()
+
+
+def _leave() -> None:
+    deepspeed = sys.modules.get("deepspeed.comm")
+    if deepspeed and deepspeed.is_initialized():
+        deepspeed.destroy_process_group()  # and all groups of it that DeepSpeed remembers
+    else:
+        dist.destroy_process_group()
+    # gloo's worker threads free the last collective's tensors asynchronously and need the GIL for
+    # it. If the interpreter exits first, they abort the process (pytorch#190489), also where an
+    # engine still refers to the group. Give them 50 ms.
+    time.sleep(FAREWELL_S)
+    constants = dist.constants
+    _set_default_timeouts(constants.default_pg_timeout, constants.default_pg_nccl_timeout)

@@ -1,0 +1,65 @@
+"""How many threads a rank computes with where OMP_NUM_THREADS does not say it. No torch.
+
+Left to itself each rank takes every core, and ranks that share a host wait for one another: two on
+two cores were 17 times slower. torchrun and accelerate set 1; deepspeed, mpirun and srun nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from .environment import num_local_ranks, num_srun_tasks
+from .placement import Placement
+
+VARIABLE = "OMP_NUM_THREADS"
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def set_num_threads(placement: Placement) -> None:
+    """Give this rank its part of the host's cores, unless OMP_NUM_THREADS is set; rank 0 prints it.
+    Call it before torch and numpy are imported where possible: later only torch can be told."""
+    ranks = num_local_ranks() or 1
+    if ranks == 1 or VARIABLE in os.environ:
+        return
+    threads = max(1, min(num_cores(), num_shared_cores() // ranks))
+    if torch := sys.modules.get("torch"):
+        if (own := torch.get_num_threads()) <= threads:
+            os.environ[VARIABLE] = str(own)  # Accelerate changes torch's where this is not set
+            return
+        torch.set_num_threads(threads)
+    os.environ[VARIABLE] = str(threads)
+    if placement.rank == 0:
+        each = f"{threads} thread{'s' if threads > 1 else ''} for each of the {ranks} ranks"
+        print(f"hybrid: {VARIABLE} is not set: {each} of this host", file=sys.stderr)
+
+
+def num_shared_cores() -> int:
+    """Cores that the ranks of this host have together. A launcher may bind each rank to some of its
+    own cores, so the launcher's are counted; srun is no process of the job and sets variables."""
+    tasks = num_srun_tasks()
+    if tasks is None or "OMPI_COMM_WORLD_SIZE" in os.environ:  # Open MPI's daemons are srun's tasks
+        return num_cores(os.getppid())
+    per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return int(per_task) * tasks if per_task.isdecimal() else num_cores()
+
+
+def num_cores(process: int = 0) -> int:
+    """Processors that a process may use, at most as many as its container has time for. `process`:
+    a process id; 0 is this process."""
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(process))
+    else:
+        allowed = os.cpu_count() or 1
+    quota = cgroup_cores(CGROUP_QUOTA)
+    return min(allowed, max(1, int(quota))) if quota else allowed
+
+
+def cgroup_cores(file: Path) -> float | None:
+    """How many cores' time a container may use (cgroup v2); None where nothing limits it."""
+    try:
+        quota, period = file.read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):  # "max" means no limit
+        return None

@@ -1,0 +1,129 @@
+"""What a run measures of itself, and in which steps: counting slows a step, so those are not timed.
+
+The first steps carry the memory meter and the collective counter, for as long as the communication
+takes to repeat; the steps after them are timed. A run too short for that counts collectives in
+every step and times all but the warm-up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..launch.exchange import gather_objects
+from ..records import Comm, Memory, Throughput
+from .memory import StorageMeter
+from .traffic import CollectiveCounter, tcp_bytes_sent
+
+if TYPE_CHECKING:
+    from .traffic import OpCount
+
+
+WARMUP_STEPS = 2  # the first makes optimizer state and rebuilds DDP's buckets, the second settles
+FEWEST_TIMED = 3
+
+
+class Instruments:
+    """Meter, counter and clock of one run of `steps` steps whose communication repeats every
+    `period` steps. `compiled`: layers that torch.compile takes, which it never does again once it
+    has met the meter's dispatch mode; on a CPU such a run's memory is not measured."""
+
+    def __init__(
+        self, steps: int, period: int, device: torch.device, compiled: bool = False
+    ) -> None:
+        self.device, self.blind = device, compiled and device.type == "cpu"
+        self.meter, self.counter = StorageMeter(device), CollectiveCounter()
+        first = WARMUP_STEPS
+        # When the collective counter goes, torch.compile compiles once more.
+        settled = first + period + compiled
+        if steps >= settled + FEWEST_TIMED:
+            self.metered, self.counted = range(first + period), range(first, first + period)
+            self.timed = range(settled, steps)
+        else:
+            self.metered, self.counted = range(first), range(steps)
+            self.timed = range(first if steps > first else 0, steps)
+        self.seconds: list[float] = []
+        self._last = 0.0
+        self._tcp: list[int | None] = []
+
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Around one optimizer step: the instruments that are due, and the clock."""
+        if step == 0:
+            self.meter.mark()
+        if step == self.counted.start:
+            self._tcp.append(tcp_bytes_sent())
+            self.counter.start()
+        with self.meter if step in self.metered and not self.blind else contextlib.nullcontext():
+            start = self._now()
+            yield
+            seconds = self._last = self._now() - start
+        if step in self.timed:
+            self.seconds.append(seconds)
+        if step == self.counted.stop - 1:
+            self.counter.stop()
+            self._tcp.append(tcp_bytes_sent())
+
+    def close(self) -> None:
+        """Take the counting kernels out, where a run ended while they were in: torch has them for
+        the whole process."""
+        self.counter.close()
+
+    def last_step(self) -> dict[str, float | None]:
+        """Of the step just made, on this rank: its time, and the peak of memory up to it."""
+        memory = None if self.blind else self.meter.peak_bytes
+        return {"seconds": self._last, "memory_bytes": memory}
+
+    def throughput(self, samples_per_step: int, tokens_per_step: int | None) -> Throughput | None:
+        """Over the timed steps; None where there was none."""
+        if not self.seconds:
+            return None
+        median = statistics.median(self.seconds)
+        mean = statistics.fmean(self.seconds)
+        tokens = tokens_per_step / median if tokens_per_step else None
+        return Throughput(samples_per_step / median, median, mean, len(self.seconds), tokens)
+
+    def memory(self) -> Memory | None:
+        """Peaks of all ranks, None where not measured; collective."""
+        if self.blind:
+            return None
+        peaks = self.meter.peak_bytes, self.meter.peak_bytes_since_mark
+        whole, steps = zip(*gather_objects(peaks), strict=True)
+        return Memory(list(whole), self.meter.how, list(steps))
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def reduced_in(self) -> str | None:
+        """The dtype in which most bytes were summed over ranks, as torch names it: of gradients,
+        unless none were; None where nothing was. What ranks tell of a step is a few numbers."""
+        found: dict[str, int] = {}
+        for name in ("all_reduce", "reduce_scatter"):
+            for dtype, size in self.counter.payload_by_dtype().get(name, {}).items():
+                found[dtype] = found.get(dtype, 0) + size
+        return max(found, key=lambda dtype: found[dtype]) if found else None
+
+    def comm(self) -> Comm:
+        """Bytes of all ranks, per step of the counted ones; collective."""
+        steps = max(1, len(self.counted))
+        by_rank: list[dict[str, OpCount]] = gather_objects(self.counter.counts())
+        names = sorted({name for counts in by_rank for name in counts})
+        by_op = {
+            name: {
+                what: [getattr(c[name], what) / steps if name in c else 0.0 for c in by_rank]
+                for what in ("calls", "payload_bytes", "sent_bytes")
+            }
+            for name in names
+        }
+        sent = [sum(c.sent_bytes for c in counts.values()) / steps for counts in by_rank]
+        tcp = gather_objects(self._tcp)
+        known = all(len(t) == 2 and None not in t for t in tcp)
+        wire = [(t[1] - t[0]) / steps for t in tcp] if known else None
+        return Comm(sent, by_op, len(self.counted), wire)

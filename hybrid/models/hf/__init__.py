@@ -1,0 +1,195 @@
+"""Any decoder-only causal language model of transformers: `model.name = "hf:NAME_OR_PATH"`.
+
+`benchmarks/hf_models.md` says of every causal type of transformers whether it can be cut into
+stages, and that its stages compute what the whole model computes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..losses import Loss, cross_entropy
+from .probe import NotOnMeta, probe
+from .stages import HFLayers
+
+LAYER_DROP = ("layerdrop", "decoder_layerdrop")  # what config fields for it are called
+LONGEST = 300  # letters of what transformers says, which can be a list of all its models
+
+
+def hf(
+    source: str, overrides: Mapping[str, Any] | None = None, weights: bool | None = None
+) -> tuple[HFLayers, Loss]:
+    """The model that `source` names: a folder with a config.json, or a name on the hub.
+
+    `overrides`: fields of its config to change. `weights`: whether to load its weights (safetensors
+    only) or to start from random ones; left out, they are loaded where there are any. The model is
+    in fp32, its loss cross-entropy of logits [B, T, V] against the next tokens int64 [B, T], -100
+    where none counts.
+
+    Under `torch.device("meta")` nothing is loaded, and all parameters and buffers are to be filled
+    in by name; NotOnMeta where that would not give the same model. Otherwise whatever is wrong is a
+    ValueError with one line.
+    """
+    on_meta = torch.get_default_device().type == "meta"
+    config = _make_config(source, overrides or {})
+    load = _has_weights(source) if weights is None else weights
+    try:
+        model = _load(source, config) if load and not on_meta else _construct(config)
+    except Exception as error:  # a family's own code may raise anything
+        if on_meta:
+            raise NotOnMeta(_one_line(error)) from error
+        raise ValueError(f"source = {source!r}: {_one_line(error)}") from error
+    try:
+        return as_layers(model), cross_entropy
+    except ValueError as error:
+        raise ValueError(f"source = {source!r}, a {config.model_type}: {error}") from error
+
+
+def as_layers(model: Any) -> HFLayers:
+    """A causal language model of transformers as layers. It is changed in place: no cache, and
+    parameters that have no part in the logits do not train."""
+    configs = _all_configs(model.config)
+    for config in configs:
+        config.use_cache = False
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False
+            warnings.warn("output_router_logits: the router's loss is not trained", stacklevel=2)
+    wrong = {str(p.dtype) for p in model.parameters() if p.dtype != torch.float32}
+    if wrong:
+        raise ValueError(f"it has parameters in {', '.join(sorted(wrong))}; valid: torch.float32")
+    _complete_meta(model)
+    text = model.config.get_text_config()
+    cut = probe(model, text.vocab_size, getattr(text, "pad_token_id", None))
+    dropped = [key for key in LAYER_DROP if any(getattr(c, key, 0) for c in configs)]
+    if dropped:
+        cut.problem = f"{dropped[0]} is not 0, so that a stage's layers may be skipped"
+    _freeze_unused(model, cut.unused)
+    return HFLayers(model.train(), cut)
+
+
+def _make_config(source: str, overrides: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig, PreTrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    here = Path(source).is_dir()
+    if here and not Path(source, "config.json").is_file():
+        raise ValueError(f"source = {source!r}: this folder has no config.json")
+    if not here and (source[0] in "./~" or source.count("/") > 1):
+        raise ValueError(f"source = {source!r}: there is no such folder")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        fields, _ = PreTrainedConfig.get_config_dict(source)
+    except Exception as error:  # a config's own code may raise anything
+        words = f"config.json: {_one_line(error)}"
+        if not here and isinstance(error, OSError):
+            words = "no folder here has this name, and the hub gave no config (is there a network?)"
+        raise ValueError(f"source = {source!r}: {words}") from error
+    if config.model_type not in CAUSAL:
+        raise ValueError(
+            f"source = {source!r}: transformers has no causal language model of type "
+            f"{config.model_type!r}; benchmarks/hf_models.md lists those that it has"
+        )
+    return _override(config, fields, overrides) if overrides else config
+
+
+def _override(config: Any, fields: dict[str, Any], overrides: Mapping[str, Any]) -> Any:
+    """A new config, so that what it derives from its fields (layer types) is derived anew."""
+    for key, value in overrides.items():
+        if not hasattr(config, key) or key.startswith("_"):
+            valid = ", ".join(sorted(k for k in config.to_dict() if not k.startswith("_")))
+            raise ValueError(
+                f"overrides.{key}: {config.model_type} has no such config field; valid: {valid}"
+            )
+        key = config.attribute_map.get(key, key)
+        nested = isinstance(value, Mapping) and isinstance(fields.get(key), dict)
+        fields[key] = {**fields[key], **value} if nested else value
+    try:
+        return type(config).from_dict(fields)
+    except Exception as error:  # a config's own code may raise anything
+        raise ValueError(f"overrides = {dict(overrides)}: {_one_line(error)}") from error
+
+
+def _has_weights(source: str) -> bool:
+    folder = Path(source)
+    if not folder.is_dir():
+        return True
+    if any(folder.glob("*.safetensors")):
+        return True
+    pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    if pickled:
+        raise ValueError(
+            f"source = {source!r}: its weights are pickled ({pickled[0].name}); convert them to "
+            "safetensors, or set weights = false to start from random ones"
+        )
+    return False
+
+
+def _construct(config: Any) -> Any:
+    """From random weights: torch's default generator draws them."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+def _load(source: str, config: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"its weights lack {len(missing)} of the parameters, such as {missing[0]}")
+    surplus = sorted(info["unexpected_keys"])
+    if surplus:
+        words = f"{len(surplus)} tensors of its weights are not used, such as {surplus[0]}"
+        warnings.warn(f"source = {source!r}: {words}", stacklevel=2)
+    return model
+
+
+def _all_configs(config: Any) -> list[Any]:
+    parts = [getattr(config, key, None) for key in config.sub_configs]
+    return [config, *[c for part in parts if part is not None for c in _all_configs(part)]]
+
+
+def _complete_meta(model: nn.Module) -> None:
+    """Put all parameters of a model on meta there, also those that `torch.normal` made, which does
+    not heed the default device. NotOnMeta where something is on meta that is neither a parameter
+    nor a buffer: it has no name to be filled in by."""
+    if not any(p.is_meta for p in model.parameters()):
+        return
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                raise NotOnMeta(f"{name}.{key} is neither parameter nor buffer")
+        for key, p in module._parameters.items():
+            if p is not None and not p.is_meta:
+                empty = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+                module._parameters[key] = moved.setdefault(p, empty)
+
+
+def _freeze_unused(model: nn.Module, names: list[str]) -> None:
+    """Without gradients some engines fail, and some would still decay these weights."""
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    if names:
+        words = f"{len(names)} parameters have no part in the logits and are not trained, such as"
+        warnings.warn(f"{words} {names[0]}", stacklevel=3)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

@@ -1,0 +1,99 @@
+"""A model cut into stages: the layers of this rank's stage, and parameters that several share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..job.schema import Partition
+from ..launch.placement import Placement
+from ..models.layers import Layers, holders_of
+from .partition import partition
+
+
+class StageAssignment:
+    """Where the layers of a model go, seen from one rank. To be made on the whole model, before its
+    layers are joined.
+
+    A parameter that layers of several stages hold is tied: each of these stages has a copy, their
+    gradients are summed over the stages once a step, and the first of them counts it.
+    """
+
+    def __init__(self, layers: Layers, method: Partition, placement: Placement) -> None:
+        sizes, layout = layers.sizes(), placement.layout
+        parts = partition(method, sizes, layout.pp)
+        self.layout, self.rank, self.stage = layout, placement.rank, placement.stage
+        self.part = parts[self.stage]
+        self.layers_by_stage = [list(part) for part in parts]
+        stage_of = [stage for stage, part in enumerate(parts) for _ in part]
+        names = layers.names()
+        stages = {p: sorted({stage_of[i] for i in held}) for p, held in holders_of(layers).items()}
+        # Of other stages' parameters nothing may be kept: this rank is to free them.
+        self._names = {p: names[p] for p, held in stages.items() if self.stage in held}
+        self._stages = {p: held for p, held in stages.items() if self.stage in held}
+        self._layers_of = {
+            name: [i for i in self.part if any(p is q for q in layers[i].parameters())]
+            for p, name in self._names.items()
+        }
+        self._bare = [i for i in self.part if not any(True for _ in layers[i].parameters())]
+        self._tied_sets = sorted({tuple(held) for held in stages.values() if len(held) > 1})
+
+    def tied(self) -> list[tuple[nn.Parameter, Any, bool]]:
+        """This rank's tied parameters, each with the process group of its holders in this column
+        and whether this stage is the first of them; collective."""
+        groups: dict[tuple[int, ...], Any] = {}
+        for held in self._tied_sets:
+            for column in range(self.layout.dp):
+                ranks = [stage * self.layout.dp + column for stage in held]
+                group = dist.new_group(ranks)  # every rank takes part in making every group
+                if self.rank in ranks:
+                    groups[held] = group
+        return [
+            (p, groups[tuple(held)], held[0] == self.stage)
+            for p, held in self._stages.items()
+            if len(held) > 1 and p.requires_grad
+        ]
+
+    def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The stage's parameters by canonical name."""
+        return {self._names[p]: p for p in module.parameters()}
+
+    def own_tensors(
+        self, named: Mapping[str, torch.Tensor], shared: bool
+    ) -> dict[str, torch.Tensor]:
+        """The live stage's tensors, `named` as DeepSpeed's module names them, by canonical name;
+        `shared`: also those that an earlier stage holds as well."""
+        tensors: dict[str, torch.Tensor] = {}
+        for long_name, tensor in named.items():
+            name = long_name.partition(".")[2]  # DeepSpeed puts the stage's number in front
+            if isinstance(tensor, nn.Parameter):
+                name = self._names[tensor]
+                if not shared and self._stages[tensor][0] != self.stage:
+                    continue
+            tensors[name] = tensor
+        return tensors
+
+    def live_layers(self, module: nn.Module) -> list[int]:
+        """The layers that a live stage holds parameters of, and those without any."""
+        live = {p for p in module.parameters() if p in self._names}
+        held = {i for p in live for i in self._layers_of[self._names[p]]}
+        return sorted(held | set(self._bare))
+
+    def tied_digest(self) -> dict[str, str]:
+        """A hash of each tied parameter's bits, by name."""
+        tied = {p: self._names[p] for p, held in self._stages.items() if len(held) > 1}
+        return {
+            name: hashlib.sha256(p.detach().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()
+            for p, name in tied.items()
+        }
+
+    @staticmethod
+    def tied_agree(digests: Sequence[dict[str, str]]) -> bool:
+        """Whether ranks that hold a tied parameter hold the same bits."""
+        seen: dict[str, str] = {}
+        return all(seen.setdefault(n, d) == d for digest in digests for n, d in digest.items())

@@ -1,0 +1,121 @@
+"""What must be known of a job before it runs: that its model and data can be made and its trackers
+used, how many steps it takes, what its layers hold and return."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..job.errors import JobError, Unsupported, first_line
+from ..job.schema import Job, resolve_lengths
+from ..layout import LayoutError
+from ..stages.checks import ModelSummary
+from .trackers import check_trackers
+
+if TYPE_CHECKING:
+    from ..launch.placement import Placement
+    from ..models.layers import Layers
+
+Data = tuple[Sequence[Any], Sequence[Any]]  # train set and test set
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedJob:
+    """`job` has its lengths in steps; `summary` is of its model."""
+
+    job: Job
+    summary: ModelSummary
+
+
+def check_job(job: Job, data: Data | None = None) -> CheckedJob:
+    """Make the model and the data once and let them go (`data`: the sets, where they are made).
+
+    Raises JobError where the job is wrong, and ModuleNotFoundError where a tracker's package is
+    missing. Imports torch.
+    """
+    from ..data import build_data
+    from ..stages.shapes import boundaries, input_problem
+
+    check_trackers(job.log.trackers)
+    layers = _build_layers(job)
+    train_set, _ = data or build_data(job)
+    sample_input = _first_input(job, train_set)
+    _check_vocabulary(job, layers, train_set)
+    return CheckedJob(
+        job=resolve_lengths(job, len(train_set)),
+        summary=ModelSummary(
+            layer_parameters=layers.sizes(),
+            cut_problem=layers.cut_problem or input_problem(sample_input),
+            boundaries=tuple(boundaries(layers, sample_input)),
+        ),
+    )
+
+
+def check_on_rank_0(job: Job, strategy: str, data: Data, placement: Placement) -> None:
+    """Check a job in the ranks of another launcher, or alone: rank 0 does it and prints warnings,
+    and all ranks raise what it found. Collective."""
+    from ..launch.exchange import gather_objects
+    from ..strategies import registry
+
+    problem = None
+    if placement.rank == 0:
+        try:
+            checked = check_job(job, data)
+            nproc = placement.world_size
+            _, warnings = registry.plan(checked.job, strategy, nproc, checked.summary)
+            print_warnings(f"{strategy}: {line}" for line in warnings)
+        except (JobError, LayoutError, Unsupported, ModuleNotFoundError) as error:
+            problem = error
+    for found in gather_objects(problem):
+        if found is not None:
+            raise found
+
+
+def print_warnings(lines: Iterable[str]) -> None:
+    """Print warnings on stderr, a line each."""
+    for line in lines:
+        print(f"hybrid: warning: {line}", file=sys.stderr)
+
+
+def _build_layers(job: Job) -> Layers:
+    """The job's model: without memory, on the meta device, where its code is known to allow it."""
+    import torch
+
+    from ..models import HF, build_model, can_be_made_on_meta
+
+    if can_be_made_on_meta(job):
+        try:
+            with torch.device("meta"):
+                return build_model(job)[0]
+        except Exception:  # a family of transformers may need numbers to be made
+            if not job.model.name.startswith(HF):
+                raise
+    return build_model(job)[0]
+
+
+def _check_vocabulary(job: Job, layers: Layers, train_set: Any) -> None:
+    """Token ids must have their rows in the embedding: torch would say so in the ranks."""
+    import torch
+
+    wanted = getattr(train_set, "vocab_size", None)
+    embeddings = (m for m in layers.modules() if isinstance(m, torch.nn.Embedding))
+    first = next(embeddings, None)
+    if wanted and first is not None and first.num_embeddings < wanted:
+        raise JobError(
+            f"model.options.vocab_size = {first.num_embeddings}: the data's tokens need "
+            f"{wanted} or more"
+        )
+
+
+def _first_input(job: Job, samples: Any) -> Any:
+    """The input of the set's first sample."""
+    try:
+        sample_input, _ = samples[0]
+    except Exception as error:  # a user's data set may raise anything
+        raise JobError(
+            f"data.name = {job.data.name!r}: sample 0 of the train set must be (input, target): "
+            f"{first_line(error)}"
+        ) from error
+    return sample_input

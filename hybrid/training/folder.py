@@ -1,0 +1,44 @@
+"""A run's folder while the run lasts: a record that says `running`, and nothing of an earlier run.
+
+A reader sees `running`, then `ok`, `failed` or `not_possible` with the reason; never the record or
+the weights of the run before. No torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from .. import records
+from ..job.errors import RunFailed, first_line, kind_of
+from ..job.file import to_dict
+from ..job.schema import Job
+from ..records import Record, Status
+
+CHECKPOINTS = "checkpoints"
+
+
+def begin_run(out: Path, job: Job, strategy: str) -> Path:
+    """Remove what an earlier run left in `out`, and write `job.json` and a record that says
+    `running`. Returns the path of `job.json`."""
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    (out / "steps.jsonl").unlink(missing_ok=True)
+    records.write(Record(strategy, "running"), out / "record.json")
+    records.write(to_dict(job), out / "job.json")
+    return out / "job.json"
+
+
+def end_run(out: Path, strategy: str, world_size: int, error: BaseException) -> Record:
+    """Write and return the record of a run that ended with an error."""
+    kind = error.failure.kind if isinstance(error, RunFailed) else kind_of(error)
+    status: Status = "not_possible" if kind == "unsupported" else "failed"
+    if isinstance(error, RunFailed):
+        reason = str(error) if kind == "error" else error.failure.message
+    elif isinstance(error, (KeyboardInterrupt, SystemExit)):
+        reason = "interrupted"
+    else:
+        reason = first_line(error)
+    record = Record(strategy, status, reason, world_size=world_size)
+    records.write(record, out / "record.json")
+    return record

@@ -1,0 +1,284 @@
+"""The only training loop. It never asks which strategy runs; it asks the engine for its receipt.
+
+`train` runs in every process that a launcher started, or in this one alone; `hybrid.training.run`
+starts the processes. What a run leaves in `out` is described in `hybrid.records`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import records
+from ..checkpoint.weights import save_weights
+from ..data import build_data
+from ..data.batches import BatchPlan
+from ..engines.layers import compile_evidence
+from ..engines.precision import name_of
+from ..engines.protocol import Engine, StepResult, extend_receipt
+from ..job.errors import PeerFailed, RunError
+from ..job.file import to_dict
+from ..job.schema import Job, resolve_lengths
+from ..launch.exchange import gather_objects
+from ..launch.failures import RankStatus, leave_error
+from ..launch.placement import OWN, Placement, find_placement
+from ..launch.process_group import cleanup, join_process_group, restored_environment
+from ..measure.clock import Instruments
+from ..measure.machine import describe_machine
+from ..models.shared import build_shared
+from ..records import EvalResult, Record, StepEval, StepRecord, Weights
+from ..strategies import registry
+from .check import check_on_rank_0, print_warnings
+from .evaluation import evaluate, step_batches
+from .folder import CHECKPOINTS, begin_run, end_run
+from .projection import project
+from .trackers import Trackers
+
+OnStep = Callable[[StepRecord, int], None]
+
+
+@restored_environment()
+def train(
+    job: Job,
+    strategy: str,
+    out: Path | str | None = None,
+    on_step: OnStep | None = None,
+    placement: Placement | None = None,
+) -> Record:
+    """Train the job under one strategy, in this process as the rank that `placement` says; left
+    out, as the rank that a launcher's variables say, or alone.
+
+    Returns the record, on every rank. Rank 0 also writes `out/job.json`, `out/record.json`,
+    `out/steps.jsonl` and `out/checkpoints/final/`. Raises JobError or Unsupported where the job
+    cannot run, RunError where the run is not what was asked for, PeerFailed where another rank
+    failed first.
+    """
+    if placement is None:
+        placement = find_placement()
+        print_warnings(job.warnings() if placement.rank == 0 else [])
+    out = Path(out) if out else None
+    status = RankStatus(job, placement, out / "logs" if out else None)
+    folder = out if placement.rank == 0 else None
+    try:
+        if folder and placement.launcher != OWN:
+            begin_run(folder, job, strategy)
+        return _train(job, strategy, placement, folder, on_step, status)
+    except BaseException as error:
+        # Before leaving the group, which can wait for a peer that is gone.
+        cause = leave_error(error, status)
+        failure = error if cause is None else PeerFailed(cause.describe())
+        if folder:
+            end_run(folder, strategy, placement.world_size, failure)
+        if failure is not error:
+            raise failure from error
+        raise
+    finally:
+        status.close()
+        cleanup()
+
+
+def _train(
+    job: Job,
+    strategy: str,
+    placement: Placement,
+    out: Path | None,
+    on_step: OnStep | None,
+    status: RankStatus,
+) -> Record:
+    call_vector_functions_once()
+    placement = registry.place(job, strategy, placement)
+    if placement.world_size > 1:
+        placement = join_process_group(placement, job.launch)
+        status.start_heartbeat(placement)
+    status.set("loading the data")
+    data = build_data(job)
+    if placement.launcher != OWN:  # else the process that started this rank has checked the job
+        check_on_rank_0(job, strategy, data, placement)
+    job = resolve_lengths(job, len(data[0]))
+    assert job.train.steps is not None
+    period = registry.steps_between_syncs(job, strategy)
+    instruments = Instruments(job.train.steps, period, placement.device, job.train.compile)
+    try:
+        with instruments.meter:
+            status.set("building the model")
+            layers, loss = build_shared(job, placement)
+            status.parameters = sum(p.numel() for p in layers.names() if p.requires_grad)
+            status.set("building the engine")
+            engine = registry.open_engine(job, strategy, layers, loss, placement)
+            del layers
+        status.held = engine.num_held
+        run = _Run(job, strategy, engine, instruments, placement, out, on_step, status)
+        return run.go(*data)
+    finally:
+        instruments.close()
+
+
+def call_vector_functions_once() -> None:
+    """Call one of torch's vector functions on one thread, before two threads can make the first
+    call together: MKL 2024.2 then answers that call wrongly on Intel CPUs with AVX-512, by 1e-4 in
+    fp32 (pytorch#188792)."""
+    torch.tanh(torch.zeros(1))
+
+
+class _Run:
+    """One run in progress: the steps so far, and where they are written."""
+
+    def __init__(
+        self,
+        job: Job,
+        strategy: str,
+        engine: Engine,
+        instruments: Instruments,
+        placement: Placement,
+        out: Path | None,
+        on_step: OnStep | None,
+        status: RankStatus,
+    ) -> None:
+        self.job, self.strategy, self.engine = job, strategy, engine
+        self.instruments, self.on_step, self.status = instruments, on_step, status
+        self.placement, self.out = placement, out
+        self.data: dict[str, str] = {}
+        self.steps: list[StepRecord] = []
+        self.evals: list[StepEval] = []
+        if self.out:
+            self.trackers = Trackers(job.log.trackers, self.out, to_dict(job))
+            (self.out / "steps.jsonl").write_text("")
+
+    def go(self, train_set: Any, test_set: Any) -> Record:
+        """Train, evaluate, and put the record together."""
+        micro_batches = self.job.micro_batches(self.strategy)
+        self._check_data(train_set, test_set)
+        initial = project(self.engine.state())
+        first = self._steps(train_set, test_set, micro_batches)
+        receipt = self._require_receipt()
+        receipt.evidence["precision"]["reductions"] = self._reductions()
+        result = self._evaluate(test_set, micro_batches)
+        file = self._save()
+        record = Record(
+            strategy=self.strategy,
+            status="ok",
+            world_size=self.placement.world_size,
+            layout=self.engine.layout.to_dict(),
+            receipt=receipt,
+            steps=self.steps,
+            eval=result,
+            throughput=self.instruments.throughput(self.job.train.global_batch, self._tokens()),
+            memory=self.instruments.memory(),
+            comm=self.instruments.comm(),
+            weights=Weights(initial, first, file),
+            drift=receipt.evidence.get("drift"),
+            evals=self.evals,
+            environment=describe_machine()
+            | {"threads_per_rank": torch.get_num_threads(), "data": self.data},
+        )
+        self.engine.close()
+        if self.out:
+            self.trackers.finish()
+            records.write(record, self.out / "record.json")
+        return record
+
+    def _check_data(self, train_set: Any, test_set: Any) -> None:
+        """RunError unless all ranks have the same data, as far as the sets can say."""
+        sets = {"train": train_set, "test": test_set}
+        self.data = {n: str(s.fingerprint) for n, s in sets.items() if hasattr(s, "fingerprint")}
+        for other, theirs in enumerate(gather_objects(self.data)):
+            if theirs != self.data:
+                raise RunError(f"rank {other} has other data: {theirs}, here {self.data}")
+
+    def _steps(self, train_set: Any, test_set: Any, micro_batches: int) -> dict[str, float]:
+        """All optimizer steps; returns the weights' projections after the first period."""
+        job, engine = self.job, self.engine
+        plan = BatchPlan(
+            len(train_set),
+            job.train.global_batch,
+            engine.layout.dp,
+            micro_batches,
+            job.train.seed,
+        )
+        total = job.train.steps or 0
+        period = min(total, registry.steps_between_syncs(job, self.strategy))
+        first: dict[str, float] = {}
+        every = job.train.eval_every
+        for step in range(total):
+            if every and step % every == 0:
+                self._evaluate(test_set, micro_batches)
+            self.status.set(f"in step {step}")
+            batches = step_batches(plan, engine, train_set, step)
+            with self.instruments.step(step):
+                result = engine.train_step(batches)
+            self._note(step, result, total)
+            if step == 0:
+                self._require_receipt()
+            if step + 1 == period:
+                first = project(engine.state())
+        return first
+
+    def _note(self, step: int, result: StepResult, total: int) -> None:
+        finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+        if not (finite or (result.skipped and math.isfinite(result.loss))):
+            raise RunError(
+                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite; "
+                "lower optimizer.lr or set train.clip_norm"
+            )
+        record = StepRecord(
+            step=step,
+            loss=result.loss,
+            grad_norm=None if result.skipped else result.grad_norm,
+            lr=result.lr,
+            samples=result.samples,
+            sample_digest=result.sample_digest,
+            targets=result.targets,
+            loss_scale=result.loss_scale,
+            skipped=result.skipped,
+        )
+        self.steps.append(record)
+        if self.out:
+            line = records.to_dict(record) | self.instruments.last_step()
+            with (self.out / "steps.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.trackers.log(line, step)
+        if self.on_step:
+            self.on_step(record, total)
+
+    def _evaluate(self, test_set: Any, micro_batches: int) -> EvalResult:
+        self.status.set(f"in the evaluation after {len(self.steps)} steps")
+        result = evaluate(self.engine, test_set, self.job, micro_batches)
+        self.evals.append(StepEval(len(self.steps), result))
+        if self.out:
+            self.trackers.log_eval(records.to_dict(result), len(self.steps))
+        return result
+
+    def _reductions(self) -> str:
+        """The ledger's last row, which only the instruments can read."""
+        dtype = self.instruments.reduced_in()
+        return name_of(getattr(torch, dtype)) if dtype else "none"
+
+    def _tokens(self) -> int | None:
+        """Targets of a whole batch, where a sample has several: tokens."""
+        most = max(step.targets or 0 for step in self.steps)
+        return most if most > self.job.train.global_batch else None
+
+    def _require_receipt(self) -> records.Receipt:
+        receipt = self.engine.receipt()
+        seen = [d for d in receipt.evidence.get("sample_digest_by_rank", []) if d]
+        if len(seen) != len(set(seen)):
+            reason = f"data-parallel ranks trained on the same samples: {seen}"
+            receipt = records.Receipt(False, receipt.evidence, reason)
+        receipt = extend_receipt(receipt, *compile_evidence(self.job))
+        if not receipt.engaged:
+            raise RunError(f"receipt refused: {self.strategy} was asked for; {receipt.reason}")
+        return receipt
+
+    def _save(self) -> str | None:
+        self.status.set("gathering the weights")
+        state = self.engine.state()
+        if not self.out:
+            return None
+        about = {"step": len(self.steps), "strategy": self.strategy}
+        path = save_weights(state, self.out / CHECKPOINTS / "final", about)
+        return str(path.relative_to(self.out))

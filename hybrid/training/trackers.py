@@ -1,0 +1,130 @@
+"""Sends steps to experiment trackers, by the classes that Accelerate has for them.
+
+Only the process that writes `steps.jsonl` makes a `Trackers`. TensorBoard and Aim keep their files
+in `OUT/trackers/`, a folder a run; the others where they always do, and some need the network and
+an account. A tracker that raises ends the run: a log that was asked for is not left out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..job.errors import JobError
+
+PROJECT = "hybrid"
+STEP_VALUES = {  # by key of a line of steps.jsonl
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "lr": "lr",
+    "seconds": "step_s",
+    "memory_bytes": "memory_bytes",
+    "loss_scale": "loss_scale",
+}
+EVAL_VALUES = ("loss", "perplexity", "accuracy")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise JobError for a name that Accelerate does not know or that is given twice, and
+    ModuleNotFoundError, saying what to install, where a tracker's package is missing."""
+    if not names:
+        return  # what follows imports torch
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = [str(name) for name in get_available_trackers()]
+    for i, name in enumerate(names):
+        if name not in LOGGER_TYPE_TO_CLASS:
+            valid = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise JobError(f"log.trackers = {name!r}: unknown; valid: {valid}")
+        if name in names[:i]:
+            raise JobError(f"log.trackers = {list(names)!r}: names {name!r} twice")
+        if name not in available:
+            package = "'aim<4'" if name == "aim" else name
+            raise ModuleNotFoundError(
+                f"log.trackers = {name!r}: its package is not installed; pip install {package}",
+                name=name,
+            )
+
+
+class Trackers:
+    """Every tracker that a job names, told the same things.
+
+    names: as in `log.trackers`, checked; out: the run's folder; job: the job as a JSON object,
+    which each tracker gets as the run's configuration.
+    """
+
+    def __init__(self, names: Sequence[str], out: Path, job: Mapping[str, Any]) -> None:
+        check_trackers(names)
+        folder, run = out / "trackers", time.strftime("%Y%m%d-%H%M%S")
+        self.trackers = [_start(name, folder, run) for name in names]
+        configuration = {"out": str(out)} | flatten(job)
+        for tracker in self.trackers:
+            tracker.store_init_configuration(configuration)
+
+    def log(self, line: Mapping[str, Any], step: int) -> None:
+        """One line of `steps.jsonl`: its figures that are known, and the pace that follows."""
+        if self.trackers:
+            self._send(step_values(line), step)
+
+    def log_eval(self, result: Mapping[str, Any], step: int) -> None:
+        """An evaluation after `step` steps: loss, and perplexity or accuracy where there is one."""
+        self._send({f"eval_{k}": result[k] for k in EVAL_VALUES if result.get(k) is not None}, step)
+
+    def finish(self) -> None:
+        """End: nothing more is told."""
+        for tracker in self.trackers:
+            tracker.finish()
+
+    def _send(self, values: dict[str, float], step: int) -> None:
+        for tracker in self.trackers:
+            tracker.log(values, step=step)
+
+
+def _start(name: str, folder: Path, run: str) -> Any:
+    """Accelerate's tracker of that name, started without an `Accelerator`."""
+    from accelerate import tracking
+
+    # Both of these would make Accelerate's state, and with it a process group, on this rank alone:
+    # its logger, and asking it whether this process is the one that logs.
+    log: Any = logging.getLogger(tracking.__name__)
+    log.warning_once = log.warning
+    tracking.logger = log
+    kind = tracking.LOGGER_TYPE_TO_CLASS[name]
+    if kind.requires_logging_directory:
+        folder.mkdir(parents=True, exist_ok=True)
+        tracker = kind(run, str(folder))
+    elif name == "dvclive":  # a run would clear what the last one left in its default folder
+        tracker = kind(PROJECT, dir=str(folder / run / name))
+    else:
+        tracker = kind(PROJECT)
+    tracker.main_process_only = False
+    tracker.start()
+    return tracker
+
+
+def step_values(line: Mapping[str, Any]) -> dict[str, float]:
+    """What is sent of one line of `steps.jsonl`."""
+    values = {new: line[old] for old, new in STEP_VALUES.items() if line.get(old) is not None}
+    if "loss_scale" in values:
+        values["skipped"] = int(line["skipped"])
+    if line.get("seconds"):
+        values["samples_per_s"] = line["samples"] / line["seconds"]
+        if line.get("targets") not in (None, line["samples"]):
+            values["tokens_per_s"] = line["targets"] / line["seconds"]
+    return values
+
+
+def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """A nested JSON object as `a.b` keys; lists become JSON text, nulls are left out."""
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            simple = isinstance(value, (bool, int, float, str))
+            flat[prefix + key] = value if simple else json.dumps(value)
+    return flat
