@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import ast
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+from tests import documents
 from tests.conftest import ROOT
 
-TEXT = (ROOT / "hybrid" / "report" / "README.md").read_text()
+TEXT = documents.page_text("docs/reading-a-comparison.md")
 
 
 def section(title: str) -> str:
     """The page below a heading, up to the next of the same level or a higher one."""
-    (start,) = re.finditer(rf"^(#+) {title}\n", TEXT, re.M)
-    end = re.search(rf"^#{{1,{len(start[1])}}} ", TEXT[start.end() :], re.M)
-    return TEXT[start.end() :][: end.start() if end else None]
-
-
-def rows(text: str) -> list[list[str]]:
-    """Cells of the tables in a text, headers too."""
-    lines = re.findall(r"^\|(.*)\|$", text, re.M)
-    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
-    return [row for row in cells if not set(row[-1]) <= set("-:")]
-
-
-def spans(text: str) -> list[str]:
-    """What stands in backticks."""
-    return re.findall(r"`([^`\n]+)`", text)
-
-
-def flat(text: str) -> str:
-    """A text without line breaks."""
-    return " ".join(text.split())
+    return documents.section(TEXT, title)
 
 
 def strings(code: ast.AST) -> Iterator[str]:
@@ -48,5 +30,21 @@ def strings(code: ast.AST) -> Iterator[str]:
             yield node.value
 
 
+def parsed(*names: str) -> ast.Module:
+    """Files of the package as one module."""
+    trees = [ast.parse((ROOT / "hybrid" / name).read_text()) for name in names]
+    return ast.Module([statement for tree in trees for statement in tree.body], [])
+
+
+def find(value: Any, path: Sequence[str]) -> bool:
+    """Whether a path leads somewhere in a JSON value; capitals stand for any key or index."""
+    if not path:
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    if path[0].isupper():
+        return isinstance(value, (dict, list)) and any(find(v, path[1:]) for v in inner)
+    return isinstance(value, dict) and path[0] in value and find(value[path[0]], path[1:])
+
+
 SOURCES = [ast.parse(file.read_text()) for file in (ROOT / "hybrid").rglob("*.py")]
-PARITY = ast.parse((ROOT / "hybrid" / "parity.py").read_text())
+PARITY = parsed("comparison/parity.py", "comparison/causes.py")

@@ -6,7 +6,6 @@ The comparisons run in this process, on one rank: one with faults planted, one t
 from __future__ import annotations
 
 import ast
-import importlib
 import re
 import shlex
 import typing
@@ -20,21 +19,25 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import hybrid
-from hybrid import exit_status, launch, parity, records, tolerances
+from hybrid import records
 from hybrid.cli import app
-from hybrid.job_file import load_job
-from hybrid.measure.instruments import WARMUP_STEPS
-from hybrid.parity import Run
+from hybrid.comparison import session
+from hybrid.comparison.parity import SAME_START, SHARE_OF_CONTROL, Run, compare_runs
+from hybrid.comparison.tolerances import EXACT_STEPS, HOOK_TOLERANCES, TOLERANCES, tolerance
+from hybrid.comparison.verdict import CONTROL_MICRO_BATCHES
+from hybrid.job.errors import Failure, RunFailed, exit_status, first_line
+from hybrid.job.file import load_job
+from hybrid.measure.clock import WARMUP_STEPS
 from hybrid.records import Comparison, Weights
 from hybrid.report.precision import KINDS
 from hybrid.report.table import UNLIKE_STEPS, make_headers
-from hybrid.report.verdict import STATES, judge, verdict
+from hybrid.report.verdict import STATES, standings, verdict
+from hybrid.training import run
 from tests import faulty
 from tests import test_parity as made
 from tests.conftest import JOBS, ROOT, small_job
-from tests.reading import PARITY, SOURCES, TEXT, flat, rows, section, spans, strings
-
-compare_module = importlib.import_module("hybrid.compare")  # the package has a function so named
+from tests.documents import flat, rows, spans
+from tests.reading import PARITY, SOURCES, TEXT, find, section, strings
 
 
 class Made(NamedTuple):
@@ -47,15 +50,15 @@ class Made(NamedTuple):
 def in_this_process(
     nproc: int, arguments: Sequence[str], out: Path, *rest: Any, **more: Any
 ) -> None:
-    """`launch.run` without processes: one rank, which fails as a rank of its own would."""
+    """`run_ranks` without processes: one rank, which fails as a rank of its own would."""
     assert nproc == 1
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small layers: more are several times slower
     try:
         hybrid.train(load_job(Path(arguments[1]), []), arguments[3], out)
     except Exception as error:
-        failure = launch.Failure(0, f"{type(error).__name__}: {error}", "")
-        raise launch.RunFailed(failure) from None
+        failure = Failure(0, f"{type(error).__name__}: {error}", "")
+        raise RunFailed(failure) from None
     finally:
         torch.set_num_threads(threads)
 
@@ -65,13 +68,13 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The page's own example: `ddp` forgets to divide, `fsdp` falls back, `2d` is not possible."""
     from accelerate import Accelerator
 
-    from hybrid.strategies import _accelerate
+    from hybrid.engines import accelerator
 
     out = tmp_path_factory.mktemp("wrong") / "out" / "compare"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "run", in_this_process)
+        patch.setattr(run, "run_ranks", in_this_process)
         patch.setattr(Accelerator, "backward", Accelerator.backward)  # to have them back after
-        patch.setattr(_accelerate, "_keep_fsdp", _accelerate._keep_fsdp)
+        patch.setattr(accelerator, "_keep_fsdp", accelerator._keep_fsdp)
         faulty.not_divided_by_accumulation()
         faulty.fsdp_falls_back()
         job = hybrid.load_job(JOBS / "mlp.toml", {"train.epochs": 3})
@@ -84,14 +87,14 @@ def excused(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """`ddp` sums in another order, where rounding of weights needs controls to be tolerated."""
     out = tmp_path_factory.mktemp("excused")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "run", in_this_process)
-        patch.setitem(tolerances.EXACT_STEPS, "fp32", 0)
-        patch.setitem(tolerances.TOLERANCES, "fp32", {**FP32, "weights": 1e-12})
+        patch.setattr(run, "run_ranks", in_this_process)
+        patch.setitem(EXACT_STEPS, "fp32", 0)
+        patch.setitem(TOLERANCES, "fp32", {**FP32, "weights": 1e-12})
         job = small_job(train__steps=30, strategy__ddp={"micro_batches": 5})
         return Made(hybrid.compare(job, ["ddp"], nproc=1, out=out), out)
 
 
-FP32 = tolerances.TOLERANCES["fp32"]
+FP32 = TOLERANCES["fp32"]
 
 
 def test_the_worked_example_is_what_is_printed(wrong: Made) -> None:
@@ -101,14 +104,14 @@ def test_the_worked_example_is_what_is_printed(wrong: Made) -> None:
     assert printed.startswith(f"Not equal: ddp from step 0 (grad_norm). {heads} single reference 0")
     said = verdict(wrong.result)
     assert said.headline.startswith("Not equal: ddp from step 0 (grad_norm)")
-    told = re.escape(judge(wrong.result)["ddp"].problem)
+    told = re.escape(standings(wrong.result)["ddp"].problem)
     digits = re.sub(r"(\d\\\.\d{4})\d+", r"\1\\d+", told)  # ranks sum in another order
     assert digits != told and re.search(digits, printed), told
     assert "Equal: local_sgd computed what local_sgd_emulation did." in said.details
 
 
 def test_the_refused_receipt_is_what_is_printed(wrong: Made) -> None:
-    problem = judge(wrong.result)["fsdp"].problem
+    problem = standings(wrong.result)["fsdp"].problem
     at = problem.index("receipt refused")
     assert problem.startswith("fsdp failed: rank 0 on ")
     assert problem[at:] in flat(section("Receipts"))
@@ -122,9 +125,12 @@ def test_the_excuse_is_what_is_printed(excused: Made) -> None:
 
 
 def test_statuses_are_all_there_are() -> None:
-    table = [row[:2] for row in rows(section("Status"))[1:]]
+    text = section("Status")
+    table = [row[:2] for row in rows(text)[1:]]
     assert {name for name, _ in table} == {"reference", *STATES}
-    assert {s for _, s in table} == {f"`{s}`" for s in typing.get_args(records.Status)}
+    running = "A record says `running` while its run goes on"  # which no comparison shows
+    statuses = {s for _, s in table} | ({"`running`"} if running in flat(text) else set())
+    assert statuses == {f"`{s}`" for s in typing.get_args(records.Status)}
 
 
 def test_evidence_and_refusals_are_in_the_code(wrong: Made) -> None:
@@ -154,22 +160,28 @@ def test_quantities_are_all_that_can_differ() -> None:
 
 
 def test_tolerances_are_the_codes() -> None:
-    head, *table = rows(section("Parity").split("`hybrid/tolerances.py`:")[1].split("###")[0])
+    head, *table = rows(
+        section("Parity").split("`hybrid/comparison/tolerances.py`:")[1].split("###")[0]
+    )
     for name, *cells in table:
         precision, _, hook = name.replace(" `comm_hook` ", "").partition(",")
         *sizes, steps = cells
         stated = dict(zip(head[1:6], map(float, sizes), strict=True))
-        assert stated == tolerances.tolerance(precision, hook or "none"), name
-        assert steps == f"{tolerances.EXACT_STEPS[precision]} steps"
+        assert stated == tolerance(precision, hook or "none"), name
+        assert steps == f"{EXACT_STEPS[precision]} steps"
     named = {name for name, *_ in table}
-    hooks = {f"fp32, `comm_hook` {hook}" for hook in tolerances.HOOK_TOLERANCES}
-    assert named == {*tolerances.TOLERANCES, *hooks}
+    hooks = {f"fp32, `comm_hook` {hook}" for hook in HOOK_TOLERANCES}
+    assert named == {*TOLERANCES, *hooks}
 
 
 def test_other_constants_are_the_codes() -> None:
-    assert parity.SAME_START == 1e-9 and "may differ by 1e-9" in TEXT
-    assert parity.SHARE_OF_CONTROL == 0.25 and "at least a quarter as much" in flat(TEXT)
-    assert compare_module.CONTROL_CUTS == (1, 3, 7) and "in 1, 3 and 7 micro-batches" in TEXT
+    assert SAME_START == 1e-9 and "may differ by 1e-9" in TEXT
+    assert SHARE_OF_CONTROL == 0.25 and "at least a quarter as much" in flat(TEXT)
+    assert CONTROL_MICRO_BATCHES == (
+        1,
+        3,
+        7,
+    ) and "in 1, 3 and 7 micro-batches" in flat(TEXT)
     assert f"over {UNLIKE_STEPS} times the median. The first {WARMUP_STEPS} st" in flat(TEXT)
     assert tuple(spans(section("The precision ledger"))[: len(KINDS)]) == KINDS
 
@@ -197,7 +209,7 @@ def causes() -> list[str]:
     found = [made.first(run)[2] for run in runs]
     short = made.make_run(steps=made.make_run().record.steps[:10])
     last = Run(short.record, made.with_weights("1.bias", 2.0).weights)
-    late = parity.judge(last, short, "single", FP32, made.FACTORS).first_difference
+    late = compare_runs(last, short, "single", FP32, made.FACTORS).first_difference
     return [str(cause) for cause in (*found, late and late.likely_cause)]
 
 
@@ -221,16 +233,6 @@ def test_every_word_of_a_likely_cause_is_explained() -> None:
             said |= {s.strip() for s in strings(node) if " " in s}
     assert len(said) > 15
     assert not {s for s in said if s not in text} - {"weights of", "x"}  # a quantity, "A x B"
-
-
-def find(value: Any, path: Sequence[str]) -> bool:
-    """Whether a path leads somewhere in a JSON value; capitals stand for any key or index."""
-    if not path:
-        return True
-    inner = value.values() if isinstance(value, dict) else value
-    if path[0].isupper():
-        return isinstance(value, (dict, list)) and any(find(v, path[1:]) for v in inner)
-    return isinstance(value, dict) and path[0] in value and find(value[path[0]], path[1:])
 
 
 def test_keys_exist(wrong: Made, excused: Made) -> None:
@@ -288,11 +290,11 @@ def test_files_exist(wrong: Made, excused: Made) -> None:
 
 def test_exit_statuses(wrong: Made, excused: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     def status(result: Comparison | None, *more: str) -> int:
-        monkeypatch.setattr(compare_module, "compare", lambda *_: result)
+        monkeypatch.setattr(session, "compare", lambda *_: result)
         return CliRunner().invoke(app, ["compare", str(JOBS / "mlp.toml"), *more]).exit_code
 
     assert (status(excused.result), status(wrong.result)) == (0, 1)
-    assert exit_status.explain(hybrid.JobError("x")) == ("x", 2)
-    assert exit_status.explain(ModuleNotFoundError("x", name="plotly")) == ("x", 3)
+    for error, code in ((hybrid.JobError("x"), 2), (ModuleNotFoundError("x", name="plotly"), 3)):
+        assert (first_line(error), exit_status(error)) == ("x", code)
     words = ("0 where all that was possible", "1 where a run failed", "2 where the job", "3 where")
     assert all(w in flat(section("In CI")) for w in words)

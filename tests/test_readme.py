@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands and examples run, its names are the package's."""
+"""README.md and docs/ tell the truth: each of their commands and examples runs."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+import torch
 
 import hybrid
-from hybrid.cli import app
-from hybrid.config import Job
-from hybrid.strategies import registry
+from tests.conftest import ROOT
+from tests.documents import BLOCKS, DOCUMENTS, FILES, commands, of_language, page_text, write_files
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+COMMANDS = commands(DOCUMENTS)
 # Of the Python API; what uses none of it is shown beside what it explains.
 EXAMPLES = sorted(
     path
@@ -36,32 +33,17 @@ NOT_RUN = {
     "python3 -m venv .venv": INSTALLS,
     ". .venv/bin/activate": INSTALLS,
     "pip install -e '.[demo,text,track,report,dev]'": INSTALLS,
+    "hybrid train out/compare/ddp/job.json --strategy ddp --nproc 2 --out out/again": (
+        "test_reading.py holds it against the files of a real comparison"
+    ),
 }
 SLOW = {
     "torchrun --nproc-per-node 2 -m hybrid": "one more launcher: 10 s",
-    "hybrid compare": "two runs: 15 s",
+    "hybrid compare": "three runs: 20 s",
 }
 
 
-def fenced(language: str) -> list[str]:
-    """Texts of the README's fenced blocks in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
-
-
-def section(title: str) -> str:
-    """The README from one heading of level two to the next."""
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
-
-
-def first_cells(text: str) -> list[str]:
-    """What stands in backticks at the start of each row of a table."""
-    return re.findall(r"^\| `([^`]+)`", text, re.M)
-
-
-COMMANDS = [line for block in fenced("bash") for line in block.splitlines()]
-
-
-def commands() -> Iterator[Any]:
+def to_run() -> Iterator[Any]:
     """The commands to run, each a parameter."""
     for command in COMMANDS:
         if command not in NOT_RUN:
@@ -69,9 +51,9 @@ def commands() -> Iterator[Any]:
             yield pytest.param(command, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize("command", list(commands()))
+@pytest.mark.parametrize("command", list(to_run()))
 def test_command_runs(command: str, tmp_path: Path) -> None:
-    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    write_files(tmp_path)
     ours = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         command,
@@ -86,79 +68,65 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
     assert done.stdout.strip(), "it shows nothing"
 
 
-def test_every_command_left_out_is_in_the_readme() -> None:
+def test_every_command_left_out_is_in_the_documents() -> None:
     assert set(NOT_RUN) <= set(COMMANDS)
     assert all(any(command.startswith(start) for command in COMMANDS) for start in SLOW)
 
 
 def test_first_commands_are_targets_of_the_makefile() -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
-    assert fenced("bash")[0].splitlines() == ["make demo", "make demo-gpt", "make test"]
+    assert COMMANDS[:3] == ["make demo", "make demo-gpt", "make test"]
+    assert of_language("bash")[0].text.splitlines() == COMMANDS[:3]
     assert {"demo", "demo-gpt", "test", "check"} <= set(targets)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+    theirs = commands([ROOT / "CONTRIBUTING.md"])
+    assert theirs and {command.removeprefix("make ") for command in theirs} <= set(targets)
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
-def test_example_is_in_the_readme_and_run(file: Path) -> None:
+def test_example_is_in_the_documents_and_run(file: Path) -> None:
     path = file.relative_to(ROOT)
-    assert f"`{path}`:\n\n```python\n{file.read_text()}```" in README
+    shown = f"`{path}`:\n\n```python\n{file.read_text()}```"
+    assert shown in page_text("docs/python-api.md")
     assert any(str(path) in command for command in COMMANDS)
 
 
-def test_no_python_but_the_examples() -> None:
-    assert sorted(fenced("python")) == sorted(file.read_text() for file in EXAMPLES)
+def test_every_block_is_one_that_a_test_runs() -> None:
+    assert {block.language for block in BLOCKS} == {"bash", "python", "toml", "text"}
+    fences = sum(len(re.findall(r"^ *```", p.read_text(), re.M)) for p in DOCUMENTS)
+    assert fences == 2 * len(BLOCKS)
+    run = {
+        *(file.read_text() for file in EXAMPLES),
+        (ROOT / "tests" / "toy_strategy.py").read_text(),  # by test_own_strategy.py
+        *(text for name, text in FILES.items() if name in ("my_model.py", "my_loss.py")),
+    }
+    # test_reading.py runs the snippet of its page, and prints the texts.
+    other = [b for b in of_language("python") if b.text not in run]
+    assert [block.page for block in other] == ["reading-a-comparison.md"]
+    assert {block.page for block in of_language("text")} == {"reading-a-comparison.md"}
+    # test_documents.py loads the job with every key.
+    assert [b.file for b in of_language("toml") if b.page != "job-file.md"] == ["my_job.toml"]
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
-def test_paths_exist(document: str) -> None:
-    text = (ROOT / document).read_text()
-    spans = re.findall(r"`([\w.-]+/[\w./-]*)`", text) + re.findall(r"\]\(([\w./-]+)\)", text)
-    spans += [line.split()[0] for tree in fenced("text") for line in tree.splitlines()]
-    made = ("out/", "OUT/", ".venv/", "logs/", "checkpoints/")
-    named = {s for s in spans if not s.startswith(made) and "NAME" not in s}
-    assert len(named) > 10
-    assert not [path for path in sorted(named) if not (ROOT / path).exists()]
+def test_a_block_that_is_a_file_of_the_checkout_is_that_file() -> None:
+    shown = {block.file: block.text for block in BLOCKS if block.file and "/" in block.file}
+    assert len(shown) == len(EXAMPLES) + 1
+    assert all((ROOT / name).read_text() == text for name, text in shown.items())
 
 
-def keys_of(kind: type[BaseModel], name: str = "") -> Iterator[tuple[str, str]]:
-    """(section, key) of every value in the job, by the names that the file uses."""
-    for attribute, field in kind.model_fields.items():
-        key, inner = field.alias or attribute, field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from keys_of(inner, f"{name}.{key}".lstrip("."))
-        else:
-            yield name, key
+def test_own_job_of_the_readme_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(FILES) == {"my_model.py", "my_job.toml", "my_loss.py"}
+    assert any(command.startswith("hybrid compare my_job.toml") for command in COMMANDS)
+    write_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    job = hybrid.load_job("my_job.toml")
+    assert job.warnings() == [] and job.model.name == "my_model:build_model"
 
 
-def test_job_has_every_key_and_loads() -> None:
-    (text,) = fenced("toml")
-    assert text in section("The job file")
-    everything = tomllib.loads(re.sub(r"^# (?=\w+ = )", "", text, flags=re.M))
-    found = set()
-    for name, key in keys_of(Job):
-        values: Any = everything
-        for part in name.split("."):
-            values = values[part]
-        assert key in values, f"{name}.{key} is not in the README's job"
-        found.add(name)
-    assert found == set(re.findall(r"^\[([\w.]+)\]", text, re.M))
-    job = hybrid.load_job(tomllib.loads(text))
-    assert job.warnings() == []
-    assert job.strategy == hybrid.config.Strategies(), "a value shown is not the default"
-
-
-def test_tables_name_every_strategy_and_setting() -> None:
-    text = section("Strategies")
-    assert tuple(first_cells(text)) == registry.NAMES
-    rows = {row.split("`")[1]: row for row in text.splitlines() if row.startswith("| `")}
-    for name, key in keys_of(Job):
-        strategy = name.removeprefix("strategy.")
-        if strategy != name and key != "micro_batches":
-            assert f"`{key}`" in rows[strategy], f"{name}.{key} is not in its row"
-
-
-def test_tables_name_every_command_and_exit_status() -> None:
-    text = section("Commands")
-    ours = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
-    assert {cell.split()[1] for cell in first_cells(text)} == ours
-    assert re.findall(r"^\| (\d) \|", text, re.M) == ["0", "1", "2", "3"]
+def test_own_loss_is_a_sum_and_a_count() -> None:
+    defined: dict[str, Any] = {}
+    exec(FILES["my_loss.py"], defined)
+    output, target = torch.arange(6.0).reshape(2, 3), torch.ones(2, 3)
+    total, count = defined["squared_error"](output, target)
+    mean = torch.nn.functional.mse_loss(output, target)
+    assert count == 6 and float(total / count) == pytest.approx(float(mean))
