@@ -97,12 +97,14 @@ class Comm:
     """Bytes that each rank sent per optimizer step, averaged over `counted_steps` whole steps.
 
     `bytes_per_step` and `by_op` are counted calls times the ring algorithm's share of each payload;
-    `tcp_bytes_per_step` is what the process's own sockets sent meanwhile (None where unknown)."""
+    `tcp_bytes_per_step` is what the process's own sockets sent meanwhile (None where unknown).
+    `not_counted` names operators of torch that were called and are in none of these counts."""
 
     bytes_per_step: list[float]
     by_op: dict[str, dict[str, list[float]]]
     counted_steps: int
     tcp_bytes_per_step: list[float] | None = None
+    not_counted: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

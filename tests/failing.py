@@ -55,6 +55,12 @@ def falls_behind() -> None:
     _in_step(lambda: time.sleep(100_000))
 
 
+def dies_once() -> None:
+    """It is killed in torchrun's first attempt, and in no later one."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+        _in_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
 def never_starts() -> None:
     """It does not come to the meeting."""
     if _rank() == 1:

@@ -13,16 +13,19 @@ from safetensors.torch import save_file
 
 import hybrid
 from hybrid.launch.placement import find_placement
+from hybrid.training.evaluation import evaluate
 
 
 def main(job_file: str, strategy: str, out: str) -> None:
-    """Halve every weight through `state` and `load`, take two steps, leave the weights in OUT."""
+    """Evaluate, halve every weight through `state` and `load`, take two steps, leave the weights in
+    OUT."""
     job = hybrid.load_job(job_file)
-    samples, _ = hybrid.build_data(job)
+    samples, tests = hybrid.build_data(job)
     engine = hybrid.open_engine(job, strategy, *hybrid.build_model(job))
     shared = [{name: t * 0.5 for name, t in engine.state().items()}]
     if dist.is_initialized():
         dist.broadcast_object_list(shared, src=0)
+    evaluate(engine, tests, job, job.micro_batches(strategy))  # FSDP2 leaves parameters gathered
     engine.load(shared[0])
     for name, tensor in engine.state().items():
         assert tensor.equal(shared[0][name]), name

@@ -11,7 +11,7 @@ def learning_rate(job: Job, step: int) -> float:
     """Rate of optimizer step `step`, from 0; `job.train.steps` must be known (`resolve_lengths`).
 
     Warm-up rises in equal parts to `optimizer.lr`; a linear or cosine schedule then falls towards
-    `schedule.min_lr`, which the step after the last would have (cosine: Loshchilov and Hutter 2017,
+    `schedule.min_lr`, which every step after the last has (cosine: Loshchilov and Hutter 2017,
     without restarts).
     """
     peak, warmup, low = job.optimizer.lr, job.schedule.warmup_steps, job.schedule.min_lr
@@ -21,7 +21,7 @@ def learning_rate(job: Job, step: int) -> float:
         return peak
     if job.train.steps is None:
         raise ValueError("train.steps is not known yet; call resolve_lengths first")
-    progress = (step - warmup) / (job.train.steps - warmup)
+    progress = min(1.0, (step - warmup) / max(1, job.train.steps - warmup))
     falling = 1 - progress
     if job.schedule.name == "cosine":
         falling = (1 + math.cos(math.pi * progress)) / 2

@@ -126,4 +126,5 @@ class Instruments:
         tcp = gather_objects(self._tcp)
         known = all(len(t) == 2 and None not in t for t in tcp)
         wire = [(t[1] - t[0]) / steps for t in tcp] if known else None
-        return Comm(sent, by_op, len(self.counted), wire)
+        unknown = {name for names in gather_objects(self.counter.not_counted()) for name in names}
+        return Comm(sent, by_op, len(self.counted), wire, sorted(unknown))

@@ -106,9 +106,9 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _operators() -> Iterator[tuple[Any, _Meaning]]:
-    """Every communicating operator of the running torch with its meaning; an unknown one raises,
-    since a release that adds a collective would otherwise go uncounted without anybody noticing."""
+def _operators() -> Iterator[tuple[Any, _Meaning | None]]:
+    """Yields every communicating operator of the running torch with its meaning, which is None for
+    one that this release of torch has added."""
     for qualified in torch._C._dispatch_get_all_op_names():
         namespace, _, base = qualified.partition("::")
         if namespace != "c10d":
@@ -117,12 +117,8 @@ def _operators() -> Iterator[tuple[Any, _Meaning]]:
         if not any(argument.name == "process_group" for argument in operator._schema.arguments):
             continue  # `check_for_nan` looks at a tensor and sends nothing
         plain = base.strip("_")
-        for start in sorted(_MEANINGS, key=len, reverse=True):
-            if plain.startswith(start):
-                yield operator, _MEANINGS[start]
-                break
-        else:
-            raise RuntimeError(f"torch {torch.__version__} has an unknown collective {qualified}")
+        known = (start for start in _MEANINGS if plain.startswith(start))
+        yield operator, _MEANINGS.get(max(known, key=len, default=""))
 
 
 class CollectiveCounter:
@@ -136,6 +132,7 @@ class CollectiveCounter:
         self._library: torch.library.Library | None = None
         self._counts: dict[str, OpCount] = {}
         self._dtypes: dict[str, dict[str, int]] = {}
+        self._not_counted: set[str] = set()
         # CUDA's backward runs collectives from autograd's own threads.
         self._lock = threading.Lock()
 
@@ -171,13 +168,23 @@ class CollectiveCounter:
         with self._lock:
             return {name: dict(sizes) for name, sizes in self._dtypes.items()}
 
-    def _kernel(self, operator: Any, meaning: _Meaning) -> Callable[..., Any]:
+    def not_counted(self) -> list[str]:
+        """Operators that were called in the windows and whose meaning is not known here, so that
+        their bytes are in no count."""
+        with self._lock:
+            return sorted(self._not_counted)
+
+    def _kernel(self, operator: Any, meaning: _Meaning | None) -> Callable[..., Any]:
         names = [argument.name for argument in operator._schema.arguments]
         group_at = names.index("process_group")
         below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 
         def count_and_call(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-            self._add(meaning, args, args[group_at])
+            if meaning is None:
+                with self._lock:
+                    self._not_counted.add(operator._schema.name)
+            else:
+                self._add(meaning, args, args[group_at])
             return operator.redispatch(keyset & below, *args, **kwargs)
 
         return count_and_call

@@ -178,6 +178,10 @@ class _Run:
         )
         self.engine.close()
         if self.out:
+            print_warnings(
+                f"{self.strategy}: {name} is not counted: its bytes are not in the figures"
+                for name in (record.comm.not_counted if record.comm else [])
+            )
             self.trackers.finish()
             records.write(record, self.out / "record.json")
         return record
