@@ -100,7 +100,7 @@ def test_a_column_means_the_same_in_each_row() -> None:
 
 
 def test_figures_that_grow_stay_short() -> None:
-    assert format_pace(Pace(10.0, 0.1, 0.2, 20, 1000.0), tokens=True) == "1,000 (mean 500)"
+    assert format_pace(Pace(10.0, 0.1, 0.2, 20, 1000.0), unit="tokens") == "1,000 (mean 500)"
     sizes = (1.5, 50257.3, 1e6, 1e304)
     assert [format_perplexity(s) for s in sizes] == ["1.50", "50,257", "1.00e+06", "1.00e+304"]
 

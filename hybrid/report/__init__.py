@@ -1,15 +1,15 @@
-"""What people look at: a `Comparison` as Markdown, as one HTML page, as a table in a terminal.
+"""This package shows a `Comparison` as Markdown, as an HTML page and as a table in a terminal.
 
     from hybrid import report
     report.write(comparison, Path("out"))            # compare.json, compare.md, report.html
     rich.print(report.console_table(comparison))     # the short table
 
-The verdict comes first, and no cost is shown for a run that did not prove that it computed the same
-thing. Needs no torch; `html` needs plotly and `console_table` rich, imported where they are used.
+The verdict comes first, and no cost is shown for a run that is not proved equal to its reference.
+The package needs no torch; the functions that use Jinja2, plotly or rich import them.
 """
 
-from hybrid.report.markdown import console_table, markdown
-from hybrid.report.page import html, write
-from hybrid.report.verdict import verdict
+from .files import html, markdown, write
+from .table import console_table
+from .verdict import verdict
 
 __all__ = ["console_table", "html", "markdown", "verdict", "write"]

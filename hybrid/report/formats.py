@@ -1,25 +1,25 @@
-"""Numbers, sizes and any JSON value as a reader wants them. All text is plain."""
+"""This module formats numbers, sizes and JSON values for readers, always as plain text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 DASH = "\N{EM DASH}"
 
 
 def format_diff(value: float | None) -> str:
-    """A relative difference: 0, 3.1e-7."""
+    """Format a relative difference: 0, 3.1e-7."""
     return DASH if value is None else f"{value:.2g}".replace("e-0", "e-")
 
 
 def format_number(value: float) -> str:
-    """Three digits or, from 100 on, all of the whole ones: 0.0123, 2.30, 12,345."""
+    """Format with three digits or, from 100 on, with all whole digits: 0.0123, 2.30, 12,345."""
     return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def format_bytes(value: float) -> str:
-    """A size in binary units: 512 B, 1.23 MiB."""
+    """Format a size in binary units: 512 B, 1.23 MiB."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     while value >= 999.5 and len(units) > 1:
         value, units = value / 1024, units[1:]
@@ -27,19 +27,19 @@ def format_bytes(value: float) -> str:
 
 
 def format_perplexity(value: float) -> str:
-    """Like `format_number`, but 1e6 and more with an exponent: e to a bad loss has many digits."""
+    """Format like `format_number`, but with an exponent from 1e6 on, for losses that diverged."""
     return format_number(value) if value < 1e6 else f"{value:.2e}"
 
 
 def format_layout(layout: Mapping[str, int]) -> str:
-    """The axes longer than 1: 'pp 2, dp 2'. `replicate` that is just `dp` is left out."""
+    """List the axes longer than 1, as 'pp 2, dp 2', without a `replicate` that equals `dp`."""
     again = layout.get("replicate") == layout.get("dp")
     axes = [a for a, n in layout.items() if n > 1 and not (again and a == "replicate")]
     return ", ".join(f"{axis} {layout[axis]}" for axis in axes) or DASH
 
 
 def format_value(value: Any) -> str:
-    """Any JSON value on one line; long lists are cut and say how long they are."""
+    """Write any JSON value on one line; of a long list, show the start and the length."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {format_value(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list | tuple):
@@ -48,3 +48,11 @@ def format_value(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     return f"{value:.6g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
+
+
+def group_names(pairs: Iterable[tuple[str, Any]]) -> dict[Any, str]:
+    """Join the names that share a key, as {key: 'ddp, fsdp'}, in the order of the pairs."""
+    names: dict[Any, list[str]] = {}
+    for name, key in pairs:
+        names.setdefault(key, []).append(name)
+    return {key: ", ".join(found) for key, found in names.items()}

@@ -1,7 +1,7 @@
-"""What report.html draws: curves as plain dicts in plotly's format, bars as plain rows.
+"""This module prepares what report.html draws: curves as dicts in plotly's format, bars as rows.
 
-None of this imports plotly. Names in a figure are escaped, since plotly reads a small HTML of its
-own in any text; those in `Bars` are plain.
+It does not import plotly. Names in a figure are escaped here, since plotly reads a small HTML of
+its own in any text. Texts in `Bars` are plain.
 """
 
 from __future__ import annotations
@@ -12,98 +12,112 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from hybrid.records import Comm, Comparison, Record
-from hybrid.report.formats import format_bytes, format_diff
-from hybrid.report.table import find_meaning, find_peaks, find_rate, format_pace
-from hybrid.report.verdict import judge
+from ..records import Comparison, Parity, Record
+from .formats import format_bytes, format_diff
+from .table import Meaning, build_rows, find_meaning
+from .verdict import standings, trusted_runs
 
-GREY, RED = "#868e99", "#d6453d"
-# Eight hues, for on white and on black; dashes and symbols serve who sees no colours.
+GREY, RED, CLEAR = "#868e99", "#d6453d", "rgba(0,0,0,0)"
+# These eight hues work on white and on black. Dashes and symbols help readers who see no colours.
 COLOURS = ("#2f7ed8", "#e08a00", "#0f9d76", "#d1549b", "#8a63d2", "#c8501e", "#23a6c4", "#8f9a1c")
 DASHES = ("solid", "dash", "dot", "longdash", "dashdot")
 SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up", "triangle-down", "star")
 
-Row = tuple[str, list[list[tuple[str, float, str]]]]
+Piece = tuple[str, float, str]  # of a bar: what it is, its length, its colour
+Lines = list[list[Piece]]  # bars one below the other, each of pieces laid end to end
 Points = Sequence[tuple[float, float]]
 Styles = dict[str, dict[str, Any]]
 
 
 class Curves(NamedTuple):
-    """A figure with its heading and the sentence below it."""
+    """Holds a figure in plotly's format with its heading."""
 
     title: str
-    caption: str
     figure: dict[str, Any]
 
 
 class Bars(NamedTuple):
-    """A row a run: the figure to print, and lines one below the other, each of pieces end to end
-    (what it is, how long, its colour). `key` tells what colours mean that are not a run's."""
+    """Holds for each run the figure as text and its bars.
+
+    `key` says what those colours mean that do not stand for a run."""
 
     title: str
-    caption: str
-    rows: dict[str, Row]
+    rows: dict[str, tuple[str, Lines]]
     key: Mapping[str, str]
+
+    @property
+    def longest(self) -> float:
+        """Return the length of the longest bar, which takes the whole width."""
+        bars = [line for _, lines in self.rows.values() for line in lines]
+        return max(sum(length for _, length, _ in bar) for bar in bars) or 1
 
 
 def curves(comparison: Comparison) -> list[Curves]:
-    """Those there are figures for. Runs that lost parity stay: this is where one sees how."""
-    runs, styles = comparison.strategies, _make_styles(comparison)
-    losses = {name: [(s.step, s.loss) for s in run.steps] for name, run in runs.items()}
-    tested = {n: [(e.step, e.result.loss) for e in run.evals] for n, run in runs.items()}
-    tested = {name: points for name, points in tested.items() if len(points) > 1}
+    """Return the figures that have points, with the runs that lost parity, to show how."""
+    runs, styles = comparison.strategies.items(), _make_styles(comparison)
     dotted = {name: {**style, "mode": "lines+markers"} for name, style in styles.items()}
-    key = "max_relative_drift"
-    drifts = {n: [(at["step"], at[key]) for at in run.drift or []] for n, run in runs.items()}
-    overlaid = "Runs that agree lie on each other, over the broad grey line of the reference. "
-    overlaid += "Click a name to hide its line, double-click to keep it alone."
-    between = "Over the whole test set, after so many optimizer steps; 0 is before training."
-    apart = "How far the rank furthest away was from the mean of all, just before they merged."
+    losses = {name: [(step.step, step.loss) for step in run.steps] for name, run in runs}
+    tested = {n: [(e.step, e.result.loss) for e in r.evals] for n, r in runs if len(r.evals) > 1}
+    drifts = {n: [(at["step"], at["max_relative_drift"]) for at in r.drift or []] for n, r in runs}
     found = [
-        _lines("Training loss", overlaid, "loss", losses, styles),
-        _difference(comparison, styles),
-        _lines("Validation loss", between, "validation loss", tested, dotted),
-        _lines("Drift between ranks", apart, "relative drift", drifts, styles),
+        _draw_lines("Training loss", "loss", losses, styles),
+        _draw_differences(comparison, styles),
+        _draw_lines("Validation loss", "validation loss", tested, dotted),
+        _draw_lines("Drift between ranks", "relative drift", drifts, styles),
     ]
     return [one for one in found if one.figure["data"]]
 
 
 def bars(comparison: Comparison) -> list[Bars]:
-    """Costs, and only of the runs that earned that they are shown."""
-    runs = {n: comparison.strategies[n] for n, run in judge(comparison).items() if not run.problem}
-    colours = {name: style["line"]["color"] for name, style in _make_styles(comparison).items()}
-    tokens, in_steps = find_meaning(comparison)
-    paces: dict[str, Row] = {
-        name: (
-            format_pace(pace, tokens),
-            [[("median step", find_rate(pace, tokens), colours[name])]],
-        )
+    """Return a chart of each cost that was measured, with the runs whose costs may be shown."""
+    runs, styles = trusted_runs(comparison), _make_styles(comparison)
+    meaning, table = find_meaning(comparison), build_rows(comparison)
+    comms = [run.comm for run in runs.values() if run.comm]
+    sent = {op for comm in comms for op, by in comm.by_op.items() if any(by["sent_bytes"])}
+    ops = dict(zip(sorted(sent), itertools.cycle(COLOURS), strict=False))
+    drawn = {
+        name: _draw_costs(run, meaning, styles[name]["line"]["color"], ops)
         for name, run in runs.items()
-        if (pace := run.throughput)
     }
-    peaks = {
-        name: _rank_lines(find_peaks(run.memory, in_steps), colours[name])
-        for name, run in runs.items()
-        if run.memory
-    }
-    hows = "; ".join(sorted({run.memory.how for run in runs.values() if run.memory}))
-    median = "By the median step; by the mean one too where the two are unlike."
-    when = "the first training steps" if in_steps else "the first steps and building the engine"
-    each = f"In {when}. A bar a rank; the figure is the greatest. By {hows}."
-    found = [
-        Bars(f"{'Tokens' if tokens else 'Samples'} per second", median, paces, {}),
-        Bars("Peak memory", each, peaks, {}),
-        _bytes({name: run.comm for name, run in runs.items() if run.comm}),
+    charts: list[tuple[str, str, Mapping[str, str]]] = [
+        (f"{meaning.unit.capitalize()} per second", f"{meaning.unit}/s", {}),
+        ("Peak memory", "peak memory", {}),
+        ("Bytes sent a step", "bytes sent", ops),
     ]
-    return [one for one in found if one.rows]
+    found = [
+        Bars(title, {n: (table[n][at], d[at]) for n, d in drawn.items() if at in d}, key)
+        for title, at, key in charts
+    ]
+    return [chart for chart in found if chart.rows]
+
+
+def _draw_costs(
+    run: Record, meaning: Meaning, colour: str, ops: Mapping[str, str]
+) -> dict[str, Lines]:
+    """Return the bars of a run by the column of the table that has the figure."""
+    drawn: dict[str, Lines] = {}
+    if run.throughput:
+        median = ("median step", meaning.find_rate(run.throughput), colour)
+        drawn[f"{meaning.unit}/s"] = [[median]]
+    if run.memory:
+        peaks = enumerate(meaning.find_peaks(run.memory))
+        drawn["peak memory"] = [[(f"rank {n}: {format_bytes(p)}", p, colour)] for n, p in peaks]
+    if run.comm:
+        rank = run.comm.bytes_per_step.index(max(run.comm.bytes_per_step))
+        sent = [(op, by["sent_bytes"][rank]) for op, by in sorted(run.comm.by_op.items())]
+        pieces = [(f"{op}: {format_bytes(n)}", n, ops[op]) for op, n in sent if op in ops]
+        drawn["bytes sent"] = [pieces]
+    return drawn
 
 
 def _make_styles(comparison: Comparison) -> Styles:
-    """The reference is a broad grey band, so that the lines that cover it leave it in sight."""
-    reference, standings = comparison.reference, judge(comparison)
+    """Return the name, line and marker of each run; the reference is a broad grey band.
+
+    So the lines that cover the reference leave it in sight."""
+    reference, found = comparison.reference, standings(comparison)
     line: dict[str, Any] = {"color": GREY, "width": 6}
     styles = {reference: {"name": escape(reference), "line": line, "marker": {"color": GREY}}}
-    others = [(name, standing) for name, standing in standings.items() if name != reference]
+    others = [(name, standing) for name, standing in found.items() if name != reference]
     for n, (name, (state, problem, _)) in enumerate(others):
         parity, colour, label = comparison.parity.get(name), COLOURS[n % len(COLOURS)], name
         line = {"color": colour, "width": 2, "dash": DASHES[n % len(DASHES)]}
@@ -119,36 +133,42 @@ def _make_styles(comparison: Comparison) -> Styles:
 def _layout(title: str, hovermode: str = "x unified", **y: Any) -> dict[str, Any]:
     axis = {"gridcolor": "rgba(128,136,150,.25)", "zeroline": False, "automargin": True}
     return {
-        **{"height": 440, "margin": {"l": 8, "r": 12, "t": 12, "b": 8}, "hovermode": hovermode},
-        **{"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "showlegend": True},
+        "height": 440,
+        "margin": {"l": 8, "r": 12, "t": 12, "b": 8},
+        "hovermode": hovermode,
+        "showlegend": True,
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "paper_bgcolor": CLEAR,
+        "plot_bgcolor": CLEAR,
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": GREY},
         "xaxis": {**axis, "title": {"text": "optimizer step"}, "spikethickness": 1},
         "yaxis": {**axis, "title": {"text": title}, **y},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
     }
 
 
-def _curve(points: Points, style: Mapping[str, Any], hover: str) -> dict:
+def _trace(points: Points, style: Mapping[str, Any], hover: str) -> dict[str, Any]:
     hover = f"step %{{x}}, {hover}<extra>%{{fullData.name}}</extra>"
     x, y = [step for step, _ in points], [value for _, value in points]
     return {"type": "scatter", "mode": "lines", "x": x, "y": y, "hovertemplate": hover, **style}
 
 
-def _lines(title: str, caption: str, noun: str, points: dict, styles: Styles) -> Curves:
-    traces = [_curve(p, styles[n], f"{noun} %{{y:.7g}}") for n, p in points.items() if p]
-    return Curves(title, caption, {"data": traces, "layout": _layout(noun)})
+def _draw_lines(title: str, noun: str, points: Mapping[str, Points], styles: Styles) -> Curves:
+    traces = [_trace(p, styles[n], f"{noun} %{{y:.7g}}") for n, p in points.items() if p]
+    return Curves(title, {"data": traces, "layout": _layout(noun)})
 
 
 def _relative_differences(run: Record, other: Record) -> list[tuple[int, float]]:
-    """(step, |a-b|/|b|) of the loss at the steps both have, where that is a number."""
+    """Return (step, |a-b|/|b|) of the loss at the steps both have, where that is a number."""
     expected = {step.step: step.loss for step in other.steps}
     pairs = [(s.step, s.loss, expected[s.step]) for s in run.steps if s.step in expected]
     return [(n, abs(a - b) / abs(b) if b else 0.0) for n, a, b in pairs if b or a == b]
 
 
-def _difference(comparison: Comparison, styles: Styles) -> Curves:
-    """Each run from the record it is judged by, in dots, which do not hide one another as lines up
-    and down do. A log axis has no zero, so 'equal' is a line of its own, a decade below all."""
+def _draw_differences(comparison: Comparison, styles: Styles) -> Curves:
+    """Draw each run's difference from the record it is compared with, in dots.
+
+    Dots do not hide one another as lines up and down do. A log axis has no zero, so 'equal' is a
+    line of its own, a decade below all."""
     known = {**comparison.controls, **comparison.strategies}
     parity = {name: p for name, p in comparison.parity.items() if name != comparison.reference}
     found = {n: _relative_differences(known[n], known[p.reference]) for n, p in parity.items()}
@@ -157,50 +177,34 @@ def _difference(comparison: Comparison, styles: Styles) -> Curves:
     low = math.floor(math.log10(min(values, default=1)))
     high = math.ceil(math.log10(max(values, default=1)))
     floor, decades = 10.0 ** (low - 1), range(low, high + 1, 1 + (high - low) // 10)
-    traces = []
-    for name, points in found.items():
-        excused = {e["step"] for e in parity[name].excused if e["quantity"] == "loss"}
-        sizes = [12 if n in excused else 6 for n, _ in points]
-        texts = [format_diff(value) if value else "equal" for _, value in points]
-        marker = {**styles[name]["marker"], "size": sizes, "line": {"width": 0}}
-        style = {**styles[name], "mode": "markers", "marker": marker, "customdata": texts}
-        drawn = [(n, value or floor) for n, value in points]
-        traces += [_curve(drawn, style, "difference %{customdata}")] if drawn else []
-    y = {"type": "log", "range": [low - 1.3, high + 0.3]}
-    y |= {"tickvals": [floor, *(10.0**power for power in decades)]}
-    y |= {"ticktext": ["equal", *(f"1e{power}" for power in decades)]}
+    traces = [
+        _draw_dots(points, floor, styles[name], parity[name])
+        for name, points in found.items()
+        if points
+    ]
+    ticks = {floor: "equal", **{10.0**power: f"1e{power}" for power in decades}}
+    y = {"tickvals": [*ticks], "ticktext": [*ticks.values()]}
+    y |= {"type": "log", "range": [low - 1.3, high + 0.3]}
     layout = _layout("relative difference", "closest", **y)
     layout["legend"]["itemsizing"] = "constant"
-    layout["shapes"] = [_tolerance(limit) for limit in limits]
-    caption = (
-        "|a-b|/|b| of the loss, each run against the record it is judged by. Dots on the line "
-        '"equal" are equal in every digit recorded; large ones, if any, are excused steps.'
-    )
-    return Curves("Difference from the reference", caption, {"data": traces, "layout": layout})
+    layout["shapes"] = [_draw_limit(limit) for limit in limits]
+    return Curves("Difference from the reference", {"data": traces, "layout": layout})
 
 
-def _tolerance(limit: float) -> dict[str, Any]:
+def _draw_dots(
+    points: Points, floor: float, style: Mapping[str, Any], parity: Parity
+) -> dict[str, Any]:
+    """Draw a difference of zero at `floor`, and the steps that were excused as large dots."""
+    excused = {found["step"] for found in parity.excused if found["quantity"] == "loss"}
+    sizes = [12 if step in excused else 6 for step, _ in points]
+    texts = [format_diff(value) if value else "equal" for _, value in points]
+    marker = {**style["marker"], "size": sizes, "line": {"width": 0}}
+    style = {**style, "mode": "markers", "marker": marker, "customdata": texts}
+    drawn = [(step, value or floor) for step, value in points]
+    return _trace(drawn, style, "difference %{customdata}")
+
+
+def _draw_limit(limit: float) -> dict[str, Any]:
+    place = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit, "y1": limit}
     label = {"text": f"tolerance {format_diff(limit)}", "textposition": "start"}
-    return {
-        **{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit, "y1": limit},
-        **{"line": {"color": RED, "width": 1.5, "dash": "dash"}, "label": label},
-    }
-
-
-def _rank_lines(peaks: list[int], colour: str) -> Row:
-    lines = [[(f"rank {n}: {format_bytes(p)}", float(p), colour)] for n, p in enumerate(peaks)]
-    return format_bytes(max(peaks)), lines
-
-
-def _bytes(comms: Mapping[str, Comm]) -> Bars:
-    ops = {op for c in comms.values() for op, by in c.by_op.items() if any(by["sent_bytes"])}
-    key = dict(zip(sorted(ops), itertools.cycle(COLOURS), strict=False))
-    rows = {}
-    for name, comm in comms.items():
-        top = max(comm.bytes_per_step)
-        rank = comm.bytes_per_step.index(top)
-        sent = {op: comm.by_op[op]["sent_bytes"][rank] for op in key if op in comm.by_op}
-        pieces = [(f"{op}: {format_bytes(value)}", value, key[op]) for op, value in sent.items()]
-        rows[name] = (format_bytes(top), [pieces])
-    caption = "Of the rank that sends most: calls counted, ring algorithms assumed."
-    return Bars("Bytes sent a step", caption, rows, key)
+    return {**place, "line": {"color": RED, "width": 1.5, "dash": "dash"}, "label": label}

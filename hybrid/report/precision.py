@@ -1,7 +1,7 @@
-"""The precision ledgers of all runs side by side, and what it means where one differs.
+"""This module sets the precision ledgers of all runs side by side and says what a difference means.
 
-A ledger is what one rank of a live run, rank 0, held and computed in; its rows are explained in
-`hybrid/strategies/_precision.py`. All text is plain; each format escapes it.
+A ledger lists what rank 0 of a live run held and computed in; its rows are explained in
+`hybrid/engines/precision.py`. All text is plain; each output format escapes it.
 """
 
 from __future__ import annotations
@@ -9,21 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from hybrid.records import Comparison
-from hybrid.report.formats import DASH, format_value
+from ..records import Comparison
+from .formats import DASH, format_value, group_names
 
-KINDS = (  # in the order in which a step meets them; a ledger may have more
-    "computing",
-    "activations",
-    "stored",
-    "gradients",
-    "reductions",
-    "master_weights",
-    "optimizer_state",
-    "buffers",
-)
 NOTHING = "none"  # a rank with nothing of a kind does not differ in it
-MEANINGS = {
+MEANINGS = {  # in the order in which a step meets them; a ledger may have more
     "computing": "layers read their parameters in another precision",
     "activations": "layers hand on what they computed in another precision",
     "stored": "parameters are kept in another precision",
@@ -33,19 +23,20 @@ MEANINGS = {
     "optimizer_state": "the optimizer remembers in another precision",
     "buffers": "values that are not trained, such as rotary tables, are kept in another precision",
 }
-Ledgers = Mapping[str, Mapping[str, str]]
+KINDS = tuple(MEANINGS)
 
 
 class Cell(NamedTuple):
-    """A dtype, and whether the reference has another."""
+    """Holds a dtype, and says whether the reference has another."""
 
     text: str
     differs: bool
 
 
 class Precision(NamedTuple):
-    """Sentences, and below `headers` a row of cells for each run with a ledger. No rows where a
-    sentence says it all."""
+    """Holds sentences and, below `headers`, a row of cells for each run with a ledger.
+
+    There are no rows where a sentence says it all."""
 
     sentences: list[str]
     headers: list[str]
@@ -53,7 +44,7 @@ class Precision(NamedTuple):
 
 
 def compare_precision(comparison: Comparison) -> Precision | None:
-    """What the runs held and computed in; None where no run left a ledger."""
+    """Say what the runs held and computed in; return None where no run left a ledger."""
     ledgers, reference = _read_ledgers(comparison), comparison.reference
     if not ledgers:
         return None
@@ -61,19 +52,19 @@ def compare_precision(comparison: Comparison) -> Precision | None:
     if len(found - {NOTHING}) == 1 and reference in ledgers:
         (dtype,) = found - {NOTHING}
         return Precision([f"{', '.join(ledgers)} held and computed everything in {dtype}."], [], {})
-    extra = {kind: None for ledger in ledgers.values() for kind in ledger if kind not in KINDS}
-    kinds = [k for k in KINDS if any(k in ledger for ledger in ledgers.values())] + [*extra]
+    used = dict.fromkeys(kind for ledger in ledgers.values() for kind in ledger)
+    kinds = [kind for kind in KINDS if kind in used] + [kind for kind in used if kind not in KINDS]
+    expected = ledgers.get(reference, {})
     rows = {
-        name: [
-            Cell(own.get(kind, DASH), _differs(own, ledgers.get(reference, {}), kind))
-            for kind in kinds
-        ]
+        name: [Cell(own.get(kind, DASH), _differs(own, expected, kind)) for kind in kinds]
         for name, own in ledgers.items()
     }
-    sentences = ["What rank 0 of each run held and computed in.", *_tell(ledgers, reference, kinds)]
-    if NOTHING in found:
-        sentences.append(f'"{NOTHING}": this rank has nothing of the kind.')
-    return Precision(sentences, ["strategy", *map(_words, kinds)], rows)
+    sentences = [
+        "This is what rank 0 of each run held and computed in.",
+        *_tell(ledgers, reference, kinds),
+        *([f'"{NOTHING}": this rank has nothing of the kind.'] if NOTHING in found else []),
+    ]
+    return Precision(sentences, ["strategy", *(kind.replace("_", " ") for kind in kinds)], rows)
 
 
 def _read_ledgers(comparison: Comparison) -> dict[str, dict[str, str]]:
@@ -87,25 +78,26 @@ def _differs(own: Mapping[str, str], expected: Mapping[str, str], kind: str) -> 
     return len(both) > 1 and NOTHING not in both
 
 
-def _tell(ledgers: Ledgers, reference: str, kinds: list[str]) -> list[str]:
-    """One sentence for each way to differ, with the runs that do."""
+def _tell(ledgers: Mapping[str, Mapping[str, str]], reference: str, kinds: list[str]) -> list[str]:
+    """Tell each way to differ in one sentence that names the runs."""
     if reference not in ledgers:
         return [f"{reference} left no ledger to compare with."]
     expected = ledgers[reference]
-    sharing: dict[tuple[str, str, str], list[str]] = {}
-    for kind in kinds:
-        for name, own in ledgers.items():
-            if _differs(own, expected, kind):
-                sharing.setdefault((kind, own[kind], _meaning(kind, own)), []).append(name)
+    sharing = group_names(
+        (name, (kind, own[kind], _explain(kind, own)))
+        for kind in kinds
+        for name, own in ledgers.items()
+        if _differs(own, expected, kind)
+    )
     told = [
-        f"{_words(kind).capitalize()} in {dtype} under {', '.join(names)} "
+        f"{kind.replace('_', ' ').capitalize()} in {dtype} under {names} "
         f"({reference}: {expected[kind]}): {meaning}."
         for (kind, dtype, meaning), names in sharing.items()
     ]
     return told or [f"No run differs from {reference}."]
 
 
-def _meaning(kind: str, own: Mapping[str, str]) -> str:
+def _explain(kind: str, own: Mapping[str, str]) -> str:
     masters = own.get("master_weights", NOTHING)
     if kind == "stored" and masters not in (own[kind], NOTHING):
         return (
@@ -113,7 +105,3 @@ def _meaning(kind: str, own: Mapping[str, str]) -> str:
             "being rounded at each use; this changes memory, not what is computed"
         )
     return MEANINGS.get(kind, "another precision than the reference's")
-
-
-def _words(kind: str) -> str:
-    return kind.replace("_", " ")

@@ -1,14 +1,15 @@
-"""The table of results and costs: a row a strategy, without the costs of runs with a problem.
+"""This module builds the table of results and costs, with costs of trusted runs alone.
 
-What its columns mean depends on what was measured, and is the same for all runs of a comparison.
+It has a row for each strategy. What a column means depends on what was measured, and is the same
+for all runs of a comparison.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from hybrid.records import Comparison, EvalResult, Memory, Record, Throughput
-from hybrid.report.formats import (
+from ..records import Comparison, EvalResult, Memory, Record, Throughput
+from .formats import (
     DASH,
     format_bytes,
     format_diff,
@@ -16,77 +17,93 @@ from hybrid.report.formats import (
     format_number,
     format_perplexity,
 )
-from hybrid.report.verdict import judge
+from .verdict import standings, trusted_runs, verdict
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 IDENTITY = ("strategy", "layout", "status")  # flush left, the figures flush right
 COSTS = ("step ms", "peak memory", "bytes sent")  # after the speed
-UNLIKE_STEPS = 1.2  # a mean step this much longer than the median one deserves a word
+LEFT_TO_THE_FILES = ("layout", "weight diff", "step ms")  # so that 80 columns are enough
+UNLIKE_STEPS = 1.2  # the mean step is shown too where it is this many times the median one
 
 
 class Meaning(NamedTuple):
-    """What the figures of a comparison mean: the same in every run, so that they can be compared.
-    Speed is in tokens where all runs counted them, else in samples; memory is the peak `in_steps`
-    where all runs have that, else from building the engine on."""
+    """Says what speed and memory mean in all runs of a comparison, so that they can be compared.
 
-    tokens: bool
+    The `unit` of speed is tokens where all runs counted them, else samples. Memory is the peak of
+    the training steps where all runs have that (`in_steps`), else from building the engine on."""
+
+    unit: str
     in_steps: bool
+
+    def find_rate(self, pace: Throughput) -> float:
+        """Return tokens or samples per second, by the median step."""
+        tokens = pace.tokens_per_s if self.unit == "tokens" else None
+        return tokens or pace.samples_per_s
+
+    def find_peaks(self, memory: Memory) -> list[int]:
+        """Return the peak memory of each rank in bytes."""
+        return memory.step_peak_bytes if self.in_steps else memory.peak_bytes
 
 
 def find_meaning(comparison: Comparison) -> Meaning:
-    """What speed and memory can mean in this comparison."""
+    """Find out what speed and memory can mean in this comparison."""
     runs = comparison.strategies.values()
     paces = [run.throughput.tokens_per_s for run in runs if run.throughput]
     peaks = [run.memory.step_peak_bytes for run in runs if run.memory]
-    return Meaning(bool(paces) and all(paces), bool(peaks) and all(peaks))
+    unit = "tokens" if paces and all(paces) else "samples"
+    return Meaning(unit, bool(peaks) and all(peaks))
 
 
 def make_headers(comparison: Comparison) -> tuple[str, ...]:
-    """The columns of the table."""
-    speed = "tokens/s" if find_meaning(comparison).tokens else "samples/s"
+    """Return the names of the table's columns."""
+    speed = f"{find_meaning(comparison).unit}/s"
     return (*IDENTITY, "loss diff", "weight diff", "test result", speed, *COSTS)
 
 
 def make_legend(comparison: Comparison) -> str:
-    """What the columns mean, in sentences."""
-    tokens, in_steps = find_meaning(comparison)
+    """Explain the columns in sentences."""
+    unit, in_steps = find_meaning(comparison)
     runs = comparison.strategies.values()
     perplexity = any(run.eval and run.eval.perplexity is not None for run in runs)
     started = "building the engine is left out" if in_steps else "building the engine is part of it"
     sentences = [
         "Differences: |a-b|/|b|, the greatest of any step or parameter.",
-        *(["Test result: perplexity (ppl), e to the mean loss of a target."] if perplexity else []),
-        "Speed: by the median step, by the mean too where they are unlike.",
-        *(["Tokens: the targets of a whole batch."] if tokens else []),
+        "Test result: perplexity (ppl), e to the mean loss of a target." if perplexity else "",
+        "Speed: by the median step, and by the mean step too where the two are unlike.",
+        "Tokens: the targets of a whole batch." if unit == "tokens" else "",
         f"Peak memory: in the first training steps; {started}.",
-        "Memory, bytes sent a step: the rank that has most.",
+        "Memory and bytes sent in a step: of the rank that has most.",
         "Dash: not measured, or not shown, since only runs proved equal have their costs shown.",
     ]
-    return " ".join(sentences)
+    return " ".join(filter(None, sentences))
 
 
-def build_rows(comparison: Comparison) -> dict[str, list[str]]:
-    """The table below `make_headers`, a row for each strategy."""
-    meaning, rows = find_meaning(comparison), {}
-    for name, (state, problem, _) in judge(comparison).items():
+def build_rows(comparison: Comparison) -> dict[str, dict[str, str]]:
+    """Return a row for each strategy: a text for each of `make_headers`."""
+    headers, meaning, rows = make_headers(comparison), find_meaning(comparison), {}
+    for name, (state, problem, _) in standings(comparison).items():
         record, parity = comparison.strategies[name], comparison.parity.get(name)
         diffs = (parity.max_loss_diff, parity.max_weight_diff) if parity else (None, None)
-        costs = [DASH] * (1 + len(COSTS)) if problem else _costs(record, meaning)
-        identity = [name, format_layout(record.layout), state]
-        rows[name] = [*identity, *map(format_diff, diffs), _test_result(record.eval), *costs]
+        results = [*map(format_diff, diffs), _format_result(record.eval)]
+        costs = [DASH] * (1 + len(COSTS)) if problem else _format_costs(record, meaning)
+        cells = [name, format_layout(record.layout), state, *results, *costs]
+        rows[name] = dict(zip(headers, cells, strict=True))
     return rows
 
 
-def _costs(record: Record, meaning: Meaning) -> list[str]:
+def _format_costs(record: Record, meaning: Meaning) -> list[str]:
     pace, memory, comm = record.throughput, record.memory, record.comm
     return [
-        format_pace(pace, meaning.tokens) if pace else DASH,
+        format_pace(pace, meaning.unit) if pace else DASH,
         format_number(pace.step_s_median * 1e3) if pace else DASH,
-        format_bytes(max(find_peaks(memory, meaning.in_steps))) if memory else DASH,
+        format_bytes(max(meaning.find_peaks(memory))) if memory else DASH,
         format_bytes(max(comm.bytes_per_step)) if comm else DASH,
     ]
 
 
-def _test_result(result: EvalResult | None) -> str:
+def _format_result(result: EvalResult | None) -> str:
     if result is None:
         return DASH
     if result.perplexity is not None:
@@ -94,18 +111,15 @@ def _test_result(result: EvalResult | None) -> str:
     return f"loss {result.loss:.5g}" if result.accuracy is None else f"{result.accuracy:.2%}"
 
 
-def find_rate(pace: Throughput, tokens: bool) -> float:
-    """Tokens or samples a second, by the median step."""
-    return pace.tokens_per_s if tokens and pace.tokens_per_s else pace.samples_per_s
-
-
-def find_peaks(memory: Memory, in_steps: bool) -> list[int]:
-    """The peak of each rank in bytes, in the training steps or from building the engine on."""
-    return memory.step_peak_bytes if in_steps else memory.peak_bytes
+def format_pace(pace: Throughput, unit: str = "samples") -> str:
+    """Format the speed by the median step, and by the mean step where the two are unlike."""
+    rate, ratio = Meaning(unit, False).find_rate(pace), pace.step_s_mean / pace.step_s_median
+    median, mean = format_number(rate), format_number(rate / ratio)
+    return f"{median} (mean {mean})" if ratio > UNLIKE_STEPS else median
 
 
 def describe_memory(record: Record) -> dict[str, list[str]]:
-    """Every peak of every rank. A cost: only for runs with nothing against them."""
+    """Return every peak of every rank, which is a cost: it is shown for trusted runs alone."""
     memory = record.memory or Memory([], "")
     steps, started = "in the first training steps", "from building the engine on"
     peaks = {steps: memory.step_peak_bytes, started: memory.peak_bytes}
@@ -114,8 +128,33 @@ def describe_memory(record: Record) -> dict[str, list[str]]:
     return {when: list(map(format_bytes, found)) for when, found in peaks.items() if found}
 
 
-def format_pace(pace: Throughput, tokens: bool = False) -> str:
-    """Samples or tokens a second by the median step, and by the mean one where they are unlike."""
-    ratio, rate = pace.step_s_mean / pace.step_s_median, find_rate(pace, tokens)
-    median, mean = format_number(rate), format_number(rate / ratio)
-    return f"{median} (mean {mean})" if ratio > UNLIKE_STEPS else median
+def tell_progress(comparison: Comparison) -> dict[str, str]:
+    """Tell how the loss went from the first evaluation to the last, for each trusted run."""
+    told = {}
+    for name, run in trusted_runs(comparison).items():
+        if len(run.evals) > 1:
+            first, last = run.evals[0], run.evals[-1]
+            told[name] = f"validation loss {first.result.loss:#.5g} -> {last.result.loss:#.5g}"
+            a, b = first.result.perplexity, last.result.perplexity
+            if a is not None and b is not None:
+                told[name] += f", perplexity {format_perplexity(a)} -> {format_perplexity(b)}"
+            told[name] += f", after {first.step} and {last.step} steps"
+    return told
+
+
+def console_table(comparison: Comparison) -> Table:
+    """Return a short table for a terminal, below the verdict and above what that rests on."""
+    from rich.table import Table
+    from rich.text import Text
+
+    said, progress = verdict(comparison), tell_progress(comparison)
+    title = Text(said.headline, "bold green" if said.ok else "bold red")
+    caption = Text("\n".join([*said.details, *(f"{n}: {text}." for n, text in progress.items())]))
+    table = Table(title=title, caption=caption, title_justify="left", box=None)
+    table.caption_justify = "left"
+    shown = [head for head in make_headers(comparison) if head not in LEFT_TO_THE_FILES]
+    for head in shown:
+        table.add_column(head, justify="left" if head in IDENTITY else "right", overflow="fold")
+    for row in build_rows(comparison).values():
+        table.add_row(*(Text(row[head]) for head in shown))
+    return table

@@ -1,7 +1,7 @@
-"""What may be said of each run: parity before speed.
+"""This module says how far each run may be trusted: parity comes before speed.
 
-`judge` says how far each run may be trusted, `verdict` puts it into words. All text is plain; each
-format escapes it.
+`standings` says it for each run in a word, `verdict` for the whole comparison in sentences. All
+text is plain; each output format escapes it.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from collections.abc import Mapping
 from textwrap import shorten
 from typing import Any, NamedTuple
 
-from hybrid.records import Comparison, Parity, Record
-from hybrid.report.formats import format_diff
+from ..records import Comparison, Parity, Record
+from .formats import format_diff, group_names
 
-BROKEN = ("not equal", "failed", "not proved", "not compared")  # gravest first
+BROKEN = ("not equal", "failed", "not proved", "not compared")  # the gravest first
 STATES = (*BROKEN, "equal", "not possible")
 
 
 class Standing(NamedTuple):
-    """How far a run may be trusted, in a word or two; with a `problem` no cost is shown. `where` it
-    left its reference goes into the headline."""
+    """Says in a word or two how far a run may be trusted.
+
+    No cost is shown for a run with a `problem`. The headline quotes `where`, the place at which the
+    run left its reference."""
 
     state: str
     problem: str = ""
@@ -27,21 +29,29 @@ class Standing(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """`headline` is one sentence, `details` what a reader asks next."""
+    """Holds one sentence, the headline, and the sentences that answer what a reader asks next."""
 
     ok: bool
     headline: str
     details: list[str]
 
 
-def judge(comparison: Comparison) -> dict[str, Standing]:
-    """The standing of every strategy, in the comparison's order."""
-    return {name: _judge_run(comparison, name) for name in comparison.strategies}
+def standings(comparison: Comparison) -> dict[str, Standing]:
+    """Return the standing of every strategy, in the comparison's order."""
+    return {name: _standing_of(comparison, name) for name in comparison.strategies}
 
 
-def _judge_run(comparison: Comparison, name: str) -> Standing:
+def trusted_runs(comparison: Comparison) -> dict[str, Record]:
+    """Return the runs without a problem, the only ones whose costs may be shown."""
+    found = standings(comparison)
+    return {name: run for name, run in comparison.strategies.items() if not found[name].problem}
+
+
+def _standing_of(comparison: Comparison, name: str) -> Standing:
     record, parity = comparison.strategies[name], comparison.parity.get(name)
     reason = record.reason or "no reason was recorded"
+    if record.status == "running":
+        return Standing("failed", f"{name} did not finish")
     if record.status == "failed":
         return Standing("failed", f"{name} failed: {reason}")
     if record.status == "not_possible":
@@ -58,7 +68,7 @@ def _judge_run(comparison: Comparison, name: str) -> Standing:
 
 
 def _describe_difference(name: str, parity: Parity) -> Standing:
-    """Where `name` left its reference: step, quantity, both values, likely cause."""
+    """Say where `name` left its reference: step, quantity, both values and the likely cause."""
     found = parity.first_difference
     if found is None:
         return Standing("not equal", f"{name} differs from {parity.reference}")
@@ -72,12 +82,14 @@ def _describe_difference(name: str, parity: Parity) -> Standing:
 
 
 def verdict(comparison: Comparison) -> Verdict:
-    """What went wrong first, then what agrees and how closely."""
-    found, reference = judge(comparison), comparison.reference
+    """Say what went wrong first, then which runs agree and how closely."""
+    found, reference = standings(comparison), comparison.reference
     states = {state: [n for n in found if found[n].state == state] for state in STATES}
     broken = {state: names for state, names in states.items() if names and state in BROKEN}
     held = reference in found and not found[reference].problem
-    agree = f"equal: {_who_agrees(comparison, states['equal'])}"
+    equal = {name: comparison.parity[name] for name in states["equal"]}
+    pairs = group_names((name, parity.reference) for name, parity in equal.items())
+    agree = "; ".join(f"{names} computed what {other} did" for other, names in pairs.items())
     if not held:
         headline = f"failed: the reference {reference} gave nothing to compare with"
     elif broken:
@@ -86,67 +98,55 @@ def verdict(comparison: Comparison) -> Verdict:
     elif not comparison.ok:
         headline = "not equal: the comparison did not hold; compare.json has the figures"
     else:
-        headline = agree if states["equal"] else f"nothing compared: only {reference} ran"
+        headline = f"equal: {agree}" if equal else f"nothing compared: only {reference} ran"
     problems = {n: f"{shorten(run.problem, 400, placeholder=' ...')}." for n, run in found.items()}
     details = [problems[name] for names in broken.values() for name in names]
-    details += [f"E{agree[1:]}."] if broken and states["equal"] else []
-    details += _how_closely({name: comparison.parity[name] for name in states["equal"]})
-    details += _tell_skipped(comparison.strategies)
+    details += [f"Equal: {agree}."] if broken and equal else []
+    details += _tell_closeness(equal) + _tell_excused(equal) + _tell_skipped(comparison.strategies)
     details += [problems[name] for name in states["not possible"]]
     headline = f"{headline[0].upper()}{headline[1:]}."
     return Verdict(comparison.ok and held and not broken, headline, details)
 
 
-def _who_agrees(comparison: Comparison, equal: list[str]) -> str:
-    """'ddp, fsdp computed what single did; local_sgd computed what local_sgd_emulation did'."""
-    groups: dict[str, list[str]] = {}
-    for name in equal:
-        groups.setdefault(comparison.parity[name].reference, []).append(name)
-    return "; ".join(f"{', '.join(names)} computed what {r} did" for r, names in groups.items())
-
-
-def _how_closely(equal: dict[str, Parity]) -> list[str]:
-    """The greatest differences of runs that held, and what was excused."""
-    losses = [p.max_loss_diff for p in equal.values() if p.max_loss_diff is not None]
-    weights = [p.max_weight_diff for p in equal.values() if p.max_weight_diff is not None]
-    most = [f"{format_diff(max(losses))} in the loss"] if losses else []
-    most += [f"{format_diff(max(weights))} in the weights"] if weights else []
-    sentences = [f"They differ by at most {', '.join(most)}."] if most else []
-    return sentences + _tell_excused(equal)
+def _tell_closeness(equal: Mapping[str, Parity]) -> list[str]:
+    """Tell the greatest differences of the runs that held."""
+    found = {
+        "loss": [p.max_loss_diff for p in equal.values() if p.max_loss_diff is not None],
+        "weights": [p.max_weight_diff for p in equal.values() if p.max_weight_diff is not None],
+    }
+    most = [f"{format_diff(max(diffs))} in the {what}" for what, diffs in found.items() if diffs]
+    return [f"They differ by at most {', '.join(most)}."] if most else []
 
 
 def _tell_excused(equal: Mapping[str, Parity]) -> list[str]:
-    """One sentence for all runs with something excused, since the reason is the same."""
-    names = [name for name, parity in equal.items() if parity.excused]
-    if not names:
+    """Tell in one sentence of all runs with something excused, since the reason is the same."""
+    found = {name: parity.excused for name, parity in equal.items() if parity.excused}
+    if not found:
         return []
-    counts = [len(equal[name].excused) for name in names]
+    counts = [len(entries) for entries in found.values()]
     low, high = min(counts), max(counts)
     places = f"{low} to {high} places" if low < high else f"{high} place{'s' * (high > 1)}"
-    each = " each" if len(names) > 1 else ""
-    worst = max((e for n in names for e in equal[n].excused), key=lambda e: e["difference"])
+    each = " each" if len(found) > 1 else ""
+    worst = max((e for entries in found.values() for e in entries), key=lambda e: e["difference"])
     return [
-        f"{', '.join(names)} exceeded the tolerance at {places}{each}, excused since a control, "
+        f"{', '.join(found)} exceeded the tolerance at {places}{each}, excused since a control, "
         "the reference with its batches summed in another order, differs there by a quarter as "
         f"much or more; the greatest: {format_excused(worst)}."
     ]
 
 
 def _tell_skipped(runs: Mapping[str, Record]) -> list[str]:
-    """How many steps each run skipped, where any did."""
-    counts: dict[str, list[str]] = {}
-    for name, run in runs.items():
-        if run.steps:
-            count = f"{sum(step.skipped for step in run.steps)} of {len(run.steps)}"
-            counts.setdefault(count, []).append(name)
-    if not any(step.skipped for run in runs.values() for step in run.steps):
+    """Tell how many steps each run skipped, if any run did."""
+    skipped = {name: sum(step.skipped for step in run.steps) for name, run in runs.items()}
+    if not any(skipped.values()):
         return []
-    parts = [f"{count} under {', '.join(names)}" for count, names in counts.items()]
+    shares = group_names((n, f"{skipped[n]} of {len(r.steps)}") for n, r in runs.items() if r.steps)
+    parts = [f"{share} under {names}" for share, names in shares.items()]
     return [f"Steps skipped, since gradients overflowed in fp16: {'; '.join(parts)}."]
 
 
 def format_excused(found: Mapping[str, Any]) -> str:
-    """'loss at step 25, difference 3e-6, control 1e-6': one entry of `Parity.excused`."""
+    """Format an entry of `Parity.excused`: 'loss at step 25, difference 3e-6, control 1e-6'."""
     when = "the end" if found["step"] is None else f"step {found['step']}"
     sizes = [f"{key} {format_diff(found[key])}" for key in ("difference", "control")]
     return f"{found['quantity']} at {when}, {', '.join(sizes)}"
