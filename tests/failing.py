@@ -56,9 +56,12 @@ def falls_behind() -> None:
 
 
 def dies_once() -> None:
-    """It is killed in torchrun's first attempt, and in no later one."""
+    """It is killed in torchrun's first attempt, and in no later one. Rank 0 then comes late, so that
+    the first attempt's keys would be all that rank 1 finds in torchrun's store."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
         _in_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    elif _rank() == 0:
+        time.sleep(3)
 
 
 def never_starts() -> None:
