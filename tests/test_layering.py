@@ -161,7 +161,7 @@ def test_no_files_import_each_other() -> None:
 
 PLANTED = {
     "upwards": ("layout", "from .job.schema import Job", "layout imports job"),
-    "to the left": ("report/page", "from ..training import loop", "report imports training"),
+    "to the left": ("report/table", "from ..training import loop", "report imports training"),
     "sideways": ("strategies/ddp", "\nfrom . import fsdp", "strategies never import each other"),
     "one name of another": (
         "strategies/ddp",

@@ -110,7 +110,8 @@ def test_the_command_fails_with_the_message_first(tmp_path: Path) -> None:
     lines = [line for line in done.stderr.splitlines() if line.startswith("hybrid: ")]
     assert re.match(r"hybrid: rank 0 on \S+: out of memory \w", lines[0]), done.stderr
     assert f"{parameters:,} parameters" in lines[0]
-    assert not (tmp_path / "run" / "record.json").exists()
+    left = records.read(records.Record, tmp_path / "run" / "record.json")
+    assert left.status == "failed" and "out of memory" in str(left.reason)
 
 
 @pytest.fixture(scope="module")

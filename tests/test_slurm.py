@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import pytest
 
+from hybrid import records
 from tests import slurm_cluster
+from tests.conftest import hybrid_command
 from tests.pages import blocks, environment, record_of
 from tests.test_failures import ranks_of, wait_for_steps
 
@@ -107,12 +109,23 @@ def test_batch_script_runs(command: str, slurm: Slurm) -> None:
     assert f"{record['strategy']}: {len(record['steps'])} steps, loss" in slurm.log(number)
 
 
+def test_text_is_written_from_a_run_of_srun(slurm: Slurm) -> None:
+    small = "model.options.num_layers=1 data.options.max_bytes=20000 train.steps=1"
+    settings = " ".join(f"--set {setting}" for setting in small.split())
+    asked = "JOB=launch/jobs/gpt_demo.toml OUT=out/text"
+    number = slurm.submit(f"{asked} sbatch launch/slurm/srun.sbatch {settings}")
+    slurm.wait(number, "COMPLETED")
+    wrote = hybrid_command("generate", str(slurm.folder / "out" / "text"), "--tokens", "3")
+    assert wrote.returncode == 0, wrote.stderr
+
+
 def test_a_cancelled_job_ends_at_once(slurm: Slurm) -> None:
     number, out = started(slurm)
     slurm.run(f"scancel {number}")
     slurm.wait(number, "CANCELLED", slurm_cluster.KILL_WAIT_S + 5)
     assert_gone(out)
-    assert not (out / "record.json").exists()
+    left = records.read(records.Record, out / "record.json")
+    assert left.status == "running" or (left.status, left.reason) == ("failed", "interrupted")
 
 
 def test_a_requeued_job_starts_again(slurm: Slurm) -> None:
