@@ -18,22 +18,11 @@ from typing import IO, Any
 from hybrid import data, models, records
 from hybrid.cli import main
 from hybrid.doctor import files
-from hybrid.job import file as job_file
-from hybrid.launch import environment as launchers
-from hybrid.launch import failures as rank
-from hybrid.launch import local as launch
+from hybrid.job import file
 from hybrid.strategies import registry
+from hybrid.training import run as training_run
 
-USED = (
-    data,
-    files,
-    job_file,
-    launch,
-    launchers,
-    models,
-    rank,
-    records,
-)  # by the command line, late
+USED = (data, file, files, models, records, training_run)  # by the command line, late
 
 HEAVY = ("torch", "accelerate", "deepspeed", "transformers", "numpy")
 HANGS_S = 20

@@ -56,7 +56,7 @@ def falls_behind() -> None:
 
 
 def dies_once() -> None:
-    """It is killed in torchrun's first attempt, and in no later one. Rank 0 then comes late, so that
+    """It is killed in torchrun's first attempt alone. Rank 0 then comes late to the second, so that
     the first attempt's keys would be all that rank 1 finds in torchrun's store."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
         _in_step(lambda: os.kill(os.getpid(), signal.SIGKILL))

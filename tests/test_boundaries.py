@@ -15,7 +15,7 @@ from hybrid.stages.checks import Boundary
 from hybrid.stages.shapes import input_problem
 from hybrid.training.check import _build_layers, check_job
 from tests.conftest import small_job
-from tests.test_preflight import ROW, TOKENS, WIDTH, Returns, find
+from tests.test_stage_checks import ROW, TOKENS, WIDTH, Returns, find
 
 
 def test_shapes_dtypes_and_bytes_of_a_chain() -> None:

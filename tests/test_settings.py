@@ -93,7 +93,7 @@ def test_pipeline_partitions(partition: Any, layers: list[list[int]], tmp_path: 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_accumulation_and_clipping_in_pipelines(optimizer: str, tmp_path: Path) -> None:
-    """In DeepSpeed 0.19 fp32 clips each stage by its own norm (worked round in _stages.py)."""
+    """In DeepSpeed 0.19 fp32 clips each stage by its own norm (docs/work-arounds.md)."""
     job = {
         "train__micro_batches": 4,
         "train__clip_norm": 0.05,

@@ -10,7 +10,7 @@ import torch
 
 from hybrid.data import build_data
 from hybrid.data.loader import load_micro_batch
-from hybrid.data.text import documents as _text_documents
+from hybrid.data.text import documents
 from hybrid.data.text.documents import pieces
 from hybrid.data.text.sources import CHUNK, standard_library, sysconfig
 from hybrid.job.errors import JobError
@@ -129,7 +129,7 @@ def test_a_single_document_is_cut_in_two(copies: int, validation: float, tmp_pat
 def test_a_long_document_is_cut_within_its_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_text_documents, "PIECE", 50)
+    monkeypatch.setattr(documents, "PIECE", 50)
     path = write_files(tmp_path, {"long.txt": WORDS * 30})
     for validation in (0.1, 0.35, 0.9):
         (head,), (tail,) = map(
@@ -143,7 +143,7 @@ def test_a_long_document_is_cut_within_its_pieces(
 def test_pieces_are_whole_lines_or_whole_characters(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_text_documents, "PIECE", size)
+    monkeypatch.setattr(documents, "PIECE", size)
     whole = (WORDS * 20 + "東京" * 60 + "\n" + WORDS).encode()
     for chunk in (1, 3, 64, len(whole)):
         chunks = [whole[i : i + chunk] for i in range(0, len(whole), chunk)]

@@ -14,9 +14,7 @@ import numpy
 import pytest
 
 from hybrid.data import text as text_module
-from hybrid.data.text import cache as _text_cache
-from hybrid.data.text import sources as _text_sources
-from hybrid.data.text import text
+from hybrid.data.text import cache, sources, text
 from hybrid.data.text.cache import HEADER
 from hybrid.data.text.tokenizers import Bytes
 from tests.conftest import ROOT
@@ -31,7 +29,7 @@ def untouchable(*_: Any) -> Any:
 def test_a_second_call_reads_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = many(tmp_path / "texts")
     first = read(tmp_path, path=path)
-    monkeypatch.setattr(_text_sources, "_chunks", untouchable)
+    monkeypatch.setattr(sources, "_chunks", untouchable)
     monkeypatch.setattr(text_module, "load_tokenizer", untouchable)
     monkeypatch.chdir(tmp_path)
     for again in (
@@ -100,8 +98,8 @@ def test_a_damaged_file_is_written_anew(case: str, tmp_path: Path) -> None:
 
 
 def test_of_a_large_file_pages_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_text_cache, "PAGE", 64)
-    monkeypatch.setattr(_text_cache, "CHECKED_PAGES", 3)
+    monkeypatch.setattr(cache, "PAGE", 64)
+    monkeypatch.setattr(cache, "CHECKED_PAGES", 3)
     path = many(tmp_path / "texts")
     read(tmp_path, path=path)
     (file,) = (tmp_path / "cache").glob("*.tokens")
@@ -142,7 +140,7 @@ def test_long_work_gives_signs_of_life(
     path = many(tmp_path / "texts")
     read(tmp_path, path=path)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(_text_cache, "NOTE_S", 0.0)
+    monkeypatch.setattr(cache, "NOTE_S", 0.0)
     read(tmp_path, path=path, validation=0.2)
     assert "hybrid: tokenised 0 MB of text\n" in capsys.readouterr().err
 

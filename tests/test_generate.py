@@ -21,7 +21,7 @@ from hybrid.training.generate import generate
 
 CONTEXT = 12
 END = 256
-ME = "tests.test_sample"
+ME = "tests.test_generate"
 
 
 class Causal(nn.Module):

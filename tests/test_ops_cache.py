@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid.launch import ops_cache as jit_cache
+from hybrid.launch import ops_cache
 from hybrid.launch.ops_cache import (
     VARIABLE,
     private_ops_folder,
@@ -94,7 +94,7 @@ def test_each_release_and_host_has_its_folder(monkeypatch: pytest.MonkeyPatch) -
     set_ops_folder()
     first = os.environ.pop(VARIABLE)
     assert first == str(private_ops_folder())
-    monkeypatch.setattr(jit_cache, "package_version", lambda name: "0.0.0")
+    monkeypatch.setattr(ops_cache, "package_version", lambda name: "0.0.0")
     second = private_ops_folder()
     monkeypatch.setattr(socket, "gethostname", lambda: "another")
     assert len({first, str(second), str(private_ops_folder())}) == 3
