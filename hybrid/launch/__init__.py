@@ -1,1 +1,1 @@
-"""The processes of a run: who starts them, where each stands, how they meet and how they fail."""
+"""This package starts the processes of a run, places and joins them, and says why one failed."""

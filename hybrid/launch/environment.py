@@ -1,4 +1,4 @@
-"""Reads from the environment which launcher started this process. No torch.
+"""This module reads from the environment which launcher started this process. It needs no torch.
 
 torchrun, accelerate, deepspeed and `hybrid` itself set RANK and WORLD_SIZE, which torch and the
 engines read. Open MPI, MPICH and srun set variables of their own.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 
 # Rank, world size, rank within the host, ranks of the host. The order matters: `srun torchrun`
 # leaves SLURM's variables beside torch's. A batch script without srun has SLURM_PROCID, but no
@@ -24,37 +23,37 @@ VARIABLES = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
-# Tells those launchers apart that all set RANK.
+# These tell the launchers apart that all set RANK.
 MARKS = {"ACCELERATE_MIXED_PRECISION": "accelerate launch", "CROSS_RANK": "deepspeed"}
 
 
-def launcher_name(environ: Mapping[str, str] = os.environ) -> str | None:
-    """The launcher that started this process; None where none did."""
-    kind = variables_of(environ)
+def launcher_name() -> str | None:
+    """Return the launcher that started this process, or None if none did."""
+    kind = variables_of()
     if kind != "torchrun":
         return kind
-    return next((known for mark, known in MARKS.items() if mark in environ), kind)
+    return next((known for mark, known in MARKS.items() if mark in os.environ), kind)
 
 
-def variables_of(environ: Mapping[str, str] = os.environ) -> str | None:
-    """The key of `VARIABLES` whose variables are set; None where no launcher set any."""
-    return next((kind for kind, keys in VARIABLES.items() if _is_set(keys, environ)), None)
+def variables_of() -> str | None:
+    """Return the key of `VARIABLES` whose variables are set, or None if no launcher set any.
 
-
-def _is_set(keys: tuple[str, ...], environ: Mapping[str, str]) -> bool:
-    """srun's size alone shows a job step. RANK without WORLD_SIZE counts too: it is a mistake that
-    its author must be told of."""
-    return keys[1] in environ or (keys[0] == "RANK" and keys[0] in environ)
+    The world size decides, since srun sets that in a job step alone. RANK without WORLD_SIZE counts
+    too: it is a mistake that its author must be told of."""
+    for kind, (rank, world_size, *_) in VARIABLES.items():
+        if world_size in os.environ or (rank == "RANK" and rank in os.environ):
+            return kind
+    return None
 
 
 def read_number(key: str) -> int | None:
-    """The whole number in an environment variable; None where there is none."""
+    """Return the whole number in an environment variable, or None if it holds none."""
     text = os.environ.get(key, "")
     return int(text) if text.isascii() and text.isdigit() else None
 
 
 def num_local_ranks() -> int | None:
-    """How many ranks this host has; None where no launcher says it."""
+    """Return the number of ranks on this host, or None if the launcher does not tell it."""
     kind = variables_of()
     if kind is None:
         return 1
@@ -64,10 +63,9 @@ def num_local_ranks() -> int | None:
 
 
 def num_srun_tasks() -> int | None:
-    """How many tasks srun started on this host; None outside a SLURM job step.
+    """Return how many tasks srun started on this host, or None outside a SLURM job step.
 
-    SLURM writes "2(x3),1" for two tasks on each of three hosts and one on the next.
-    """
+    SLURM writes "2(x3),1" for two tasks on each of three hosts and one on the next."""
     counts: list[int] = []
     for part in os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
         if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):

@@ -1,4 +1,4 @@
-"""How ranks tell one another numbers and small objects, outside of an engine's own collectives."""
+"""This module lets ranks exchange numbers and small objects outside an engine's own collectives."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ Row = TypeVar("Row", bound=Sequence[int | float])
 
 
 def gather_rows(row: Row) -> list[Row]:
-    """`row` (a list or a NamedTuple) of every rank, in rank order, in one collective. Numbers keep
-    their 64 bits: floats as IEEE doubles, integers modulo 2**64 as signed."""
+    """Return the `row` (a list or a NamedTuple) of every rank, in rank order, by one collective.
+
+    Numbers keep their 64 bits: floats as IEEE doubles, integers modulo 2**64 as signed."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [row]
-    mine = torch.tensor([_to_word(x) for x in row], dtype=torch.int64, device=_group_device())
+    form = "<" + "".join("d" if isinstance(x, float) else "q" for x in row)
+    numbers = [x if isinstance(x, float) else (x + 2**63) % 2**64 - 2**63 for x in row]
+    words = torch.frombuffer(bytearray(struct.pack(form, *numbers)), dtype=torch.int64)
+    mine = words.to(_group_device())
     table = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(table, mine)
-    rows = torch.stack(table).tolist()
     make: Any = getattr(type(row), "_make", list)
-    return [make(_from_word(w, like) for w, like in zip(r, row, strict=True)) for r in rows]
+    return [make(struct.unpack(form, r.tobytes())) for r in torch.stack(table).cpu().numpy()]
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """`value` of every rank, in rank order; for small things outside the timed steps."""
+    """Return the `value` of every rank, in rank order; for small things outside timed steps."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -35,19 +38,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def _group_device() -> torch.device:
-    """Where the default group's collectives take their tensors: nccl takes none on a CPU."""
+    """Return where the default group's collectives take tensors: nccl takes none on a CPU."""
     if dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-def _to_word(x: int | float) -> int:
-    if isinstance(x, float):
-        return struct.unpack("<q", struct.pack("<d", x))[0]
-    return (x + 2**63) % 2**64 - 2**63
-
-
-def _from_word(word: int, like: int | float) -> int | float:
-    if isinstance(like, float):
-        return struct.unpack("<d", struct.pack("<q", word))[0]
-    return word

@@ -1,7 +1,8 @@
-"""Why a run failed: what each rank says of itself, and which of several failures came first.
+"""This module records why each rank failed, and finds which of several failures came first.
 
 A rank keeps a `RankStatus`: what it is doing, in words. If it fails, `leave_error` writes why to
-`OUT/logs/rankN.error.json` and tells the other ranks. `first_cause` reads these files. No torch.
+`OUT/logs/rankN.error.json` and tells the other ranks. `first_cause` reads these files. The module
+needs no torch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -17,21 +19,22 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from .. import records
 from ..job.errors import Failure, kind_of
 from ..job.schema import Job
 from .heartbeat import Cause, Heartbeat, is_peer_loss
 from .placement import Placement
 
-_WIDTH = 80  # characters of what a rank is doing
-CPU_ALLOCATOR = "DefaultCPUAllocator"  # in the RuntimeError of torch when a host has no memory
+_WIDTH = 80  # characters in `logs/rankN.where`
+CPU_ALLOCATOR = "DefaultCPUAllocator"  # in the RuntimeError that torch raises on a full host
 
 
 class RankStatus:
-    """What this rank is doing and, if it fails, why.
+    """Says what this rank is doing and, if it fails, why.
 
-    `doing` is in words; it also stands in `logs/rankN.where`, for when the rank cannot say it any
-    more. `parameters`: trained parameters of the whole model; `held`: how many of them this rank
-    has (None: not known yet). `peers`: how this rank hears of the others.
+    `doing` is in words. It is also written to `logs/rankN.where`, which is still there after the
+    rank was killed. `parameters`: trained parameters of the whole model; `held`: how many of them
+    this rank has (None: not known yet). `peers`: how this rank hears of the others.
     """
 
     def __init__(self, job: Job, placement: Placement, logs: Path | None = None) -> None:
@@ -47,18 +50,18 @@ class RankStatus:
         self.set("starting")
 
     def set(self, doing: str) -> None:
-        """Say what this rank does from now on."""
+        """Set what this rank does from now on."""
         self.doing = doing
         if self._file >= 0:
-            os.pwrite(self._file, f"{doing:{_WIDTH}}"[:_WIDTH].encode(), 0)  # of one width: whole
+            os.pwrite(self._file, f"{doing:{_WIDTH}}"[:_WIDTH].encode(), 0)  # covers the old text
 
     def start_heartbeat(self, placement: Placement) -> None:
-        """Give signs of life over the store where the ranks met, if they did."""
+        """Start to write signs of life to the store where the ranks met, if they did."""
         if placement.store is not None and placement.world_size > 1:
             self.peers = Heartbeat(placement, lambda: self.doing)
 
     def close(self) -> None:
-        """Give no more signs of life."""
+        """Stop the signs of life and close the status file."""
         if self.peers:
             self.peers.stop()
         if self._file >= 0:
@@ -68,8 +71,8 @@ class RankStatus:
 def leave_error(error: BaseException, status: RankStatus) -> Cause | None:
     """Write why this rank failed, for `first_cause`, and tell the other ranks.
 
-    Returns the other rank's failure that this one follows from, if there is one. What is known of a
-    lack of memory is also added to the error's notes, for launchers that print it.
+    Returns the other rank's failure that this one follows from, if there is one. Where memory ran
+    out, what is known of it is also added to the error's notes, for launchers that print them.
     """
     message, kind = ": ".join([type(error).__name__, *str(error).splitlines()[:1]]), kind_of(error)
     if isinstance(error, SystemExit):
@@ -96,17 +99,14 @@ def leave_error(error: BaseException, status: RankStatus) -> Cause | None:
             "kind": kind,
             "cause": dataclasses.asdict(cause) if cause else None,
         }
-        path = status.logs / f"rank{status.placement.rank}.error.json"
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(what))
-        os.replace(part, path)
+        records.write(what, status.logs / f"rank{status.placement.rank}.error.json")
     return cause
 
 
 def _print_cause(message: str, cause: Cause | None, here: Placement) -> None:
-    """Print the cause in one line, before any traceback, where a launcher mixes what its ranks
-    print. `hybrid`'s own launcher reads the file; a mistake in the job is printed by the command.
-    """
+    """Print the cause in one line before any traceback, since launchers mix their ranks' output.
+
+    `hybrid`'s own launcher reads the file instead, and the command prints a mistake in the job."""
     line = f"hybrid: rank {here.rank} on {here.host}"
     if cause:
         line += f" ends, because of rank {cause.rank} on {cause.host}"
@@ -117,20 +117,20 @@ def _print_cause(message: str, cause: Cause | None, here: Placement) -> None:
 def _trace(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(error))
-    except MemoryError:  # it reads source files; the message matters more
+    except MemoryError:  # a traceback reads source files; the message matters more
         return ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is torch's, on a GPU or a CPU, or Python's word for it. By name: a rank that
-    fails before it imports torch has no need of it."""
+    """Tell whether an error is Python's or torch's for a lack of memory, on a GPU or a CPU.
+
+    It is told by name, since a rank may fail before it imports torch."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or CPU_ALLOCATOR in str(error)
 
 
 def describe_out_of_memory(error: BaseException, status: RankStatus) -> str:
-    """One line: where memory ran out, what the model's training takes, what limit is known, and
-    what takes less."""
+    """Say in one line where memory ran out, what training needs, the limits, what needs less."""
     asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
     parts = [
         f"out of memory {status.doing}",
@@ -144,7 +144,7 @@ def describe_out_of_memory(error: BaseException, status: RankStatus) -> str:
 
 
 def _needs(status: RankStatus) -> str:
-    """What the parameters of this rank, or of the whole model, take."""
+    """Say how much memory the parameters of this rank, or of the whole model, need."""
     if status.parameters is None:
         return ""
     counted = status.parameters if status.held is None else status.held
@@ -154,23 +154,20 @@ def _needs(status: RankStatus) -> str:
     elif status.held == status.parameters:
         whose = f"this rank holds all {counted:,} parameters of the model"
     optimizer = status.job.optimizer
-    # fp32 numbers of 4 bytes: the parameter, its gradient, two moments or what momentum keeps.
+    # Numbers of 4 bytes in fp32: the parameter, its gradient, two moments or what momentum keeps.
     size = 16 if optimizer.name == "adamw" else 12 if optimizer.momentum else 8
     takes = f"with gradients and the state of {optimizer.name} they take {size} bytes each in fp32"
     return f"{whose}: {takes}, {_mib(counted * size)}, and activations come on top"
 
 
 def _limits(error: BaseException) -> list[str]:
-    """What a GPU has, by torch's message, and this process's limits that are set (setrlimit(2))."""
+    """Return the GPU's memory by torch's message and this process's own limits (setrlimit(2))."""
     capacity = re.search(r"total capacity of ([\d.]+ \w+)", str(error))
     found = [f"the GPU has {capacity[1]}"] if capacity else []
-    if sys.platform != "win32":
-        import resource
-
-        for name in ("RLIMIT_DATA", "RLIMIT_AS"):
-            soft, _ = resource.getrlimit(getattr(resource, name))
-            if soft != resource.RLIM_INFINITY:
-                found.append(f"{name} allows this process {_mib(soft)} in all")
+    for name in ("RLIMIT_DATA", "RLIMIT_AS"):
+        soft, _ = resource.getrlimit(getattr(resource, name))
+        if soft != resource.RLIM_INFINITY:
+            found.append(f"{name} allows this process {_mib(soft)} in all")
     return found
 
 
@@ -179,7 +176,10 @@ def _mib(size: int) -> str:
 
 
 def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
-    """Which of the ranks that ended badly (rank to exit code) came first, and why."""
+    """Return the first failure of the ranks that ended badly, given as rank to exit code.
+
+    `seen`: when (in seconds of `time.time`) the launcher saw that a rank had ended. A rank that
+    left no error file failed then; a lost connection to another rank counts last."""
     found: list[tuple[bool, float, Failure]] = []
     for rank, code in dead.items():
         path = logs / f"rank{rank}.error.json"
@@ -199,13 +199,13 @@ def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
 
 
 def _where(logs: Path, rank: int) -> str:
-    """What a rank was about, by its own last word."""
+    """Return what a rank said last that it was doing."""
     path = logs / f"rank{rank}.where"
     return path.read_text().strip() if path.exists() else "starting"
 
 
 def _how_it_ended(code: int) -> str:
-    """A rank's exit code in words."""
+    """Say in words what a rank's exit code means."""
     if code >= 0:
         return f"exited with {code}"
     if -code == signal.SIGKILL:

@@ -1,9 +1,9 @@
-"""What ranks tell one another beside their collectives: that they live, where they are, and what a
-rank died of. It goes over the store where they met, so it needs no collective to work.
+"""This module lets ranks tell one another that they live, what they do, and why one failed.
 
-A rank that fails says why (`report`); its peers, whose collectives break or time out, ask
-(`first_cause`) and end with that word instead of their own. A rank that cannot speak any more,
-killed, stopped or cut off, is known by its signs of life ceasing.
+All of it goes through the store where the ranks met, so it needs no working collective. A rank that
+fails reports why (`report`). Its peers, whose collectives then break or time out, ask for that
+(`first_cause`) and end with this cause instead of their own error. A rank that was killed, stopped
+or cut off cannot report; its peers notice that its signs of life have ceased.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .placement import Placement
 
 T = TypeVar("T")
 PERIOD_S = 1.0  # between signs of life
-PATIENCE_S = 2.0  # for another rank's word about a failure
+PATIENCE_S = 2.0  # for another rank's report of a failure
 _CAUSE = "hybrid/cause"
-# Where a rank is that waits for others: in a collective, in a backward pass that makes some, or in
-# this file, when it has waited in vain.
+# The files in which a rank waits for others: in a collective, in a backward pass that starts some,
+# or in this file, when it has waited in vain.
 _WAITING = (
     "torch/distributed/",
     "torch/autograd/",
     "deepspeed/comm/",
     "hybrid/launch/heartbeat.py",
 )
-# How a rank words that a peer went away, or did not come: an effect, never the first cause.
+# Errors with these words say that a peer is gone or did not come: an effect, never the first cause.
 PEER_LOSS_MESSAGES = (
     "closed by peer",
     "reset by peer",
@@ -45,8 +45,9 @@ PEER_LOSS_MESSAGES = (
 
 
 def is_peer_loss(message: str) -> bool:
-    """Whether an error says that another rank is gone or did not come. One that found nobody at the
-    meeting point is itself the one that did not come."""
+    """Tell whether an error says that another rank is gone or did not come.
+
+    A rank that found nobody at the rendezvous is itself the one that did not come."""
     return "no meeting of ranks" not in message and any(
         words in message for words in PEER_LOSS_MESSAGES
     )
@@ -54,7 +55,7 @@ def is_peer_loss(message: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Cause:
-    """Which rank failed first, as far as this rank can tell, why, and what it was about."""
+    """Says which rank failed first by what this rank knows, why, and what it was doing."""
 
     rank: int
     host: str
@@ -62,12 +63,14 @@ class Cause:
     where: str
 
     def describe(self) -> str:
-        """The failure in one line."""
+        """Describe the failure in one line."""
         return f"rank {self.rank} on {self.host}: {self.message} ({self.where})"
 
 
 class Heartbeat:
-    """The signs of life of this rank, from now until `stop`. `doing` returns what it is doing."""
+    """Writes this rank's signs of life to the store from now until `stop`.
+
+    `doing` returns what the rank is doing."""
 
     def __init__(self, placement: Placement, doing: Callable[[], str]) -> None:
         store: Any = placement.store
@@ -80,19 +83,20 @@ class Heartbeat:
         self._thread.start()
 
     def stop(self) -> None:
-        """Give no more signs."""
+        """Stop the signs of life."""
         self._stopped.set()
         self._thread.join(PERIOD_S)
 
     def report(self, message: str) -> None:
-        """Say what this rank fails of; the first word of all ranks stands."""
+        """Report why this rank fails; of all ranks' reports the first is kept."""
         cause = Cause(self.rank, self.host, message, self.doing())
         word = json.dumps(dataclasses.asdict(cause))
         _bounded(lambda: self.store.compare_set(_CAUSE, "", word), None)
 
     def first_cause(self) -> Cause | None:
-        """What a failure of this rank follows from, when it lost a peer or waited in vain; takes a
-        few seconds. None where no other rank is to blame."""
+        """Return the failure that this rank's follows from, or None if no other rank is to blame.
+
+        For a rank that lost a peer or waited in vain; it takes a few seconds."""
         lost = "gone or cut off, and with it the meeting point of the run"
         return _bounded(
             lambda: self._reported() or self._silent_rank() or self._stuck_rank(),
@@ -107,7 +111,7 @@ class Heartbeat:
             try:
                 self.store.set(f"hybrid/alive/{self.rank}", json.dumps(sign))
             except RuntimeError:
-                return  # the store is gone, and a collective will tell
+                return  # the store is gone, and the next collective will raise
             if self._stopped.wait(PERIOD_S):
                 return
 
@@ -126,7 +130,7 @@ class Heartbeat:
         return [json.loads(self.store.get(k)) if self.store.check([k]) else none for k in keys]
 
     def _silent_rank(self) -> Cause | None:
-        """A rank whose signs have ceased."""
+        """Find a rank whose signs of life have ceased."""
         before = self._signs()
         time.sleep(3 * PERIOD_S)
         for rank, (old, new) in enumerate(zip(before, self._signs(), strict=True)):
@@ -136,7 +140,7 @@ class Heartbeat:
         return None
 
     def _stuck_rank(self) -> Cause | None:
-        """A rank that lives, and is not waiting for others as the rest are."""
+        """Find a rank that lives but does not wait for others as the rest do."""
         for rank, sign in enumerate(self._signs()):
             if rank != self.rank and not any(words in sign["line"] for words in _WAITING):
                 message = f"it did not join the others, and is at {sign['line']}"
@@ -145,8 +149,9 @@ class Heartbeat:
 
 
 def _bounded(ask: Callable[[], T | None], otherwise: T | None) -> T | None:
-    """What `ask` returns; `otherwise` where the store breaks, or does not answer: a request to a
-    host that is cut off waits as long as TCP tries, a quarter of an hour."""
+    """Return what `ask` returns, or `otherwise` where the store breaks or does not answer in time.
+
+    A request to a host that is cut off would wait until TCP gives up, a quarter of an hour."""
     answers: list[T | None] = []
 
     def work() -> None:
@@ -160,7 +165,7 @@ def _bounded(ask: Callable[[], T | None], otherwise: T | None) -> T | None:
 
 
 def _line_of(thread: int | None) -> str:
-    """The line that a thread executes, as FILE:LINE FUNCTION."""
+    """Return the line that a thread executes, as FILE:LINE FUNCTION."""
     frame = sys._current_frames().get(thread or 0)
     if frame is None:
         return "no line"

@@ -1,9 +1,9 @@
-"""Starts the processes of one run on this machine, watches them, and says what went wrong first.
+"""This module starts the ranks of a run on this machine, watches them, and finds what failed first.
 
 Each rank is a `python -m hybrid train ...` with the variables that torchrun would set. Its output
 goes to `OUT/logs/rankN.log`; a rank that raises leaves `OUT/logs/rankN.error.json`
 (`hybrid.launch.failures`). The first cause is the earliest by time; a lost connection to a peer
-that died counts last. No torch.
+that died counts last. The module needs no torch.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
 
 from ..job.errors import Failure, RunFailed
 from .failures import first_cause
 from .heartbeat import is_peer_loss
 from .threads import num_cores
 
+Ranks = list[subprocess.Popen[bytes]]
 GRACE_S = 3.0  # between SIGTERM and SIGKILL, for ranks to flush their logs
 POLL_S = 0.02
-PATIENCE_S = 8.0  # with ranks that live and may know more
+PATIENCE_S = 8.0  # for ranks that still run and may know the cause
 
 
 def run_ranks(
@@ -36,20 +36,28 @@ def run_ranks(
     on_poll: Callable[[], None] | None = None,
     program: Sequence[str] = (sys.executable, "-m", "hybrid"),
 ) -> None:
-    """Run `program arguments` as `nproc` ranks until all have ended well; raises RunFailed as soon
-    as one has not, when no rank is left running."""
+    """Run `program arguments` as `nproc` ranks until all have ended well, and call `on_poll` often.
+
+    Raises RunFailed as soon as a rank has ended badly. No rank is left running."""
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     for old in logs.glob("rank*"):
         old.unlink()
     with contextlib.ExitStack() as stack:
-        ranks: list[subprocess.Popen[bytes]] = []
+        ranks: Ranks = []
         stack.callback(_end_all, ranks)
         port = _free_port()
         for rank in range(nproc):
             log = stack.enter_context((logs / f"rank{rank}.log").open("wb"))
-            environment = _environment(rank, nproc, port)
-            ranks.append(_start([*program, *arguments], environment, log))
+            process = subprocess.Popen(
+                [*program, *arguments],
+                env=_environment(rank, nproc, port),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which ends the ranks
+            )
+            ranks.append(process)
         _wait(ranks, logs, on_poll)
 
 
@@ -74,37 +82,22 @@ def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
     return os.environ | {key: str(value) for key, value in ranks.items()}
 
 
-def _start(
-    command: list[str], environment: dict[str, str], log: IO[bytes]
-) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C reaches this process alone, which ends the ranks
-    )
-
-
-def _wait(
-    ranks: list[subprocess.Popen[bytes]], logs: Path, on_poll: Callable[[], None] | None
-) -> None:
+def _wait(ranks: Ranks, logs: Path, on_poll: Callable[[], None] | None) -> None:
     while True:
         codes = [rank.poll() for rank in ranks]
         if on_poll:
             on_poll()
-        bad = [i for i, code in enumerate(codes) if code]
-        if bad:
+        if any(codes):
             raise RunFailed(_await_cause(ranks, logs, time.time()))
         if all(code == 0 for code in codes):
             return
         time.sleep(POLL_S)
 
 
-def _await_cause(ranks: list[subprocess.Popen[bytes]], logs: Path, seen: float) -> Failure:
-    """The first cause, when peers that fail in the same moment have left their word too; a while
-    longer where all that is known so far is an effect."""
+def _await_cause(ranks: Ranks, logs: Path, seen: float) -> Failure:
+    """Return the first cause, once ranks that fail in the same moment have left their errors too.
+
+    It waits longer while a lost connection is all that is known, since that is only an effect."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         time.sleep(0.2)
@@ -115,8 +108,8 @@ def _await_cause(ranks: list[subprocess.Popen[bytes]], logs: Path, seen: float) 
             return failure
 
 
-def _end_all(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """Leave nothing running: TERM to every rank's process group, then KILL."""
+def _end_all(ranks: Ranks) -> None:
+    """End every rank with its process group: SIGTERM first, then SIGKILL."""
     for rank in ranks:
         _signal(rank, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_S

@@ -1,9 +1,9 @@
-"""A rank's log, `OUT/logs/rankN.log`, under launchers that keep none. No torch.
+"""This module writes each rank's log, `OUT/logs/rankN.log`, under launchers that keep none.
 
-All that this process writes to its standard output and error goes there, messages of C++, of
-faulthandler and of processes that it starts too. What Python prints, warnings and tracebacks among
-it, is on the launcher's terminal as well. That takes no further process, so none can be left.
-`hybrid.launch.local` makes the logs of ranks that it starts itself.
+All that this process writes to its standard output and error goes there, also the messages of C++,
+of faulthandler and of processes that it starts. What Python prints, with warnings and tracebacks,
+is on the launcher's terminal as well. That needs no further process, so none can be left behind.
+`hybrid.launch.local` makes the logs of ranks that it starts itself. The module needs no torch.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from .placement import Placement
 
 
 def redirect_output(logs: Path, placement: Placement) -> None:
-    """Write this rank's output to a new log from now on. Deletes logs left by an earlier run,
-    including those of ranks this run does not have. Rank 0 prints where the logs are."""
+    """Write this rank's output to a new log from now on; rank 0 prints where the logs are.
+
+    Deletes logs left by an earlier run, including those of ranks this run does not have."""
     logs.mkdir(parents=True, exist_ok=True)
     for old in logs.glob("rank*"):
         number = re.match(r"rank(\d+)\.", old.name)
         if number and int(number[1]) % placement.world_size == placement.rank:
-            old.unlink(missing_ok=True)  # not only emptied: its processes may still write there
+            old.unlink(missing_ok=True)  # not emptied, since old processes may still write there
     if placement.rank == 0:
         print(f"hybrid: what each rank N prints is in {logs}/rankN.log", file=sys.stderr)
     with (logs / f"rank{placement.rank}.log").open("wb") as log:
@@ -34,7 +35,7 @@ def redirect_output(logs: Path, placement: Placement) -> None:
 
 
 def _divert(stream: TextIO, number: int, log: int) -> TextIO:
-    """Point the descriptor at the log; returns what writes there and to where it pointed before."""
+    """Point a descriptor at the log, and return a stream to the log and to its old target."""
     stream.flush()
     both = io.BufferedWriter(_Both(number, os.dup(number)))
     os.dup2(log, number)
@@ -42,7 +43,7 @@ def _divert(stream: TextIO, number: int, log: int) -> TextIO:
 
 
 class _Both(io.RawIOBase):
-    """Two descriptors that get the same; `fileno` is the first."""
+    """Writes the same to two descriptors; `fileno` is the log's."""
 
     def __init__(self, log: int, terminal: int) -> None:
         self.log, self.terminal = log, terminal

@@ -1,52 +1,55 @@
-"""Where torch compiles ops at their first use: a folder for each release, without stale locks.
+"""This module chooses the folder where torch compiles ops at first use, and removes stale locks.
 
-While a process builds an op, torch keeps a file `lock` in the op's folder, and others wait for that
-to go (torch/utils/file_baton.py). A build that is killed leaves it, and every later start that
-needs the op waits for ever. The builder has the file open meanwhile, which Linux shows in /proc: a
-lock that no process has open is stale. No torch here.
+While a process builds an op, torch keeps a file `lock` in the op's folder, and other processes wait
+until it is gone (torch/utils/file_baton.py). A build that is killed leaves it, and every later
+start that needs the op waits for ever. The builder has the file open meanwhile, which Linux shows
+in /proc: a lock that no process has open is stale. The module needs no torch.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import platform
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from filelock import FileLock
 
+VARIABLE = "TORCH_EXTENSIONS_DIR"
+
 
 def cache_folder() -> Path:
-    """Where the toolkit keeps what can be made again: hybrid in XDG_CACHE_HOME or in ~/.cache. A
-    relative path there is ignored (https://specifications.freedesktop.org/basedir-spec)."""
+    """Return the folder for what can be made again: hybrid in XDG_CACHE_HOME or in ~/.cache.
+
+    A relative XDG_CACHE_HOME is ignored (https://specifications.freedesktop.org/basedir-spec)."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".cache") / "hybrid"
 
 
 def package_version(name: str) -> str | None:
-    """The installed release of a package; None where there is none. Imports nothing of it."""
+    """Return a package's installed release without importing it, or None if there is none."""
     try:
         return version(name)
     except PackageNotFoundError:
         return None
 
 
-VARIABLE = "TORCH_EXTENSIONS_DIR"
-
-
 def private_ops_folder() -> Path:
-    """This toolkit's own. Ops built for another release crash when they are loaded, so each has a
-    folder; so has each host, since /proc shows the processes of one alone."""
+    """Return this toolkit's own folder of ops, one for each release and host.
+
+    Ops built for another release crash when they are loaded. /proc shows the processes of one host
+    alone."""
     releases = [f"python-{platform.python_version()}"]
     releases += [f"{name}-{package_version(name)}" for name in ("torch", "deepspeed")]
     return cache_folder() / "torch_extensions" / socket.gethostname() / "-".join(releases)
 
 
 def ops_folder() -> Path:
-    """The one that runs use: a user's own, where the variable is set."""
+    """Return the folder that runs use: the user's own, where the variable is set."""
     return Path(os.environ.get(VARIABLE) or private_ops_folder())
 
 
@@ -56,15 +59,14 @@ def set_ops_folder() -> None:
 
 
 def remove_stale_locks() -> None:
-    """Remove stale locks in the private folder; in a user's own folder only name them. Prints a
-    line on stderr for each."""
+    """Remove stale locks in the private folder, or name those in a user's own folder, on stderr."""
     private = ops_folder() == private_ops_folder()
-    for line in remove_private_locks() if private else describe_stale_locks(ops_folder()):
+    for line in remove_private_locks() if private else _describe_stale_locks(ops_folder()):
         print(f"hybrid: {line}", file=sys.stderr)
 
 
 def remove_private_locks() -> list[str]:
-    """Remove what locks are stale in the private folder; returns what was done."""
+    """Remove stale locks in the private folder, and return a line for each."""
     root = private_ops_folder()
     if not stale_locks(root):
         return []
@@ -76,9 +78,10 @@ def remove_private_locks() -> list[str]:
     return [f"removed {lock}: the build that left it is gone" for lock in stale]
 
 
-def describe_stale_locks(root: Path) -> list[str]:
-    """What to tell of stale locks in a folder that is not ours to clean: on a file system of
-    several hosts the owner may live elsewhere."""
+def _describe_stale_locks(root: Path) -> list[str]:
+    """Return a warning for each stale lock in a user's own folder.
+
+    They stay, since the owner may run on another host that shares the file system."""
     return [
         f"warning: {lock}: no process on this host is building there, and what needs this op waits "
         "for the file to go; remove it, unless another host is"
@@ -87,36 +90,22 @@ def describe_stale_locks(root: Path) -> list[str]:
 
 
 def stale_locks(root: Path) -> list[Path]:
-    """Locks of this user under `root` that no process has open. None where that cannot be told:
-    without /proc."""
+    """Return this user's locks under `root` that no process has open; none without /proc."""
     locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
     if not locks or not Path("/proc/self/fd").is_dir():
         return []
-    found = {lock: status for lock in locks if (status := _status(lock))}
-    mine = {lock: _file(s) for lock, s in found.items() if s.st_uid == os.getuid()}
-    held = _open_files()
-    return [lock for lock, file in mine.items() if file not in held]
+    mine = [(lock, status) for lock, status in _stat(locks) if status.st_uid == os.getuid()]
+    # glob skips processes that have ended or are another user's. Names are not compared, since a
+    # process in a container has other names for the same files.
+    held = [status for _, status in _stat(map(Path, glob.iglob("/proc/[0-9]*/fd/*")))]
+    return [lock for lock, s in mine if not any(os.path.samestat(s, open_) for open_ in held)]
 
 
-def _open_files() -> set[tuple[int, int]]:
-    """All that this user's processes have open. Not by name: in a container it has other ones."""
-    links = (link for process in Path("/proc").glob("[0-9]*") for link in _links(process))
-    return {_file(status) for link in links if (status := _status(link))}
-
-
-def _links(process: Path) -> Sequence[Path]:
-    try:
-        return list((process / "fd").iterdir())
-    except OSError:  # it has ended, or is another user's
-        return []
-
-
-def _status(path: Path) -> os.stat_result | None:
-    try:
-        return path.stat()
-    except OSError:
-        return None
-
-
-def _file(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
+def _stat(paths: Iterable[Path]) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield each path that exists with its status."""
+    for path in paths:
+        try:
+            status = path.stat()
+        except OSError:
+            continue
+        yield path, status

@@ -1,4 +1,7 @@
-"""Ends a rank whose launcher is gone, so that no process outlives its run. Linux only. No torch."""
+"""This module ends a rank whose launcher is gone, so that no process outlives its run.
+
+It works on Linux alone and needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +37,9 @@ _PDEATHSIG = 1  # PR_SET_PDEATHSIG, prctl(2)
 def end_with_launcher(started_by: int | None = None) -> None:
     """Have this rank end when the launcher that started it dies and so cannot end it any more.
 
-    The kernel ends the rank with its parent. deepspeed's and accelerate's launchers start others in
-    between; a thread watches those further up. `started_by`: the process id that the parent must
-    have, where it is known.
-    """
+    The kernel ends the rank with its parent. deepspeed's and accelerate's launchers start other
+    processes in between, so a thread watches the launchers further up. `started_by`: the process id
+    that the parent must have, where it is known."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
@@ -50,7 +52,7 @@ def end_with_launcher(started_by: int | None = None) -> None:
 
 
 def _launchers_above(pid: int) -> list[psutil.Process]:
-    """The unbroken chain of launcher processes above our parent process `pid`."""
+    """Return the unbroken chain of launcher processes above our parent process `pid`."""
     try:
         return list(itertools.takewhile(_is_launcher, psutil.Process(pid).parents()))
     except psutil.Error:  # the parent is gone: the kernel ends this rank
@@ -58,7 +60,7 @@ def _launchers_above(pid: int) -> list[psutil.Process]:
 
 
 def _is_launcher(process: psutil.Process) -> bool:
-    """Whether a process runs a launcher, as its program or as the module that Python runs."""
+    """Tell whether a process runs a launcher, as its program or as the module that Python runs."""
     try:
         words = [Path(word).name for word in process.cmdline()]
     except psutil.Error:
@@ -72,14 +74,14 @@ def _watch(above: list[psutil.Process]) -> None:
         time.sleep(1)
         for process in above:
             if not _is_alive(process):
-                with contextlib.suppress(OSError):  # the launcher may have been who read it
+                with contextlib.suppress(OSError):  # the launcher may have read our stderr
                     line = f"hybrid: the launcher (process {process.pid}) is gone: ending"
                     print(line, file=sys.stderr)
                 os._exit(1)
 
 
 def _is_alive(process: psutil.Process) -> bool:
-    """psutil tells a process from a later one of the same number by its start time."""
+    """Tell whether a process lives; psutil knows by its start time if another has its number."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

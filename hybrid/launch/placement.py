@@ -1,7 +1,7 @@
-"""Where one process stands in a run: its rank, host, device, place in the layout, and its store.
+"""This module places a process in its run: rank, host, device, coordinates in the layout, store.
 
-A run makes one `Placement` and passes it on; nothing else asks the environment for a rank. No torch
-until a device is asked for.
+A run makes one `Placement` and passes it on; nothing else asks the environment for a rank. torch is
+imported only when a device is asked for.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-PORTS = range(20000, 30000)  # below Linux's ephemeral ones (net.ipv4.ip_local_port_range)
+PORTS = range(20000, 30000)  # below Linux's ephemeral ports (net.ipv4.ip_local_port_range)
 OWN = "hybrid"  # the launcher's name where `hybrid` itself started this rank
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """One process of a run.
+    """Describes one process of a run.
 
-    `launcher` started it (None: nobody, it is a process alone). `layout` is the run's once it is
-    known. `store` is where the ranks met (None: they have not, or the process is alone).
+    `launcher` started it (None: no launcher did, the process is alone). `layout` is the run's once
+    it is known. `store` is where the ranks met (None: they have not met, or the process is alone).
     """
 
     rank: int = 0
@@ -41,12 +41,12 @@ class Placement:
 
     @property
     def host(self) -> str:
-        """This host's name."""
+        """Return this host's name."""
         return socket.gethostname()
 
     @property
     def device(self) -> torch.device:
-        """This rank's device: its GPU where the host has one, else the CPU."""
+        """Return this rank's GPU where the host has one, else the CPU."""
         import torch
 
         if torch.cuda.is_available():
@@ -55,27 +55,28 @@ class Placement:
 
     @property
     def backend(self) -> str:
-        """The collective library for this device: nccl on GPUs, gloo on CPUs."""
+        """Return the collective library for this device: nccl on GPUs, gloo on CPUs."""
         return "nccl" if self.device.type == "cuda" else "gloo"
 
     @property
     def stage(self) -> int:
-        """The pipeline stage that this rank holds."""
+        """Return the pipeline stage that this rank holds."""
         return self.layout.stage(self.rank)
 
     @property
     def dp_rank(self) -> int:
-        """Which share of a batch this rank computes."""
+        """Return the data-parallel rank: which share of a batch this rank computes."""
         return self.layout.dp_rank(self.rank)
 
     @property
     def under_foreign_launcher(self) -> bool:
-        """Whether another program than `hybrid` started this rank."""
+        """Tell whether another program than `hybrid` started this rank."""
         return self.launcher not in (None, OWN)
 
 
 def find_placement(started_by_hybrid: bool = False) -> Placement:
-    """This process's place by what its launcher said; a process alone where there is no launcher.
+    """Place this process by its launcher's variables; without a launcher it is a process alone.
+
     Raises JobError where the launcher's variables contradict each other."""
     kind = variables_of()
     if kind is None:
@@ -89,7 +90,8 @@ def find_placement(started_by_hybrid: bool = False) -> Placement:
 
 
 def export_rank_variables(placement: Placement) -> None:
-    """Set the variables that torch, Accelerate and DeepSpeed read, where the launcher set others.
+    """Set the variables that torch, Accelerate and DeepSpeed read, where the launcher did not.
+
     Raises JobError where the address of rank 0 cannot be known."""
     found = {
         "RANK": placement.rank,
@@ -108,7 +110,7 @@ def export_rank_variables(placement: Placement) -> None:
 
 
 def _find_rendezvous(kind: str, placement: Placement) -> tuple[str, int]:
-    """Address and port of rank 0. Every rank finds the same ones without asking another."""
+    """Return rank 0's address and port, the same on every rank without asking another one."""
     if placement.world_size == 1:
         return "localhost", 0
     if kind == "srun":
@@ -124,7 +126,7 @@ def _find_rendezvous(kind: str, placement: Placement) -> tuple[str, int]:
 
 
 def _first_node() -> str:
-    """The host of rank 0 of this SLURM job step; raises JobError where SLURM does not tell it."""
+    """Return the host of a SLURM job step's rank 0; raises JobError if SLURM does not tell it."""
     if read_number("SLURM_STEP_NUM_NODES") == 1:
         return "localhost"
     nodes = os.environ.get("SLURM_STEP_NODELIST", "")
@@ -132,7 +134,7 @@ def _first_node() -> str:
         first = _scontrol("show", "hostnames", nodes).split()[0]
         try:
             socket.getaddrinfo(first, None)
-        except OSError:  # a node whose name is not its host's; SLURM knows the address
+        except OSError:  # the node's name is not its host's name; SLURM knows the address
             words = _scontrol("--oneliner", "show", "node", first).split()
             first = dict(word.split("=", 1) for word in words if "=" in word)["NodeAddr"]
     except (OSError, subprocess.SubprocessError, LookupError) as error:

@@ -1,14 +1,13 @@
-"""Joins this process to the other ranks of its run, and leaves them again.
+"""This module joins this process to the other ranks of its run, and leaves them again.
 
-`join_process_group(placement)` and `cleanup()` stand around what a run does;
-`hybrid.launch.exchange` is how ranks tell one another numbers in between.
+A run calls `join_process_group(placement)` first and `cleanup()` last. In between, ranks exchange
+numbers through `hybrid.launch.exchange`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -31,11 +30,11 @@ _ARRIVED = "hybrid/arrived/"  # keys of the store: each rank's host, once it has
 
 
 def join_process_group(placement: Placement, limits: Launch = DEFAULT_LIMITS) -> Placement:
-    """Join the run's default process group, unless this process is in one: nccl on GPUs, gloo on
-    CPUs. MASTER_ADDR and MASTER_PORT name the rendezvous; a process alone needs neither.
+    """Join the run's default process group, unless this process is in one.
 
-    Returns the placement with the store where the ranks met. Raises StartError, which names the
-    ranks that are missing, after `limits.start_timeout_s`.
+    It uses nccl on GPUs and gloo on CPUs. MASTER_ADDR and MASTER_PORT name the rendezvous; a
+    process alone needs neither. Returns the placement with the store where the ranks met. Raises
+    StartError, which names the ranks that are missing, after `limits.start_timeout_s`.
     """
     if dist.is_initialized():
         return placement
@@ -61,24 +60,26 @@ def join_process_group(placement: Placement, limits: Launch = DEFAULT_LIMITS) ->
 
 
 def hide_accelerate_configuration() -> None:
-    """Take accelerate's configuration out of the environment until `cleanup`: the engines are made
-    from the job, which was checked against it, and Accelerate would read it beside the job."""
+    """Delete accelerate's environment variables until `cleanup` restores them.
+
+    The engines are built from the job, which was checked against accelerate's configuration;
+    Accelerate would also read the configuration."""
     _joined.enter_context(restored_environment())
     clear_accelerate_variables()
 
 
 def _set_default_timeouts(gloo: timedelta, nccl: timedelta | None) -> None:
-    """Of groups that engines make: they ask for none, and would get torch's of half an hour."""
+    """Set the timeouts of groups that engines make without one; torch's default is half an hour."""
     dist.distributed_c10d.default_pg_timeout = gloo
     dist.distributed_c10d.default_pg_nccl_timeout = nccl
 
 
 def _meet(placement: Placement, seconds: int) -> dist.Store:
-    """The store of the rendezvous once all ranks have come to it."""
+    """Return the store of the rendezvous once all ranks have come to it."""
     rank, world_size = placement.rank, placement.world_size
     store = _open_store(placement, seconds)
     keys = [f"{_ARRIVED}{other}" for other in range(world_size)]
-    store.set(keys[rank], socket.gethostname())
+    store.set(keys[rank], placement.host)
     try:
         store.wait(keys, timedelta(seconds=seconds))
     except dist.DistError:
@@ -91,11 +92,10 @@ def _meet(placement: Placement, seconds: int) -> dist.Store:
 
 
 def _open_store(placement: Placement, seconds: int) -> dist.Store:
-    """A store at MASTER_ADDR:MASTER_PORT, which rank 0 holds unless torchrun does.
+    """Open the store at MASTER_ADDR:MASTER_PORT, which rank 0 holds unless torchrun does.
 
     torchrun's store outlives its ranks: after a restart (`--max-restarts`) it still has the keys of
-    the first attempt, so each attempt has a prefix of its own, as torch's `env://` has.
-    """
+    the first attempt. So each attempt has a prefix of its own, as under torch's `env://`."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     holds = placement.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
@@ -120,9 +120,10 @@ def _open_store(placement: Placement, seconds: int) -> dist.Store:
 
 @contextmanager
 def restored_environment() -> Iterator[None]:
-    """Leave the environment variables as they were found. A RANK left behind would tell a later
-    command that a launcher started it; ACCELERATE_USE_DEEPSPEED would make a later run DeepSpeed's.
-    """
+    """Restore the environment variables afterwards.
+
+    A RANK left behind would tell a later command that a launcher started it, and with
+    ACCELERATE_USE_DEEPSPEED left behind, Accelerate would use DeepSpeed in a later run."""
     found = dict(os.environ)
     try:
         yield
@@ -133,8 +134,7 @@ def restored_environment() -> Iterator[None]:
 
 
 def cleanup() -> None:
-    """Leave the process group, if this process is in one. The environment variables are again as
-    they were before joining."""
+    """Leave the process group, if this process is in one, and restore the environment variables."""
     try:
         if dist.is_initialized():
             _leave()
@@ -145,7 +145,7 @@ def cleanup() -> None:
 def _leave() -> None:
     deepspeed = sys.modules.get("deepspeed.comm")
     if deepspeed and deepspeed.is_initialized():
-        deepspeed.destroy_process_group()  # and all groups of it that DeepSpeed remembers
+        deepspeed.destroy_process_group()  # also destroys the groups that DeepSpeed keeps
     else:
         dist.destroy_process_group()
     # gloo's worker threads free the last collective's tensors asynchronously and need the GIL for

@@ -1,7 +1,8 @@
-"""How many threads a rank computes with where OMP_NUM_THREADS does not say it. No torch.
+"""This module sets how many threads a rank computes with where OMP_NUM_THREADS is not set.
 
-Left to itself each rank takes every core, and ranks that share a host wait for one another: two on
-two cores were 17 times slower. torchrun and accelerate set 1; deepspeed, mpirun and srun nothing.
+By default each rank uses every core, and ranks that share a host wait for one another: two ranks on
+two cores were 17 times slower. torchrun and accelerate set 1; deepspeed, mpirun and srun set
+nothing. The module needs no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 def set_num_threads(placement: Placement) -> None:
     """Give this rank its part of the host's cores, unless OMP_NUM_THREADS is set; rank 0 prints it.
-    Call it before torch and numpy are imported where possible: later only torch can be told."""
+
+    Call it before torch and numpy are imported where possible: later it can only change torch."""
     ranks = num_local_ranks() or 1
     if ranks == 1 or VARIABLE in os.environ:
         return
@@ -36,8 +38,10 @@ def set_num_threads(placement: Placement) -> None:
 
 
 def num_shared_cores() -> int:
-    """Cores that the ranks of this host have together. A launcher may bind each rank to some of its
-    own cores, so the launcher's are counted; srun is no process of the job and sets variables."""
+    """Count the cores that the ranks of this host have together.
+
+    A launcher may bind each rank to some of its own cores, so the launcher's are counted. srun does
+    not run on this host, but it sets environment variables."""
     tasks = num_srun_tasks()
     if tasks is None or "OMPI_COMM_WORLD_SIZE" in os.environ:  # Open MPI's daemons are srun's tasks
         return num_cores(os.getppid())
@@ -46,8 +50,7 @@ def num_shared_cores() -> int:
 
 
 def num_cores(process: int = 0) -> int:
-    """Processors that a process may use, at most as many as its container has time for. `process`:
-    a process id; 0 is this process."""
+    """Count the processors that a process (0: this one) may use, within its container's quota."""
     if hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(process))
     else:
@@ -57,7 +60,7 @@ def num_cores(process: int = 0) -> int:
 
 
 def cgroup_cores(file: Path) -> float | None:
-    """How many cores' time a container may use (cgroup v2); None where nothing limits it."""
+    """Return how many cores' time a container may use (cgroup v2), or None without a limit."""
     try:
         quota, period = file.read_text().split()
         return int(quota) / int(period)
