@@ -1,1 +1,1 @@
-"""What is asked: the schema of a job, how one is read, and every error of the toolkit. No torch."""
+"""This package holds the schema of a job, reads one, and defines every error. It needs no torch."""

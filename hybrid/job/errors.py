@@ -1,11 +1,13 @@
-"""Every error class of the toolkit, and the exit status that each means for a command. No torch.
+"""This module defines every error class and the exit status that each means for a command.
 
-| error | whose it is | exit status |
+| error | who made the mistake | exit status |
 |---|---|---|
-| `JobError`, `LayoutError` | the job's or the command line's author | 2 |
-| `Unsupported` | nobody's: this strategy cannot run this job here | 2 |
+| `JobError`, `LayoutError` | the author of the job or of the command line | 2 |
+| `Unsupported` | nobody: this strategy cannot run this job here | 2 |
 | `ModuleNotFoundError` | the machine lacks a package | 3 |
-| `RunError`, `StartError`, `PeerFailed`, `RunFailed` | the run's | 1 |
+| `RunError`, `StartError`, `PeerFailed`, `RunFailed` | the run itself failed | 1 |
+
+The module needs no torch.
 """
 
 from __future__ import annotations
@@ -18,30 +20,33 @@ from ..records import Kind
 
 
 class JobError(ValueError):
-    """The job or the command line is wrong. The message is one line for its author."""
+    """Says in one line, for the author, what is wrong in the job or the command line."""
 
 
 class Unsupported(ValueError):
-    """A strategy cannot run this job on these processes. A record says `not_possible`, which is no
-    failure."""
+    """Says why a strategy cannot run this job on these processes.
+
+    The run's record then says `not_possible`, which is no failure."""
 
 
 class RunError(RuntimeError):
-    """A run must not go on: ranks disagree, a receipt is refused, or a loss is not finite."""
+    """Ends a run where ranks disagree, a receipt is refused, or a loss is not finite."""
 
 
 class StartError(RuntimeError):
-    """The ranks of a run did not meet at the rendezvous."""
+    """Says that the ranks of a run did not meet at the rendezvous."""
 
 
 class PeerFailed(RuntimeError):
-    """This rank ends because another one failed; the message names that rank."""
+    """Ends this rank because another one failed; the message names that rank."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """The first cause of a failed run. `details` is a traceback or the end of a log; `kind` is
-    `job` (a mistake in the job), `unsupported` or `error` (an error of the run)."""
+    """Holds the first cause of a failed run.
+
+    `details` is a traceback or the end of a log; `kind` is `job` (a mistake in the job),
+    `unsupported` or `error` (an error of the run)."""
 
     rank: int
     message: str
@@ -50,7 +55,7 @@ class Failure:
 
 
 class RunFailed(RuntimeError):
-    """The processes of a run ended without a result; `failure` is the first cause."""
+    """Says that a run's processes ended without a result; `failure` is the first cause."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(f"rank {failure.rank} on {socket.gethostname()}: {failure.message}")
@@ -58,14 +63,14 @@ class RunFailed(RuntimeError):
 
 
 def kind_of(error: BaseException) -> Kind:
-    """Whose fault an error is, as a `Failure` has it."""
+    """Return the `kind` of a `Failure` that an error means."""
     if isinstance(error, Unsupported):
         return "unsupported"
     return "job" if isinstance(error, (JobError, LayoutError)) else "error"
 
 
 def exit_status(error: BaseException) -> int | None:
-    """The status of a command that ends with this error; None where it needs a traceback."""
+    """Return the status of a command that ends so, or None if the error needs a traceback."""
     if kind_of(error) != "error":
         return 2
     if isinstance(error, RunFailed):
@@ -76,5 +81,5 @@ def exit_status(error: BaseException) -> int | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class name where it has no message."""
+    """Return the first line of an error's message, or its class name if it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,6 +1,8 @@
-"""Reads a job: a TOML file (or JSON, or a mapping), `--set` overrides on top, one-line errors.
+"""This module reads a job from a TOML or JSON file or a mapping, with `--set` overrides on top.
 
-job = load_job("launch/jobs/mnist.toml", ["train.steps=20", "optimizer.name=adamw"])
+    job = load_job("launch/jobs/mnist.toml", ["train.steps=20", "optimizer.name=adamw"])
+
+Every error is one line.
 """
 
 from __future__ import annotations
@@ -15,28 +17,27 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from .errors import JobError
-from .reading import read_json, read_text, show, show_key
+from .reading import parse, read_json, read_text, show, show_key
 from .schema import Job
 
 MAX_TOML_BYTES = 2**16
-# tomllib takes time and memory with the square of a dotted key's parts: 8 s and 3 GB for 30,000.
+# tomllib's time and memory grow with the square of a dotted key's parts: 8 s, 3 GB for 30,000.
 _LONG_KEY = re.compile(r"""(?:(?<![\w"'-])[\w"'-]++[ \t]*+\.[ \t]*+){100}""")
 _INSTEAD = {"train.steps": "epochs", "train.epochs": "steps"}
 
 
 def to_dict(job: Job) -> dict[str, Any]:
-    """The whole job, defaults written out, as `load_job` takes it back."""
+    """Return the whole job with its defaults, as `load_job` takes it back."""
     return job.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def load_job(
     source: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()
 ) -> Job:
-    """The job in a TOML or JSON file (or in a mapping of the same shape) with overrides on top.
+    """Load the job from a TOML or JSON file, or a mapping of the same shape, and override keys.
 
     `overrides` are "a.b=value" texts, the value in TOML or a bare word, or a mapping from "a.b" to
-    the value. Raises JobError.
-    """
+    the value. Raises JobError."""
     if isinstance(source, Mapping):
         data, where = _copy(source), "job"
     else:
@@ -55,25 +56,19 @@ def _copy(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The mapping in a TOML file, or in a JSON file such as a run's own `job.json`."""
-    data = read_json(path, str(path)) if path.suffix == ".json" else _read_toml(path)
+    """Return the mapping in a TOML file, or in a JSON file such as a run's own `job.json`."""
+    if path.suffix == ".json":
+        data = read_json(path, str(path))
+    else:
+        text = read_text(path, str(path), MAX_TOML_BYTES)
+        data = parse(text, str(path), "TOML", _parse_toml)
     if not isinstance(data, dict):
         raise JobError(f"{path}: holds a {type(data).__name__}, a job is sections of keys")
     return data
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    text = read_text(path, str(path), MAX_TOML_BYTES)
-    try:
-        return _parse(text)
-    except RecursionError:
-        raise JobError(f"{path}: not a TOML file: nested too deeply") from None
-    except ValueError as error:
-        raise JobError(f"{path}: not a TOML file: {str(error).splitlines()[0]}") from None
-
-
-def _parse(text: str) -> dict[str, Any]:
-    """What TOML says; ValueError or RecursionError where it is none."""
+def _parse_toml(text: str) -> dict[str, Any]:
+    """Return what a text in TOML holds; raises ValueError or RecursionError where it cannot."""
     if found := _LONG_KEY.search(text):
         raise ValueError(f"more than 100 parts in the key {show_key(found[0])}")
     return tomllib.loads(text)
@@ -84,13 +79,13 @@ def _parse_pair(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise JobError(f"--set {text!r}: write a.b=value, such as train.steps=20")
     try:
-        return key.strip(), _parse(f"value = {value}")["value"]
+        return key.strip(), _parse_toml(f"value = {value}")["value"]
     except (ValueError, RecursionError):  # a bare word
         return key.strip(), value.strip()
 
 
 def _assign(data: dict[str, Any], key: str, value: Any) -> None:
-    if key in _INSTEAD:  # of the two lengths of a run, the override is the one that counts
+    if key in _INSTEAD:  # an override of one length of the run replaces the file's other one
         train = data.get("train")
         if isinstance(train, dict):
             train.pop(_INSTEAD[key], None)
@@ -103,9 +98,9 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first error of a validation as `field = value: what is wrong; what is valid`."""
+    """Write the first error of a validation as `field = value: what is wrong; what is valid`."""
     errors = error.errors(include_url=False)
-    first = min(errors, key=lambda e: e["type"] == "missing")  # what is there before what is not
+    first = min(errors, key=lambda e: e["type"] == "missing")  # missing keys come last
     field, valid = _locate(first["loc"])
     if first["type"] == "extra_forbidden":
         unknown = str(first["loc"][-1])
@@ -121,8 +116,9 @@ def _one_line(error: ValidationError) -> str:
 
 
 def _locate(loc: Sequence[int | str]) -> tuple[str, list[str]]:
-    """The dotted field that a pydantic location lies in, and the keys valid in its section (a union
-    appends the names of its members to the location: these are left out)."""
+    """Return the dotted field of a pydantic location, and the keys that are valid in its section.
+
+    A union appends the names of its members to the location: these are left out."""
     section: type[BaseModel] = Job
     names: list[str] = []
     for name in map(str, loc):

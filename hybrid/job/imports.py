@@ -1,4 +1,4 @@
-"""Calls what a job names: ours by its short name, a user's by `package.module:function`."""
+"""This module calls what a job names: ours by its name, a user's by `package.module:function`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any
 
-from .errors import JobError
+from .errors import JobError, first_line
 
 
 def check_name(section: str, name: str, known: Collection[str]) -> None:
@@ -26,14 +26,16 @@ def check_name(section: str, name: str, known: Collection[str]) -> None:
 def call_named(
     section: str, name: str, options: Mapping[str, Any], known: Mapping[str, str]
 ) -> Any:
-    """What the function that `section` of the job names returns for `options`; JobError where it
-    cannot be imported or refuses them."""
+    """Call the function that `section` of the job names with `options`, and return its result.
+
+    `known` maps short names to `package.module:function`. Raises JobError where the function cannot
+    be imported or refuses the options."""
     check_name(section, name, known)
     function = _import(section, name, known.get(name, name))
     given = f"{section}.options = {dict(options)!r} of {name!r}"
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some builtins have none to show
+    except (TypeError, ValueError):  # some builtins have no signature
         signature = None
     if signature:
         try:
@@ -43,11 +45,7 @@ def call_named(
     try:
         return function(**options)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise JobError(f"{given}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise JobError(f"{given}: {first_line(error)}") from error
 
 
 def _import(section: str, name: str, path: str) -> Callable[..., Any]:
@@ -63,11 +61,12 @@ def _import(section: str, name: str, path: str) -> Callable[..., Any]:
 
 
 def import_module(given: str, module: str) -> ModuleType:
-    """A module that the job or the command names; JobError, beginning with what was `given`, where
-    it cannot be imported."""
+    """Import and return a module that the job or the command names.
+
+    Raises JobError, which begins with what was `given`, where it cannot be imported."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's own file lies where the command is typed
     try:
         return importlib.import_module(module)
     except Exception as error:  # a user's file may raise anything while it is imported
-        raise JobError(f"{given}: cannot be imported: {_first_line(error)}") from error
+        raise JobError(f"{given}: cannot be imported: {first_line(error)}") from error

@@ -1,58 +1,62 @@
-"""Reads files that people write, and says in one line what is wrong with one."""
+"""This module reads files that people write, and says in one line what is wrong with one."""
 
 from __future__ import annotations
 
 import json
 import math
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import JobError
+from .errors import JobError, first_line
 
-MAX_BYTES = 2**24  # people write some thousands; weights named by mistake are more
+MAX_BYTES = 2**24  # people write some thousands; a file of weights, named by mistake, holds more
 
 
 def read_text(path: Path, what: str, max_bytes: int = MAX_BYTES) -> str:
-    """The text of a file; `what` names it in errors. JobError where it is no regular file (a pipe
-    or a device could be waited for without end), holds more than `max_bytes` or is not UTF-8. A
-    byte order mark in front, which some editors write, is no part of the text."""
-    problem, content = None, b""
+    """Return the text of a file without a byte order mark, which some editors write in front.
+
+    `what` names the file in errors. Raises JobError where it is no regular file (one could wait for
+    ever for a pipe or a device), holds more than `max_bytes` or is not UTF-8."""
     try:
         mode = path.stat().st_mode
-        if stat.S_ISREG(mode):
-            with path.open("rb") as file:
-                content = file.read(max_bytes + 1)
-        else:
+        if not stat.S_ISREG(mode):
             kind = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
-            problem = f"is {kind}, not a file"
-    except OSError as error:
-        problem = error.strerror
-    except ValueError as error:  # a NUL in its name
-        problem = str(error)
-    if len(content) > max_bytes:
-        problem = f"holds more than {max_bytes >> 10} KiB"
-    if problem:
-        raise JobError(f"{what}: cannot be read: {problem}")
-    try:
+            raise ValueError(f"is {kind}, not a file")
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise ValueError(f"holds more than {max_bytes >> 10} KiB")
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         at = f"byte {error.start} is {content[error.start]:#04x}"
         raise JobError(f"{what}: is not text in UTF-8: {at}") from None
+    except (OSError, ValueError) as error:  # ValueError is also raised for a NUL in a name
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise JobError(f"{what}: cannot be read: {problem}") from None
 
 
 def read_json(path: Path, what: str) -> Any:
-    """What a JSON file holds; JobError where `read_text` raises it, where it is not JSON, holds a
-    key twice (a parser would drop one in silence) or a number that JSON does not have."""
-    text = read_text(path, what)
+    """Return what a JSON file holds; `what` names the file in errors.
+
+    Raises JobError where `read_text` does, and where the text is not JSON, holds a key twice (a
+    parser would drop one in silence) or a number that JSON does not have."""
+    return parse(read_text(path, what), what, "JSON", _parse_json)
+
+
+def parse(text: str, what: str, kind: str, parser: Callable[[str], Any]) -> Any:
+    """Return what `parser` makes of a text; raises JobError where it refuses the text."""
     try:
-        return json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite
-        )
+        return parser(text)
     except RecursionError:
-        raise JobError(f"{what}: not a JSON file: nested too deeply") from None
+        raise JobError(f"{what}: not a {kind} file: nested too deeply") from None
     except ValueError as error:
-        raise JobError(f"{what}: not a JSON file: {str(error).splitlines()[0]}") from None
+        raise JobError(f"{what}: not a {kind} file: {first_line(error)}") from None
+
+
+def _parse_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -74,7 +78,7 @@ def _finite(text: str) -> float:
 
 
 def show(value: Any) -> str:
-    """A value as Python writes it, on one line, at most 60 characters of it."""
+    """Write a value as Python does, on one line, at most 60 characters of it."""
     try:
         return _cut(repr(value))
     except (ValueError, RecursionError):  # thousands of digits, hundreds of levels
@@ -82,7 +86,7 @@ def show(value: Any) -> str:
 
 
 def show_key(key: str) -> str:
-    """A key on one line, at most 60 characters of it."""
+    """Write a key on one line, at most 60 characters of it."""
     return _cut(repr(key)[1:-1])
 
 

@@ -1,7 +1,7 @@
-"""The job: what is trained, on what, how. `hybrid.job.file` reads one.
+"""This module defines the job: what is trained, on what, how. `hybrid.job.file` reads one.
 
 Every field is documented where it stands. An unknown key, a wrong type or an impossible value is
-refused; nothing is converted or ignored. No torch.
+refused; nothing is converted or ignored. The module needs no torch.
 """
 
 from __future__ import annotations
@@ -9,18 +9,11 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _no_bool(value: Any) -> Any:
-    """A literal 1 would take True."""
+    """Turn True into a text, since a literal 1 would accept it."""
     return repr(value) if isinstance(value, bool) else value
 
 
@@ -42,7 +35,7 @@ def _inside(value: Any) -> list[Any]:
 
 
 def _storable(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as every rank will read them back from `job.json`."""
+    """Return options that every rank will read back from `job.json`; refuse others."""
     level: list[Any] = [options]
     for _ in range(MAX_DEPTH):
         level = [inner for value in level for inner in _inside(value)]
@@ -58,39 +51,39 @@ def _storable(options: dict[str, Any]) -> dict[str, Any]:
 Options = Annotated[dict[str, Any], AfterValidator(_storable)]
 
 
-class Model(_Section):
-    """`name`: linear, mlp, gpt, hf:NAME_OR_PATH, or package.module:function; `options`: its keyword
-    arguments."""
+class _Named(_Section):
+    """Names a function and the keyword arguments to call it with."""
 
     name: str
     options: Options = {}
 
 
-class Data(_Section):
-    """`name`: random, mnist, text, or package.module:function; `options`: its keyword arguments."""
+class Model(_Named):
+    """Names the model: linear, mlp, gpt, hf:NAME_OR_PATH, or package.module:function."""
 
-    name: str
-    options: Options = {}
+
+class Data(_Named):
+    """Names the data: random, mnist, text, or package.module:function."""
 
 
 class Optimizer(_Section):
-    """Torch's SGD or AdamW. `momentum` is SGD's, `betas` and `eps` are AdamW's. `no_decay`: kinds
-    of parameters that `weight_decay` leaves out."""
+    """Chooses torch's SGD or AdamW and sets it."""
 
     name: Literal["sgd", "adamw"]
     lr: float = Field(gt=0)
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+    momentum: float = Field(default=0.0, ge=0, lt=1)  # for sgd
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(  # for adamw
         default=[0.9, 0.999], min_length=2, max_length=2
     )
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)  # for adamw
     weight_decay: float = Field(default=0.0, ge=0)
-    no_decay: list[Literal["norms", "biases", "embeddings"]] = []
+    no_decay: list[Literal["norms", "biases", "embeddings"]] = []  # left out by weight_decay
 
 
 class Schedule(_Section):
-    """Learning rate over optimizer steps: linear warm-up, then constant, or down to `min_lr` at the
-    end of the run along a line or half a cosine."""
+    """Sets how the learning rate moves over optimizer steps, after a linear warm-up.
+
+    It stays constant, or falls along a line or half a cosine to `min_lr` at the end of the run."""
 
     name: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Count = 0
@@ -98,23 +91,18 @@ class Schedule(_Section):
 
 
 class Train(_Section):
-    """`global_batch`: samples per optimizer step over all ranks. `micro_batches`: pieces each
-    data-parallel rank cuts its share into. `epochs` or `steps`: one of them. `clip_norm`: greatest
-    global gradient norm, 0 is off. `precision`: what layers compute in; README.md has its whole
-    meaning. `activation_checkpointing`: compute each layer's activations again in backward
-    instead of keeping them. `compile`: torch.compile each layer. `eval_every`: optimizer steps
-    between evaluations, the first before training; 0: at the end alone."""
+    """Sets the training loop; exactly one of `epochs` and `steps` is given."""
 
-    global_batch: Positive
-    micro_batches: Positive = 1
+    global_batch: Positive  # samples per optimizer step over all ranks
+    micro_batches: Positive = 1  # pieces each data-parallel rank cuts its share into
     epochs: Positive | None = None
-    steps: Positive | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    clip_norm: float = Field(default=0.0, ge=0)
+    steps: Positive | None = None  # optimizer steps
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # what layers compute in; see README.md
+    clip_norm: float = Field(default=0.0, ge=0)  # greatest global gradient norm; 0 is off
     seed: Count = 0
-    activation_checkpointing: bool = False
-    compile: bool = False
-    eval_every: Count = 0
+    activation_checkpointing: bool = False  # computes activations again in backward, keeps none
+    compile: bool = False  # applies torch.compile to each layer
+    eval_every: Count = 0  # steps between evaluations, also before training; 0: at the end alone
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:
@@ -124,7 +112,8 @@ class Train(_Section):
 
 
 class Parallel(_Section):
-    """Degrees for the strategies with two axes: `pp` x `dp` for 2d, `replicate` x `shard` for fsdp.
+    """Sets the degrees of strategies with two axes: pp x dp for 2d, replicate x shard for fsdp.
+
     Left out, they follow from --nproc. Strategies with one axis put all processes on it."""
 
     pp: Positive | None = None
@@ -134,72 +123,74 @@ class Parallel(_Section):
 
 
 class Log(_Section):
-    """`trackers`: where steps go besides `steps.jsonl`; names that Accelerate knows, such as
-    tensorboard, each with its own package installed."""
+    """Names the trackers that log steps besides `steps.jsonl`.
+
+    They are those that Accelerate knows, such as tensorboard; each needs its own package."""
 
     trackers: list[str] = []
 
 
 class Launch(_Section):
-    """Seconds until a run gives up: `start_timeout_s` on ranks that do not start or meet,
-    `collective_timeout_s` on a rank that others wait for in a collective."""
+    """Sets after how many seconds a run gives up."""
 
-    start_timeout_s: Seconds = 60
-    collective_timeout_s: Seconds = 300
+    start_timeout_s: Seconds = 60  # on ranks that do not start or meet
+    collective_timeout_s: Seconds = 300  # on a rank that others wait for in a collective
 
 
 class StrategySettings(_Section):
-    """What every strategy section takes: `micro_batches` overrides the one of [train]."""
+    """Holds what every strategy's section takes."""
 
-    micro_batches: Positive | None = None
+    micro_batches: Positive | None = None  # overrides [train]
 
 
 class Ddp(StrategySettings):
-    """`comm_hook`: how gradients travel (none: as they are). `powersgd_rank`: rank of PowerSGD's
-    approximation. `bucket_cap_mb`: MiB of gradients a collective carries."""
+    """Sets how gradients travel."""
 
-    comm_hook: Literal["none", "bf16", "fp16", "powersgd"] = "none"
-    powersgd_rank: Positive = 1
-    bucket_cap_mb: Positive = 25
+    comm_hook: Literal["none", "bf16", "fp16", "powersgd"] = "none"  # none: as they are
+    powersgd_rank: Positive = 1  # of PowerSGD's approximation
+    bucket_cap_mb: Positive = 25  # MiB of gradients in a collective
 
 
 class LocalSgd(StrategySettings):
-    """`sync_every`: local steps between merges, or "epoch". `emulate_replicas`: one process plays
-    that many ranks in turn; the reference that `hybrid compare` holds a real run against."""
+    """Sets how often the ranks' parameters are averaged."""
 
-    sync_every: Positive | Literal["epoch"] = "epoch"
+    sync_every: Positive | Literal["epoch"] = "epoch"  # local steps between two averages
+    # One process plays that many ranks in turn: `hybrid compare` holds a real run against it.
     emulate_replicas: Positive | None = None
 
 
 class Fsdp(StrategySettings):
-    """`reshard_after_forward`: free gathered parameters between forward and backward (less memory,
-    one more all-gather)."""
+    """Sets how FSDP2 shards."""
 
+    # Frees gathered parameters between forward and backward: less memory, one more all-gather.
     reshard_after_forward: bool = True
 
 
 class Zero(StrategySettings):
-    """`ds_config`: a DeepSpeed JSON file in place of the shipped `ds_configs/zeroN.json`."""
+    """Names a DeepSpeed JSON file in place of the shipped `ds_configs/zeroN.json`."""
 
     ds_config: str | None = None
 
 
 class Pipeline(StrategySettings):
-    """`partition`: equal numbers of layers that have parameters, equal parameters, or layers a
-    stage ([2, 1, 1])."""
+    """Sets how layers are cut into stages.
+
+    `partition`: equal numbers of layers that have parameters (uniform), equal parameters, or the
+    layers of each stage ([2, 1, 1])."""
 
     partition: Partition = "uniform"
     ds_config: str | None = None
 
 
 class TwoD(Pipeline):
-    """`zero_stage`: 0 replicates the optimizer state over columns, 1 shards it."""
+    """Sets a pipeline with data-parallel columns."""
 
+    # 0 replicates the optimizer state over the columns, 1 shards it.
     zero_stage: Annotated[Literal[0, 1], BeforeValidator(_no_bool)] = 1
 
 
 class Strategies(_Section):
-    """Settings of one strategy each: [strategy.NAME]."""
+    """Holds the settings of each strategy: [strategy.NAME]."""
 
     single: StrategySettings = StrategySettings()
     ddp: Ddp = Ddp()
@@ -213,7 +204,7 @@ class Strategies(_Section):
 
 
 class Job(_Section):
-    """One job: the same model, data, optimizer and evaluation under every strategy."""
+    """Holds one job: the same model, data, optimizer and evaluation under every strategy."""
 
     model: Model
     data: Data
@@ -226,15 +217,15 @@ class Job(_Section):
     strategy: Strategies = Strategies()
 
     def settings(self, strategy: str) -> StrategySettings:
-        """The section of one strategy; its defaults for a strategy that has none."""
+        """Return the section of one strategy, or the defaults if it has no section."""
         return getattr(self.strategy, "two_d" if strategy == "2d" else strategy, StrategySettings())
 
     def micro_batches(self, strategy: str) -> int:
-        """Micro-batches per data-parallel rank under one strategy."""
+        """Return the micro-batches per data-parallel rank under one strategy."""
         return self.settings(strategy).micro_batches or self.train.micro_batches
 
     def warnings(self) -> list[str]:
-        """Settings that differ from their default and have no effect, a line each."""
+        """Return a line for each setting that differs from its default and has no effect."""
         optimizer, schedule, ddp = self.optimizer, self.schedule, self.strategy.ddp
         unused: list[tuple[str, str, str, BaseModel]]
         unused = [("optimizer", key, "name", optimizer) for key in _UNUSED[optimizer.name]]
@@ -255,8 +246,9 @@ _UNUSED = {"sgd": ("betas", "eps"), "adamw": ("momentum",)}
 
 
 def resolve_lengths(job: Job, num_samples: int) -> Job:
-    """The job with lengths in optimizer steps: `train.epochs` and `sync_every = "epoch"` become
-    numbers, now that the size of the train set is known."""
+    """Return the job with `train.epochs` and `sync_every = "epoch"` as numbers of optimizer steps.
+
+    `num_samples`: the size of the train set."""
     per_epoch = -(-num_samples // job.train.global_batch)
     steps = job.train.steps or job.train.epochs * per_epoch  # type: ignore[operator]
     train = job.train.model_copy(update={"steps": steps, "epochs": None})
