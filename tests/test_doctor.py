@@ -82,13 +82,13 @@ def test_looking_costs_no_torch() -> None:
 
 
 def test_pairs_of_ranks_and_slow_links() -> None:
-    from hybrid.doctor import links
+    from hybrid.doctor.links import Link, check_links, pairs
 
-    assert links.pairs(["a", "a", "a", "b", "b", "c"]) == [(0, 1), (3, 4), (0, 3), (0, 5), (3, 5)]
-    many = links.pairs([f"h{i}" for i in range(8)])
+    assert pairs(["a", "a", "a", "b", "b", "c"]) == [(0, 1), (3, 4), (0, 3), (0, 5), (3, 5)]
+    many = pairs([f"h{i}" for i in range(8)])
     assert many == [(i, (i + 1) % 8) for i in range(8)]
     rates = {("a", "a"): 5e6, ("a", "b"): 1.2e8, ("a", "c"): 1.2e8, ("b", "c"): 1.2e7}
-    found = list(links.judge([links.Link((0, 1), hosts, 1e-4, r) for hosts, r in rates.items()]))
+    found = list(check_links([Link((0, 1), hosts, 1e-4, r) for hosts, r in rates.items()]))
     assert [f.status for f in found] == ["ok", "ok", "ok", "warning"]
     assert found[0].found == "both on a: 0.1 ms, 40 Mbit/s"
     assert found[1].found == "on a and b: 0.1 ms, 960 Mbit/s"
@@ -109,34 +109,38 @@ def comparison(record: Record, parity: Parity | None) -> Comparison:
 
 
 def test_what_did_not_run_is_a_finding_with_the_reason() -> None:
-    from hybrid.doctor.self_test import judge
+    from hybrid.doctor.self_test import describe_run
 
     equal, unequal = (Parity(ok, 0.0, 0.0, {}, Difference(1, "loss", 1, 2)) for ok in (True, False))
     ran = Record("ddp", "ok", world_size=2)
     assert (
-        judge("ddp", comparison(ran, equal), 7.0).found == "in 7 s, on 2 processes, as single does"
+        describe_run("ddp", comparison(ran, equal), 7.0).found
+        == "in 7 s, on 2 processes, as single does"
     )
-    failed = judge("ddp", comparison(Record("ddp", "failed", "rank 1: no space"), None), 1.0)
+    failed = describe_run("ddp", comparison(Record("ddp", "failed", "rank 1: no space"), None), 1.0)
     assert failed.status == "error" and "rank 1: no space" in failed.found
-    differs = judge("ddp", comparison(ran, unequal), 1.0)
+    differs = describe_run("ddp", comparison(ran, unequal), 1.0)
     assert differs.status == "error" and "loss" in differs.found
-    impossible = judge("ddp", comparison(Record("ddp", "not_possible", "no units"), None), 0.0)
+    impossible = describe_run(
+        "ddp", comparison(Record("ddp", "not_possible", "no units"), None), 0.0
+    )
     assert impossible.status == "warning" and "no units" in impossible.found
 
 
 @pytest.mark.slow
 def test_self_test_finds_a_strategy_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     from hybrid.doctor import self_test
+    from hybrid.doctor.self_test import check_strategies
 
     monkeypatch.setattr(self_test, "STRATEGY_S", 0.5)
-    (found,) = self_test.check_strategies(["single"])
+    (found,) = check_strategies(["single"])
     assert found.status == "error" and "had not ended after" in found.found
 
 
 @pytest.mark.slow
 def test_self_test_runs_strategies(capsys: pytest.CaptureFixture[str]) -> None:
     from hybrid.doctor.self_test import TINY, check_strategies, num_processes
-    from hybrid.job_file import load_job
+    from hybrid.job.file import load_job
 
     (found,) = check_strategies(["pipeline"])
     assert found.status == "ok" and "on 2 processes" in found.found, found

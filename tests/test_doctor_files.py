@@ -1,22 +1,21 @@
-"""`hybrid doctor FILE...`: files for launchers that are well, their traps, and what is known of
-accelerate's keys against accelerate itself. `test_malformed.py` has files that are not well."""
+"""Tests `hybrid doctor FILE...` on good files and their traps, and its table of accelerate's keys.
+
+`test_malformed.py` has files that are malformed.
+"""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from hybrid.config import JobError
-from hybrid.doctor import accelerate_keys
-from hybrid.doctor.accelerate_files import judge_config
-from hybrid.doctor.files import judge
-from hybrid.doctor.plain_yaml import read_yaml
-from hybrid.doctor.programs import check_accelerate_config
+from hybrid.doctor import accelerate_files
+from hybrid.doctor.accelerate_files import check_config, known_keys
+from hybrid.doctor.files import check_files, read_yaml
+from hybrid.job.errors import JobError
 from tests.conftest import ROOT, hybrid_command
 
 SHIPPED = sorted(
@@ -29,6 +28,15 @@ SHIPPED = sorted(
 FSDP = {"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": {"fsdp_version": 2}}
 ZERO = {"distributed_type": "DEEPSPEED", "num_processes": 4}
 CPU = {"distributed_type": "MULTI_CPU", "num_processes": 2}
+# What the options of a section begin with. deepspeed_config's have several beginnings.
+PREFIXES = {
+    "fsdp_config": "fsdp_",
+    "fp8_config": "fp8_",
+    "dynamo_config": "dynamo_",
+    "parallelism_config": "parallelism_config_",
+    "megatron_lm_config": "megatron_lm_",
+    "mpirun_config": "mpirun_",
+}
 
 
 def fsdp(**settings: Any) -> dict[str, Any]:
@@ -41,7 +49,7 @@ def zero(**settings: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}-{file.name}")
 def test_what_is_shipped_is_well(file: Path) -> None:
-    (found,) = judge([file])
+    (found,) = check_files([file])
     assert (found.name, found.status, found.mend) == (str(file), "ok", None)
 
 
@@ -103,7 +111,7 @@ def test_good_files_are_said_before_one_that_is_malformed(tmp_path: Path) -> Non
     ],
 )
 def test_what_it_would_start(config: dict[str, Any], words: str) -> None:
-    found, traps = judge_config(config, "file")
+    found, traps = check_config(config, "file")
     assert words in found and traps == []
 
 
@@ -135,14 +143,17 @@ OVER_MPI = {"mpirun_config": {"mpirun_hostfile": "h"}}
         (ZERO | {"fsdp_config": {"fsdp_version": 2}}, "fsdp_config is not read with DEEPSPEED"),
         (ZERO | {"deepspeed_config": {"zero_stage": 0}}, "no job takes zero_stage 0"),
         (ZERO | {"deepspeed_config": {"deepspeed_config_file": "x"}}, "deepspeed_config_file"),
+        (ZERO | {"deepspeed_config": {"deepspeed_config_file": "none"}}, "deepspeed_config_file"),
         (ZERO | {"deepspeed_config": {"offload_param_device": "CPU"}}, "offload_param_device CPU"),
         (FSDP | {"parallelism_config": {"parallelism_config_tp_size": 4}}, "config_tp_size"),
         (FSDP | {"mixed_precision": "fp8"}, "mixed_precision fp8"),
         ({"distributed_type": "XLA", "num_processes": 8}, "distributed_type XLA"),
+        (FSDP | {"use_cpu": True}, "use_cpu is not read with FSDP"),
+        (ZERO | {"use_cpu": True}, "use_cpu is not read with DEEPSPEED"),
     ],
 )
 def test_traps(config: dict[str, Any], words: str) -> None:
-    _, traps = judge_config(config, "file")
+    _, traps = check_config(config, "file")
     ((trap, mend),) = traps
     assert words in trap and mend
 
@@ -150,7 +161,7 @@ def test_traps(config: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize("kind", ["NO", "MULTI_CPU"])
 def test_one_process_on_each_machine_is_no_even_share(kind: str) -> None:
     config = {"distributed_type": kind, "num_processes": 1, "main_process_port": 29500}
-    found, ((trap, _),) = judge_config(config | MACHINES, "file")
+    found, ((trap, _),) = check_config(config | MACHINES, "file")
     assert f"{kind}, 2 processes on 2 machines" in found and "each a run of its own" in trap
 
 
@@ -158,10 +169,10 @@ def test_one_process_on_each_machine_is_no_even_share(kind: str) -> None:
 def test_a_filter_counts_in_place_of_num_processes(kind: str) -> None:
     filtered = {f"deepspeed_{kind}_filter": "node1:0@node2:0,1"}
     odd = ZERO | MACHINES | {"num_processes": 3}
-    found, _ = judge_config(odd | zero(**filtered), "file")
+    found, _ = check_config(odd | zero(**filtered), "file")
     assert "DEEPSPEED, processes as the filter says on 2 machines" in found
     with pytest.raises(JobError, match="multiple of num_machines"):
-        judge_config(odd | zero(**filtered, deepspeed_multinode_launcher="standard"), "file")
+        check_config(odd | zero(**filtered, deepspeed_multinode_launcher="standard"), "file")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +185,7 @@ def test_a_filter_counts_in_place_of_num_processes(kind: str) -> None:
     ],
 )
 def test_no_strategy_is_promised_of_what_no_job_takes(config: dict[str, Any]) -> None:
-    found, traps = judge_config(config, "file")
+    found, traps = check_config(config, "file")
     assert "; for" not in found and traps
     assert "ZeRO" not in found or "deepspeed_config_file" not in config["deepspeed_config"]
 
@@ -188,7 +199,7 @@ def test_files_and_the_self_test_are_apart() -> None:
 
 def test_a_command_a_machine_is_no_trap() -> None:
     standard = {"deepspeed_config": {"deepspeed_multinode_launcher": "standard"}}
-    found, traps = judge_config(ZERO | MACHINES | standard, "file")
+    found, traps = check_config(ZERO | MACHINES | standard, "file")
     assert "4 processes on 2 machines" in found and traps == []
 
 
@@ -202,23 +213,26 @@ def test_known_fields_are_accelerate_s() -> None:
     from accelerate.commands.config.config_args import ClusterConfig
     from accelerate.utils import DistributedType
 
-    rows = accelerate_keys.table()["properties"]
-    assert rows.keys() == ClusterConfig.__dataclass_fields__.keys() | accelerate_keys.OLD.keys()
+    rows = known_keys()["properties"]
+    old = {key for key, row in rows.items() if "now" in row}
+    assert old == {"dynamo_backend", "fp16"}
+    assert rows.keys() == ClusterConfig.__dataclass_fields__.keys() | old
     assert rows["distributed_type"]["enum"] == [kind.value for kind in DistributedType]
 
 
 def test_known_keys_of_sections_are_accelerate_s_options() -> None:
     from accelerate.commands.launch import launch_command_parser
 
-    rows = accelerate_keys.table()["properties"]
+    rows = known_keys()["properties"]
+    unread = {key for key, row in rows["fp8_config"]["properties"].items() if "meant" in row}
     options = {action.dest: action for action in launch_command_parser()._actions}
     known = {
         section: {name for name in options if name.startswith(prefix)}
-        for section, prefix in accelerate_keys.PREFIXES.items()
+        for section, prefix in PREFIXES.items()
     }
     known["fsdp_config"].add("fsdp_ignored_modules")
     known["mpirun_config"].add("bind-to")
-    known["fp8_config"] |= {"fp8_use_mxfp8_block_scaling", *accelerate_keys.UNREAD}
+    known["fp8_config"] |= {"fp8_use_mxfp8_block_scaling", *unread}
     group = {n for n in options if n.startswith(("zero", "offload_", "gradient_", "deepspeed_"))}
     known["deepspeed_config"] = group
     assert {section: set(rows[section]["properties"]) for section in known} == known
@@ -241,21 +255,23 @@ def test_accelerate_takes_the_shipped_files_and_no_unknown_field(tmp_path: Path)
     file.write_text(yaml.safe_dump(FSDP | {"fsdp_config": {"fsdp_verson": 2}}))
     assert load_config_from_file(str(file)).fsdp_config == {"fsdp_verson": 2}
     with pytest.raises(JobError, match="did you mean 'fsdp_version'"):
-        list(judge([file]))
+        list(check_files([file]))
 
 
-def test_without_accelerate_or_with_another_source(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("release", "refused"), [(None, True), ("1.15.2", True), ("1.16.0", False)]
+)
+def test_keys_of_another_release_are_left_to_it(
+    release: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accelerate_keys.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="accelerate is not installed"):
-        judge_config(FSDP, "file")
-    (found,) = check_accelerate_config(ROOT / "launch" / "accelerate" / "fsdp.yaml")
-    assert "not installed" in found.found and found.mend == "see the package above"
-    monkeypatch.undo()
-    (tmp_path / "accelerate").mkdir()
-    (tmp_path / "accelerate" / "__init__.py").touch()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "accelerate", raising=False)
-    with pytest.raises(JobError, match="cannot be read as that of 1"):
-        judge_config(FSDP, "file")
+    """Values are checked all the same, and a key that is not known cannot stand for one that is."""
+    monkeypatch.setattr(accelerate_files, "package_version", lambda name: release)
+    for new in ({"new_field": 1}, fsdp(fsdp_new=1), zero(num_processes="x")):
+        config = ZERO | new
+        if refused:
+            with pytest.raises(JobError, match="unknown key"):
+                check_config(config, "file")
+        else:
+            assert "4 processes on 1 machine" in check_config(config, "file")[0]
+    with pytest.raises(JobError, match=r"fsdp_version = 3: .*<= 2"):
+        check_config(FSDP | fsdp(fsdp_version=3), "file")

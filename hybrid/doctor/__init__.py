@@ -1,8 +1,7 @@
-"""`hybrid doctor`: what this machine lacks for the toolkit's runs, and how to mend it.
+"""Runs `hybrid doctor`: it says what this machine lacks for the toolkit's runs, and the remedy.
 
-Each check yields findings; none raises for what it finds. Under a launcher the ranks also look at
-one another: what each host found, and how fast the links between them are. `hybrid doctor FILE...`
-judges files that launchers are handed instead.
+Each check yields findings and raises for none of them. Under a launcher the ranks also compare what
+each host found, and measure the links between them.
 """
 
 from __future__ import annotations
@@ -10,30 +9,26 @@ from __future__ import annotations
 import dataclasses
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..launchers import Ranks, adopt
-from ..launchers import name as launcher_name
+from ..job.errors import first_line
+from ..launch.environment import launcher_name
+from ..launch.placement import export_rank_variables, find_placement
 from ..records import dumps
-from .devices import check_devices, torch_problem
 from .finding import Finding
-from .machine import check_machine
+from .installed import check_launchers, check_packages
+from .machine import check_devices, check_machine, torch_problem
 from .network import check_network
-from .packages import check_packages
-from .programs import check_launchers
 
 CHECKS = (check_packages, check_devices, check_machine, check_network, check_launchers)
-RANKS = "ranks"  # the last finding of a rank that met no others
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers")
-Tell = Callable[[Finding], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All findings; `links` is what was measured between ranks (`links.Link`). `ok`: nothing that
-    is needed is missing."""
+    """Holds all findings, whether all that is needed is there, and the `links.Link`s measured."""
 
     host: str
     ok: bool
@@ -42,114 +37,103 @@ class Report:
 
 
 def run(self_test: bool, json_to: TextIO | None) -> int:
-    """The command: prints each finding as it is made, on the first rank alone, or at the end one
-    JSON object to `json_to`. Returns the exit status: 3 where something needed is missing."""
-    first = adopt().rank == 0 if under_launcher() else True
-    report = examine(self_test, _print if first and not json_to else None)
+    """Look at this machine, and return the exit status: 3 where something needed is missing.
+
+    The first rank alone prints each finding as it is made, or at the end one JSON object.
+    """
+    placement = find_placement()
+    first, host = placement.rank == 0, placement.host
+    if launcher_name():
+        export_rank_variables(placement)
+    findings: list[Finding] = []
+    links: list[Any] = []
+    _collect(_look(self_test, findings, links), findings, show=first and not json_to)
+    ok = all(finding.status != "error" for finding in findings)
     if first and json_to:
-        print(dumps(report), file=json_to)
+        print(dumps(Report(host, ok, findings, links)), file=json_to)
     elif first:
-        what = "nothing" if report.ok else "something"
-        print(f"{what} that is needed is missing{'' if report.ok else ': see each error'}")
-    elif report.findings[-1].name == RANKS:  # the first rank cannot know
-        print(f"hybrid: {report.host}: {report.findings[-1].found}", file=sys.stderr)
-    return 0 if report.ok else 3
+        what = "nothing" if ok else "something"
+        print(f"{what} that is needed is missing{'' if ok else ': see each error'}")
+    elif findings[-1].name == "ranks":  # this rank met no others, so the first cannot know
+        print(f"hybrid: {host}: {findings[-1].found}", file=sys.stderr)
+    return 0 if ok else 3
 
 
-def judge_files(files: Sequence[Path], json_to: TextIO | None) -> int:
-    """The command with files: judges what is handed to launchers in place of the machine. JobError
-    for the first that is malformed; traps in the others are warnings, which leave the status 0."""
-    from .files import judge
+def run_on_files(files: Sequence[Path], json_to: TextIO | None) -> int:
+    """Check files that launchers are handed; a trap in one is a warning, and the status is 0.
 
-    findings = []
-    for finding in judge(files):
-        findings.append(finding)
-        if json_to is None:
-            _print(finding)
+    Raises JobError for the first file that is malformed.
+    """
+    from .files import check_files
+
+    findings: list[Finding] = []
+    _collect(check_files(files), findings, show=not json_to)
     if json_to:
         print(dumps(Report(socket.gethostname(), True, findings, [])), file=json_to)
     return 0
 
 
-def examine(self_test: bool = True, tell: Tell | None = None) -> Report:
-    """Look at this machine; `tell` gets each finding as it is made.
-
-    Under a launcher the links are measured in place of a self-test, which starts ranks of its own;
-    all ranks must call it then, and the first one's report has everything.
-    """
-    findings: list[Finding] = []
-    links: list[Any] = []
-
-    def add(finding: Finding) -> None:
+def _collect(found: Iterable[Finding], findings: list[Finding], show: bool) -> None:
+    """Append each finding as it is made, and print it where `show` is set."""
+    for finding in found:
         findings.append(finding)
-        if tell:
-            tell(finding)
+        if show:
+            print(f"{finding.status:8} {finding.name:20} {finding.found}", flush=True)
+        if show and finding.mend:
+            print(f"{'':8} {'':20} -> {finding.mend}", flush=True)
 
+
+def _look(self_test: bool, so_far: list[Finding], links: list[Any]) -> Iterator[Finding]:
+    """Yield all findings; `so_far` holds those that were yielded, `links` takes the measured ones.
+
+    Under a launcher the links are measured in place of a self-test, which starts ranks of its own.
+    """
     for check in CHECKS:
-        for finding in check():
-            add(finding)
-    if under_launcher():
-        for finding in _meet(findings, links):
-            add(finding)
+        yield from check()
+    if launcher_name():
+        yield from _meet(so_far, links)
     elif self_test:
         from .self_test import check_strategies
 
-        for finding in check_strategies():
-            add(finding)
-    ok = all(finding.status != "error" for finding in findings)
-    return Report(socket.gethostname(), ok, findings, links)
+        yield from check_strategies()
 
 
-def under_launcher() -> bool:
-    """Whether a launcher started this process as a rank."""
-    return launcher_name() is not None
-
-
-def _meet(findings: Sequence[Finding], links: list[Any]) -> list[Finding]:
-    """What the ranks learn from one another: other hosts' troubles, and the links. Collective."""
+def _meet(mine: list[Finding], links: list[Any]) -> list[Finding]:
+    """Compare hosts and measure links with the other ranks, which all have to call this."""
     if torch_problem():
-        return [Finding(RANKS, "error", "they cannot meet without torch", "see torch above")]
-    from .. import processes
+        return [Finding("ranks", "error", "they cannot meet without torch", "see torch above")]
+    from ..launch.exchange import gather_objects
+    from ..launch.process_group import cleanup, join_process_group
     from .links import measure
 
-    ranks = Ranks.from_env()
     try:
-        processes.join(ranks)
-        mine = (socket.gethostname(), ranks.local_rank, list(findings))
-        elsewhere = troubles_elsewhere(processes.gather_objects(mine))
-        measured, found = measure()
+        placement = join_process_group(find_placement())
+        of_ranks = gather_objects((placement.host, placement.local_rank, mine))
+        measured, found = measure(placement)
     except RuntimeError as error:  # all of torch's are (DistBackendError, DistStoreError, ...)
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         mend = "see MASTER_ADDR, the network above, and that every host runs the same command"
-        return [Finding(RANKS, "error", f"they did not meet: {reason}", mend)]
+        return [Finding("ranks", "error", f"they did not meet: {first_line(error)}", mend)]
     finally:
-        processes.cleanup()
+        cleanup()
     links += found
-    return [*elsewhere, *measured]
+    return [*troubles_elsewhere(of_ranks), *measured]
 
 
 def troubles_elsewhere(of_ranks: Sequence[tuple[str, int, list[Finding]]]) -> list[Finding]:
-    """What is not well on other hosts than the first rank's, and releases that differ from its;
-    each rank gives its host, its number there and its findings."""
+    """Return what is wrong on other hosts than the first rank's, and releases that differ from its.
+
+    Each rank gives its host, its number there and its findings.
+    """
     here, _, own = of_ranks[0]
-    known = {finding.name: finding for finding in own}
+    known = {finding.name: finding.found for finding in own}
     found = []
     for host, local_rank, findings in of_ranks:
-        if local_rank or host == here:
-            continue
-        for finding in findings:
+        for finding in findings if local_rank == 0 and host != here else ():
+            words = f"on {host}: {finding.found}"
             if finding.status != "ok":
-                words = f"on {host}: {finding.found}"
                 found.append(dataclasses.replace(finding, found=words))
-            elif finding.name in PACKAGES and finding.found != known[finding.name].found:
-                words = f"on {host}: {finding.found}, on {here}: {known[finding.name].found}"
+            elif finding.name in PACKAGES and finding.found != known[finding.name]:
+                words += f", on {here}: {known[finding.name]}"
                 mend = "install the same release on every host"
                 found.append(Finding(finding.name, "warning", words, mend))
     return found
-
-
-def _print(finding: Finding) -> None:
-    """A line, and one below it on how to mend it."""
-    print(f"{finding.status:8} {finding.name:20} {finding.found}", flush=True)
-    if finding.mend:
-        print(f"{'':8} {'':20} -> {finding.mend}", flush=True)

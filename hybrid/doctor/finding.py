@@ -1,21 +1,20 @@
-"""What the doctor says about one thing, and how it runs other programs to find out."""
+"""Defines what the doctor says about one thing."""
 
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-from collections.abc import Sequence
 from typing import Literal
 
 Status = Literal["ok", "warning", "error"]
-PROGRAM_S = 5.0  # what another program may take to name its version
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """`found` in words; `mend` says what to do about it, None where nothing is to be done. An
-    `error` is something needed that is missing or does not work; a `warning` costs time or gets in
-    the way of some runs."""
+    """Says what was found, and in `mend` what to do about it (None where there is nothing to do).
+
+    An `error` is something needed that is missing or does not work. A `warning` costs time or gets
+    in the way of some runs.
+    """
 
     name: str
     status: Status
@@ -23,18 +22,11 @@ class Finding:
     mend: str | None = None
 
 
-def run_program(command: Sequence[str]) -> tuple[bool, list[str]]:
-    """Whether a program ends well within five seconds, and what it prints, on both streams, without
-    empty lines."""
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=PROGRAM_S,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return False, [str(error)]
-    text = done.stdout.decode(errors="replace")
-    return done.returncode == 0, [line.strip() for line in text.splitlines() if line.strip()]
+def warn_if(wrong: bool, name: str, found: str, mend: str) -> Finding:
+    """Return a warning with its remedy where something is wrong, and an `ok` otherwise."""
+    return Finding(name, "warning", found, mend) if wrong else Finding(name, "ok", found)
+
+
+def count(number: int, word: str) -> str:
+    """Write a number with its noun, such as `1 process` or `2 machines`."""
+    return f"{number} {word}{'' if number == 1 else 'es' if word.endswith('s') else 's'}"

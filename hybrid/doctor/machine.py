@@ -1,4 +1,4 @@
-"""Cores, shared memory, limits, compiler and the JIT cache of this host. No torch."""
+"""Checks the cores, memory, limits, compiler, compiled ops and GPUs of this host."""
 
 from __future__ import annotations
 
@@ -10,39 +10,53 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from .. import jit_cache
-from ..environment import CGROUP_QUOTA, cgroup_cores, num_cores
-from ..threads import cores_of_all
-from .finding import Finding
+from ..job.errors import first_line
+from ..launch.ops_cache import (
+    VARIABLE,
+    ops_folder,
+    package_version,
+    private_ops_folder,
+    stale_locks,
+)
+from ..launch.threads import CGROUP_QUOTA, cgroup_cores, num_cores, num_shared_cores
+from .finding import Finding, warn_if
 
 ENOUGH_SHARED = 2**30  # bytes; a container gets 64 MiB unless told otherwise
 ENOUGH_FILES = 1024  # a rank has sockets to every peer in every group, and its libraries' files
+BACKENDS = ("gloo", "nccl", "mpi")  # of torch.distributed
 RDMA = Path("/sys/class/infiniband")
 
 
 def check_machine() -> Iterator[Finding]:
-    """What runs need of the host, whichever devices it has."""
-    cores = num_cores()
+    """Check what runs need of the host, whichever devices it has."""
+    cores, ranks = num_cores(), int(os.environ.get("LOCAL_WORLD_SIZE", 0))
     yield check_cores(cores, cgroup_cores(CGROUP_QUOTA))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-    together = cores_of_all() if ranks else cores
-    yield check_threads(together, ranks, os.environ.get("OMP_NUM_THREADS"))
+    shared = num_shared_cores() if ranks else cores
+    yield check_threads(shared, ranks, os.environ.get("OMP_NUM_THREADS"))
     if Path("/dev/shm").is_dir():
         yield check_shared_memory(shutil.disk_usage("/dev/shm").total)
     if sys.platform != "win32":
-        yield from _limits()
-    yield _compiler()
-    yield from check_jit_cache(jit_cache.folder())
+        from resource import RLIM_INFINITY, RLIMIT_MEMLOCK, RLIMIT_NOFILE, getrlimit
+
+        limits = [getrlimit(name)[0] for name in (RLIMIT_NOFILE, RLIMIT_MEMLOCK)]
+        files, memory = (float("inf") if n == RLIM_INFINITY else n for n in limits)
+        yield check_open_files(files)
+        yield check_locked_memory(memory, RDMA.is_dir() and any(RDMA.iterdir()))
+    compiler = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+    missing = "none: train.compile, and ops that DeepSpeed compiles when offloading, do not work"
+    mend = "install g++, if a job needs these"
+    yield warn_if(compiler is None, "c++ compiler", compiler or missing, mend)
+    yield from check_jit_cache(ops_folder())
 
 
 def check_cores(cores: int, quota: float | None) -> Finding:
-    """Cores that runs count with; a container's time is what counts where it has less."""
+    """Name the cores that runs count with; `quota` is the processor time that a container has."""
     limit = "" if quota is None else f", with the time of {quota:g} in this container"
     return Finding("cores", "ok", f"{cores}{limit}")
 
 
 def check_threads(cores: int, ranks: int, setting: str | None) -> Finding:
-    """OMP_NUM_THREADS for that many ranks on this host, 0 where no launcher started any."""
+    """Check OMP_NUM_THREADS for the ranks of this host, 0 where no launcher started any."""
     share = max(1, cores // max(1, ranks))
     shown = "OMP_NUM_THREADS is not set" if setting is None else f"OMP_NUM_THREADS={setting}"
     mend = f"OMP_NUM_THREADS={share}"
@@ -51,7 +65,7 @@ def check_threads(cores: int, ranks: int, setting: str | None) -> Finding:
     if not ranks:
         note = "" if setting else ": each rank gets its share of the cores"
         return Finding("threads", "ok", f"{shown}{note}")
-    threads = int(setting.split(",")[0]) if setting else share  # as `hybrid.threads` does
+    threads = int(setting.split(",")[0]) if setting else share  # as `set_num_threads` does
     found = f"{ranks} ranks of {threads} threads on {cores} cores ({shown})"
     if ranks > cores and threads == 1:
         mend = f"start at most {cores} ranks on this host"
@@ -62,77 +76,50 @@ def check_threads(cores: int, ranks: int, setting: str | None) -> Finding:
 
 
 def check_shared_memory(size: int) -> Finding:
-    """/dev/shm, of `size` bytes: nccl's and data loaders' way between processes of one host."""
+    """Check /dev/shm, through which nccl and data loaders pass data; `size` is in bytes."""
+    mend = "start the container with --shm-size=1g or more, or --ipc=host"
     found = f"/dev/shm has {size / 2**20:,.0f} MiB"
-    if size < ENOUGH_SHARED:
-        mend = "start the container with --shm-size=1g or more, or --ipc=host"
-        return Finding("shared memory", "warning", found, mend)
-    return Finding("shared memory", "ok", found)
-
-
-def _limits() -> Iterator[Finding]:
-    import resource
-
-    def limit(name: int) -> float:
-        soft, _ = resource.getrlimit(name)
-        return float("inf") if soft == resource.RLIM_INFINITY else soft
-
-    yield check_open_files(limit(resource.RLIMIT_NOFILE))
-    rdma = RDMA.is_dir() and any(RDMA.iterdir())
-    yield check_locked_memory(limit(resource.RLIMIT_MEMLOCK), rdma)
+    return warn_if(size < ENOUGH_SHARED, "shared memory", found, mend)
 
 
 def check_open_files(limit: float) -> Finding:
-    """RLIMIT_NOFILE (getrlimit(2))."""
-    found = f"a process may have {limit:,.0f} open"
-    if limit < ENOUGH_FILES:
-        return Finding("open files", "warning", found, f"ulimit -n {ENOUGH_FILES} or more")
-    return Finding("open files", "ok", found)
+    """Check how many files a process may open (RLIMIT_NOFILE)."""
+    found, mend = f"a process may have {limit:,.0f} open", f"ulimit -n {ENOUGH_FILES} or more"
+    return warn_if(limit < ENOUGH_FILES, "open files", found, mend)
 
 
 def check_locked_memory(limit: float, rdma: bool) -> Finding:
-    """RLIMIT_MEMLOCK, in bytes; RDMA pins the buffers that it sends from."""
+    """Check how many bytes a process may lock (RLIMIT_MEMLOCK); RDMA locks its send buffers."""
     shown = "unlimited" if limit == float("inf") else f"{limit / 2**20:,.1f} MiB"
     if not rdma:
         return Finding("locked memory", "ok", f"{shown}; matters with RDMA only, and none is here")
-    if limit != float("inf"):
-        mend = "ulimit -l unlimited, in /etc/security/limits.conf or the scheduler's own settings"
-        return Finding("locked memory", "warning", f"{shown}: RDMA needs more", mend)
-    return Finding("locked memory", "ok", shown)
-
-
-def _compiler() -> Finding:
-    path = next((p for p in map(shutil.which, ("g++", "c++", "clang++")) if p), None)
-    if path is None:
-        found = "none: train.compile, and ops that DeepSpeed compiles when offloading, do not work"
-        return Finding("c++ compiler", "warning", found, "install g++, if a job needs these")
-    return Finding("c++ compiler", "ok", path)
+    mend = "ulimit -l unlimited, in /etc/security/limits.conf or the scheduler's own settings"
+    return warn_if(limit != float("inf"), "locked memory", f"{shown}, on a host with RDMA", mend)
 
 
 def check_jit_cache(folder: Path) -> Iterator[Finding]:
-    """Stale locks, and ops of other releases, where torch compiles ops when they are first used."""
-    name = "jit cache"
-    stale = jit_cache.stale_locks(folder)
-    ours = folder == jit_cache.private_folder()
+    """Check for stale locks and for ops of other releases where torch compiles ops at first use."""
+    ours, stale = folder == private_ops_folder(), stale_locks(folder)
     for lock in stale:
         mend = "nothing: the next run removes it" if ours else f"rm {lock}"
         found = f"{lock}: a build left it and is gone; what needs the op waits for ever"
-        yield Finding(name, "warning", found, mend)
+        yield Finding("jit cache", "warning", found, mend)
     foreign = [] if ours else list(foreign_ops(folder))
     for op, why in foreign:
-        found = f"{op}: {why}: loading it may crash"
-        yield Finding(name, "warning", found, f"rm -r {op}, or unset {jit_cache.VARIABLE}")
+        mend = f"rm -r {op}, or unset {VARIABLE}"
+        yield Finding("jit cache", "warning", f"{op}: {why}: loading it may crash", mend)
     if not stale and not foreign:
-        yield Finding(name, "ok", f"{folder}{'' if folder.exists() else ', not made yet'}")
+        made = "" if folder.exists() else ", not made yet"
+        yield Finding("jit cache", "ok", f"{folder}{made}")
 
 
 def foreign_ops(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Folders of DeepSpeed's ops that were built for another installation or an earlier release."""
+    """Yield folders of DeepSpeed's ops that another installation or an earlier release built."""
     try:
         site = Path(str(metadata.distribution("deepspeed").locate_file(""))).resolve()
+        installed = max(_install_time("torch"), _install_time("deepspeed"))
     except metadata.PackageNotFoundError:
         return
-    installed = max((_when(name) for name in ("torch", "deepspeed")), default=0.0)
     for rules in [*folder.glob("*/build.ninja"), *folder.glob("*/*/build.ninja")]:
         found = re.search(r"(\S+)/deepspeed/ops/csrc/", rules.read_text(errors="replace"))
         if found and Path(found[1]).resolve() != site:
@@ -141,12 +128,58 @@ def foreign_ops(folder: Path) -> Iterator[tuple[Path, str]]:
             yield rules.parent, "older than the installed torch and deepspeed"
 
 
-def _when(package: str) -> float:
-    """When a package was installed: its metadata are written then."""
+def _install_time(package: str) -> float:
+    """Return when a package was installed: the installer writes its list of files then."""
+    found = metadata.distribution(package)
+    record = Path(str(found.locate_file(f"{package}-{found.version}.dist-info/RECORD")))
+    return record.stat().st_mtime if record.exists() else 0.0
+
+
+def torch_problem() -> Finding | None:
+    """Return why torch cannot be used here, or None where it can."""
+    if package_version("torch") is None:
+        return Finding("devices", "error", "not known without torch", "install torch, see above")
     try:
-        files = metadata.distribution(package).files or []
-    except metadata.PackageNotFoundError:
-        return 0.0
-    record = next((f for f in files if f.name in ("RECORD", "METADATA")), None)
-    path = Path(str(record.locate())) if record else None
-    return path.stat().st_mtime if path and path.exists() else 0.0
+        import torch.distributed as dist
+    except (ImportError, OSError, RuntimeError) as error:  # a library that it links to is missing
+        found = f"torch cannot be imported: {first_line(error)}"
+        return Finding("devices", "error", found, "reinstall torch")
+    if not dist.is_available():
+        found = "this torch was built without torch.distributed"
+        return Finding("backends", "error", found, "install a build with it, such as from pip")
+    return None
+
+
+def check_devices() -> Iterator[Finding]:
+    """Check the backends and GPUs of torch, and whether there are GPUs that it does not see."""
+    if problem := torch_problem():
+        yield problem
+        return
+    import torch
+    from torch.distributed import is_backend_available
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = ", ".join(f"{'' if is_backend_available(n) else 'no '}{n}" for n in BACKENDS)
+    if is_backend_available(needed := "nccl" if gpus else "gloo"):
+        yield Finding("backends", "ok", found)
+    else:
+        mend = f"install a build of torch with {needed}"
+        yield Finding("backends", "error", f"{found}; {needed} is needed here", mend)
+    if gpus:
+        names = [torch.cuda.get_device_name(i) for i in range(gpus)]
+        yield check_gpus(names, int(os.environ.get("LOCAL_WORLD_SIZE", 0)))
+    elif shutil.which("nvidia-smi") and os.path.exists("/dev/nvidiactl"):
+        found = f"there is an NVIDIA GPU, and torch {torch.__version__} sees none: runs use the CPU"
+        mend = "install a CUDA build of torch that fits the driver; see CUDA_VISIBLE_DEVICES"
+        yield Finding("devices", "warning", found, mend)
+    else:
+        yield Finding("devices", "ok", "no GPU: runs use the CPU")
+
+
+def check_gpus(names: list[str], ranks: int) -> Finding:
+    """Check the GPUs against the ranks of this host, 0 where no launcher started any."""
+    kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    if ranks > len(names):
+        found = f"{kinds} for {ranks} ranks: nccl refuses two ranks on one GPU"
+        return Finding("devices", "error", found, f"start at most {len(names)} ranks on this host")
+    return Finding("devices", "ok", kinds)

@@ -1,49 +1,51 @@
-"""Which network interface ranks would talk through. No torch.
+"""Checks which network interface ranks would talk through.
 
-gloo takes the interface that the host's own name resolves to, unless GLOO_SOCKET_IFNAME names one;
+gloo takes the interface that the host's own name resolves to, unless GLOO_SOCKET_IFNAME names one.
 nccl takes one that is not the loopback, unless NCCL_SOCKET_IFNAME says otherwise.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import ipaddress
 import os
 import socket
-import struct
-import sys
 from collections.abc import Iterator, Mapping
+
+import psutil
 
 from .finding import Finding
 
-GET_ADDRESS = 0x8915  # SIOCGIFADDR, netdevice(7)
-
 
 def check_network() -> Iterator[Finding]:
-    """The host's name, the interfaces' variables, and where the ranks are to meet."""
-    there = interfaces()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-    several = int(os.environ.get("WORLD_SIZE", 0)) > local > 0
-    chosen = os.environ.get("GLOO_SOCKET_IFNAME")
-    yield check_name(socket.gethostname(), _resolve(socket.gethostname()), there, several, chosen)
+    """Check the host's name, the variables that name interfaces, and the rendezvous."""
+    there, host = interfaces(), socket.gethostname()
+    several = int(os.environ.get("WORLD_SIZE", 0)) > int(os.environ.get("LOCAL_WORLD_SIZE", 0)) > 0
+    yield check_name(host, _resolve(host), there, several, os.environ.get("GLOO_SOCKET_IFNAME"))
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if variable in os.environ:
             yield check_variable(variable, os.environ[variable], there)
-    if address := os.environ.get("MASTER_ADDR"):
-        yield check_meeting_point(address, _resolve(address))
+    if name := os.environ.get("MASTER_ADDR"):
+        if address := _resolve(name):
+            yield Finding("MASTER_ADDR", "ok", name if name == address else f"{name}, {address}")
+        else:
+            mend = "give the first host's address in place of its name"
+            yield Finding("MASTER_ADDR", "error", f"{name}: does not resolve", mend)
 
 
 def interfaces() -> dict[str, str]:
-    """Names of the interfaces that are there, with their IPv4 address, empty where they have none
-    or the system does not say."""
-    return {name: _address_of(name) for _, name in socket.if_nameindex()}
+    """Map each interface of this host to its IPv4 address, or to "" where it has none."""
+    return {
+        name: next((a.address for a in addresses if a.family == socket.AF_INET), "")
+        for name, addresses in psutil.net_if_addrs().items()
+    }
 
 
 def check_name(
     host: str, address: str | None, there: Mapping[str, str], several: bool, chosen: str | None
 ) -> Finding:
-    """What the host's own name resolves to; `several`: hosts in this run; `chosen`: by variable."""
-    usable = [name for name, ip in there.items() if ip and not _is_loopback(ip)]
-    example = usable[0] if usable else "the interface"
+    """Check the host's address, for a run of several hosts or one; `chosen` is an interface."""
+    example = next((n for n, ip in there.items() if ip and not _is_loopback(ip)), "the interface")
     mend = f"for runs on several hosts: GLOO_SOCKET_IFNAME={example}"
     if chosen:
         return Finding("network", "ok", f"GLOO_SOCKET_IFNAME={chosen} is taken on {host}")
@@ -55,38 +57,26 @@ def check_name(
         # On one host the loopback is right, so without a run of several this is no fault.
         return Finding("network", "warning" if several else "ok", found, mend)
     name = next((n for n, ip in there.items() if ip == address), None)
-    if name is None and "." in address and any(there.values()):  # of IPv6 none is known
+    if name is None and "." in address and any(there.values()):  # IPv6 addresses are not looked up
         found = f"{host} resolves to {address}, which no interface here has"
-        return Finding("network", "warning", found, f"mend /etc/hosts; {mend}")
+        return Finding("network", "warning", found, f"correct /etc/hosts; {mend}")
     return Finding("network", "ok", f"{host} resolves to {address}, on {name or 'an interface'}")
 
 
 def check_variable(variable: str, value: str, there: Mapping[str, str]) -> Finding:
-    """Whether the interfaces that a variable names exist. NCCL_SOCKET_IFNAME lists beginnings of
-    names, or whole ones after a `=`, or after a `^` those that are not to be taken."""
+    """Check that the interfaces which a variable names exist."""
+    # NCCL_SOCKET_IFNAME lists beginnings of names, whole names after a `=`, or after a `^` those
+    # that nccl must not take.
     nccl = variable.startswith("NCCL")
     if nccl and value.startswith("^"):
         return Finding(variable, "ok", f"{value}: all but these")
-    exact = not nccl or value.startswith("=")
+    end = "*" if nccl and not value.startswith("=") else ""
     names = [n.strip() for n in value.removeprefix("=" if nccl else "").split(",") if n.strip()]
-    missing = [
-        n for n in names if not any(t == n or (not exact and t.startswith(n)) for t in there)
-    ]
-    if missing or not names:
-        found = f"{value!r}: no such interface here"
-        mend = (
-            f"one of: {', '.join(name for name, ip in there.items() if ip) or 'none'}; or unset it"
-        )
-        return Finding(variable, "error", found, mend)
-    return Finding(variable, "ok", value)
-
-
-def check_meeting_point(name: str, address: str | None) -> Finding:
-    """Where the ranks of this run are to meet."""
-    if address is None:
-        mend = "give the first host's address in place of its name"
-        return Finding("MASTER_ADDR", "error", f"{name}: does not resolve", mend)
-    return Finding("MASTER_ADDR", "ok", name if name == address else f"{name}, {address}")
+    if names and all(fnmatch.filter(there, name + end) for name in names):
+        return Finding(variable, "ok", value)
+    usable = ", ".join(name for name, ip in there.items() if ip) or "none"
+    found, mend = f"{value!r}: no such interface here", f"one of: {usable}; or unset it"
+    return Finding(variable, "error", found, mend)
 
 
 def _resolve(name: str) -> str | None:
@@ -98,17 +88,3 @@ def _resolve(name: str) -> str | None:
 
 def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
-
-
-def _address_of(interface: str) -> str:
-    if sys.platform != "linux":
-        return ""
-    import fcntl
-
-    request = struct.pack("256s", interface.encode()[:15])
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            answer = fcntl.ioctl(probe, GET_ADDRESS, request)
-        except OSError:
-            return ""
-    return socket.inet_ntoa(answer[20:24])

@@ -1,7 +1,7 @@
-"""A tiny job under each strategy, on a few processes, by `hybrid.compare`: what really runs here.
+"""Trains a tiny job under each strategy on a few processes, and compares the runs.
 
-It takes some seconds a strategy, most of them imports. What it costs is why it can be left out;
-that everything else here only looks at files and settings is why it is run unless it is.
+This shows what really works here, where the other checks only look at files and settings. It takes
+some seconds for each strategy, so `--no-self-test` leaves it out.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..compare import Silent, compare
-from ..config import Job, JobError
-from ..job_file import load_job
-from ..launch import Failure, RunFailed
+from ..comparison.session import Silent, compare
+from ..job.errors import Failure, JobError, RunFailed, Unsupported
+from ..job.file import load_job
+from ..job.schema import Job
 from ..records import Comparison, Record
 from ..strategies import registry
-from ..strategies.base import Unsupported
-from .devices import torch_problem
-from .finding import Finding
+from .finding import Finding, count
+from .machine import torch_problem
 
 STRATEGY_S = 90.0  # a run that has not ended by then hangs: it takes ten on two slow cores
 TINY = {
@@ -34,31 +33,27 @@ TINY = {
 
 
 class Patience(Silent):
-    """Says on stderr which runs have ended, and ends one that hangs: what it raises, `compare`
-    takes for the run's own failure."""
+    """Tells on stderr which runs have ended, and fails a run that hangs."""
 
     def __init__(self) -> None:
         self.begun = time.monotonic()
         self.seconds: dict[str, float] = {}
 
     def started(self, name: str, steps: int, out: Path) -> None:
-        """The clock starts anew."""
         self.begun = time.monotonic()
 
     def poll(self) -> None:
-        """Raises RunFailed once the time is up."""
         if time.monotonic() - self.begun > STRATEGY_S:
             raise RunFailed(Failure(0, f"had not ended after {STRATEGY_S:.0f} s", ""))
 
     def finished(self, name: str, record: Record) -> None:
-        """Keeps the time it took."""
         self.seconds[name] = time.monotonic() - self.begun if record.world_size else 0.0
         words = f"{record.status.replace('_', ' ')} after {self.seconds[name]:.0f} s"
         print(f"hybrid: self-test: {name} {words}", file=sys.stderr, flush=True)
 
 
 def check_strategies(names: Sequence[str] = registry.NAMES) -> Iterator[Finding]:
-    """A finding for each strategy, from one comparison of all that take as many processes."""
+    """Check each strategy, with one comparison of all that take the same number of processes."""
     if torch_problem():
         yield Finding("self-test", "warning", "not run: torch does not work", "see torch above")
         return
@@ -69,13 +64,13 @@ def check_strategies(names: Sequence[str] = registry.NAMES) -> Iterator[Finding]
                 chosen = list(some)
                 result = compare(job, chosen, nproc, Path(folder) / str(nproc), watcher)
                 for name in chosen:
-                    yield judge(name, result, watcher.seconds[name])
+                    yield describe_run(name, result, watcher.seconds[name])
     except (JobError, ModuleNotFoundError, OSError) as error:
         yield Finding("self-test", "error", f"could not be run: {error}", "see the packages above")
 
 
 def num_processes(job: Job, name: str) -> int:
-    """Two, or four where a strategy cannot do with two."""
+    """Return two, or four where a strategy cannot do with two."""
     try:
         registry.get(name).layout(job, 2)
     except Unsupported:
@@ -83,8 +78,8 @@ def num_processes(job: Job, name: str) -> int:
     return 2
 
 
-def judge(name: str, result: Comparison, seconds: float) -> Finding:
-    """What a comparison of one strategy says about it; it took so many seconds."""
+def describe_run(name: str, result: Comparison, seconds: float) -> Finding:
+    """Say what a comparison found out about one strategy, whose run took so many seconds."""
     record, title = result.strategies[name], f"runs {name}"
     reference = result.strategies[result.reference]
     if record.status == "not_possible":
@@ -97,5 +92,5 @@ def judge(name: str, result: Comparison, seconds: float) -> Finding:
     if not result.parity[name].ok:
         first = result.parity[name].first_difference
         return Finding(title, "error", f"does not compute what {result.reference} does: {first}")
-    count = f"{record.world_size} process{'es' if record.world_size > 1 else ''}"
-    return Finding(title, "ok", f"in {seconds:.0f} s, on {count}, as {result.reference} does")
+    processes = count(record.world_size, "process")
+    return Finding(title, "ok", f"in {seconds:.0f} s, on {processes}, as {result.reference} does")

@@ -1,9 +1,11 @@
-"""Holds what a file says against a table of the keys and values that are known. No torch.
+"""Checks what a file says against a table of the keys and values that are known. It needs no torch.
 
-A section of a table has `properties`; a value has `type`, `minimum`, `enum`, ... as in JSON Schema,
-all alternatives in one list of types. A `whole number` is an integer that is not written as 5e8.
-`words` are values that are taken besides, texts in upper and lower case. `quoted` takes a number as
-text too. `{}` takes anything.
+A row of a table has the keys of JSON Schema: `properties` for a section, `type`, `minimum`,
+`maximum`, `exclusiveMinimum` and `enum` for a value. It differs from JSON Schema in this:
+- `type` is a list, and `whole number` is an integer that is not written as 5e8.
+- `words` are further values that are allowed, texts among them in upper and lower case.
+- `quoted` allows a number that is written as text.
+- `others` allows keys that `properties` does not name.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 
 def problem(value: Any, known: dict[str, Any], path: str = "") -> str | None:
-    """The first thing in a value that a row of the table does not allow, as `path: what`."""
+    """Return the first thing that a row of the table does not allow, as `path: what`, or None."""
     if not _fits(value, known):
         return f"{path} = {show(value)}: valid: {_describe(known)}"
     if not isinstance(value, dict) or "properties" not in known:
@@ -34,11 +36,11 @@ def problem(value: Any, known: dict[str, Any], path: str = "") -> str | None:
     keys = known["properties"]
     for key, inner in value.items():
         here = ".".join(filter(None, (path, show_key(key))))
-        if key not in keys:
+        if key not in keys and not known.get("others"):
             near = difflib.get_close_matches(key[:100], keys, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(keys)}"
             return f"{here}: unknown key; {hint}"
-        if found := problem(inner, keys[key], here):
+        if found := problem(inner, keys.get(key, {}), here):
             return found
     return None
 
@@ -63,7 +65,7 @@ def _folded(value: Any) -> Any:
 
 
 def _number(text: str) -> Any:
-    """The number that a text is; the text itself where it is none."""
+    """Return the number that a text stands for, or the text itself where it is none."""
     try:
         return int(text) if text.isdecimal() else float(text)
     except ValueError:
@@ -71,7 +73,7 @@ def _number(text: str) -> Any:
 
 
 def _is_a(kind: str, value: Any) -> bool:
-    """As JSON has it: true is no number, and 5e8 is an integer."""
+    """Tell kinds apart as JSON Schema does: true is no number, and 5e8 is an integer."""
     if isinstance(value, bool):
         return kind == "boolean"
     whole = isinstance(value, float) and value.is_integer()
