@@ -1,10 +1,13 @@
-"""Trains one job under every parallel strategy, proves the runs equal, measures what each costs.
+"""This package trains one job under every parallel strategy, and compares results and costs.
+
+It first proves that the runs computed the same, and then shows what each costs.
 
     job = hybrid.load_job("launch/jobs/mnist.toml", ["train.steps=20"])
     record = hybrid.train(job, "single")            # one run in this process
-    comparison = hybrid.compare(job, nproc=4)       # every strategy, a launcher each
+    comparison = hybrid.compare(job, nproc=4)       # every strategy, each on processes of its own
 
-`open_engine` gives the engine alone, for people who keep their own loop. Importing costs no torch.
+`open_engine` gives the engine alone, for people who keep their own loop. `import hybrid` does not
+import torch.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ __all__ += ["compare", "cross_entropy", "load_job", "load_micro_batch", "open_en
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported when it is first asked for."""
+    """Import a public name when it is first asked for."""
     if name not in _HOMES:
         raise AttributeError(f"module 'hybrid' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,4 +1,4 @@
-"""`python -m hybrid`: the command line."""
+"""This module runs the command line: `python -m hybrid`."""
 
 from .cli import main
 

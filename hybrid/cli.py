@@ -1,7 +1,8 @@
-"""The command line: parse, call one function, print. Imports no torch until a command needs it.
+"""This module is the command line: each command parses, calls one function, and prints.
 
-Exit status: 0 held; 1 the run failed or parity did not hold; 2 the job or the command line is wrong
-(one line); 3 this machine lacks something needed.
+Exit status: 0 all held; 1 the run failed or parity did not hold; 2 the job or the command line is
+wrong (one line says how); 3 this machine lacks something needed. torch is imported only by commands
+that need it.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def generate(
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to write at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest only.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     json: Json = False,
 ) -> None:
     """Write text from the final weights of a run on text."""
@@ -192,21 +193,21 @@ _stdout: Any = sys.stdout
 
 
 def _keep_stdout() -> None:
-    """Send to stderr what libraries print to stdout while they are imported: only results may."""
+    """Send to stderr what libraries print to stdout, where only results may stand."""
     global _stdout
     _stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
 
-# Every error of the command line is of this class, which typer has from click or, of late, as a
-# copy of its own (typer._click); this finds it in both.
+# Every error of the command line is of this class. typer takes it from click or, in recent
+# releases, from a copy of its own (typer._click); this finds both.
 _USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def main() -> None:
     """Run the command line and leave with its exit status."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    if "CROSS_RANK" in os.environ:  # deepspeed's launcher says LOCAL_RANK as an argument too
+    if "CROSS_RANK" in os.environ:  # deepspeed's launcher also passes LOCAL_RANK as an argument
         sys.argv = [word for word in sys.argv if not word.startswith("--local_rank=")]
     if len(sys.argv) == 1:
         sys.argv.append("--help")
@@ -214,7 +215,7 @@ def main() -> None:
         _keep_stdout()
     try:
         status = app(standalone_mode=False)
-        if status == 130:  # typer takes Ctrl-C for itself, and says nothing
+        if status == 130:  # typer catches Ctrl-C and prints nothing
             status = _say("interrupted", status)
     except _USAGE_ERROR as error:
         status = _say(error.format_message(), 2)
@@ -227,8 +228,9 @@ def main() -> None:
 
 
 def _explain(error: Exception) -> int:
-    """Print what an error means to whoever gave the command, unless that is said elsewhere; returns
-    the exit status. Raises an error that only its traceback explains."""
+    """Print what an error means, unless another process prints it, and return the exit status.
+
+    Raises the error again where only its traceback explains it."""
     from .job.errors import PeerFailed, RunFailed, exit_status
 
     status = exit_status(error)
@@ -245,7 +247,7 @@ def _explain(error: Exception) -> int:
 
 
 def _is_said_by_another_rank() -> bool:
-    """All ranks of a launcher find the same mistake; the first one of each host prints it."""
+    """Tell whether another rank prints this mistake, since the first rank of each host does."""
     from .job.errors import JobError
     from .launch.placement import find_placement
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: dataclasses to JSON and back. No torch: reading them is cheap.
+"""This module defines what a run leaves behind, and writes and reads it as JSON, without torch.
 
 `Record` is one run (`record.json`), `Comparison` is one `hybrid compare` (`compare.json`). Every
 relative difference is |a-b|/|b|; every size is in bytes, every time in seconds.
@@ -19,11 +19,12 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step, the same on every rank. `loss` is the sum over the global batch divided
-    by its count, taken before the update; `grad_norm` is global and before clipping;
-    `sample_digest` is the sum modulo 2**64 of a hash of each sample id, in hexadecimal; `targets`
-    is the count. fp16 scales its loss by `loss_scale`, and where a gradient overflows the step is
-    `skipped`: there is no norm then, and no update."""
+    """Records one optimizer step, which is the same on every rank.
+
+    `loss` is the sum over the global batch divided by its count, taken before the update;
+    `grad_norm` is global and before clipping; `sample_digest` is the sum modulo 2**64 of a hash of
+    each sample id, in hexadecimal; `targets` is the count. fp16 scales its loss by `loss_scale`,
+    and where a gradient overflows the step is `skipped`: it has no norm and no update."""
 
     step: int
     loss: float
@@ -38,8 +39,9 @@ class StepRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Receipt:
-    """What really ran, read off the live objects. `engaged` is False where the evidence contradicts
-    the request, and `reason` says how."""
+    """Says what really ran, read off the live objects.
+
+    `engaged` is False where the evidence contradicts the request, and `reason` says how."""
 
     engaged: bool
     evidence: dict[str, Any]
@@ -48,10 +50,11 @@ class Receipt:
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """One pass over the test set: every sample once, its loss the sum over all `targets` divided by
-    their number. `correct` and `accuracy` are None where the targets are not classes, `perplexity`
-    (e to the loss) where they are not tokens. `prediction_digest` is additive over (sample id,
-    predicted class)."""
+    """Records one pass over the test set, with every sample once.
+
+    `loss` is the sum over all `targets` divided by their number. `correct` and `accuracy` are None
+    where the targets are not classes, `perplexity` (e to the loss) where they are not tokens.
+    `prediction_digest` is additive over (sample id, predicted class)."""
 
     loss: float
     samples: int
@@ -64,7 +67,7 @@ class EvalResult:
 
 @dataclasses.dataclass(frozen=True)
 class StepEval:
-    """An evaluation after `step` optimizer steps; 0 is before training."""
+    """Records an evaluation after `step` optimizer steps; 0 is before training."""
 
     step: int
     result: EvalResult
@@ -72,8 +75,10 @@ class StepEval:
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """Over the timed steps, those after warm-up in which no instrument ran. `samples_per_s` is the
-    global batch over the median step; the mean is for strategies whose steps are not alike."""
+    """Records the speed of the timed steps: those after warm-up in which no instrument ran.
+
+    `samples_per_s` is the global batch divided by the median step; the mean is for strategies whose
+    steps are not alike."""
 
     samples_per_s: float
     step_s_median: float
@@ -84,8 +89,10 @@ class Throughput:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Peak of the live tensor storages of each rank, from building the engine through the warm-up
-    steps, and in these steps alone; `how` names the instrument."""
+    """Records the peak of the live tensor storages of each rank; `how` names the instrument.
+
+    `peak_bytes` counts from building the engine through the warm-up steps, `step_peak_bytes` in
+    these steps alone."""
 
     peak_bytes: list[int]
     how: str
@@ -94,7 +101,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Comm:
-    """Bytes that each rank sent per optimizer step, averaged over `counted_steps` whole steps.
+    """Records the bytes that each rank sent per step, averaged over `counted_steps` whole steps.
 
     `bytes_per_step` and `by_op` are counted calls times the ring algorithm's share of each payload;
     `tcp_bytes_per_step` is what the process's own sockets sent meanwhile (None where unknown).
@@ -109,9 +116,11 @@ class Comm:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """One number a parameter (a fixed projection of it, in float64) at the start and after the
-    first step (local SGD: the first merge): linear, so that a ratio of updates shows what scaled
-    them. `file` holds the final weights, relative to the record."""
+    """Records one number for each parameter, at the start and after the first step.
+
+    The number is a fixed projection of the parameter in float64. It is linear, so that a ratio of
+    updates shows what scaled them. For local SGD the first step is the first merge. `file` holds
+    the final weights; its path is relative to the record."""
 
     initial: dict[str, float]
     after_first_step: dict[str, float]
@@ -120,7 +129,7 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One run of one strategy: `record.json`."""
+    """Records one run of one strategy: `record.json`."""
 
     strategy: str
     status: Status
@@ -141,7 +150,7 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The first place where a run left its reference."""
+    """Names the first place where a run left its reference."""
 
     step: int | None
     quantity: str
@@ -152,8 +161,10 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """Verdict on one strategy. `excused` lists steps past the tolerance where a control run, the
-    reference with its batches summed in another order, differs by at least a quarter as much."""
+    """Holds the verdict on one strategy.
+
+    `excused` lists steps past the tolerance where a control run, the reference with its batches
+    summed in another order, differs by at least a quarter as much."""
 
     ok: bool
     max_loss_diff: float | None
@@ -167,8 +178,10 @@ class Parity:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One job under several strategies: `compare.json`. `controls` are further records that the
-    verdict used: the one-process emulation of `local_sgd`, `single` in other summing orders."""
+    """Holds one job under several strategies: `compare.json`.
+
+    `controls` are further records that the verdict used: the one-process emulation of `local_sgd`,
+    and `single` in other summing orders."""
 
     job: dict[str, Any]
     machine: dict[str, Any]
@@ -180,12 +193,12 @@ class Comparison:
 
 
 def to_dict(value: Any) -> dict[str, Any]:
-    """The JSON object of a record."""
+    """Return the JSON object of a record."""
     return dataclasses.asdict(value)
 
 
 def dumps(value: Any) -> str:
-    """Strict JSON text of a record or a plain object; ValueError on a number JSON cannot hold."""
+    """Return a record or a plain object as JSON; raises ValueError on inf and nan."""
     plain = to_dict(value) if dataclasses.is_dataclass(value) else value
     return json.dumps(plain, indent=1, allow_nan=False)
 
@@ -199,12 +212,12 @@ def write(value: Any, path: Path) -> None:
 
 
 def read(kind: type[T], path: Path) -> T:
-    """Read back what `write` wrote; ValueError where the file does not hold a `kind`."""
+    """Read back what `write` wrote; raises ValueError where the file does not hold a `kind`."""
     return from_dict(kind, json.loads(path.read_text()))
 
 
 def from_dict(kind: type[T], data: Any) -> T:
-    """A `kind` from its JSON object; ValueError (pydantic's) where a key is missing or mistyped."""
+    """Make a `kind` from its JSON object; raises pydantic's ValueError where a key is wrong."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind).validate_python(data)

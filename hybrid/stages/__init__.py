@@ -1,1 +1,1 @@
-"""How a model is cut into pipeline stages, and what about a cut cannot run."""
+"""This package cuts a model into pipeline stages and checks the cut before a process starts."""

@@ -1,4 +1,4 @@
-"""A model cut into stages: the layers of this rank's stage, and parameters that several share."""
+"""This module finds the layers of this rank's stage, and the parameters that stages share."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from .partition import partition
 
 
 class StageAssignment:
-    """Where the layers of a model go, seen from one rank. To be made on the whole model, before its
-    layers are joined.
+    """Says where the layers of a model go, seen from one rank.
 
-    A parameter that layers of several stages hold is tied: each of these stages has a copy, their
-    gradients are summed over the stages once a step, and the first of them counts it.
-    """
+    It is made on the whole model, before its layers are joined. A parameter that layers of several
+    stages hold is tied: each of these stages has a copy, their gradients are summed over the stages
+    once a step, and the first of them counts it."""
 
     def __init__(self, layers: Layers, method: Partition, placement: Placement) -> None:
         sizes, layout = layers.sizes(), placement.layout
@@ -33,7 +32,7 @@ class StageAssignment:
         stage_of = [stage for stage, part in enumerate(parts) for _ in part]
         names = layers.names()
         stages = {p: sorted({stage_of[i] for i in held}) for p, held in holders_of(layers).items()}
-        # Of other stages' parameters nothing may be kept: this rank is to free them.
+        # No parameter of another stage may be kept here, so that this rank can free it.
         self._names = {p: names[p] for p, held in stages.items() if self.stage in held}
         self._stages = {p: held for p, held in stages.items() if self.stage in held}
         self._layers_of = {
@@ -44,8 +43,9 @@ class StageAssignment:
         self._tied_sets = sorted({tuple(held) for held in stages.values() if len(held) > 1})
 
     def tied(self) -> list[tuple[nn.Parameter, Any, bool]]:
-        """This rank's tied parameters, each with the process group of its holders in this column
-        and whether this stage is the first of them; collective."""
+        """Return this rank's tied parameters, each with its group and whether this stage is first.
+
+        The group has the ranks of this column that hold the parameter. The call is collective."""
         groups: dict[tuple[int, ...], Any] = {}
         for held in self._tied_sets:
             for column in range(self.layout.dp):
@@ -60,14 +60,16 @@ class StageAssignment:
         ]
 
     def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """The stage's parameters by canonical name."""
+        """Return the stage's parameters by canonical name."""
         return {self._names[p]: p for p in module.parameters()}
 
     def own_tensors(
         self, named: Mapping[str, torch.Tensor], shared: bool
     ) -> dict[str, torch.Tensor]:
-        """The live stage's tensors, `named` as DeepSpeed's module names them, by canonical name;
-        `shared`: also those that an earlier stage holds as well."""
+        """Return the live stage's tensors by canonical name.
+
+        `named`: the tensors as DeepSpeed's module names them. `shared`: also return those that an
+        earlier stage holds as well."""
         tensors: dict[str, torch.Tensor] = {}
         for long_name, tensor in named.items():
             name = long_name.partition(".")[2]  # DeepSpeed puts the stage's number in front
@@ -79,13 +81,13 @@ class StageAssignment:
         return tensors
 
     def live_layers(self, module: nn.Module) -> list[int]:
-        """The layers that a live stage holds parameters of, and those without any."""
+        """Return the layers whose parameters a live stage holds, and those without parameters."""
         live = {p for p in module.parameters() if p in self._names}
         held = {i for p in live for i in self._layers_of[self._names[p]]}
         return sorted(held | set(self._bare))
 
     def tied_digest(self) -> dict[str, str]:
-        """A hash of each tied parameter's bits, by name."""
+        """Return the SHA-256 of each tied parameter's bits, by name."""
         tied = {p: self._names[p] for p, held in self._stages.items() if len(held) > 1}
         return {
             name: hashlib.sha256(p.detach().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()
@@ -94,6 +96,6 @@ class StageAssignment:
 
     @staticmethod
     def tied_agree(digests: Sequence[dict[str, str]]) -> bool:
-        """Whether ranks that hold a tied parameter hold the same bits."""
+        """Tell whether ranks that hold a tied parameter hold the same bits."""
         seen: dict[str, str] = {}
         return all(seen.setdefault(n, d) == d for digest in digests for n, d in digest.items())

@@ -1,31 +1,48 @@
-"""What can be said of a pipeline before it runs: of its stages, and of what passes between them.
+"""This module checks a pipeline before it runs: its stages, and what passes between them.
 
 `hybrid.stages.shapes` finds the boundaries. Every finding is one line that ends with its remedy.
-Pure Python.
+The module is pure Python.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 
 from packaging.version import Version
 
 from ..job.errors import Unsupported
 from ..job.schema import Job, Pipeline
-from ..layout import Layout, micro_batch_size, partition_by_weight
-from .partition import partition
+from ..layout import Layout, make_ranges, micro_batch_size
+from .partition import best_cut, cut_groups, partition, weigh
 
-# Earlier ones scale gradients wrongly with more than one micro-batch: deepspeedai/DeepSpeed#7773,
-# #8152; mended by #8154.
+# Earlier releases scale gradients wrongly with more than one micro-batch
+# (deepspeedai/DeepSpeed#7773 and #8152, corrected by #8154).
 FIRST_RIGHT_DEEPSPEED = Version("0.19.3")
+ROWS = "rows"  # in a shape: the axis of the samples of a micro-batch
+HEAVY = 1.5  # least ratio of the heaviest stage's parameters to their mean that gives a warning
+WASTE = 0.1  # share of a step's rows that may be padding without a warning
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSummary:
+    """Summarises a model before it is placed.
+
+    `layer_parameters`: how many parameters of each layer are trained; `cut_problem`: why it cannot
+    be cut into stages; `boundaries`: what is known of what passes from layer to layer."""
+
+    layer_parameters: Sequence[int]
+    cut_problem: str | None = None
+    boundaries: Sequence[Boundary] = ()
 
 
 def check_stages(name: str, job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
-    """Raise Unsupported for a model that cannot be cut so, or a DeepSpeed that trains pipelines
-    wrongly; returns warnings. `name`: pipeline or 2d."""
+    """Return warnings about the stages of strategy `name`, pipeline or 2d.
+
+    Raises Unsupported for a model that cannot be cut so, or a DeepSpeed that trains pipelines
+    wrongly, and JobError for a partition that does not fit."""
     check_release(version("deepspeed"))
     if summary.cut_problem:
         raise Unsupported(summary.cut_problem)
@@ -48,19 +65,14 @@ def check_release(deepspeed: str) -> None:
         )
 
 
-ROWS = "rows"  # in a shape: the axis of the samples of a micro-batch
-HEAVY = 1.5  # heaviest stage's parameters over their mean, from which on it is worth a warning
-WASTE = 0.1  # share of a step's rows that may be padding without a warning
-
-
 @dataclasses.dataclass(frozen=True)
 class Boundary:
-    """What a layer returns: what passes to the next stage where a stage ends there.
+    """Describes what a layer returns, which passes to the next stage where a stage ends there.
 
-    `shapes` and `dtypes` have an entry a tensor; an axis that grows with the rows of a micro-batch
-    is text, such as "rows" or "8*rows". `bytes_per_row` is what each row adds. `problem`: why this
-    cannot pass between stages, with the mend; `unknown`: why it could not be found out.
-    """
+    `shapes` and `dtypes` have an entry for each tensor; an axis that grows with the rows of a
+    micro-batch is text, such as "rows" or "8*rows". `bytes_per_row` is what each row adds.
+    `problem`: why this cannot pass between stages, and the remedy; `unknown`: why it could not be
+    found out."""
 
     after_layer: int
     shapes: tuple[tuple[int | str, ...], ...] = ()
@@ -70,19 +82,21 @@ class Boundary:
     unknown: str | None = None
 
     def describe(self) -> str:
-        """Such as `float32 [rows, 8], bool [rows]`."""
+        """List dtypes and shapes, such as `float32 [rows, 8], bool [rows]`."""
         pairs = zip(self.dtypes, self.shapes, strict=True)
         return ", ".join(f"{dtype} [{', '.join(map(str, shape))}]" for dtype, shape in pairs)
 
     def fault(self) -> str | None:
-        """Why this cannot pass between stages, as the end of "layer 3 returns ...", and the mend
-        inside the layer."""
+        """Say why this cannot pass between stages, and the remedy in the layer, or return None.
+
+        The text continues "layer 3 returns ..."."""
         if self.problem or self.unknown:
             return self.problem
         if all(dtype.startswith(("float", "bfloat")) for dtype in self.dtypes):
             return None
-        # Measured on 0.19.8, three stages: with an int64 tensor in front of a floating one the loss
-        # is infinite from the second step on; behind it all is well, as long as the order holds.
+        # Measured on DeepSpeed 0.19.8, three stages: with an int64 tensor before a floating one
+        # the loss is infinite from the second step on; behind it the loss is right, as long as the
+        # order stays the same.
         return (
             f"{self.describe()}: only floating tensors may pass between stages, since DeepSpeed "
             "mixes up the buffers of others; make the others in each layer that needs them"
@@ -91,7 +105,7 @@ class Boundary:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """`problems` keep a pipeline from running, `warnings` do not."""
+    """Holds `problems`, which keep a pipeline from running, and `warnings`, which do not."""
 
     problems: list[str]
     warnings: list[str]
@@ -99,7 +113,7 @@ class Findings:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """One pipeline as it would run."""
+    """Describes one pipeline as it would run."""
 
     name: str  # of the strategy: its section in the job
     job: Job
@@ -109,21 +123,24 @@ class _Plan:
     boundaries: Sequence[Boundary]
 
     @property
+    def barred(self) -> list[int]:
+        """Return the layers that no stage may end with."""
+        return [b.after_layer for b in self.boundaries if b.fault()]
+
+    @property
     def cuts(self) -> list[Boundary]:
-        """The known boundaries that a stage other than the last ends with."""
+        """Return the known boundaries that a stage other than the last ends with."""
         ends = [part.stop - 1 for part in self.parts[:-1]]
         return [b for b in self.boundaries if b.after_layer in ends]
 
     def fewer_stages(self, stages: int) -> str:
-        """How a job asks for so many."""
+        """Say how a job asks for so many stages."""
         return f"parallel.pp = {stages}" if self.name == "2d" else f"--nproc {stages}"
 
     def other_cut(self) -> str:
-        """The most even partition without faults, or why there is none."""
-        barred = [b.after_layer for b in self.boundaries if b.fault()]
-        groups = cut_groups(self.sizes, barred)
-        cut = best_cut(self.sizes, len(self.parts), barred)
-        if cut:
+        """Name the most even partition without faults, or say why there is none."""
+        groups = cut_groups(self.sizes, self.barred)
+        if cut := best_cut(self.sizes, len(self.parts), self.barred):
             return f"cut elsewhere: strategy.{self.name}.partition = {cut}"
         if len(groups) == 1:
             return "use a strategy without stages: no cut of these layers avoids it"
@@ -138,12 +155,11 @@ def check_pipeline(
     layer_parameters: Sequence[int],
     boundaries: Sequence[Boundary],
 ) -> Findings:
-    """Everything that can be found before processes start.
+    """Find everything that can be found before processes start.
 
     name: the strategy's, `pipeline` or `2d`; parts: layers of each stage; layer_parameters:
-    trainable parameters of each layer; boundaries: after each layer as far as known, none at all
-    where the model is no plain chain.
-    """
+    trainable parameters of each layer; boundaries: those that are known, in order of the layers,
+    and none at all where the model is no plain chain."""
     plan = _Plan(name, job, layout, parts, layer_parameters, boundaries)
     problems, warnings = _stages(plan), [*_unknown(plan), *_padding(plan)]
     if not problems:
@@ -155,7 +171,7 @@ def check_pipeline(
 
 
 def _stages(plan: _Plan) -> list[str]:
-    """More stages than layers; stages without parameters."""
+    """Find more stages than layers, and stages without parameters."""
     layers, stages = len(plan.sizes), len(plan.parts)
     if stages > layers:
         plural = "layer" if layers == 1 else "layers"
@@ -172,7 +188,7 @@ def _stages(plan: _Plan) -> list[str]:
 
 
 def _crossings(plan: _Plan) -> list[str]:
-    """What cannot pass from stage to stage."""
+    """Find what cannot pass from stage to stage."""
     return [
         f"stage {stage} ends with layer {cut.after_layer}, which returns {fault}; or "
         f"{plan.other_cut()}"
@@ -182,8 +198,10 @@ def _crossings(plan: _Plan) -> list[str]:
 
 
 def _one_buffer(plan: _Plan) -> list[str]:
-    """A stage in the middle receives activations and gradients into the same buffers, made for the
-    dtype that came first (DeepSpeed 0.19, `_allocate_or_extend_buffers`)."""
+    """Find stages in the middle that receive activations and gradients of different dtypes.
+
+    DeepSpeed 0.19 receives both into the same buffers, made for the dtype that came first
+    (`_allocate_or_extend_buffers`)."""
     cuts = [cut for cut in plan.cuts if cut.dtypes and not cut.fault()]
     for one, other in itertools.pairwise(cuts):
         for here, there in zip(one.dtypes, other.dtypes, strict=False):
@@ -197,7 +215,7 @@ def _one_buffer(plan: _Plan) -> list[str]:
 
 
 def _last_output(plan: _Plan) -> list[str]:
-    """The loss leaves padding out by rows, so the last layer must return one a sample."""
+    """Find a last layer without a row for each sample, by which the loss leaves out padding."""
     last = plan.boundaries[-1] if plan.boundaries else None
     if last is None or last.after_layer != len(plan.sizes) - 1 or last.problem or last.unknown:
         return []
@@ -210,6 +228,7 @@ def _last_output(plan: _Plan) -> list[str]:
 
 
 def _unknown(plan: _Plan) -> list[str]:
+    """Find layers that could not be tried."""
     return [
         f"layer {b.after_layer} could not be tried on copies of a sample ({b.unknown}): what "
         "passes between stages from there on was not checked; see whether strategy single trains it"
@@ -219,22 +238,22 @@ def _unknown(plan: _Plan) -> list[str]:
 
 
 def _padding(plan: _Plan) -> list[str]:
-    """Micro-batches of a size that the global batch does not fill, or without any sample."""
+    """Find micro-batches that the global batch does not fill, or that have no sample at all."""
     batch, dp = plan.job.train.global_batch, plan.layout.dp
     num = plan.job.micro_batches(plan.name)
     if not _wasteful(batch, dp, num):
         return []
     pieces, padded = dp * num, _rows_computed(batch, dp, num)
-    mends = [f"train.global_batch a multiple of {pieces}"]
+    remedies = [f"train.global_batch a multiple of {pieces}"]
     fitting = [m for m in range(1, num) if not _wasteful(batch, dp, m)]
     if fitting:
         own = plan.job.settings(plan.name).micro_batches
         section = f"strategy.{plan.name}" if own else "train"
-        mends.append(f"{section}.micro_batches = {fitting[-1]}")
+        remedies.append(f"{section}.micro_batches = {fitting[-1]}")
     empty = f", {pieces - batch} of its {pieces} micro-batches have no sample"
     return [
         f"{padded - batch} of the {padded} rows that a step computes are padding"
-        f"{empty if batch < pieces else ''}; make {' or '.join(mends)}"
+        f"{empty if batch < pieces else ''}; make {' or '.join(remedies)}"
     ]
 
 
@@ -248,54 +267,18 @@ def _wasteful(batch: int, dp: int, num_micro_batches: int) -> bool:
 
 
 def _balance(plan: _Plan) -> list[str]:
-    """A stage much heavier than the mean."""
-    heavy = _heaviness([sum(plan.sizes[i] for i in part) for part in plan.parts])
+    """Find a stage much heavier than the mean, and a more even cut."""
+    heavy = _heaviness(weigh(plan.sizes, plan.parts))
     if heavy < HEAVY:
         return []
-    barred = [b.after_layer for b in plan.boundaries if b.fault()]
-    cut = best_cut(plan.sizes, len(plan.parts), barred) or []
-    starts = [sum(cut[:i]) for i in range(len(cut))]
-    weights = [sum(plan.sizes[a : a + n]) for a, n in zip(starts, cut, strict=True)]
     words = f"the heaviest stage has {heavy:.1f} times the mean stage's parameters"
-    if weights and _heaviness(weights) < 0.95 * heavy:
-        better = f"strategy.{plan.name}.partition = {cut} makes it {_heaviness(weights):.1f}"
-        return [f"{words}; {better}"]
+    if cut := best_cut(plan.sizes, len(plan.parts), plan.barred):
+        even = _heaviness(weigh(plan.sizes, make_ranges(cut)))
+        if even < 0.95 * heavy:
+            return [f"{words}; strategy.{plan.name}.partition = {cut} makes it {even:.1f}"]
     return [f"{words}, and no cut of these layers is more even; use fewer stages"]
 
 
 def _heaviness(weights: Sequence[int]) -> float:
+    """Divide the greatest weight by the mean."""
     return max(weights) * len(weights) / sum(weights)
-
-
-def cut_groups(sizes: Sequence[int], barred: Collection[int]) -> list[int]:
-    """Numbers of layers in the smallest runs that can be a stage: each has parameters, and none
-    ends with a barred layer."""
-    groups, length, weight = [], 0, 0
-    for i, size in enumerate(sizes):
-        length, weight = length + 1, weight + size
-        if weight and i not in barred and sum(sizes[i + 1 :]):
-            groups.append(length)
-            length = weight = 0
-    return [*groups, length]
-
-
-def best_cut(sizes: Sequence[int], stages: int, barred: Collection[int]) -> list[int] | None:
-    """Numbers of layers a stage so that the heaviest is as light as possible, cut between
-    `cut_groups`; None where there are too few of these."""
-    groups = cut_groups(sizes, barred)
-    if len(groups) < stages:
-        return None
-    starts = [sum(groups[:i]) for i in range(len(groups))]
-    weights = [sum(sizes[a : a + n]) for a, n in zip(starts, groups, strict=True)]
-    return [sum(groups[i] for i in part) for part in partition_by_weight(weights, stages)]
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSummary:
-    """A model before it is placed. `layer_parameters`: how many each layer trains; `cut_problem`:
-    why it cannot be cut into stages; `boundaries`: what passes from layer to layer, as far as it is
-    known."""
-
-    layer_parameters: Sequence[int]
-    cut_problem: str | None = None
-    boundaries: Sequence[Boundary] = ()

@@ -1,4 +1,4 @@
-"""Finds what each layer of a model returns, without memory or compute, before any process starts.
+"""This module finds what each layer returns, without memory or compute, before a process starts.
 
 The layers run one after another on the meta device, where tensors have shapes and dtypes but no
 numbers (https://docs.pytorch.org/docs/stable/meta.html); layers that need numbers run for real, on
@@ -8,6 +8,7 @@ two or three rows. `hybrid.stages.checks` judges what is found.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,13 +16,14 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
+from ..job.errors import first_line
 from ..models.layers import Layers
 from .checks import ROWS, Boundary
 
 
 @dataclasses.dataclass(frozen=True)
 class _Output:
-    """What a layer returned for one number of rows; or why it could not be run."""
+    """Holds what a layer returned for one number of rows, or why it could not be run."""
 
     shapes: tuple[tuple[int, ...], ...] = ()
     dtypes: tuple[str, ...] = ()
@@ -31,13 +33,13 @@ class _Output:
 
 
 def boundaries(layers: Layers, sample_input: Any, rows: int = 2) -> list[Boundary]:
-    """What each layer returns, in order, up to the first that cannot be run.
+    """Return what each layer returns, in order, up to the first that cannot be run.
 
-    sample_input: the input of one sample, as the data set has it. Each shape is found twice, for
-    `rows` and one more, to tell axes of rows from others; 2 or more, since some layers (batch
-    norms) refuse one row. Empty for a model that joins its layers itself (`hybrid.models.hf`):
-    that is no chain, and passes one floating tensor between stages by its making. A layer that
-    needs numbers runs for real, and may change its buffers in that.
+    sample_input: the input of one sample, as the data set has it. Each shape is found for `rows`
+    and for one row more, to tell axes of rows from others. `rows` is 2 or more, since some layers
+    (batch norms) refuse one row. The list is empty for a model that joins its layers itself
+    (`hybrid.models.hf`): that is no chain, and by design it passes one floating tensor between
+    stages. A layer that needs numbers runs for real, which may change its buffers.
     """
     if type(layers).join is not Layers.join:
         return []
@@ -46,11 +48,11 @@ def boundaries(layers: Layers, sample_input: Any, rows: int = 2) -> list[Boundar
 
 
 def input_problem(sample_input: Any) -> str | None:
-    """Why a first stage cannot take such an input; None where it can."""
+    """Say why a first stage cannot take such an input, or return None if it can."""
     try:
         batch = default_collate([sample_input] * 2)
     except (TypeError, RuntimeError) as error:
-        return f"its data's inputs cannot be batched: {_first_line(error)}"
+        return f"its data's inputs cannot be batched: {first_line(error)}"
     tensors = batch if isinstance(batch, (tuple, list)) else [batch]
     if all(isinstance(t, torch.Tensor) for t in tensors):
         return None
@@ -61,12 +63,12 @@ def input_problem(sample_input: Any) -> str | None:
 
 
 def _run(layers: Layers, sample_input: Any, rows: int) -> list[_Output]:
-    """What each layer returns for `rows` copies of a sample, ending at one that cannot be run."""
+    """Return what each layer returns for `rows` copies of a sample, until one cannot be run."""
     with torch.random.fork_rng(devices=[]):
         outputs = _chain(layers, sample_input, rows, _on_meta)
         real = not any(p.is_meta for layer in layers for p in layer.parameters())
         if real and outputs and outputs[-1].unknown:
-            outputs = _chain(layers, sample_input, rows, _for_real)
+            outputs = _chain(layers, sample_input, rows, operator.call)
     return outputs
 
 
@@ -78,48 +80,37 @@ def _chain(
     for layer in layers:
         try:
             if not outputs:
-                value = _as_pipeline(default_collate([sample_input] * rows))
+                value = default_collate([sample_input] * rows)
+                # DeepSpeed gives lists to the first stage as tuples.
+                value = tuple(value) if isinstance(value, list) else value
             value = call(layer, value)
             outputs.append(_describe(value))
         except Exception as error:  # a user's layer may raise anything
-            outputs.append(_Output(unknown=_first_line(error)))
+            outputs.append(_Output(unknown=first_line(error)))
             break
     return outputs
 
 
 def _on_meta(layer: nn.Module, value: Any) -> Any:
-    """The layer on tensors without numbers, itself left as it is."""
+    """Call a layer on tensors without numbers, and leave the layer as it is."""
     tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     stand_ins = {
         name: torch.empty_like(t, device="meta").requires_grad_(t.requires_grad)
         for name, t in tensors.items()
     }
     with torch.device("meta"):
-        return torch.func.functional_call(layer, stand_ins, (_map(value, _to_meta),))
+        return torch.func.functional_call(layer, stand_ins, (_to_meta(value),))
 
 
-def _for_real(layer: nn.Module, value: Any) -> Any:
-    return layer(value)
-
-
-def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.is_meta else tensor.to("meta")
-
-
-def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A tensor, or what holds some, changed."""
+def _to_meta(value: Any) -> Any:
+    """Return a value with its tensors, also those in containers, on the meta device."""
     if isinstance(value, torch.Tensor):
-        return change(value)
+        return value.to("meta")
     if isinstance(value, Mapping):
-        return {key: _map(v, change) for key, v in value.items()}
+        return {key: _to_meta(v) for key, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_map(v, change) for v in value)
+        return type(value)(_to_meta(v) for v in value)
     return value
-
-
-def _as_pipeline(batch: Any) -> Any:
-    """A batch as a first stage gets it: DeepSpeed makes tuples of lists."""
-    return tuple(batch) if isinstance(batch, list) else batch
 
 
 def _describe(value: Any) -> _Output:
@@ -137,7 +128,7 @@ def _describe(value: Any) -> _Output:
 
 
 def _tensor_problem(tensor: torch.Tensor) -> str | None:
-    """Why a tensor cannot pass between stages, its dtype apart."""
+    """Say why a tensor cannot pass between stages, whatever its dtype, or return None if it can."""
     if tensor.is_floating_point() and not tensor.requires_grad:
         return (
             f"a {_dtype(tensor)} tensor through which no gradient flows: make such a tensor in "
@@ -149,7 +140,7 @@ def _tensor_problem(tensor: torch.Tensor) -> str | None:
 
 
 def _compare(layer: int, rows: int, few: _Output, more: _Output) -> Boundary:
-    """One boundary from what the layer returned for `rows` and for one row more."""
+    """Make a boundary from what the layer returned for `rows` and for one row more."""
     if few.unknown or more.unknown:
         return Boundary(layer, unknown=few.unknown or more.unknown)
     if [len(s) for s in few.shapes] != [len(s) for s in more.shapes] or few.dtypes != more.dtypes:
@@ -162,7 +153,7 @@ def _compare(layer: int, rows: int, few: _Output, more: _Output) -> Boundary:
 
 
 def _axis(few: int, more: int, rows: int) -> int | str:
-    """A size that does not depend on the rows, or how it does."""
+    """Return a size that does not depend on the rows, or a text that says how it does."""
     factor = more - few
     if factor == 0:
         return few
@@ -175,14 +166,10 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def _kind(value: Any) -> str:
-    """A value's type in words: `a dict`, `a tuple with a NoneType in it`."""
+    """Describe a value's type in words: `a dict`, `a tuple with a NoneType in it`."""
     if isinstance(value, tuple):
         if not value:
             return "an empty tuple"
         odd = next(v for v in value if not isinstance(v, torch.Tensor))
         return f"a tuple with a {type(odd).__name__} in it"
     return f"a {type(value).__name__}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
