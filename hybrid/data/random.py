@@ -1,4 +1,4 @@
-"""Random samples of the shapes of an image classifier, from a seed."""
+"""This module draws random samples of the shapes of an image classifier from a seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ def random(
     classes: int = 10,
     seed: int = 0,
 ) -> tuple[TensorDataset, TensorDataset]:
-    """Train and test sets of normal `input` float32 [features] and uniform `target` int64 []."""
+    """Draws train and test sets: normal `input` float32 [features], uniform `target` int64 [].
+
+    Raises ValueError where a size is below 1."""
     if min(samples, test_samples, features, classes) < 1:
         raise ValueError("samples, test_samples, features and classes must be at least 1")
     draw = torch.Generator().manual_seed(seed)

@@ -1,9 +1,10 @@
-"""Models: one file a family. A model is a flat list of layers plus a loss given as (sum, count).
+"""This package holds the models, one file a family; a model is a list of layers with a loss.
 
-A model function takes the job's `model.options` as keyword arguments and returns `(layers, loss)`:
-`layers` a list of `nn.Module`, each taking what the one before returned (or a `layers.Layers`);
-`loss(output, target)` returns `(sum, count)`, the loss summed over the micro-batch's targets and
-how many it counted. `hf:NAME_OR_PATH` is the function `hybrid.models.hf:hf` with that name.
+A model function takes the job's `model.options` as keyword arguments and returns `(layers, loss)`.
+`layers` is a list of `nn.Module`, each of which takes what the one before returned, or a
+`layers.Layers`. `loss(output, target)` returns `(sum, count)`: the loss summed over the
+micro-batch's targets, and how many it counted. `hf:NAME_OR_PATH` is the function
+`hybrid.models.hf:hf` with that name.
 """
 
 from __future__ import annotations
@@ -27,50 +28,46 @@ FAMILIES = {
 
 
 def check_model_name(name: str) -> None:
-    """Raise JobError unless a job may name a model so."""
-    if name.startswith(HF):
-        if name == HF:
-            raise JobError("model.name = 'hf:': valid: hf:NAME_OR_PATH, a hub name or a folder")
-        return
-    check_name("model", name, [*FAMILIES, "hf:NAME_OR_PATH"])
+    """Raises JobError unless a job may name a model so."""
+    if name == HF:
+        raise JobError("model.name = 'hf:': valid: hf:NAME_OR_PATH, a hub name or a folder")
+    if not name.startswith(HF):
+        check_name("model", name, [*FAMILIES, "hf:NAME_OR_PATH"])
 
 
 def can_be_made_on_meta(job: Job) -> bool:
-    """Whether the job's model can be made without values, on torch's meta device: all but a user's
-    own function, which may compute with them."""
+    """Says whether the job's model can be made without values, on torch's meta device.
+
+    A user's own function cannot, since it may compute with the values."""
     return job.model.name in FAMILIES or job.model.name.startswith(HF)
 
 
 def _call(job: Job) -> Any:
     name, options = job.model.name, job.model.options
     check_model_name(name)
-    if not name.startswith(HF):
-        return call_named("model", name, options, FAMILIES)
-    source = {"source": name.removeprefix(HF), **options}
-    return call_named("model", "hf", source, {"hf": "hybrid.models.hf:hf"})
+    if name.startswith(HF):
+        name, options = "hf", {"source": name.removeprefix(HF), **options}
+    return call_named("model", name, options, FAMILIES | {"hf": "hybrid.models.hf:hf"})
 
 
 def build_model(job: Job) -> tuple[Layers, Loss]:
-    """The whole model, initialised from the job's seed: the same on every rank and in every run.
+    """Builds the whole model from the job's seed, the same on every rank and in every run.
 
-    Raises JobError where the name, the options or what the function returned are wrong.
-    """
+    Raises JobError where the name, the options or what the function returned are wrong."""
     import torch
 
     from .layers import Layers
 
     torch.manual_seed(job.train.seed)
-    built = _call(job)
+    built, given = _call(job), f"model.name = {job.model.name!r}"
     two = isinstance(built, tuple) and len(built) == 2 and callable(built[1])
     if not (two and isinstance(built[0], (list, tuple))):
-        raise JobError(f"model.name = {job.model.name!r}: must return (layers, loss)")
+        raise JobError(f"{given}: must return (layers, loss)")
     layers = built[0] if isinstance(built[0], Layers) else Layers(built[0])
     for i, layer in enumerate(layers):
         if not isinstance(layer, torch.nn.Module):
-            raise JobError(
-                f"model.name = {job.model.name!r}: layer {i} is a {type(layer).__name__}, "
-                "each layer must be an nn.Module"
-            )
+            kind = type(layer).__name__
+            raise JobError(f"{given}: layer {i} is a {kind}, each layer must be an nn.Module")
     if not any(p.requires_grad for layer in layers for p in layer.parameters()):
-        raise JobError(f"model.name = {job.model.name!r}: has no parameter to train")
+        raise JobError(f"{given}: has no parameter to train")
     return layers, built[1]

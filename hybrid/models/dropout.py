@@ -1,9 +1,9 @@
-"""Dropout whose mask depends on the seed, the step, the sample and the place in the model alone.
+"""This module makes dropout masks from seed, step, sample and place in the model alone.
 
-torch's own draws from one stream a process, so that each layout of ranks and micro-batches drops
-other units and no two can be compared. Here each row of a batch has a stream of its own, seeded by
-what the row is: every strategy drops the same units, and activations that are computed again in
-backward meet the mask they had.
+torch's own dropout draws from one random stream per process, so that each layout of ranks and
+micro-batches drops other units, and no two can be compared. Here each row of a batch has a stream
+of its own, seeded by what the row is. So every strategy drops the same units, and activations that
+are recomputed in backward meet the mask they had.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ _rows: ContextVar[tuple[int | None, ...] | None] = ContextVar("rows", default=No
 
 
 def mix(*numbers: int) -> int:
-    """A seed from numbers, 63 bits; other numbers, or another order of them, give another one."""
+    """Mixes numbers to a seed of 63 bits, which depends on their order too."""
     digest = hashlib.blake2b(b"".join(n.to_bytes(16, "little", signed=True) for n in numbers))
     return int.from_bytes(digest.digest()[:8], "little") >> 1
 
 
 @contextlib.contextmanager
 def use_rows(seeds: Seeds | None) -> Iterator[None]:
-    """While it lasts, the rows of a batch, axis 0, have these seeds, one each; a row without one is
-    padding and is left as it is. No seeds at all: dropout draws from torch's own stream."""
+    """Gives the rows of a batch, along axis 0, one seed each while the context lasts.
+
+    A row with None is padding and stays as it is. Without any seeds, dropout draws from torch's own
+    stream."""
     token = _rows.set(None if seeds is None else tuple(seeds))
     try:
         yield
@@ -38,23 +40,24 @@ def use_rows(seeds: Seeds | None) -> Iterator[None]:
 
 
 def set_rows(seeds: Seeds) -> None:
-    """`use_rows` without an end."""
+    """Gives seeds as `use_rows` does, but without an end."""
     _rows.set(tuple(seeds))
 
 
 def rows_in_use() -> tuple[int | None, ...] | None:
-    """What `use_rows` was last given."""
+    """Returns the seeds in use."""
     return _rows.get()
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` that draws row by row under `use_rows`. `place` tells apart the dropouts of one
-    model; `number_dropouts` sets it."""
+    """Draws as `nn.Dropout` does, but row by row under `use_rows`.
+
+    `number_dropouts` sets `place`, which tells the dropouts of one model apart."""
 
     place = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, ...] to the same shape; or [rows * n, ...], n lines a row, such as its tokens."""
+        """Maps [rows, ...], or [rows * n, ...] with n lines a row (its tokens), to that shape."""
         if not self.training or self.p == 0.0:
             return x
         seeds = _rows.get()
@@ -65,7 +68,7 @@ class Dropout(nn.Dropout):
 
 @torch.compiler.disable
 def _mask(x: torch.Tensor, seeds: Seeds, place: int, keep: float) -> torch.Tensor:
-    mask = torch.ones(x.shape, device=x.device)  # fp32 in each precision, so that all draw alike
+    mask = torch.ones(x.shape, device=x.device)  # fp32, so that all precisions draw alike
     for row, seed in zip(mask.chunk(len(seeds)), seeds, strict=True):
         if seed is not None:
             draw = torch.Generator(x.device).manual_seed(mix(seed, place))
@@ -74,8 +77,9 @@ def _mask(x: torch.Tensor, seeds: Seeds, place: int, keep: float) -> torch.Tenso
 
 
 def number_dropouts(modules: Sequence[nn.Module]) -> None:
-    """Turn every `nn.Dropout` in a model into a `Dropout` with a place of its own. To be called on
-    the whole model, before it is cut: places count through it."""
+    """Turns every `nn.Dropout` in a model into a `Dropout` with a place of its own.
+
+    Call it on the whole model before that is cut, since places are counted through all of it."""
     found = [m for top in modules for m in top.modules() if isinstance(m, nn.Dropout)]
     for place, module in enumerate(dict.fromkeys(found)):
         if type(module) is nn.Dropout:

@@ -1,8 +1,8 @@
-"""A decoder-only transformer as a flat list: embedding, blocks, head.
+"""This module makes a decoder-only transformer as a list of layers: embedding, blocks, head.
 
-Pre-norm blocks (Radford et al. 2019, GPT-2), rotary positions (Su et al. 2021,
+It has pre-norm blocks (Radford et al. 2019, GPT-2), rotary positions (Su et al. 2021,
 https://arxiv.org/abs/2104.09864) or learned ones, attention by torch's
-`scaled_dot_product_attention`, embeddings tied to the head or not (Press and Wolf 2017,
+`scaled_dot_product_attention`, and embeddings tied to the head or not (Press and Wolf 2017,
 https://arxiv.org/abs/1608.05859).
 """
 
@@ -23,10 +23,10 @@ BYTES = 257  # the byte tokenizer's vocabulary: 256 values and the end of a docu
 GPT2_VOCABULARY = 50257
 INIT_STD = 0.02
 
-# name: num_layers, width, num_heads, context, vocab_size. From 124m to 175b the sizes are those of
-# GPT-2 and GPT-3 (Brown et al. 2020, https://arxiv.org/abs/2005.14165, table 2.1), 70b those of
-# Llama 2's largest, 530b of Megatron-Turing NLG (https://arxiv.org/abs/2201.11990), 1t of Narayanan
-# et al. 2021 (https://arxiv.org/abs/2104.04473, table 1).
+# A size is num_layers, width, num_heads, context, vocab_size. From 124m to 175b the sizes are those
+# of GPT-2 and GPT-3 (Brown et al. 2020, https://arxiv.org/abs/2005.14165, table 2.1), 70b is Llama
+# 2's largest, 530b Megatron-Turing NLG (https://arxiv.org/abs/2201.11990), 1t from Narayanan et al.
+# 2021 (https://arxiv.org/abs/2104.04473, table 1).
 PRESETS: dict[str, tuple[int, int, int, int, int]] = {
     "1m": (5, 128, 4, 128, BYTES),
     "10m": (6, 384, 6, 256, BYTES),
@@ -47,7 +47,7 @@ PRESETS: dict[str, tuple[int, int, int, int, int]] = {
 
 
 class Embedding(nn.Module):
-    """Token ids to vectors, with learned positions added where there are any."""
+    """Maps token ids to vectors, and adds learned positions if the model has them."""
 
     def __init__(
         self, vocab_size: int, width: int, context: int, learned: bool, dropout: float
@@ -59,7 +59,9 @@ class Embedding(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """int64 [batch, tokens] to [batch, tokens, width]; ValueError for more than `context`."""
+        """Maps int64 [batch, tokens] to [batch, tokens, width].
+
+        Raises ValueError for more tokens than `context`."""
         if ids.shape[1] > self.context:
             raise ValueError(
                 f"model.options.context = {self.context}: the data's samples have "
@@ -72,15 +74,15 @@ class Embedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention; `rotary` turns queries and keys by their positions."""
+    """Computes causal self-attention; `rotary` turns queries and keys by their positions."""
 
     inverse_frequency: torch.Tensor
 
     def __init__(self, width: int, num_heads: int, rotary: bool) -> None:
         super().__init__()
         self.num_heads, self.rotary = num_heads, rotary
-        # A key's bias adds the same to all scores of a query: its gradient is rounding, which AdamW
-        # would make whole steps of, in other directions in each of two equal runs.
+        # A key's bias adds the same to all scores of a query. Its gradient is only rounding, which
+        # AdamW would turn into whole steps, in other directions in each of two equal runs.
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width)
         if rotary:
@@ -88,7 +90,7 @@ class Attention(nn.Module):
             self.register_buffer("inverse_frequency", 10_000.0 ** (-pairs * num_heads / width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, tokens, width] to the same."""
+        """Maps [batch, tokens, width] to the same shape."""
         batch, tokens, width = x.shape
         heads = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each [batch, heads, tokens, head width]
@@ -102,13 +104,13 @@ class Attention(nn.Module):
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (i, i + half) of the last axis by its angle; cos and sin [tokens, half]."""
+    """Turns each pair (i, i + half) of the last axis by its angle; cos, sin: [tokens, half]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class Block(nn.Module):
-    """Attention and a four times wider GELU network, each normed before and added after."""
+    """Adds attention and then a four times wider GELU network to its input, each normed first."""
 
     def __init__(self, width: int, num_heads: int, rotary: bool, dropout: float) -> None:
         super().__init__()
@@ -118,13 +120,13 @@ class Block(nn.Module):
         self.dropout1, self.dropout2 = Dropout(dropout), Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, tokens, width] to the same."""
+        """Maps [batch, tokens, width] to the same shape."""
         x = x + self.dropout1(self.attention(self.norm1(x)))
         return x + self.dropout2(self.down(functional.gelu(self.up(self.norm2(x)))))
 
 
 class Head(nn.Module):
-    """The last norm and the projection to logits."""
+    """Applies the last norm and the projection to logits."""
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
@@ -132,7 +134,7 @@ class Head(nn.Module):
         self.logits = nn.Linear(width, vocab_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, tokens, width] to logits [batch, tokens, vocab_size]."""
+        """Maps [batch, tokens, width] to logits [batch, tokens, vocab_size]."""
         return self.logits(self.norm(x))
 
 
@@ -147,13 +149,12 @@ def gpt(
     positions: Literal["rope", "learned"] = "rope",
     dropout: float = 0.0,
 ) -> tuple[Layers, Loss]:
-    """`num_layers` blocks between embedding and head, and cross-entropy in nats a token.
+    """Makes `num_layers` blocks between embedding and head, and cross-entropy in nats a token.
 
-    Sizes come from `preset`, each overridden by its own argument; without a preset `num_layers`,
-    `width` and `num_heads` are needed, `context` is 1024 and `vocab_size` that of the bytes.
-    `dropout` is on the embedding and on what each half of a block adds, not on attention weights.
-    ValueError where sizes do not fit.
-    """
+    Sizes come from `preset`, and each size's own argument overrides it. Without a preset,
+    `num_layers`, `width` and `num_heads` are needed, `context` is 1024 and `vocab_size` that of the
+    bytes. `dropout` is on the embedding and on what each half of a block adds, not on attention
+    weights. Raises ValueError where sizes do not fit."""
     given = (num_layers, width, num_heads, context, vocab_size)
     num_layers, width, num_heads, context, vocab_size = _sizes(preset, given)
     _check(width, num_heads, tied, positions, dropout)
@@ -197,7 +198,7 @@ def _check(width: int, num_heads: int, tied: bool, positions: str, dropout: floa
 
 
 def _init(layers: Layers, num_layers: int) -> None:
-    """GPT-2's: normal weights, smaller where a block adds to the residual stream, zero biases."""
+    """Draws normal weights as GPT-2, smaller before the residual stream's sums; biases are zero."""
     for layer in layers:
         for name, module in layer.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):

@@ -1,4 +1,4 @@
-"""One linear layer, 784 -> 10 unless told otherwise: the smallest model there is to train."""
+"""This module makes a model of one linear layer, the smallest that can be trained."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from .losses import Loss, cross_entropy
 
 
 def linear(in_features: int = 784, out_features: int = 10) -> tuple[list[nn.Module], Loss]:
-    """One layer from [batch, in_features] to logits [batch, out_features], cross-entropy."""
+    """Makes one layer, [batch, in_features] to logits [batch, out_features], and cross-entropy."""
     return [nn.Linear(in_features, out_features)], cross_entropy

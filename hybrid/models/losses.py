@@ -1,4 +1,4 @@
-"""Losses given as (sum, count), so that a mean over unequal shares of a batch is exact."""
+"""This module gives losses as (sum, count), which makes means over unequal shares exact."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ IGNORED_TARGET = -100  # torch's own default for targets that do not count
 
 
 def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of logits `output` [..., classes] against `target` int64 [...], summed in nats
-    over the targets that are not -100, and how many these are. Computed in fp32 from logits of any
-    dtype."""
+    """Returns the cross-entropy in nats, summed over targets other than -100, and their count.
+
+    `output`: logits [..., classes] of any dtype. `target`: int64 [...]. The sum is in fp32."""
     logits = output.reshape(-1, output.shape[-1]).float()
     total = functional.cross_entropy(
         logits, target.reshape(-1), ignore_index=IGNORED_TARGET, reduction="sum"

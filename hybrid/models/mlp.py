@@ -1,7 +1,7 @@
-"""A multi-layer perceptron in which each layer of the flat list holds one weight matrix.
+"""This module makes a multi-layer perceptron in which each layer holds one weight matrix.
 
-The activation belongs to the layer before it, so that a cut between any two layers gives stages
-that all have parameters.
+An activation belongs to the linear layer before it, so that wherever the list is cut into stages,
+each stage has parameters.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class Dense(nn.Linear):
-    """A linear layer followed by an activation."""
+    """Applies a linear map and then an activation."""
 
     def __init__(self, in_features: int, out_features: int, activation: str) -> None:
         super().__init__(in_features, out_features)
         self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, in_features] to [batch, out_features]."""
+        """Maps [batch, in_features] to [batch, out_features]."""
         return ACTIVATIONS[self.activation](super().forward(x))
 
 
@@ -39,12 +39,12 @@ def mlp(
     activation: str = "gelu",
     init: Literal["torch", "xavier"] = "torch",
 ) -> tuple[list[nn.Module], Loss]:
-    """Layers sizes[0] -> ... -> sizes[-1], an activation after each but the last, cross-entropy.
+    """Makes layers sizes[0] -> ... -> sizes[-1], activated except for the last, and cross-entropy.
 
-    `init`: torch's default for linear layers, or Xavier's uniform with zero biases (Glorot and
-    Bengio 2010). `activation`: relu has a kink: where a unit's input is within rounding of zero,
-    two equal runs can part there for good (README, "How equal is equal").
-    """
+    `init` is torch's default for linear layers, or Xavier's uniform with zero biases (Glorot and
+    Bengio 2010). Mind the kink of `activation` relu: where a unit's input is within rounding of
+    zero, two equal runs can part for good (docs/how-equal-is-equal.md). Raises ValueError where an
+    option is wrong."""
     if len(sizes) < 2 or not all(isinstance(n, int) and n > 0 for n in sizes):
         raise ValueError(f"sizes = {list(sizes)}: two or more positive integers are needed")
     if activation not in ACTIVATIONS:

@@ -1,16 +1,17 @@
-"""Text as fixed blocks of next tokens: of files, of a `datasets` data set, or, with nothing to
-download, the source text of Python's standard library.
+"""This package turns text into fixed blocks of next tokens.
 
-Tokenised once into a file that every rank maps into memory (`_text_cache` says what is trusted), so
-that text may be larger than memory. Which blocks a rank sees at a step is `hybrid.data.batches`.
+The text comes from files, from a `datasets` data set or, with nothing to download, from the source
+text of Python's standard library. It is tokenised once, into a file that every rank maps into
+memory (`cache` says when such a file is trusted), so that text may be larger than memory.
+`hybrid.data.batches` decides which blocks a rank sees at a step.
 
-Packing: each document is followed by an end token and each side begins with one; documents come one
-after another, so a block may hold parts of several. Empty documents are left out. Text is tokenised
-in pieces of at most 256 KiB, cut behind a line's end where there is one.
+Packing: an end token follows each document, and each side begins with one. Documents come one after
+another, so a block may hold parts of several. Empty documents are left out. Text is tokenised in
+pieces of at most 256 KiB, cut after the end of a line where there is one.
 
 Split: whole documents go to validation by the hash of their text (`plan_documents` has the rule).
-No seed, rank, file name or order plays a part, and copies of a document are on one side. A single
-document is cut in two.
+The split does not depend on a seed, a rank, the files' names or their order, and copies of a
+document are on one side. A single document is cut in two.
 """
 
 from __future__ import annotations
@@ -29,24 +30,23 @@ import torch
 from ...launch.ops_cache import cache_folder
 from .cache import Side, TokenFile, open_tokens, write_tokens
 from .documents import plan_documents
-from .sources import Rows, Source, find_files, stamp, standard_library
+from .sources import Rows, Source, absolute, find_files, stamp, standard_library
 from .tokenizers import BYTES, files_of, load_tokenizer
 
-FORMAT = 1  # of the token files; a file of another is not used
+FORMAT = 1  # of the token files; a file of another format is not used
 CONTEXT = 256
-IGNORED_TARGET = -100  # what losses leave out (torch's own default)
+IGNORED_TARGET = -100  # losses leave such targets out (torch's own default)
 
 
 class Blocks:
-    """A map-style set of `(input, target)`, int64 [context] each.
+    """Gives one side's text as a map-style set of `(input, target)`, int64 [context] each.
 
     Block i has the tokens from i * context on, and as target each one's next token, so that each
-    token but the first is a target once. What the last block lacks is input 0 and target -100.
+    token but the first is a target once. The last block is filled up with input 0 and target -100.
 
-    vocab_size: ids are below it. num_tokens: targets that count. num_bytes: UTF-8 bytes of the text
-    (bits per byte are loss * num_tokens / num_bytes / ln 2). num_documents. fingerprint: SHA-256 of
-    the tokens, hexadecimal.
-    """
+    vocab_size: all ids are below it. num_tokens: targets that count. num_bytes: UTF-8 bytes of the
+    text (bits per byte are loss * num_tokens / num_bytes / ln 2). fingerprint: the tokens' SHA-256,
+    hexadecimal."""
 
     def __init__(self, tokens: numpy.ndarray, context: int, vocab_size: int, side: Side) -> None:
         self._tokens, self.context, self.vocab_size = tokens, context, vocab_size
@@ -80,20 +80,20 @@ def text(
     max_bytes: int | None = None,
     cache: str | None = None,
 ) -> tuple[Blocks, Blocks]:
-    """Train and validation blocks of `context` tokens.
+    """Returns train and validation blocks of `context` tokens.
 
     path: a UTF-8 text file, a folder (all files below it that are not hidden) or a pattern; each
     file is a document. dataset: a hub name, or a local file or folder that `datasets` reads, with
-    its `subset`, `split` ("train") and `field` ("text"); each row is a document. Neither: the
-    standard library's own *.py files, without tests and generated files; files that are not UTF-8
-    are left out. That text is the running interpreter's: `fingerprint` tells one from another.
+    its `subset`, `split` ("train") and `field` ("text"); each row is a document. With neither, the
+    text is the standard library's *.py files without tests, generated files and files that are not
+    UTF-8. It depends on the running interpreter; `fingerprint` tells one text from another.
     tokenizer: "bytes" (256 values and an end token, 256), a folder, a tokenizer.json, a hub name.
-    validation: share of the bytes, 0.1 unless told otherwise. Instead, `validation_split` names a
-    split of the data set; train documents that it has too are left out.
-    max_bytes: only the first documents, that have together at most so many bytes (of each split).
-    cache: folder for token files; left out, hybrid/text in XDG_CACHE_HOME or in ~/.cache.
+    validation: share of the bytes, by default 0.1. Instead, `validation_split` names a split of the
+    data set; train documents that it has too are left out.
+    max_bytes: of each split, use only the first documents that have at most so many bytes together.
+    cache: folder for token files, by default hybrid/text in XDG_CACHE_HOME or in ~/.cache.
 
-    Raises ValueError naming the option, ModuleNotFoundError where `datasets` is missing.
+    Raises ValueError, which names the option, or ModuleNotFoundError where `datasets` is missing.
     """
     options: dict[str, Any] = {key: value for key, value in locals().items() if value is not None}
     _check(options)
@@ -110,7 +110,7 @@ def text(
 
 
 def _check(options: dict[str, Any]) -> None:
-    """ValueError where an option has a wrong type or value, or one that has no effect."""
+    """Raises ValueError where an option has a wrong type or value, or has no effect."""
     for name, value in options.items():
         if name in ("context", "max_bytes"):
             if type(value) is not int or value < 1:
@@ -129,14 +129,8 @@ def _check(options: dict[str, Any]) -> None:
             raise ValueError(f"{name} = {options[name]!r}: has no effect without dataset")
 
 
-def _cache_folder(options: dict[str, Any]) -> Path:
-    if "cache" in options:
-        return Path(os.path.expanduser(options["cache"]))
-    return cache_folder() / "text"
-
-
 def _token_file(options: dict[str, Any]) -> TokenFile:
-    """The token file of these options, tokenised now unless it lies in the cache."""
+    """Opens the token file of these options; the text is tokenised unless the cache has it."""
     try:
         sources = _sources(options)
         return _open(_file_name(options, sources), options, sources)
@@ -146,7 +140,7 @@ def _token_file(options: dict[str, Any]) -> TokenFile:
 
 
 def _open(file: Path, options: dict[str, Any], sources: Sequence[Source]) -> TokenFile:
-    """A file is used while its state is that of the sources and the tokenizer."""
+    """Opens a token file, and writes it anew where the sources or the tokenizer have changed."""
     name = options["tokenizer"]
 
     def state() -> str:
@@ -167,19 +161,20 @@ def _open(file: Path, options: dict[str, Any], sources: Sequence[Source]) -> Tok
 
 
 def _file_name(options: dict[str, Any], sources: Sequence[Source]) -> Path:
-    """One file for the same options, so that text that changes replaces its old tokens."""
+    """Names one file for the same options, so that changed text replaces its old tokens."""
     keys = ("subset", "field", "split", "validation_split", "validation", "max_bytes")
     named = [options.get(key) for key in keys]
     named += [_absolute(options.get("dataset")), _absolute(options["tokenizer"])]
     if "path" in options:
-        named.append(os.path.abspath(os.path.expanduser(options["path"])))
+        named.append(absolute(options["path"]))
     elif "dataset" not in options:
         named.append(sources[0].what)
-    return _cache_folder(options) / f"{_hash([FORMAT, *named])[:32]}.tokens"
+    folder = options.get("cache") or cache_folder() / "text"
+    return Path(os.path.expanduser(folder)) / f"{_hash([FORMAT, *named])[:32]}.tokens"
 
 
 def _sources(options: dict[str, Any]) -> Sequence[Source]:
-    """One source, that is to be split, or a train and a validation source."""
+    """Returns one source, which is to be split, or a train and a validation source."""
     if "path" in options:
         return [find_files(options["path"])]
     if "dataset" not in options:
@@ -191,9 +186,8 @@ def _sources(options: dict[str, Any]) -> Sequence[Source]:
 
 
 def _absolute(name: str | None) -> str | None:
-    """A name that is the same from whichever folder a job is started; a hub's stays as it is."""
-    local = name and os.path.abspath(os.path.expanduser(name))
-    return local if local and os.path.exists(local) else name
+    """Makes a local name the same from every working folder; a hub's name stays as it is."""
+    return absolute(name) if name and os.path.exists(absolute(name)) else name
 
 
 def _hash(value: Any) -> str:

@@ -1,12 +1,13 @@
-"""Token files: documents are tokenised once, into a file that every later run maps into memory.
+"""This module keeps tokenised text in files, which every later run maps into memory.
 
-A file is a header, a line of JSON filled up to `HEADER` bytes, then the train tokens, then the
-validation tokens. It appears whole or not at all (`os.replace`), so that ranks that start together
-never see a part of one; a lock, which ends with its process, lets one of them do the work.
+A token file has a header (a line of JSON filled up to `HEADER` bytes), then the train tokens, then
+the validation tokens. It appears whole or not at all (`os.replace`), so that ranks that start
+together never see a part of one. A lock, which ends with its process, lets one of them do the work.
 
-What is trusted: that the sources are unchanged while their `state` is; that the file is whole while
-its size, its header's checksum and that of up to 32 MiB of its tokens agree with the header, which
-is all of a file up to that size and evenly spaced pages of a larger one (0.02 s at most, measured).
+A file is trusted under two conditions. Its sources must have the same `state` as when it was
+written. Its size, its header's checksum and that of up to 32 MiB of its tokens must agree with the
+header: all tokens of a file up to that size, evenly spaced pages of a larger one (this takes 0.02 s
+at most, measured).
 """
 
 from __future__ import annotations
@@ -19,27 +20,29 @@ import os
 import secrets
 import shutil
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy
+from filelock import FileLock
 
-from .documents import LEFT_OUT, TRAIN, VALIDATION, Plan, cut, pieces
+from .documents import LEFT_OUT, Plan, cut, pieces
 from .sources import Source
 from .tokenizers import Tokenizer
 
 HEADER = 4096
 PAGE, CHECKED_PAGES = 1 << 16, 1 << 9
-NOTE_S = 10.0  # between two signs of life
-ABANDONED_S = 24 * 3600  # a part that nobody wrote to for so long is of a process that was killed
+NOTE_S = 10.0  # seconds between two lines about the progress
+ABANDONED_S = 24 * 3600  # the process that left a part untouched for so long was killed
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """The tokens of one side: `num_bytes` of text in `num_documents`; `fingerprint`: SHA-256."""
+    """Describes the tokens of one side and their text; `fingerprint` is their SHA-256."""
 
     num_tokens: int
     num_bytes: int
@@ -49,7 +52,7 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class TokenFile:
-    """What a header says, and the tokens of both sides, mapped into memory."""
+    """Holds what a header says, and the tokens of both sides, mapped into memory."""
 
     vocab_size: int
     sides: tuple[Side, Side]
@@ -57,36 +60,33 @@ class TokenFile:
 
 
 def open_tokens(path: Path, state: str, build: Callable[[Path], None]) -> TokenFile:
-    """The token file at `path` for this state of the sources; `build` writes one where there is
-    none, or one of another state, or a damaged one. OSError where it cannot be written."""
+    """Opens the token file at `path` for this state of the sources.
+
+    Where the file is missing, damaged or of another state, `build` writes it first. Raises OSError
+    where it cannot be written."""
     found = _read(path, state)
     if found:
         return found
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(path.with_suffix(".lock")):
+    lock = FileLock(path.with_suffix(".lock"))
+    # On a file system without locks each process does the work, and the last one's file, of the
+    # same bytes, stays.
+    with contextlib.suppress(OSError, NotImplementedError):
+        lock.acquire()
+    try:
         found = _read(path, state)  # another process may have written it meanwhile
         if found is None:
             build(path)
             found = _read(path, state)
+    finally:
+        lock.release()
     if found is None:
         raise OSError(f"{path} does not hold what was just written")
     return found
 
 
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time, until it ends at the latest. Where the system has no such lock
-    each process does the work, and the last one's file, of the same bytes, stays."""
-    with path.open("a") as file:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _read(path: Path, state: str) -> TokenFile | None:
-    """None where there is nothing to use; a damaged file is warned of."""
+    """Reads a token file; warns of a damaged one and returns None where there is nothing to use."""
     try:
         with path.open("rb") as file:
             header = _read_header(file)
@@ -123,7 +123,7 @@ def _write_header(file: IO[bytes], header: dict[str, Any]) -> None:
 
 
 def _checksum(file: IO[bytes], size: int) -> str:
-    """SHA-256 of all pages of the tokens, or of `CHECKED_PAGES` from the first to the last."""
+    """Hashes all pages of the tokens, or `CHECKED_PAGES` of them from the first to the last."""
     digest, num_pages = hashlib.sha256(), -(-size // PAGE)
     checked = min(num_pages, CHECKED_PAGES)
     for i in range(checked):
@@ -133,8 +133,9 @@ def _checksum(file: IO[bytes], size: int) -> str:
 
 
 class _SideWriter:
-    """Writes one side's tokens, which begin with an end token: so each token of each document, its
-    end included, is to be predicted once."""
+    """Writes one side's tokens, which begin with an end token.
+
+    So each token of each document, its end token included, is a target once."""
 
     def __init__(self, file: IO[bytes], tokenizer: Tokenizer) -> None:
         self.file, self.tokenizer = file, tokenizer
@@ -144,7 +145,7 @@ class _SideWriter:
         self._put(numpy.array([tokenizer.end]))
 
     def add(self, chunks: Iterable[bytes]) -> None:
-        """Tokenise one document."""
+        """Tokenises one document."""
         for piece in pieces(chunks):
             self.num_bytes += len(piece)
             self._put(self.tokenizer.encode(piece))
@@ -155,8 +156,8 @@ class _SideWriter:
         self._put(numpy.array([self.tokenizer.end]))
 
     def _put(self, ids: numpy.ndarray) -> None:
-        if ids.size and int(ids.max()) >= self.tokenizer.vocab_size:
-            size = self.tokenizer.vocab_size
+        size = self.tokenizer.vocab_size
+        if ids.size and int(ids.max()) >= size:
             raise ValueError(f"the tokenizer made token {ids.max()} of a vocabulary of {size}")
         data = ids.astype(self.dtype).tobytes()
         self.file.write(data)
@@ -164,27 +165,26 @@ class _SideWriter:
         self.num_tokens += ids.size
 
     def summary(self) -> dict[str, Any]:
-        """What the header says of this side."""
-        fingerprint = self.digest.hexdigest()
-        return dataclasses.asdict(
-            Side(self.num_tokens, self.num_bytes, self.num_documents, fingerprint)
-        )
+        """Returns what the header says about this side, the fields of `Side`."""
+        counts = self.num_tokens, self.num_bytes, self.num_documents
+        return dataclasses.asdict(Side(*counts, self.digest.hexdigest()))
 
 
 def dtype_for(vocab_size: int) -> numpy.dtype:
-    """Little-endian, two bytes where ids fit."""
+    """Returns a little-endian type of two bytes where the ids fit, else of four."""
     return numpy.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def write_tokens(
     path: Path, state: str, sources: Sequence[Source], plan: Plan, tokenizer: Tokenizer
 ) -> None:
-    """Tokenise the documents, each to the side that `plan` puts it on, into a file at `path`.
-    Memory does not grow with the text; where it fails, nothing is left."""
+    """Tokenises the documents, each on the side that `plan` gives it, into a file at `path`.
+
+    Memory does not grow with the text. Where it fails, no part of a file is left."""
     _remove_abandoned(path)
-    parts = [path.with_name(f"{path.stem}.{secrets.token_hex(4)}.part") for _ in range(2)]
+    part = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.part")
     try:
-        with parts[0].open("w+b") as train, parts[1].open("w+b") as validation:
+        with part.open("w+b") as train, tempfile.TemporaryFile(dir=path.parent) as validation:
             train.write(bytes(HEADER))
             writers = _SideWriter(train, tokenizer), _SideWriter(validation, tokenizer)
             _write_documents(sources, plan, writers)
@@ -192,20 +192,18 @@ def write_tokens(
                 raise ValueError(f"{sources[0].what}: too little text to cut in two")
             validation.seek(0)
             shutil.copyfileobj(validation, train)
-            size = train.tell() - HEADER
             header = {
                 "state": state,
                 "vocab_size": tokenizer.vocab_size,
                 "dtype": writers[0].dtype.str,
                 "train": writers[0].summary(),
                 "validation": writers[1].summary(),
-                "pages": _checksum(train, size),
+                "pages": _checksum(train, train.tell() - HEADER),
             }
             _write_header(train, header)
-        os.replace(parts[0], path)
+        os.replace(part, path)
     finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def _write_documents(
@@ -218,8 +216,8 @@ def _write_documents(
             if plan.cut_at is None:
                 writers[side].add(chunks)
             else:
-                for part, text in enumerate(cut(chunks, plan.cut_at)):
-                    writers[(TRAIN, VALIDATION)[part]].add(text)
+                for writer, text in zip(writers, cut(chunks, plan.cut_at), strict=True):
+                    writer.add(text)
 
 
 def _remove_abandoned(path: Path) -> None:

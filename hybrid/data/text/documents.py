@@ -1,6 +1,6 @@
-"""Which side of the split each document goes to, and how its bytes are cut into pieces.
+"""This module decides on which side of the split each document goes and cuts its bytes into pieces.
 
-Documents are read once to hash them: 16 bytes a document are kept, never their text.
+It reads the documents once to hash them, and keeps 16 bytes for each, never their text.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import hashlib
+import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -21,8 +22,9 @@ TRAIN, VALIDATION, LEFT_OUT = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """`sides`: of each source, its documents' sides in order. `cut_at`: the byte at which the only
-    document is cut in two, train text before and validation text behind; None where there are more.
+    """Says for each source on which side its documents are, in order (`sides`).
+
+    A single document is cut at the byte `cut_at`: train text before it, validation text after it.
     """
 
     sides: tuple[numpy.ndarray, ...]
@@ -30,15 +32,16 @@ class Plan:
 
 
 def plan_documents(sources: Sequence[Source], validation: float, max_bytes: int | None) -> Plan:
-    """Read all documents of one source, to be split, or of a train and a validation source.
+    """Plans the split of one source, or takes a train and a validation source as they are.
 
-    Where one source is split, documents are put in the order of a hash of their text, which neither
-    their names nor their places matter to, copies of one text together. From its front they go to
-    validation while the sum of their bytes is at most the share `validation` of the whole; a text
-    larger than that never does; the smallest does where all are larger. Of two sources, a train
-    document whose text is also a validation document is left out. ValueError where a text is not
-    UTF-8 or there is none.
-    """
+    One source is split by a hash of the documents' text, which does not depend on their names or
+    places; copies of a text stay together. Walk the documents in hash order and move each to
+    validation if it still fits in `validation` x total bytes. The walk ends at the first that does
+    not fit, but skips a text that is larger than this share by itself; if all are larger, the
+    smallest goes to validation.
+
+    With two sources, a train document whose text is also a validation document is left out. Raises
+    ValueError where a text is not UTF-8 or where there is no text."""
     scans = [_scan(source, max_bytes) for source in sources]
     if len(scans) == 2:
         sides = [numpy.where(sizes > 0, side, LEFT_OUT) for side, (_, sizes) in enumerate(scans)]
@@ -49,7 +52,7 @@ def plan_documents(sources: Sequence[Source], validation: float, max_bytes: int 
         return Plan(tuple(sides))
     ((hashes, sizes),) = scans
     full = numpy.flatnonzero(sizes > 0)
-    if (hashes[full] == hashes[full[0]]).all():  # one text; of its copies only one is used
+    if (hashes[full] == hashes[full[0]]).all():  # one text, of whose copies only the first is used
         only = numpy.full(len(sizes), LEFT_OUT)
         only[full[0]] = TRAIN
         size = int(sizes[full[0]])
@@ -58,7 +61,7 @@ def plan_documents(sources: Sequence[Source], validation: float, max_bytes: int 
 
 
 def _split(hashes: numpy.ndarray, sizes: numpy.ndarray, validation: float) -> numpy.ndarray:
-    """Sides of documents of two or more texts, see `plan_documents`."""
+    """Returns the sides of documents of two or more texts, by the rule of `plan_documents`."""
     full = sizes > 0
     _, text_of = numpy.unique(hashes[full], return_inverse=True)
     weights = numpy.bincount(text_of, sizes[full])  # bytes of all copies, in the order of hashes
@@ -73,8 +76,9 @@ def _split(hashes: numpy.ndarray, sizes: numpy.ndarray, validation: float) -> nu
 
 
 def _scan(source: Source, max_bytes: int | None) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Hash and number of bytes of each document, from the first on as long as all of them together
-    have at most `max_bytes`. Size 0: left out."""
+    """Returns the hash and the number of bytes of each document; 0 bytes mean that it is left out.
+
+    The scan ends before the document with which all of them would have more than `max_bytes`."""
     hashes, sizes, total = array("Q"), array("q"), 0
     for name, chunks in source.documents():
         digest, size = _scan_document(source, name, chunks)
@@ -108,8 +112,9 @@ def _scan_document(source: Source, name: str, chunks: Iterable[bytes]) -> tuple[
 
 
 def pieces(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in pieces of at most `PIECE`, each cut behind the last line's end that lies
-    in it, or where there is none, between two characters."""
+    """Yields the same bytes in pieces of at most `PIECE` bytes.
+
+    Each is cut after the last end of a line in it or, if it has none, between two characters."""
     waiting = bytearray()
     for chunk in chunks:
         waiting += chunk
@@ -122,8 +127,9 @@ def pieces(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def cut(chunks: Iterable[bytes], at: int) -> tuple[Iterator[bytes], Iterator[bytes]]:
-    """The bytes before the character that byte `at` is part of, and the others; the first of the
-    two must be used up before the second."""
+    """Returns the bytes before the character that byte `at` is part of, and the others.
+
+    The first iterator must be used up before the second."""
     stream = pieces(chunks)
     rest: list[bytes] = []
 
@@ -138,15 +144,11 @@ def cut(chunks: Iterable[bytes], at: int) -> tuple[Iterator[bytes], Iterator[byt
             yield piece
             left -= len(piece)
 
-    def tail() -> Iterator[bytes]:
-        yield from rest
-        yield from stream
-
-    return head(), tail()
+    return head(), itertools.chain(rest, stream)
 
 
 def _before_character(text: bytes | bytearray, at: int) -> int:
-    """The first byte of the character of UTF-8 that byte `at` is part of."""
+    """Returns the first byte of the UTF-8 character that byte `at` is part of."""
     while at > 0 and text[at] & 0b1100_0000 == 0b1000_0000:
         at -= 1
     return at

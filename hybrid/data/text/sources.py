@@ -1,7 +1,9 @@
-"""Where text comes from, as a stream of documents: files, the standard library, `datasets`.
+"""This module reads text as a stream of documents: from files, the standard library or `datasets`.
 
-A document is a name and chunks of bytes, never held whole. A source gives the same documents in the
-same order each time, and a `state` that is quick to compute and changes when its text may have.
+A source is a `Files` or a `Rows`. `documents()` gives the same documents in the same order each
+time; a document is a name and chunks of bytes, and is never held whole. `state()` is quick to
+compute and changes when the text may have changed. `what` names the source in messages. A `lenient`
+source leaves out text that is not UTF-8.
 """
 
 from __future__ import annotations
@@ -13,49 +15,33 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from ...job.errors import first_line
 
 CHUNK = 1 << 18  # bytes read at once
 ROWS = 64  # rows of a data set read at once
-# What lies among the standard library's files and is not its text, or is one build's alone.
+# Some of the standard library's folders hold tests or installed packages, not its text.
 LEFT_OUT = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
-GENERATED = ("_sysconfigdata", "config-")  # paths and compiler flags
+GENERATED = ("_sysconfigdata", "config-")  # paths and compiler flags of one build of Python
 
 Document = tuple[str, Iterable[bytes]]
 
 
-class Source(Protocol):
-    """`what` names the source in messages; `lenient`: text that is not UTF-8 is left out."""
-
-    @property
-    def what(self) -> str: ...
-
-    @property
-    def lenient(self) -> bool: ...
-
-    def state(self) -> str:
-        """Changes when the text may have."""
-        ...
-
-    def documents(self) -> Iterator[Document]:
-        """All documents, in order."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Each file is a document. Paths are plain text: there may be many."""
+    """Gives each file as a document; paths are plain strings, since there may be many."""
 
     what: str
     files: tuple[str, ...]
     lenient: bool = False
 
     def state(self) -> str:
-        """See `Source`, and `stamp`."""
+        """Returns the files' `stamp`."""
         return stamp(self.files)
 
     def documents(self) -> Iterator[Document]:
-        """See `Source`."""
+        """Yields each file's path and content."""
         for file in self.files:
             yield file, _chunks(file)
 
@@ -67,8 +53,9 @@ def _chunks(file: str) -> Iterator[bytes]:
 
 
 def stamp(files: Iterable[str]) -> str:
-    """Hash of the files' names, sizes and times of modification and of change (the latter is set by
-    the kernel alone, so that a file put back with its old time is noticed). Content is not read."""
+    """Hashes the files' names, sizes and times of modification and of change, not their content.
+
+    Only the kernel sets the time of change, so a file put back with its old time is noticed."""
     digest = hashlib.sha256()
     for file in files:
         s = os.stat(file)
@@ -76,25 +63,29 @@ def stamp(files: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def absolute(path: str) -> str:
+    """Makes a path absolute; it may begin with `~`."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
 def find_files(path: str) -> Files:
-    """The file `path`; or all files below a folder that are not hidden; or those that match a
-    pattern (`**` for any folders). In the order of their names. ValueError where there is none."""
-    what, given = f"path = {path!r}", os.path.abspath(os.path.expanduser(path))
-    if os.path.isfile(given):
-        return Files(what, (given,))
-    if os.path.isdir(given):
-        found = _walk(given, lambda name: not name.startswith("."))
-    else:
-        found = glob.iglob(given, recursive=True)
-    files = sorted(filter(os.path.isfile, found))
+    """Finds a file, all files below a folder that are not hidden, or all that match a pattern.
+
+    In a pattern, `**` stands for any folders. Files come in the order of their names. Raises
+    ValueError where there is no file."""
+    what, given = f"path = {path!r}", absolute(path)
+    there = os.path.isfile(given) or os.path.isdir(given)
+    found = _visible_files(given) if there else sorted(glob.iglob(given, recursive=True))
+    files = tuple(filter(os.path.isfile, found))
     if not files:
         raise ValueError(f"{what}: no file; valid: a text file, a folder of them, or a pattern")
-    return Files(what, tuple(files))
+    return Files(what, files)
 
 
 def standard_library() -> Files:
-    """The Python source text of the running interpreter's standard library, without its tests,
-    installed packages and what its build generated."""
+    """Finds the Python sources of the running interpreter's standard library.
+
+    Its tests, installed packages and files generated by its build are left out."""
     root = sysconfig.get_path("stdlib")
 
     def wanted(name: str) -> bool:
@@ -106,9 +97,17 @@ def standard_library() -> Files:
     return Files(f"the standard library in {root}", tuple(files), lenient=True)
 
 
+def _visible_files(path: str) -> list[str]:
+    """Lists the file `path`, or all files below the folder `path` that are not hidden."""
+    if os.path.isfile(path):
+        return [path]
+    return sorted(_walk(path, lambda name: not name.startswith(".")))
+
+
 def _walk(root: str, wanted: Callable[[str], bool]) -> Iterator[str]:
-    """Files below a folder, none in folders or of names that are not `wanted`; links to folders are
-    not followed."""
+    """Yields all files below a folder whose own and whose folders' names are `wanted`.
+
+    Links to folders are not followed."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -120,7 +119,7 @@ def _walk(root: str, wanted: Callable[[str], bool]) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """One split of a data set of the `datasets` library; each row's `field` is a document."""
+    """Gives each row of one split of a data set of `datasets` as a document, its `field`."""
 
     name: str
     subset: str | None
@@ -130,32 +129,29 @@ class Rows:
 
     @property
     def what(self) -> str:
-        """See `Source`."""
+        """Names the data set and its split."""
         return f"dataset = {self.name!r}, split = {self.split!r}"
 
     def state(self) -> str:
-        """See `Source`. A hub's data set is taken as unchanged: the hub is not asked again."""
-        local = os.path.abspath(os.path.expanduser(self.name))
-        if not os.path.exists(local):
-            return "hub"
-        if os.path.isfile(local):
-            return stamp([local])
-        return stamp(sorted(_walk(local, lambda name: not name.startswith("."))))
+        """Returns the `stamp` of local files; a data set of the hub counts as unchanged.
+
+        The hub is not asked again."""
+        local = absolute(self.name)
+        return stamp(_visible_files(local)) if os.path.exists(local) else "hub"
 
     def documents(self) -> Iterator[Document]:
-        """See `Source`."""
+        """Yields each row's number and text."""
         rows = self._load()
+        given = f"{self.what}: field = {self.field!r}"
         if self.field not in (rows.column_names or ()):
             names = ", ".join(rows.column_names or ())
-            raise ValueError(f"{self.what}: field = {self.field!r}: no such column; valid: {names}")
+            raise ValueError(f"{given}: no such column; valid: {names}")
         number = 0
         for batch in rows.select_columns([self.field]).iter(batch_size=ROWS):
             for text in batch[self.field]:
                 if not isinstance(text, str):
                     kind = type(text).__name__
-                    raise ValueError(
-                        f"{self.what}: field = {self.field!r}: row {number} holds {kind}, not text"
-                    )
+                    raise ValueError(f"{given}: row {number} holds {kind}, not text")
                 yield f"row {number}", (text.encode(errors="surrogatepass"),)
                 number += 1
 
@@ -169,12 +165,11 @@ class Rows:
         try:
             return _load_rows(datasets, self.name, self.subset, self.split)
         except Exception as error:  # the library raises many kinds, of many lines
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{self.what}: cannot be loaded: {reason}") from None
+            raise ValueError(f"{self.what}: cannot be loaded: {first_line(error)}") from None
 
 
 def _load_rows(datasets: Any, name: str, subset: str | None, split: str) -> Any:
-    """By `load_from_disk` what `save_to_disk` wrote, by `load_dataset` other files and names."""
+    """Loads a split from what `save_to_disk` wrote, or else by `load_dataset`."""
     local = Path(name).expanduser()
     if (local / "state.json").is_file():
         if split != "train" or subset is not None:
@@ -189,3 +184,6 @@ def _load_rows(datasets: Any, name: str, subset: str | None, split: str) -> Any:
         files = [local.name]
         return datasets.load_dataset(str(local.parent), subset, data_files=files, split=split)
     return datasets.load_dataset(str(local) if local.exists() else name, subset, split=split)
+
+
+Source = Files | Rows

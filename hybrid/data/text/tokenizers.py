@@ -1,75 +1,67 @@
-"""Text to token ids and back: by bytes, which needs nothing, or by a Hugging Face tokenizer.
+"""This module turns text into token ids and back, by bytes or by a Hugging Face tokenizer.
 
-A document's tokens are followed by the tokenizer's end token.
+`Bytes` needs nothing installed or downloaded. In both classes all ids are below `vocab_size`, and
+the id `end` follows the tokens of each document.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy
 
+from ...job.errors import first_line
+
 BYTES = "bytes"
-# What bare tokenizer files, which do not say it, call the end of a text.
+# A bare tokenizer file does not say which token ends a text; these are the usual names.
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-# What a tokenizer consists of in a folder that may hold a model's weights too.
+# A folder may hold a model's weights too; files with these suffixes make up the tokenizer.
 SUFFIXES = (".json", ".txt", ".model", ".tiktoken")
 
 
-class Tokenizer(Protocol):
-    """`vocab_size`: ids are below it. `end`: the id that ends a document."""
-
-    vocab_size: int
-    end: int
-
-    def encode(self, text: bytes) -> numpy.ndarray:
-        """Ids of UTF-8 text, whole characters, without special tokens around them."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
-        ...
-
-
 class Bytes:
-    """The 256 values of a byte, and 256 for the end."""
+    """Uses the 256 values of a byte as ids, and 256 as the end."""
 
     vocab_size = 257
     end = 256
 
     def encode(self, text: bytes) -> numpy.ndarray:
-        """See `Tokenizer`."""
+        """Returns the ids of UTF-8 text, whole characters, without special tokens around them."""
         return numpy.frombuffer(text, numpy.uint8)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `Tokenizer`; bytes that are no UTF-8, such as half a character, become U+FFFD."""
+        """Returns the text of ids, with U+FFFD for what is not UTF-8, such as half a character."""
         return bytes(i for i in ids if i != self.end).decode(errors="replace")
 
 
 class HuggingFace:
-    """A tokenizer of transformers. A special token that is spelt out in a text is taken as such."""
+    """Uses a tokenizer of transformers; a special token that a text spells out counts as one."""
 
     def __init__(self, tokenizer: Any, end: int) -> None:
         self._tokenizer, self.end = tokenizer, end
         self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
     def encode(self, text: bytes) -> numpy.ndarray:
-        """See `Tokenizer`."""
+        """Returns the ids of UTF-8 text, as `Bytes.encode` does."""
         ids = self._tokenizer.encode(text.decode(), add_special_tokens=False, verbose=False)
         return numpy.array(ids, numpy.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `Tokenizer`."""
+        """Returns the text of ids."""
         return self._tokenizer.decode(
             [i for i in ids if i != self.end], clean_up_tokenization_spaces=False
         )
 
 
+Tokenizer = Bytes | HuggingFace
+
+
 def files_of(name: str) -> list[Path]:
-    """The local files that make up a tokenizer; none for the bytes or a hub's. ValueError where a
-    local one was meant and is not there."""
+    """Lists the local files that make up a tokenizer; `bytes` and hub names have none.
+
+    Raises ValueError where the name means a local file or folder that does not exist."""
     path = Path(name).expanduser()
     if name == BYTES:
         return []
@@ -83,12 +75,14 @@ def files_of(name: str) -> list[Path]:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The bytes, or the tokenizer of a local folder, a tokenizer.json or a hub name (which may ask
-    the hub). ValueError where it cannot be loaded or names no end of a text."""
+    """Loads a tokenizer: `bytes`, a local folder, a tokenizer.json or a hub name.
+
+    A hub name may ask the hub. Raises ValueError where the tokenizer cannot be loaded or names no
+    end of a text."""
     if name == BYTES:
         return Bytes()
     path = Path(name).expanduser()
-    files_of(name)
+    files_of(name)  # refuses what is missing
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     loaded: Any
@@ -99,10 +93,9 @@ def load_tokenizer(name: str) -> Tokenizer:
             source = str(path) if path.is_dir() else name
             loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the libraries raise many kinds, of many lines
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"tokenizer = {name!r}: cannot be loaded: {reason}; valid: bytes, a folder, a "
-            "tokenizer.json, a hub name"
+            f"tokenizer = {name!r}: cannot be loaded: {first_line(error)}; valid: bytes, a folder, "
+            "a tokenizer.json, a hub name"
         ) from None
     return HuggingFace(loaded, _end_of(loaded, name))
 

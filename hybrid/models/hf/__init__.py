@@ -1,7 +1,8 @@
-"""Any decoder-only causal language model of transformers: `model.name = "hf:NAME_OR_PATH"`.
+"""This package makes a model of any decoder-only causal language model of transformers.
 
-`benchmarks/hf_models.md` says of every causal type of transformers whether it can be cut into
-stages, and that its stages compute what the whole model computes.
+A job names it by `model.name = "hf:NAME_OR_PATH"`. For every causal type of transformers,
+`benchmarks/hf_models.md` says whether it can be cut into stages and whether the stages compute what
+the whole model computes.
 """
 
 from __future__ import annotations
@@ -18,29 +19,28 @@ from ..losses import Loss, cross_entropy
 from .probe import NotOnMeta, probe
 from .stages import HFLayers
 
-LAYER_DROP = ("layerdrop", "decoder_layerdrop")  # what config fields for it are called
-LONGEST = 300  # letters of what transformers says, which can be a list of all its models
+LAYER_DROP = ("layerdrop", "decoder_layerdrop")  # the config fields that set it
+LONGEST = 300  # characters shown of a message of transformers, which may list all its models
 
 
 def hf(
     source: str, overrides: Mapping[str, Any] | None = None, weights: bool | None = None
 ) -> tuple[HFLayers, Loss]:
-    """The model that `source` names: a folder with a config.json, or a name on the hub.
+    """Makes the model that `source` names: a folder with a config.json, or a name on the hub.
 
-    `overrides`: fields of its config to change. `weights`: whether to load its weights (safetensors
-    only) or to start from random ones; left out, they are loaded where there are any. The model is
-    in fp32, its loss cross-entropy of logits [B, T, V] against the next tokens int64 [B, T], -100
-    where none counts.
+    `overrides` are fields of its config to change. `weights` says whether to load its weights
+    (safetensors only) or to start from random ones; by default, they are loaded where there are
+    any. The model is in fp32. Its loss is the cross-entropy of logits [B, T, V] against the next
+    tokens int64 [B, T], with -100 for a target that does not count.
 
-    Under `torch.device("meta")` nothing is loaded, and all parameters and buffers are to be filled
-    in by name; NotOnMeta where that would not give the same model. Otherwise whatever is wrong is a
-    ValueError with one line.
-    """
+    Under `torch.device("meta")` nothing is loaded, and the caller fills in all parameters and
+    buffers by name. Raises NotOnMeta where that would not give the same model, and for anything
+    else that is wrong a ValueError with one line."""
     on_meta = torch.get_default_device().type == "meta"
     config = _make_config(source, overrides or {})
     load = _has_weights(source) if weights is None else weights
     try:
-        model = _load(source, config) if load and not on_meta else _construct(config)
+        model = _make_model(source, config, load and not on_meta)
     except Exception as error:  # a family's own code may raise anything
         if on_meta:
             raise NotOnMeta(_one_line(error)) from error
@@ -52,8 +52,9 @@ def hf(
 
 
 def as_layers(model: Any) -> HFLayers:
-    """A causal language model of transformers as layers. It is changed in place: no cache, and
-    parameters that have no part in the logits do not train."""
+    """Makes layers of a causal language model of transformers, which is changed in place.
+
+    It then keeps no cache, and parameters that have no part in the logits do not train."""
     configs = _all_configs(model.config)
     for config in configs:
         config.use_cache = False
@@ -99,7 +100,7 @@ def _make_config(source: str, overrides: Mapping[str, Any]) -> Any:
 
 
 def _override(config: Any, fields: dict[str, Any], overrides: Mapping[str, Any]) -> Any:
-    """A new config, so that what it derives from its fields (layer types) is derived anew."""
+    """Makes a new config, so that what it derives from its fields (layer types) is derived anew."""
     for key, value in overrides.items():
         if not hasattr(config, key) or key.startswith("_"):
             valid = ", ".join(sorted(k for k in config.to_dict() if not k.startswith("_")))
@@ -117,9 +118,7 @@ def _override(config: Any, fields: dict[str, Any], overrides: Mapping[str, Any])
 
 def _has_weights(source: str) -> bool:
     folder = Path(source)
-    if not folder.is_dir():
-        return True
-    if any(folder.glob("*.safetensors")):
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return True
     pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
     if pickled:
@@ -130,24 +129,15 @@ def _has_weights(source: str) -> bool:
     return False
 
 
-def _construct(config: Any) -> Any:
-    """From random weights: torch's default generator draws them."""
-    from transformers import AutoModelForCausalLM
+def _make_model(source: str, config: Any, load: bool) -> Any:
+    """Makes the model with its weights, or with random ones from torch's default generator."""
+    from transformers import AutoModelForCausalLM as Auto
 
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-
-
-def _load(source: str, config: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source,
-        config=config,
-        dtype=torch.float32,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    given: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
+    if not load:
+        return Auto.from_config(config, **given)
+    given |= {"use_safetensors": True, "output_loading_info": True}
+    loaded: Any = Auto.from_pretrained(source, config=config, **given)
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -165,9 +155,10 @@ def _all_configs(config: Any) -> list[Any]:
 
 
 def _complete_meta(model: nn.Module) -> None:
-    """Put all parameters of a model on meta there, also those that `torch.normal` made, which does
-    not heed the default device. NotOnMeta where something is on meta that is neither a parameter
-    nor a buffer: it has no name to be filled in by."""
+    """Moves all parameters of a model on meta there, also those that `torch.normal` made.
+
+    `torch.normal` ignores the default device. Raises NotOnMeta where something on meta is neither a
+    parameter nor a buffer, since it has no name by which to fill it in."""
     if not any(p.is_meta for p in model.parameters()):
         return
     moved: dict[nn.Parameter, nn.Parameter] = {}
@@ -182,7 +173,7 @@ def _complete_meta(model: nn.Module) -> None:
 
 
 def _freeze_unused(model: nn.Module, names: list[str]) -> None:
-    """Without gradients some engines fail, and some would still decay these weights."""
+    """Freezes parameters without gradients; some engines fail on them, others would decay them."""
     for name in names:
         model.get_parameter(name).requires_grad_(False)
     if names:

@@ -1,11 +1,12 @@
-"""Finds out how a Hugging Face causal language model can be cut, from three forwards of ten tokens.
+"""This module finds out how a causal language model of transformers can be cut into stages.
 
-No family is known by name. The first forward finds the decoder list: the `ModuleList` with the most
-parameters of those whose modules run once each, in order. The second changes a token: a causal
-model's earlier logits stay. In the third the hidden state is detached before each decoder layer and
-behind the last, and what else layers return is dropped unless it has a graph. Behind each detached
-piece, the autograd graph then holds what the piece uses beside the hidden state: parameters outside
-the list belong to the pieces that reach them, and one that reaches into another layer forbids cuts.
+It knows no family by name, but runs three forward passes of ten tokens. The first finds the decoder
+list: the `ModuleList` with the most parameters of those whose modules run once each, in order. The
+second changes a token; in a causal model, earlier logits stay. The third detaches the hidden state
+before each decoder layer and behind the last, and drops what else layers return unless it has a
+graph. The autograd graph of each detached piece then shows what it uses beside the hidden state.
+Parameters outside the list belong to the pieces that reach them; a piece that reaches into another
+layer forbids cuts.
 """
 
 from __future__ import annotations
@@ -19,35 +20,38 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-ROWS, TOKENS = 2, 5  # of the probe; unlike numbers, so that a shape tells batch from time
-TOLERANCE = 1e-4  # relative; the same arithmetic twice differs by rounding at most
+from ...job.errors import first_line
+
+ROWS, TOKENS = 2, 5  # different numbers, so that a shape tells the batch from the time axis
+TOLERANCE = 1e-4  # relative; the same arithmetic done twice differs by rounding at most
 
 
 class NotOnMeta(Exception):
-    """The model needs to be built with real tensors, outside the meta device."""
+    """Says that the model must be built with real tensors, outside the meta device."""
 
 
 @dataclass
 class HFCutPlan:
-    """How a model is cut into elements: 0 is what comes before the decoder list, 1 to n are its
-    layers, n + 1 is what comes behind. Tensors are given by name."""
+    """Says how a model is cut into elements, with tensors by name.
+
+    Element 0 is what comes before the decoder list, 1 to n are its layers, n + 1 is what follows.
+    """
 
     problem: str | None = None  # why it cannot be cut
     path: str = ""  # of the decoder list; empty where none was found
-    hidden: int | str = 0  # where decoder layers take the hidden state: a position or a keyword
+    hidden: int | str = 0  # position or keyword by which decoder layers take the hidden state
     num_outputs: int | None = None  # of decoder layers that return a tuple
     batch_dim: int = 0  # of the hidden state; time comes next
-    carries_ids: bool = False  # layers use token ids, or what was made of them, once more
+    carries_ids: bool = False  # whether layers use token ids, or what was made of them, again
     used: list[list[str]] = field(default_factory=list)  # outside parameters, for each element
     unused: list[str] = field(default_factory=list)  # trainable, but nothing depends on them
 
 
 def probe(model: nn.Module, vocab_size: int, pad_token: int | None) -> HFCutPlan:
-    """How to cut `model`, which is left as it was; its parameters may be on the meta device.
+    """Finds how to cut `model`, which stays as it was; its parameters may be on the meta device.
 
-    Raises ValueError where it is not causal, and NotOnMeta where it is on meta and its forward
-    cannot do without values. On meta, that it is causal is not looked at.
-    """
+    Raises ValueError where it is not causal (not checked on meta), and NotOnMeta where it is on
+    meta and its forward pass needs values."""
     known = [i for i in range(vocab_size) if i != pad_token]
     picked = [known[i % len(known)] for i in range(ROWS * TOKENS)]
     on_meta = any(t.is_meta for t in [*model.parameters(), *model.buffers()])
@@ -77,15 +81,14 @@ def _run(twin: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy to run, since some families keep state in a forward: it shares the parameters.
+    """Copies the model to run it, since some families keep state; parameters are shared.
 
-    Tensors on meta become fake ones (https://docs.pytorch.org/docs/stable/torch.compiler_fake_tensor.html),
-    which have no values either, but transformers knows not to look at them.
-    """
+    Tensors on meta become fake ones (https://docs.pytorch.org/docs/stable/torch.compiler_fake_tensor.html).
+    They have no values either, but transformers knows not to look at them."""
     shared: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_meta:
@@ -97,7 +100,7 @@ def _twin(model: nn.Module) -> nn.Module:
     twin: Any = copy.deepcopy(model, shared).train()
     if any(t.is_meta for t in model.parameters()):
         with contextlib.suppress(ValueError):  # a model without experts to choose
-            twin.set_experts_implementation("batched_mm")  # what others do depends on the routing
+            twin.set_experts_implementation("batched_mm")  # what the others run follows the routing
     return twin
 
 
@@ -113,7 +116,7 @@ def _check_causal(twin: nn.Module, ids: torch.Tensor, logits: torch.Tensor) -> N
 
 
 def _count_calls(model: nn.Module) -> dict[str, list[int]]:
-    """Indices of the modules of each module list, filled in the order in which they will run."""
+    """Returns a list for each module list; a forward pass fills it with indices as modules run."""
     calls: dict[str, list[int]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
@@ -133,8 +136,10 @@ def _find_decoder_list(model: nn.Module, calls: dict[str, list[int]]) -> str | N
 
 
 def _find_unused(twin: nn.Module, path: str, logits: torch.Tensor) -> list[str]:
-    """Trainable parameters that are not in the graph of the logits, but for module lists and stacks
-    of matrices inside decoder layers: these may be experts that ten tokens were not routed to."""
+    """Lists the trainable parameters that are not in the graph of the logits.
+
+    Module lists and stacks of matrices inside decoder layers are left out, since they may be
+    experts to which none of the ten tokens was routed."""
     layers = twin.get_submodule(path)
     lists = [m for x in layers.children() for m in x.modules() if isinstance(m, nn.ModuleList)]
     experts = {p for m in lists for p in m.parameters()}
@@ -144,7 +149,7 @@ def _find_unused(twin: nn.Module, path: str, logits: torch.Tensor) -> list[str]:
 
 
 class _Pieces:
-    """One forward in which the hidden state is detached wherever a cut is possible."""
+    """Runs one forward pass and detaches the hidden state wherever a cut is possible."""
 
     def __init__(self, twin: nn.Module, path: str, ids: torch.Tensor, unused: list[str]) -> None:
         self.twin, self.ids = twin, ids
@@ -155,7 +160,7 @@ class _Pieces:
         self.ids_nodes: list[Any] = []  # graph nodes of what embeddings made of the token ids
 
     def cut(self, logits: torch.Tensor | None) -> HFCutPlan:
-        """The result; `logits` are what the model computes undisturbed."""
+        """Returns the plan; `logits` are what the model computes without any cut."""
         for layer in self.layers:
             layer.register_forward_pre_hook(self._enter, with_kwargs=True)
             layer.register_forward_hook(self._leave)
@@ -240,7 +245,7 @@ def _keep_if_traced(output: Any) -> Any:
 
 
 def _graph_behind(output: torch.Tensor) -> tuple[set[torch.Tensor], set[Any]]:
-    """Leaf tensors and nodes of a tensor's autograd graph."""
+    """Returns the leaf tensors and the nodes of a tensor's autograd graph."""
     leaves, nodes, todo = set(), set(), [output.grad_fn]
     while todo:
         node = todo.pop()
@@ -260,14 +265,14 @@ def _find_hidden(args: Any, kwargs: dict[str, Any]) -> int | str | None:
 
 
 def get_hidden(args: Any, kwargs: dict[str, Any], key: int | str) -> torch.Tensor:
-    """The hidden state among a decoder layer's arguments."""
+    """Returns the hidden state among a decoder layer's arguments."""
     return args[key] if isinstance(key, int) else kwargs[key]
 
 
 def replace_hidden(
     args: Any, kwargs: dict[str, Any], key: int | str, hidden: torch.Tensor
 ) -> tuple[Any, dict[str, Any]]:
-    """A decoder layer's arguments with another hidden state."""
+    """Returns a decoder layer's arguments with another hidden state."""
     if isinstance(key, int):
         return (*args[:key], hidden, *args[key + 1 :]), kwargs
     return args, {**kwargs, key: hidden}

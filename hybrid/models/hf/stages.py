@@ -1,15 +1,17 @@
-"""A Hugging Face causal language model as a list of layers, and the stages that are made of it.
+"""This module makes layers, and stages of them, of a causal language model of transformers.
 
-A stage is the model itself, hollowed. Its decoder list keeps its full length, since many families
-pick masks and layer types by index, but the layers of other stages lose their parameters and hand
-on what they get. The family's own code makes masks, positions and rotary tables on every stage.
-Where a stage begins, the tensor that it received takes the place of the hidden state; where it
-ends, the forward is left, so that nothing behind it runs. Only one float tensor goes from stage to
-stage; token ids, for the few families that need them again, travel inside it as digits.
+A stage is the model itself without what it does not need. Its decoder list keeps its full length,
+since many families pick masks and layer types by index, but the layers of other stages lose their
+parameters and return the hidden state unchanged. The family's own code makes masks, positions and
+rotary tables on every stage. Where a stage begins, the received tensor replaces the hidden state.
+Where it ends, an exception leaves the forward pass, so that nothing behind it runs. Only one float
+tensor goes from stage to stage. The few families that need token ids again get them inside that
+tensor, as digits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +20,11 @@ from torch import nn
 from ..layers import Layers
 from .probe import HFCutPlan, get_hidden, replace_hidden
 
-BASE, DIGITS = 256, 3  # bf16 holds whole numbers up to 256; no vocabulary has 256**3 tokens
+BASE, DIGITS = 256, 3  # bf16 is exact for whole numbers up to 256; no vocabulary has 256**3 tokens
 
 
 class Place(NamedTuple):
-    """Where a parameter was that a stage does not need."""
+    """Tells where a parameter was that a stage does not need."""
 
     module: nn.Module
     name: str
@@ -30,23 +32,18 @@ class Place(NamedTuple):
 
 
 class Holder(nn.Module):
-    """An element that holds parameters outside the decoder list, and its decoder layer, if any."""
+    """Holds an element's parameters outside the decoder list, and its decoder layer, if any."""
 
     def __init__(self, parameters: list[nn.Parameter], layer: nn.Module | None = None) -> None:
         super().__init__()
         self.layer = layer
         self.parameters_outside = nn.ParameterList(parameters)
 
-    def release(self) -> None:
-        """Hold nothing any more."""
-        self.layer, self.parameters_outside = None, nn.ParameterList()
-
 
 class HFLayers(Layers):
-    """[what comes before the decoder layers, each decoder layer, what comes behind them].
+    """Lists as elements what comes before the decoder layers, each of them, and what follows them.
 
-    A model that cannot be cut is one layer. The whole model has the names of transformers.
-    """
+    A model that cannot be cut is one element. The whole model has the names of transformers."""
 
     def __init__(self, model: nn.Module, cut: HFCutPlan) -> None:
         self.model, self.cut, self.cut_problem = model, cut, cut.problem
@@ -55,8 +52,10 @@ class HFLayers(Layers):
         self._sizes = super().sizes()
 
     def _elements(self) -> list[nn.Module]:
-        """Frozen outside parameters, such as tables of sines, are in each element: no graph tells
-        which use them. What is not used is in the first."""
+        """Makes the elements, each with the parameters outside the decoder list that it uses.
+
+        Frozen ones, such as tables of sines, are in each element, since no graph tells which use
+        them. Unused ones are in the first."""
         named = dict(self.model.named_parameters())
         inside = {p for x in self._blocks for p in x.parameters()}
         unused = [named[name] for name in self.cut.unused if named[name] not in inside]
@@ -71,73 +70,63 @@ class HFLayers(Layers):
         ]
 
     def blocks(self) -> list[nn.Module]:
-        """See `Layers`: the decoder layers."""
+        """Lists the decoder layers."""
         return self._blocks
 
     def modules(self) -> list[nn.Module]:
-        """Every module of the whole model, each once."""
+        """Does what `Layers` promises."""
         return list(self.model.modules())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """See `Layers`."""
+        """Does what `Layers` promises."""
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
     def sizes(self) -> list[int]:
-        """See `Layers`; still known once `join` took the elements apart."""
+        """Does what `Layers` promises, also after `join` took the elements apart."""
         return self._sizes
 
     def unit_classes(self) -> list[str]:
-        """See `Layers`: of the decoder layers only, whether or not the model can be cut."""
+        """Names classes of decoder layers alone, whether or not the model can be cut."""
         return Layers(self._blocks).unit_classes() if self.cut.path else []
 
     def join(self, part: range) -> nn.Module:
-        """See `Layers`. The model becomes the stage: what the stage does not need is freed.
+        """Turns the model into a stage, as `Layers` promises, and frees what that does not need.
 
-        Whole: token ids int64 [B, T] to logits [B, T, vocabulary]. A stage takes ids where it
-        begins with the model and returns logits where it ends with it; between stages goes the
-        hidden state. ValueError where the model cannot be cut.
-        """
+        The whole model maps token ids int64 [B, T] to logits [B, T, vocabulary]. The first stage
+        takes the ids, the last returns the logits, and the hidden state goes from stage to stage.
+        Raises ValueError where the model cannot be cut."""
         whole = len(part) == len(self)
-        if not whole:
-            if self.cut_problem:
-                raise ValueError(f"the model cannot be cut: {self.cut_problem}")
-            absent = self._hollow(part)
+        if self.cut_problem and not whole:
+            raise ValueError(f"the model cannot be cut: {self.cut_problem}")
+        absent = [] if whole else self._hollow(part)
         for element in self:
-            if isinstance(element, Holder):
-                element.release()
+            if isinstance(element, Holder):  # the stage holds what it needs, and nothing twice
+                element.layer, element.parameters_outside = None, nn.ParameterList()
         stage: Any = _become(self.model, _Whole if whole else _Stage)
         if not whole:
             stage.begin(self.cut, part, part.stop == len(self), absent)
         return stage
 
     def _hollow(self, part: range) -> list[Place]:
-        """Free what `part` does not need; the places outside the decoder list that miss it."""
+        """Frees what `part` does not need, and returns where that was outside the decoder list."""
         own = {m for i, x in enumerate(self._blocks, 1) if i in part for m in x.modules()}
         keep = {p for i in part for p in self[i].parameters()}
         for i, layer in enumerate(self._blocks, 1):
             if i not in part:
-                _free_tensors(layer, keep, own)
+                others = [m for m in layer.modules() if m not in own]  # `part` may share modules
+                for module, name, _ in _take_out(others, keep):
+                    module.__dict__[name] = torch.zeros(())  # some families rescale all layers
+                for module in others:
+                    module._buffers.update(dict.fromkeys(module._buffers))
                 _become(layer, _Hollow).cut = self.cut
                 layer._compiled_call_impl = None  # there is nothing left to compile
-        return _take_out(self.model, keep)
+        return _take_out(self.model.modules(), keep)
 
 
-def _free_tensors(layer: nn.Module, keep: set[nn.Parameter], own: set[nn.Module]) -> None:
-    """Take a decoder layer's parameters and buffers, but for what modules of others share."""
-    for module in layer.modules():
-        if module in own:
-            continue
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None and parameter not in keep:
-                del module._parameters[name]
-                module.__dict__[name] = torch.zeros(())  # some families rescale all layers
-        for name in module._buffers:
-            module._buffers[name] = None
-
-
-def _take_out(model: nn.Module, keep: set[nn.Parameter]) -> list[Place]:
+def _take_out(modules: Iterable[nn.Module], keep: set[nn.Parameter]) -> list[Place]:
+    """Removes all parameters that are not in `keep` from modules, and returns where they were."""
     absent = []
-    for module in model.modules():
+    for module in modules:
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter not in keep:
                 del module._parameters[name]
@@ -146,7 +135,7 @@ def _take_out(model: nn.Module, keep: set[nn.Parameter]) -> list[Place]:
 
 
 def _become(module: nn.Module, kind: type[nn.Module]) -> Any:
-    """The module itself, with the methods of `kind` before those of its class."""
+    """Puts the methods of `kind` before those of the module's own class; returns the module."""
     old = type(module)
     name = old.__name__ if kind is not _Hollow else kind.__name__.strip("_")
     module.__class__ = type(name, (kind, old), {"__module__": __name__})
@@ -154,30 +143,30 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> Any:
 
 
 class _Whole(nn.Module):
-    """The whole model."""
+    """Is mixed into the class of a whole model."""
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids int64 [B, T] to logits [B, T, vocabulary]."""
+        """Maps token ids int64 [B, T] to logits [B, T, vocabulary]."""
         return super().forward(input_ids=input_ids).logits
 
 
 class _Hollow(nn.Module):
-    """A decoder layer of another stage: hands on the hidden state."""
+    """Is mixed into a decoder layer of another stage, which then returns the hidden state as is."""
 
     cut: HFCutPlan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the layer would return, had it changed nothing."""
+        """Returns what the layer would return if it changed nothing."""
         hidden = get_hidden(args, kwargs, self.cut.hidden)
         count = self.cut.num_outputs
         return hidden if count is None else (hidden, *[None] * (count - 1))
 
     def __repr__(self) -> str:
-        return "Hollow()"  # what a class prints of itself may need its parameters
+        return "Hollow()"  # the class's own method may need its parameters
 
 
 class _Left(Exception):
-    """The forward is left where the stage ends, with the hidden state there."""
+    """Leaves the forward pass where the stage ends, with the hidden state there."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         super().__init__()
@@ -185,10 +174,10 @@ class _Left(Exception):
 
 
 class _Stage(nn.Module):
-    """Consecutive elements of a model, made of the whole by `HFLayers.join`."""
+    """Is mixed into a model by `HFLayers.join`, which then runs consecutive elements of it."""
 
     def begin(self, cut: HFCutPlan, part: range, ends: bool, absent: list[Place]) -> None:
-        """Hook the places where the stage begins and ends."""
+        """Puts hooks where the stage begins and ends."""
         self.cut, self.part, self.ends, self.absent = cut, part, ends, absent
         self.received: torch.Tensor | None = None
         self.filled: tuple[torch.dtype, torch.device] | None = None
@@ -203,7 +192,7 @@ class _Stage(nn.Module):
             layers[-1].register_forward_hook(self._leave_behind)
 
     def forward(self, received: torch.Tensor) -> torch.Tensor:
-        """Token ids or hidden state to hidden state or logits, see `HFLayers.join`."""
+        """Maps token ids or hidden state to hidden state or logits, see `HFLayers.join`."""
         if self.part.start == 0:
             ids = received
         elif self.cut.carries_ids:
@@ -224,8 +213,9 @@ class _Stage(nn.Module):
         return pack_ids(hidden, ids, self.cut.batch_dim) if self.cut.carries_ids else hidden
 
     def _stand_in(self, received: torch.Tensor) -> None:
-        """Zeros without memory in place of the parameters of others: code that runs before the
-        stage's first layer may use them, but its hidden state is replaced."""
+        """Puts zeros that take no memory in place of the parameters of other stages.
+
+        Code before the stage's first layer may use them, but its hidden state is replaced."""
         own = next((p for p in self.parameters() if p.is_floating_point()), received)
         if self.filled == (own.dtype, own.device):
             return
@@ -257,8 +247,9 @@ class _Stage(nn.Module):
 
 
 def pack_ids(hidden: torch.Tensor, ids: torch.Tensor, batch_dim: int) -> torch.Tensor:
-    """Hidden state [..., B, T, ..., D] with its token ids int64 [B, T] behind it, as digits:
-    [..., B, T, ..., D + 3]. Whole numbers below 256 are exact in every float type."""
+    """Appends token ids int64 [B, T] to a hidden state [..., B, T, ..., D] as three digits.
+
+    The result is [..., B, T, ..., D + 3]. Whole numbers below 256 are exact in every float type."""
     digits = torch.stack([ids // BASE**i % BASE for i in range(DIGITS)], -1).to(hidden.dtype)
     between = hidden.dim() - batch_dim - 3
     digits = digits.reshape(*ids.shape, *[1] * between, DIGITS)
@@ -266,13 +257,9 @@ def pack_ids(hidden: torch.Tensor, ids: torch.Tensor, batch_dim: int) -> torch.T
 
 
 def unpack_ids(packed: torch.Tensor, batch_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hidden state and the token ids that `pack_ids` was given."""
-    digits = packed[..., -DIGITS:].detach()
-    while batch_dim:
-        digits, batch_dim = digits[0], batch_dim - 1
+    """Returns the hidden state and the token ids that `pack_ids` was given."""
+    digits = packed[..., -DIGITS:].detach()[(0,) * batch_dim]
     while digits.dim() > 3:
         digits = digits[:, :, 0]
-    ids = torch.zeros(digits.shape[:2], dtype=torch.int64, device=packed.device)
-    for i in range(DIGITS):
-        ids += digits[..., i].to(torch.int64) * BASE**i
+    ids: Any = sum(digits[..., i].to(torch.int64) * BASE**i for i in range(DIGITS))
     return packed[..., :-DIGITS].contiguous(), ids
