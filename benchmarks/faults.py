@@ -23,11 +23,11 @@ from typing import NamedTuple
 from hybrid import records
 from hybrid.job.file import to_dict
 from hybrid.launch.ops_cache import ops_folder
-from hybrid.measure.machine import summarise_machine
 from tests.conftest import small_job
 from tests.test_failures import ranks_of, start_train
 
 from .hosts import Hosts, why_not
+from .machine import summarise_machine
 
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3", "pipeline")
 LIMIT_S = 6  # launch.start_timeout_s and launch.collective_timeout_s of the runs

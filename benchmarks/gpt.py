@@ -1,7 +1,7 @@
 """The GPT of `launch/jobs/gpt.toml` under every strategy, in three precisions, as pipelines of 2, 3
 and 4 stages, and twice with dropout. Prints the tables of `gpt.md`.
 
-    python benchmarks/gpt.py out/gpt > benchmarks/gpt.md
+    python -m benchmarks.gpt out/gpt > benchmarks/gpt.md
 
 A comparison that lies in the folder already is not run again.
 """
@@ -14,9 +14,10 @@ from typing import Any
 
 import hybrid
 from hybrid import records
-from hybrid.measure.machine import summarise_machine
 from hybrid.records import Comparison, Record
 from hybrid.strategies.registry import NAMES
+
+from .machine import summarise_machine
 
 JOB = "launch/jobs/gpt.toml"
 FLAVOURS: dict[str, dict[str, Any]] = {
@@ -90,7 +91,7 @@ def main() -> None:
     print(
         f"`{JOB}`: 30 steps, AdamW, warm-up and cosine, clipping 1.0, accumulation 4,\n"
         f"four processes of one thread each, gloo. {summarise_machine()}.\n"
-        f"Command: `python benchmarks/gpt.py {folder}`.\n\n"
+        f"Command: `python -m benchmarks.gpt {folder}`.\n\n"
         "Differences: the greatest of any step (of any tensor at the end), relative to `single`,\n"
         "or for `local_sgd` to its emulation in one process. MiB: what the busiest rank sends a\n"
         'step. "Excused": past the tolerance at some step where control runs, the reference with '

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from hybrid import records
 from hybrid.comparison.parity import relative
-from hybrid.measure.machine import summarise_machine
 from hybrid.records import Record
+
+from .machine import summarise_machine
 
 JOB = "launch/jobs/mlp.toml"
 STRATEGIES = ("ddp", "fsdp", "zero2", "pipeline")

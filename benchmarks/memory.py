@@ -74,11 +74,11 @@ def theory(name: str, record: Record, layers: Layers) -> tuple[float, float]:
 
 def activations(job: Any) -> int:
     """Bytes that one process keeps between forward and backward of the whole batch, measured."""
-    layers, loss = build_model(job)
-    model = layers.whole()
     ids = torch.zeros(BATCH, TOKENS, dtype=torch.int64)
     meter = StorageMeter()
-    meter.adopt(model)
+    with meter:
+        layers, loss = build_model(job)
+        model = layers.whole()
     held = meter.live_bytes
     with meter:
         kept = loss(model(ids), ids)

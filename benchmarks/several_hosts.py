@@ -27,11 +27,11 @@ from hybrid import records
 from hybrid.job.file import to_dict
 from hybrid.job.schema import Job
 from hybrid.layout import Layout
-from hybrid.measure.machine import summarise_machine
 from hybrid.records import Record
 
 from .hosts import PORT, SSH_TOOLS, Hosts, why_not
 from .launchers import largest
+from .machine import summarise_machine
 
 SIZES = [784, 512, 512, 512, 10]
 CHANGES = {

@@ -1,8 +1,8 @@
-"""What a run measures of itself, and in which steps: counting slows a step, so those are not timed.
+"""Decides which steps of a run are timed, and in which ones memory and traffic are measured.
 
-The first steps carry the memory meter and the collective counter, for as long as the communication
-takes to repeat; the steps after them are timed. A run too short for that counts collectives in
-every step and times all but the warm-up.
+Counting slows a step, so counted steps are not timed. In the first steps the memory meter and the
+collective counter run, for as many steps as the communication takes to repeat; the steps after them
+are timed. A run too short for that counts collectives in every step and times all but the warm-up.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -24,14 +25,17 @@ if TYPE_CHECKING:
     from .traffic import OpCount
 
 
-WARMUP_STEPS = 2  # the first makes optimizer state and rebuilds DDP's buckets, the second settles
+WARMUP_STEPS = 2  # the first allocates optimizer state and rebuilds DDP's buckets
 FEWEST_TIMED = 3
 
 
 class Instruments:
-    """Meter, counter and clock of one run of `steps` steps whose communication repeats every
-    `period` steps. `compiled`: layers that torch.compile takes, which it never does again once it
-    has met the meter's dispatch mode; on a CPU such a run's memory is not measured."""
+    """Holds the memory meter, the collective counter and the clock of one run.
+
+    period: the communication repeats after so many steps. compiled: torch.compile compiles the
+    layers. It never does so again once it has met the meter's dispatch mode, so on a CPU the memory
+    of such a run is not measured.
+    """
 
     def __init__(
         self, steps: int, period: int, device: torch.device, compiled: bool = False
@@ -39,7 +43,7 @@ class Instruments:
         self.device, self.blind = device, compiled and device.type == "cpu"
         self.meter, self.counter = StorageMeter(device), CollectiveCounter()
         first = WARMUP_STEPS
-        # When the collective counter goes, torch.compile compiles once more.
+        # torch.compile compiles once more when the collective counter is removed.
         settled = first + period + compiled
         if steps >= settled + FEWEST_TIMED:
             self.metered, self.counted = range(first + period), range(first, first + period)
@@ -53,7 +57,7 @@ class Instruments:
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around one optimizer step: the instruments that are due, and the clock."""
+        """Run the instruments that are due, and the clock, around one optimizer step."""
         if step == 0:
             self.meter.mark()
         if step == self.counted.start:
@@ -70,26 +74,24 @@ class Instruments:
             self._tcp.append(tcp_bytes_sent())
 
     def close(self) -> None:
-        """Take the counting kernels out, where a run ended while they were in: torch has them for
-        the whole process."""
+        """Remove the counting kernels, which a failed run leaves in place for the whole process."""
         self.counter.close()
 
     def last_step(self) -> dict[str, float | None]:
-        """Of the step just made, on this rank: its time, and the peak of memory up to it."""
+        """Return this rank's seconds for the last step, and its peak of memory in bytes so far."""
         memory = None if self.blind else self.meter.peak_bytes
         return {"seconds": self._last, "memory_bytes": memory}
 
     def throughput(self, samples_per_step: int, tokens_per_step: int | None) -> Throughput | None:
-        """Over the timed steps; None where there was none."""
+        """Return the speed over the timed steps; None where no step was timed."""
         if not self.seconds:
             return None
-        median = statistics.median(self.seconds)
-        mean = statistics.fmean(self.seconds)
+        median, mean = statistics.median(self.seconds), statistics.fmean(self.seconds)
         tokens = tokens_per_step / median if tokens_per_step else None
         return Throughput(samples_per_step / median, median, mean, len(self.seconds), tokens)
 
     def memory(self) -> Memory | None:
-        """Peaks of all ranks, None where not measured; collective."""
+        """Return the peaks of all ranks, or None where they were not measured; collective."""
         if self.blind:
             return None
         peaks = self.meter.peak_bytes, self.meter.peak_bytes_since_mark
@@ -102,16 +104,18 @@ class Instruments:
         return time.perf_counter()
 
     def reduced_in(self) -> str | None:
-        """The dtype in which most bytes were summed over ranks, as torch names it: of gradients,
-        unless none were; None where nothing was. What ranks tell of a step is a few numbers."""
-        found: dict[str, int] = {}
+        """Return torch's name of the dtype in which most bytes were summed over ranks.
+
+        These are the gradients' bytes, since the loop itself sums only a few numbers in a step.
+        Returns None where nothing was summed.
+        """
+        found = Counter[str]()
         for name in ("all_reduce", "reduce_scatter"):
-            for dtype, size in self.counter.payload_by_dtype().get(name, {}).items():
-                found[dtype] = found.get(dtype, 0) + size
-        return max(found, key=lambda dtype: found[dtype]) if found else None
+            found.update(self.counter.payload_by_dtype().get(name, {}))
+        return found.most_common(1)[0][0] if found else None
 
     def comm(self) -> Comm:
-        """Bytes of all ranks, per step of the counted ones; collective."""
+        """Return the calls and bytes of all ranks in each counted step, on average; collective."""
         steps = max(1, len(self.counted))
         by_rank: list[dict[str, OpCount]] = gather_objects(self.counter.counts())
         names = sorted({name for counts in by_rank for name in counts})

@@ -1,4 +1,4 @@
-"""What a figure must be quoted with: host, processor, versions, commit, command. No torch."""
+"""Describes what a figure must be quoted with: host, processor, versions, commit. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "numpy", "hybrid
 
 
 def describe_machine() -> dict[str, Any]:
-    """This machine and this process."""
+    """Describe this machine and this process, as `machine` and `environment` in the records."""
     return {
         "host": socket.gethostname(),
         "system": platform.platform(),
@@ -31,16 +31,6 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def summarise_machine() -> str:
-    """What `describe_machine` says, as a line for reports: processor, releases, commit."""
-    machine = describe_machine()
-    releases = ", ".join(f"{k} {v}" for k, v in machine["packages"].items() if v)
-    return (
-        f"{machine['processor']}, {machine['cores']} cores, Python {machine['python']}, "
-        f"{releases}, commit {machine['commit']}"
-    )
-
-
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -52,17 +42,16 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The toolkit's commit, with a + where its files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
+    """Return the toolkit's commit, with a + if its files were changed; None outside a checkout."""
 
     def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
         return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=True
+            command, capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain") else ""
-        )
+        changed = "+" if git("status", "--porcelain") else ""
+        return git("rev-parse", "--short=12", "HEAD") + changed
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,34 +1,31 @@
-"""Peak memory of one rank's tensors, exact enough to hold against a closed form.
+"""Measures the peak memory of one rank's tensors, exactly enough to check it by a formula.
 
     meter = StorageMeter("cpu")
-    with meter:                 # from before the model exists, or DDP's buckets are missed
+    with meter:                 # before the model exists: DDP's buckets would be missed later
         engine = build(...)
         engine.train_step(...)
     meter.peak_bytes, meter.live_bytes, meter.how
 
-Resident memory is no use here: libraries are hundreds of megabytes of it. On a CPU a dispatch mode
-sees each operator's tensors, counts each storage once, and a weak reference tells when it is freed.
-That costs some microseconds an operator: meter steps that are not timed. Not seen: what an operator
-allocates and frees inside itself. On a CUDA device the allocator counts by itself, at no cost.
+Resident memory is of no use here, because hundreds of megabytes of it are libraries. On a CPU a
+dispatch mode sees the tensors of each operator and counts each storage once, and a weak reference
+tells when a storage is freed. That costs some microseconds for each operator, so use the meter in
+steps that are not timed. It does not see what an operator allocates and frees inside itself. On a
+CUDA device torch's allocator counts, at no cost.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    is_traceable_wrapper_subclass,
-    is_traceable_wrapper_subclass_type,
-)
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 
 class _Live(weakref.ref):
-    """A weak reference to a storage which knows where and with how many bytes it is counted."""
+    """Refers weakly to a storage, and knows under which key and with how many bytes it counts."""
 
     __slots__ = ("key", "size")
     key: int
@@ -45,12 +42,13 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # A DTensor or a collective's result that is still awaited is a wrapper: let it take itself
-        # apart first, the operators on its local tensor then come here.
+        # A DTensor, and a collective's result that is not there yet, wrap other tensors: let them
+        # unwrap first; the operators on their inner tensors then come here.
         if types and any(map(is_traceable_wrapper_subclass_type, types)):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
-        # Arguments too: what was made while nobody watched, or by no operator, counts once used.
+        # Look at arguments too: a tensor that was made while the meter was not entered, or by no
+        # operator, counts from its first use on.
         self._visit(args)
         self._visit(result)
         return result
@@ -63,29 +61,21 @@ class _Watch(TorchDispatchMode):
                 self._visit(item)
 
 
-def _unwrapped(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor, or the plain ones inside a wrapper such as DTensor."""
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from _unwrapped(getattr(tensor, name))
-    else:
-        yield tensor
-
-
 class StorageMeter:
-    """Counts the bytes of live tensor storages on one device; a context manager that can be entered
-    again. Frees are noticed at any time, new storages while it is entered. One can be entered at a
-    time in a process."""
+    """Counts the bytes of live tensor storages on one device, as a context manager.
+
+    It notices frees at any time, and new storages while it is entered. It can be entered again, but
+    a process can have only one meter entered at a time. Raises RuntimeError otherwise.
+    """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
         self._cuda = self._device.type == "cuda"
         self.how = "torch.cuda.max_memory_allocated" if self._cuda else "counted tensor storages"
-        # By address; the callback of the weak reference comes before an address is used again.
+        # By address: the weak reference's callback runs before an address can be used again.
         self._storages: dict[int, _Live] = {}
-        # Changed from other threads and from callbacks without a lock: the interpreter changes
-        # threads at calls and jumps, of which a plain `+=` has none.
+        # Other threads and callbacks change these without a lock: the interpreter switches threads
+        # only at calls and jumps, and a plain `+=` has none.
         self._live = 0
         self._peak = self._before = 0
         self._was_entered = False
@@ -93,21 +83,21 @@ class StorageMeter:
 
     @property
     def live_bytes(self) -> int:
-        """Bytes of the storages alive now."""
+        """Return the bytes of the storages that are alive now."""
         return torch.cuda.memory_allocated(self._device) if self._cuda else self._live
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes that were alive at a time since the first entry."""
+        """Return the most bytes that were alive at one time since the first entry."""
         return max(self._before, self.peak_bytes_since_mark)
 
     @property
     def peak_bytes_since_mark(self) -> int:
-        """The most bytes that were alive at a time since the last `mark`, or the first entry."""
+        """Return the most bytes that were alive at one time since `mark`, or since the entry."""
         return torch.cuda.max_memory_allocated(self._device) if self._cuda else self._peak
 
     def mark(self) -> None:
-        """Begin a new peak beside the one over all."""
+        """Begin a new peak, `peak_bytes_since_mark`, beside the peak of the whole time."""
         self._before = self.peak_bytes
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -133,26 +123,13 @@ class StorageMeter:
         self._exit.close()
         self._exit = None
 
-    def adopt(self, tensors: torch.nn.Module | Iterable[torch.Tensor]) -> None:
-        """Counts tensors made while not entered, without waiting for their first use; of a module
-        its parameters, gradients and buffers."""
-        if self._cuda:
-            return
-        if isinstance(tensors, torch.nn.Module):
-            parameters = list(tensors.parameters())
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            tensors = [*parameters, *gradients, *tensors.buffers()]
-        for tensor in tensors:
-            for plain in _unwrapped(tensor):
-                self._note(plain)
-
     def _note(self, tensor: torch.Tensor) -> None:
-        # Sparse tensors have no storage; the ones of their indices and values come by themselves.
+        # A sparse tensor has no storage; those of its indices and values come here by themselves.
         if tensor.layout is torch.strided:
             self._note_storage(tensor.untyped_storage())
 
     def _note_storage(self, storage: torch.UntypedStorage) -> None:
-        """Counts a storage at its present size, whether it is known or not."""
+        """Count a storage at its present size, whether it is new or known."""
         key = storage._cdata
         entry = self._storages.get(key)
         if entry is None:
@@ -178,7 +155,7 @@ class StorageMeter:
         del self._storages[entry.key]
 
     def _recount(self) -> None:
-        """Notices what was resized while nobody watched."""
+        """Count what was resized while the meter was not entered."""
         for entry in list(self._storages.values()):
             storage = entry()
             if storage is not None:
@@ -187,8 +164,11 @@ class StorageMeter:
 
 @contextlib.contextmanager
 def _watched_resize(note: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
-    """Shows each storage that is resized to `note`. FSDP2 frees and allocates gathered parameters
-    with `UntypedStorage.resize_`, which is no operator and so never reaches a dispatch mode."""
+    """Show each storage that is resized to `note`.
+
+    FSDP2 frees and allocates gathered parameters with `UntypedStorage.resize_`, which is not an
+    operator and so never reaches a dispatch mode.
+    """
     inherited = torch.UntypedStorage.resize_
 
     def resize_(storage: torch.UntypedStorage, size: int) -> Any:
@@ -200,5 +180,5 @@ def _watched_resize(note: Callable[[torch.UntypedStorage], None]) -> Iterator[No
     try:
         yield
     finally:
-        # The class has none of its own: it inherits torch._C.StorageBase's.
+        # The class inherits this method from torch._C.StorageBase and has none of its own.
         del torch.UntypedStorage.resize_

@@ -1,4 +1,4 @@
-"""What one rank communicates: the collectives it calls, and the bytes its sockets carry.
+"""Counts what one rank communicates: the collectives it calls and the bytes its sockets send.
 
     counter = CollectiveCounter()
     before = tcp_bytes_sent()
@@ -6,15 +6,15 @@
     ...                                # some whole steps, under any strategy
     counter.stop()
     counter.counts()["all_reduce"]     # OpCount(calls=..., payload_bytes=..., sent_bytes=...)
-    after = tcp_bytes_sent()           # minus `before`: what the sockets really carried
+    after = tcp_bytes_sent()           # minus `before`: what the sockets really sent
 
-Every collective of torch ends in one operator `c10d::*`, whether Python called it, DDP's C++
-reducer, FSDP2, DeepSpeed, a pipeline's send and receive, or a functional collective, which is what
-`full_tensor()` uses. The counter gives each of these operators a kernel that counts and passes on.
-Its dispatch key is `BackendSelect`, below autograd, which each call passes on every device: kernels
-on the autograd keys miss what is called under `inference_mode` and by functional collectives
-(FSDP2's gradient norm is one), where autograd has been left behind already.
-Not seen: symmetric memory, and communication that does not go through torch.distributed.
+Every collective of torch ends in one operator `c10d::*`: those of Python, of DDP's C++ reducer, of
+FSDP2 and DeepSpeed, a pipeline's send and receive, and functional collectives, which are what
+`full_tensor()` uses. The counter gives each operator a kernel that counts and then calls the
+original. Its dispatch key is `BackendSelect`, which every call passes on every device. Kernels on
+the autograd keys would miss calls that are already below autograd: those under `inference_mode` and
+those of functional collectives, of which FSDP2's gradient norm is one.
+The counter does not see symmetric memory and communication outside of torch.distributed.
 """
 
 from __future__ import annotations
@@ -24,17 +24,22 @@ import dataclasses
 import os
 import struct
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
 
 @dataclasses.dataclass(frozen=True)
 class OpCount:
-    """One kind of collective on this rank. `payload_bytes` is the whole tensor it is about (what is
-    gathered, what is scattered), `sent_bytes` what this rank puts on the wire of it."""
+    """Counts one kind of collective on this rank.
+
+    payload_bytes: the whole tensors that were reduced, gathered, scattered or sent. sent_bytes: the
+    part of them that this rank puts on the wire.
+    """
 
     calls: int
     payload_bytes: int
@@ -42,16 +47,16 @@ class OpCount:
 
 
 class _Meaning(NamedTuple):
-    """Which argument of an operator holds its payload, or (`of_one_rank`) one rank's n-th of it."""
+    """Says which argument of an operator holds its payload, or one rank's n-th (`of_one_rank`)."""
 
     name: str
     argument: int | None
     of_one_rank: bool = False
 
 
-# The operators of c10d by the start of their names, longer ones first. What follows (`_`, `_base_`,
-# `_coalesced_`, `_into_tensor_coalesced_`) changes how tensors are passed, not what is sent, and
-# differs between releases, so the operators are enumerated in the running torch and matched here.
+# The operators of c10d by the start of their names; the longest start that fits counts. The rest
+# (`_`, `_base_`, `_coalesced_`, `_into_tensor_coalesced_`) changes how tensors are passed, not what
+# is sent, and differs between releases, so `_operators` asks the running torch for all names.
 _MEANINGS = {
     "allreduce": _Meaning("all_reduce", 0),
     "allgather": _Meaning("all_gather", 0),
@@ -69,10 +74,11 @@ _MEANINGS = {
 
 
 def sent_share(name: str, size: int, backend: str) -> float:
-    """The part of a payload that one of `size` ranks sends, by the ring algorithms.
+    """Return the part of a payload that one of `size` ranks sends, by the ring algorithms.
 
-    Rooted collectives (broadcast, reduce, gather, scatter) load ranks unequally: theirs is the mean
-    over the group. The ring: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md.
+    In rooted collectives (broadcast, reduce, gather, scatter) ranks send unequally; the result is
+    then the mean over the group. Source for the ring algorithms:
+    https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md.
     gloo differs twice: its reduce_scatter is an all_reduce inside (pytorch issue 118911), and its
     reduce is a reduce-scatter and a gather (ranks send all of it, the root all but its own part).
     Both, and all others, agree with `tcp_bytes_sent` on 2 and 4 ranks.
@@ -97,47 +103,38 @@ def sent_share(name: str, size: int, backend: str) -> float:
     }[name]
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in an argument: one, a list, or a list of lists."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    else:
-        for item in value:
-            yield from _tensors(item)
-
-
 def _operators() -> Iterator[tuple[Any, _Meaning | None]]:
-    """Yields every communicating operator of the running torch with its meaning, which is None for
-    one that this release of torch has added."""
+    """Yield every communicating operator of the running torch with its meaning, None if unknown.
+    An operator is unknown if a newer release of torch has added it."""
     for qualified in torch._C._dispatch_get_all_op_names():
         namespace, _, base = qualified.partition("::")
         if namespace != "c10d":
             continue
         operator = getattr(torch.ops.c10d, base).default
         if not any(argument.name == "process_group" for argument in operator._schema.arguments):
-            continue  # `check_for_nan` looks at a tensor and sends nothing
+            continue  # such as `check_for_nan`, which sends nothing
         plain = base.strip("_")
         known = (start for start in _MEANINGS if plain.startswith(start))
         yield operator, _MEANINGS.get(max(known, key=len, default=""))
 
 
 class CollectiveCounter:
-    """Counts this process's collectives between `start()` and `stop()`, over several such windows.
+    """Counts this process's collectives between `start()` and `stop()`, over any number of windows.
 
-    A collective costs some 15 us more while it counts and nothing while it is stopped. A process
-    can have one counter started at a time: torch refuses the second one's kernels.
+    A collective takes some 15 us more while the counter is started, and nothing more while it is
+    stopped. A process can have one counter started at a time: torch refuses a second one's kernels.
     """
 
     def __init__(self) -> None:
         self._library: torch.library.Library | None = None
         self._counts: dict[str, OpCount] = {}
-        self._dtypes: dict[str, dict[str, int]] = {}
+        self._dtypes = defaultdict[str, Counter[str]](Counter)
         self._not_counted: set[str] = set()
-        # CUDA's backward runs collectives from autograd's own threads.
+        # On CUDA, autograd's own threads call collectives in the backward pass.
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Puts the counting kernels in place."""
+        """Put the counting kernels in place."""
         if self._library is not None:
             raise RuntimeError("this counter is already started")
         kernels = [(op._schema.name, self._kernel(op, meaning)) for op, meaning in _operators()]
@@ -147,30 +144,29 @@ class CollectiveCounter:
         self._library = library
 
     def stop(self) -> None:
-        """Takes the kernels out again, so that torch calls its own ones directly."""
+        """Remove the kernels, so that torch calls its own ones directly."""
         if self._library is None:
             raise RuntimeError("this counter is not started")
         self._library._destroy()
         self._library = None
 
     def close(self) -> None:
-        """`stop()`, if it is started."""
+        """Stop the counter if it is started."""
         if self._library is not None:
             self.stop()
 
     def counts(self) -> dict[str, OpCount]:
-        """All windows so far by plain name (`all_reduce`, `send`, ...), only what was called."""
+        """Return what all windows counted, by plain name (`all_reduce`, `send`, ...)."""
         with self._lock:
             return dict(self._counts)
 
     def payload_by_dtype(self) -> dict[str, dict[str, int]]:
-        """Payload bytes of all windows so far, by plain name and by torch's name of the dtype."""
+        """Return the payload bytes of all windows by plain name and torch's name of the dtype."""
         with self._lock:
             return {name: dict(sizes) for name, sizes in self._dtypes.items()}
 
     def not_counted(self) -> list[str]:
-        """Operators that were called in the windows and whose meaning is not known here, so that
-        their bytes are in no count."""
+        """Return the unknown operators that were called, whose bytes are in no count."""
         with self._lock:
             return sorted(self._not_counted)
 
@@ -190,26 +186,22 @@ class CollectiveCounter:
         return count_and_call
 
     def _add(self, meaning: _Meaning, args: tuple[Any, ...], boxed_group: Any) -> None:
-        payload, sent, dtypes = 0, 0.0, dict[str, int]()
+        payload, sent, dtypes = 0, 0.0, Counter[str]()
         if meaning.argument is not None:
             group = dist.ProcessGroup.unbox(boxed_group)
             size = group.size()
             device = torch.device("cpu")
-            for tensor in _tensors(args[meaning.argument]):
+            for tensor in tree_leaves(args[meaning.argument]):  # a tensor, or lists of them
                 # Not `nbytes`, which a sparse gradient does not have.
-                size_here = tensor.numel() * tensor.element_size()
                 dtype = str(tensor.dtype).removeprefix("torch.")
-                dtypes[dtype] = dtypes.get(dtype, 0) + size_here
-                payload += size_here
+                dtypes[dtype] += tensor.numel() * tensor.element_size()
                 device = tensor.device
-            payload *= size if meaning.of_one_rank else 1
+            payload = dtypes.total() * (size if meaning.of_one_rank else 1)
             # By device, since one group can have gloo for the CPU and nccl for the GPU.
             backend = group._get_backend(device).name()
             sent = payload * sent_share(meaning.name, size, backend)
         with self._lock:
-            seen = self._dtypes.setdefault(meaning.name, {})
-            for dtype, size_here in dtypes.items():
-                seen[dtype] = seen.get(dtype, 0) + size_here
+            self._dtypes[meaning.name].update(dtypes)
             old = self._counts.get(meaning.name, OpCount(0, 0, 0.0))
             self._counts[meaning.name] = OpCount(
                 old.calls + 1, old.payload_bytes + payload, old.sent_bytes + sent
@@ -224,11 +216,12 @@ _SENT_AT = 200
 
 
 def tcp_bytes_sent() -> int | None:
-    """Bytes this process's open TCP sockets have sent so far; None where the system does not say.
+    """Return the bytes that this process's open TCP sockets have sent; None where that is unknown.
 
-    Use differences, with a barrier before each reading; a socket closed in between takes its bytes
-    with it. Without what TCP sent again: up to a tenth of a large message between processes of one
-    busy host. Costs some 5 us a descriptor. NVLink, InfiniBand and shared memory do not show.
+    Use differences, with a barrier before each reading; the bytes of a socket that was closed in
+    between are lost. Retransmitted bytes are left out: up to a tenth of a large message between
+    processes of one busy host. It costs some 5 us for each file descriptor. NVLink, InfiniBand and
+    shared memory do not show.
     """
     try:
         descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
@@ -236,8 +229,8 @@ def tcp_bytes_sent() -> int | None:
     except (OSError, AttributeError):
         return None
     by_inode: dict[int, int] = {}
-    # libc's call rather than a `socket.socket` around the descriptor: that one would own it, and
-    # make it non-blocking for gloo as well where a default timeout is set.
+    # This calls libc because a `socket.socket` around the descriptor would own it and, where a
+    # default timeout is set, make it non-blocking for gloo too.
     info = ctypes.create_string_buffer(512)
     for descriptor in descriptors:
         length = ctypes.c_uint32(len(info))
