@@ -1,1 +1,1 @@
-"""A model's state on disk."""
+"""Keeps a model's state on disk."""

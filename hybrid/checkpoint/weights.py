@@ -1,4 +1,4 @@
-"""A model's final weights on disk, as safetensors with a checksum."""
+"""Saves a model's final weights as safetensors with a checksum, and verifies saved ones."""
 
 from __future__ import annotations
 
@@ -17,25 +17,23 @@ FILE = "model.safetensors"
 
 
 def save_weights(state: Mapping[str, torch.Tensor], folder: Path, about: Mapping[str, Any]) -> Path:
-    """Write `folder/model.safetensors` and `folder/checkpoint.json` (its SHA-256 and `about`)."""
+    """Write `model.safetensors` and `checkpoint.json` (its SHA-256 and `about`) into `folder`.
+    Returns the path of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
     save_file({name: t.contiguous() for name, t in state.items()}, path)
-    with path.open("rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    text = json.dumps({"file": FILE, "sha256": checksum, **about}, indent=1)
+    text = json.dumps({"file": FILE, "sha256": _sha256(path), **about}, indent=1)
     (folder / "checkpoint.json").write_text(text + "\n")
     return path
 
 
 def verify_weights(folder: Path) -> Path:
-    """The path of the weights in a checkpoint's folder; raises JobError unless they are what was
-    written."""
+    """Return the path of the weights in a checkpoint's folder.
+    Raises JobError unless they are what was written."""
     file = folder / FILE
     try:
         expected = json.loads((folder / "checkpoint.json").read_text())["sha256"]
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = _sha256(file)
     except OSError as error:
         raise JobError(
             f"{error.filename}: {error.strerror}; a run that has ended has its final weights there"
@@ -45,3 +43,8 @@ def verify_weights(folder: Path) -> Path:
     if found != expected:
         raise JobError(f"{file}: is damaged, its SHA-256 is not the one in checkpoint.json")
     return file
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

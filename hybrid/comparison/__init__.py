@@ -1,1 +1,1 @@
-"""Many runs of one job: the session that makes them, and the verdict on each."""
+"""Compares many runs of one job: a session starts them, and a verdict judges each."""

@@ -1,4 +1,4 @@
-"""What would explain a difference between two runs; a cause is named only where the figures fit."""
+"""Finds what would explain a difference between two runs; names a cause only if figures fit it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def likely_cause(
     factors: Mapping[str, int],
     exact_steps: int = EXACT_STEPS["fp32"],
 ) -> str | None:
-    """What would explain a difference whose first trace is `quantity`; None where nothing fits."""
+    """Return what would explain a difference that begins in `quantity`; None if nothing fits."""
     if quantity.startswith("initial weights"):
         return "other initial weights"
     if quantity in ("samples", "sample_digest"):
@@ -38,7 +38,7 @@ def likely_cause(
 
 
 def _explain_ratio(ratio: float, factors: Mapping[str, int]) -> str | None:
-    """Words for a ratio that is one of the factors or its inverse, within 1 %."""
+    """Describe a ratio that is, within 1 %, one of the factors, their product or an inverse."""
     several = {name: value for name, value in factors.items() if value > 1}
     products = several | {" x ".join(several): math.prod(several.values())}
     for inverse in (False, True):
@@ -55,10 +55,8 @@ def _explain_ratio(ratio: float, factors: Mapping[str, int]) -> str | None:
 
 
 def _explain_updates(run: Record, reference: Record) -> str | None:
-    """What the ratios of the first updates say, tensor by tensor and stage by stage."""
+    """Describe which tensors' first updates differ from the reference's, and in which stage."""
     ratios = _update_ratios(run, reference)
-    if not ratios:
-        return None
     off = {name: r for name, r in ratios.items() if abs(r - 1) > 1e-3}
     if not off:
         return None
@@ -81,7 +79,8 @@ def _explain_updates(run: Record, reference: Record) -> str | None:
 
 
 def _update_ratios(run: Record, reference: Record) -> dict[str, float]:
-    """First update of each tensor over the reference's, from the projections; no tiny ones."""
+    """Return the first update of each tensor over the reference's, from their projections.
+    Tensors whose update in the reference is tiny are left out."""
     if run.weights is None or reference.weights is None:
         return {}
     mine, theirs = run.weights, reference.weights

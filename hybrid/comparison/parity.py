@@ -1,8 +1,8 @@
-"""Did two runs compute the same thing, and if not, where did they part and why? Reads records only.
+"""Decides whether two runs computed the same, and finds where they part and why. Starts no run.
 
-Steps are compared in order, quantities in the order of `_step_differences`; the first one past its
-tolerance is named. Where rounding alone may have grown past the tolerance, control runs (the
-reference with its batches summed in other orders) say by how much rounding alone moves that step.
+It compares steps in order, and quantities in the order of `_differences`, and names the first one
+past its tolerance. Where rounding alone may have grown past the tolerance, control runs (the
+reference with its batches summed in other orders) show how far rounding moves that place.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from typing import Any
 
 from ..records import Difference, EvalResult, Parity, Record
 from .causes import likely_cause
-from .tolerances import EXACT_STEPS
+from .tolerances import EXACT_STEPS, TOLERANCES
 
 SHARE_OF_CONTROL = 0.25  # a control must differ by at least this part of a difference to excuse it
 SAME_START = 1e-9  # float64 projections of equal fp32 weights, summed in another order
+ROUNDED = ("loss", "grad_norm", "weights", "eval loss", "eval correct")  # what rounding can move
 Arrays = Mapping[str, Any]  # numpy arrays by name
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A record and its final weights, as numpy arrays by name."""
+    """Holds a record and its final weights, as numpy arrays by name."""
 
     record: Record
     weights: Arrays
 
 
 def relative(got: float | None, expected: float | None) -> float:
-    """|a-b|/|b|, 0 where they are equal; infinite where one is missing."""
+    """Return |a-b|/|b|, 0 where both are equal, infinity where one is missing or NaN."""
     if got == expected:
         return 0.0
     if got is None or expected is None:
@@ -40,10 +41,9 @@ def relative(got: float | None, expected: float | None) -> float:
 
 
 def weight_difference(got: Arrays, expected: Arrays) -> tuple[float, str]:
-    """The greatest difference of a tensor, over its greatest expected magnitude, and its name."""
+    """Return the worst relative difference of a tensor, by its greatest magnitude, and its name."""
     if got.keys() != expected.keys():
-        odd = sorted(got.keys() ^ expected.keys())
-        return float("inf"), odd[0]
+        return math.inf, min(got.keys() ^ expected.keys())
     worst = (0.0, "")
     for name, reference in expected.items():
         if got[name].shape != reference.shape:
@@ -63,12 +63,23 @@ def compare_runs(
     controls: Sequence[Run] = (),
     exact_steps: int = EXACT_STEPS["fp32"],
 ) -> Parity:
-    """The verdict on `run` against `reference` (called `name` in the comparison).
+    """Return the verdict on `run` against `reference`, which is called `name` in the comparison.
 
-    factors: what a wrong scale would be a multiple of, by its name (micro-batches, ...).
-    exact_steps: how many first steps no control excuses.
+    factors: the numbers by which a wrong scale would be off, by their names (micro-batches, ...).
+    exact_steps: the number of first steps in which no control excuses a difference.
     """
-    first, excused = _first_unexcused(run, reference, tolerance, factors, controls, exact_steps)
+    noise = _noise(reference, controls if len(reference.record.steps) > exact_steps else ())
+    first, excused = None, list[dict[str, Any]]()
+    for found in _differences(run, reference, tolerance):
+        early = found.step is not None and found.step < exact_steps
+        control = None if early else noise.get(found.place)
+        if control is None or not control >= SHARE_OF_CONTROL * found.size < math.inf:
+            cause = likely_cause(run.record, reference.record, found.quantity, factors, exact_steps)
+            got, expected = _writable(found.got), _writable(found.expected)
+            first = Difference(found.step, found.quantity, got, expected, cause)
+            break
+        sizes = {"difference": found.size, "control": control}
+        excused.append({"step": found.step, "quantity": found.quantity} | sizes)
     steps = list(zip(run.record.steps, reference.record.steps, strict=False))
     return Parity(
         ok=first is None,
@@ -82,55 +93,35 @@ def compare_runs(
     )
 
 
-def _first_unexcused(
-    run: Run,
-    reference: Run,
-    tolerance: Mapping[str, float],
-    factors: Mapping[str, int],
-    controls: Sequence[Run],
-    exact_steps: int,
-) -> tuple[Difference | None, list[dict[str, Any]]]:
-    """The first difference that rounding does not explain, and those before it that it does."""
-    excused: list[dict[str, Any]] = []
-    for found in _differences(run, reference, tolerance):
-        allowed = _noise(found, reference, controls, exact_steps)
-        if allowed is None or not allowed >= SHARE_OF_CONTROL * found.size < math.inf:
-            cause = likely_cause(run.record, reference.record, found.quantity, factors, exact_steps)
-            got, expected = _writable(found.got), _writable(found.expected)
-            return Difference(found.step, found.quantity, got, expected, cause), excused
-        excused.append(
-            {
-                "step": found.step,
-                "quantity": found.quantity,
-                "difference": found.size,
-                "control": allowed,
-            }
-        )
-    return None, excused
-
-
 def _writable(value: Any) -> Any:
-    """A value as JSON can hold it: a number that is none as text."""
+    """Return a value as JSON can hold it: NaN and infinity as text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _greatest(values: Iterable[float]) -> float | None:
-    """The greatest difference; None where there is none, or one is past all numbers."""
+    """Return the greatest difference; None where there are none, or one is infinite."""
     worst = max(values, default=math.inf)
     return worst if math.isfinite(worst) else None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
+    """Holds one difference; `size` is relative, or a share of all targets for `eval correct`."""
+
     step: int | None
     quantity: str
     got: Any
     expected: Any
     size: float
 
+    @property
+    def place(self) -> tuple[int | None, str]:
+        """Return the step and the quantity without a tensor's name."""
+        return self.step, self.quantity.partition(" of ")[0]
+
 
 def _differences(run: Run, reference: Run, tolerance: Mapping[str, float]) -> list[_Found]:
-    """Everything past its tolerance, in the order in which it happened."""
+    """List everything past its tolerance, in the order in which it happened."""
     found = _start_differences(run.record, reference.record)
     for got, expected in zip(run.record.steps, reference.record.steps, strict=False):
         for quantity in ("samples", "sample_digest", "lr", "loss", "grad_norm"):
@@ -152,7 +143,7 @@ def _start_differences(run: Record, reference: Record) -> list[_Found]:
         return []
     mine, theirs = run.weights.initial, reference.weights.initial
     return [
-        _Found(0, f"initial weights of {name}", mine.get(name), value, float("inf"))
+        _Found(0, f"initial weights of {name}", mine.get(name), value, math.inf)
         for name, value in theirs.items()
         if name not in mine or relative(mine[name], value) > SAME_START
     ]
@@ -168,7 +159,7 @@ def _eval_differences(
         return [_Found(None, "eval", None, expected.loss, math.inf)]
     found = []
     if got.samples != expected.samples:
-        found.append(_Found(None, "eval samples", got.samples, expected.samples, float("inf")))
+        found.append(_Found(None, "eval samples", got.samples, expected.samples, math.inf))
     size = relative(got.loss, expected.loss)
     if size > tolerance["eval_loss"]:
         found.append(_Found(None, "eval loss", got.loss, expected.loss, size))
@@ -179,30 +170,17 @@ def _eval_differences(
 
 
 def _correct_difference(got: EvalResult, expected: EvalResult) -> float:
-    """Targets predicted right by one and not by the other, at least, as a share of all."""
+    """Return the difference in the numbers of correct predictions, as a share of all targets."""
     total = expected.targets or expected.samples
     return abs((got.correct or 0) - (expected.correct or 0)) / total
 
 
-def _noise(
-    found: _Found, reference: Run, controls: Sequence[Run], exact_steps: int
-) -> float | None:
-    """By how much the controls differ from the reference in the same place; None where rounding
-    cannot be the reason."""
-    early = found.step is not None and found.step < exact_steps
-    if early or not controls or len(reference.record.steps) <= exact_steps:
-        return None
-    if found.quantity in ("loss", "grad_norm") and found.step is not None:
-        at = found.step
-        expected = getattr(reference.record.steps[at], found.quantity)
-        return max(
-            relative(getattr(c.record.steps[at], found.quantity), expected) for c in controls
-        )
-    if found.quantity.startswith("weights of "):
-        return max(weight_difference(c.weights, reference.weights)[0] for c in controls)
-    evals = [(c.record.eval, reference.record.eval) for c in controls]
-    if found.quantity == "eval loss":
-        return max(relative(c.loss, r.loss) for c, r in evals if c and r)
-    if found.quantity == "eval correct":
-        return max(_correct_difference(c, r) for c, r in evals if c and r)
-    return None
+def _noise(reference: Run, controls: Sequence[Run]) -> dict[tuple[int | None, str], float]:
+    """Return how far the controls differ from the reference, by step and quantity.
+    Rounding cannot explain a difference in a place that is not in the result."""
+    nothing = dict.fromkeys(TOLERANCES["fp32"], -1.0)  # tolerated: a difference of 0 is listed too
+    noise: dict[tuple[int | None, str], float] = {}
+    for found in (f for c in controls for f in _differences(c, reference, nothing)):
+        if found.place[1] in ROUNDED:
+            noise[found.place] = max(found.size, noise.get(found.place, 0.0))
+    return noise

@@ -1,4 +1,4 @@
-"""One job under several strategies: a launcher each, then the verdict. Holds no torch of its own.
+"""Runs one job under several strategies, one after another, and judges each run. No torch here.
 
 `compare` writes OUT/STRATEGY/..., OUT/compare.json, OUT/compare.md and OUT/report.html.
 """
@@ -19,7 +19,8 @@ from ..measure.machine import describe_machine
 from ..records import Comparison, Parity, Record
 from ..strategies import registry
 from ..training.check import CheckedJob, check_job, print_warnings
-from ..training.run import Program, Silent, Watcher, default_nproc, launch
+from ..training.progress import Watcher
+from ..training.run import Program, default_nproc, launch
 from .parity import Run
 from .verdict import judge_run
 
@@ -34,10 +35,11 @@ def compare(
     watcher: Watcher | None = None,
     program: Program | None = None,
 ) -> Comparison:
-    """Run the job under each strategy on `nproc` processes and hold each run against `single`.
+    """Run the job under each strategy on `nproc` processes, and compare each run with `single`.
 
-    nproc: left out, what `job.parallel` multiplies to, or 2. `program` is what starts a rank.
-    Raises JobError before any process starts; a run that fails is in the result, not raised.
+    nproc: left out, the product of the degrees in `job.parallel`, or 2. program: the command that
+    starts a rank. Raises JobError before any process starts. A run that fails raises nothing: its
+    record is in the result.
     """
     print_warnings(job.warnings())
     registry.check_settings(job, strategies)
@@ -45,14 +47,14 @@ def compare(
     remove_stale_locks()
     names = [REFERENCE, *(s for s in dict.fromkeys(strategies) if s != REFERENCE)]
     layouts = _plan(checked, names, nproc or default_nproc(job))
-    session = _Session(checked.job, Path(out), watcher or Silent(), program)
+    session = _Session(checked.job, Path(out), watcher or Watcher(), program)
     for name, layout in layouts.items():
         session.run_planned(name, layout)
     return session.finish(job)
 
 
 def _plan(checked: CheckedJob, names: Sequence[str], nproc: int) -> dict[str, Layout | str]:
-    """The layout of each strategy, or in words why it cannot run here; prints warnings."""
+    """Find the layout of each strategy, or why it cannot run here, and print the warnings."""
     layouts: dict[str, Layout | str] = {}
     warnings: list[str] = []
     for name in names:
@@ -68,7 +70,7 @@ def _plan(checked: CheckedJob, names: Sequence[str], nproc: int) -> dict[str, La
 
 
 class _Session:
-    """The runs of one comparison and the folder they lie in."""
+    """Holds the runs of one comparison and the folder in which they lie."""
 
     def __init__(self, job: Job, out: Path, watcher: Watcher, program: Program | None) -> None:
         self.job, self.out, self.watcher, self.program = job, out, watcher, program
@@ -76,7 +78,7 @@ class _Session:
         self.controls: dict[str, Record] = {}
 
     def run_planned(self, name: str, layout: Layout | str) -> None:
-        """Run one strategy; `layout` is text where it cannot run, and says why."""
+        """Run one strategy; where it cannot run, `layout` is a text that says why."""
         if isinstance(layout, str):
             record = Record(name, "not_possible", layout)
             records.write(record, self.out / name / "record.json")
@@ -86,7 +88,7 @@ class _Session:
         self.runs[name] = record
 
     def _run(self, label: str, strategy: str, nproc: int, changes: dict[str, Any]) -> Record:
-        """Launch one run, in `out/label`, with changed settings of its strategy."""
+        """Launch one run in `out/label`, with these changes in its strategy's settings."""
         job, folder = _with_settings(self.job, strategy, changes), self.out / label
         try:
             return launch(job, strategy, nproc, folder, self.watcher, label, self.program)
@@ -96,7 +98,7 @@ class _Session:
             return records.read(Record, folder / "record.json")
 
     def finish(self, job: Job) -> Comparison:
-        """Judge every run, making the controls that this needs, and write the comparison."""
+        """Judge every run, after the control runs that this needs, and write the comparison."""
         possible = [name for name, record in self.runs.items() if record.status != "not_possible"]
         parity = {name: self._judge(name) for name in possible}
         result = Comparison(
@@ -132,10 +134,12 @@ class _Session:
 
 
 def _with_settings(job: Job, strategy: str, changes: dict[str, Any]) -> Job:
-    """The job with other settings in one strategy's section; one's own strategy has none."""
+    """Return the job with these changes in one strategy's section.
+
+    Only control runs have changes, under `single` and `local_sgd`.
+    """
     if not changes:
         return job
-    field = "two_d" if strategy == "2d" else strategy
-    section = getattr(job.strategy, field).model_copy(update=changes)
-    strategies = job.strategy.model_copy(update={field: section})
+    section = job.settings(strategy).model_copy(update=changes)
+    strategies = job.strategy.model_copy(update={strategy: section})
     return job.model_copy(update={"strategy": strategies})

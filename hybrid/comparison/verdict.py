@@ -1,7 +1,7 @@
-"""The verdict on each run of a comparison, from records and weights alone. It starts no run.
+"""Judges each run of a comparison from records and weights alone, and starts no run.
 
-`judge_run` returns a verdict, or the control runs that it needs first; who compares makes those and
-asks again.
+`judge_run` returns a verdict, or the control runs that it needs first; the caller makes those and
+calls it again.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from .parity import Run, compare_runs
 from .tolerances import EXACT_STEPS, tolerance
 
 EMULATION = "local_sgd_emulation"
-# Control runs cut each batch into so many micro-batches: other orders of the same sums.
+# Control runs cut each batch into these numbers of micro-batches, which reorders the same sums.
 CONTROL_MICRO_BATCHES = (1, 3, 7)
 
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """A further run in one process that a verdict needs: `strategy` with changed settings."""
+    """Names a further run in one process that a verdict needs: `strategy` with other settings."""
 
     label: str
     strategy: str
@@ -37,12 +37,13 @@ def judge_run(
     controls: Mapping[str, Record],
     load: Callable[[str], Run],
 ) -> Parity | list[Control]:
-    """The verdict on the run `name` against `runs[reference]` (local SGD: against its emulation in
-    one process), or the controls that it needs and that `controls` does not have yet.
+    """Return the verdict on the run `name`, or the control runs that are missing for it.
 
-    load: a run or control of that label, with its final weights.
+    The run is compared with `runs[reference]`; local SGD is compared with its emulation in one
+    process, which is a control. load: returns the run or control of a label with its final weights.
     """
-    record, allowed = runs[name], tolerance_of(job, name)
+    hook = job.strategy.ddp.comm_hook if name == "ddp" else "none"
+    record, allowed = runs[name], tolerance(job.train.precision, hook)
     if name == reference:
         return Parity(record.status == "ok", 0.0, 0.0, tolerance(job.train.precision))
     undecided = Parity(False, None, None, allowed)
@@ -69,15 +70,8 @@ def judge_run(
 
 
 def _summing_orders(against: str, strategy: str, changes: dict[str, Any]) -> list[Control]:
-    """The reference with its batches summed in other orders, which shows how far rounding goes."""
+    """List the controls that show how far rounding goes: the same sums in other orders."""
     return [
         Control(f"{against}_cut_{cut}", strategy, changes | {"micro_batches": cut})
         for cut in CONTROL_MICRO_BATCHES
     ]
-
-
-def tolerance_of(job: Job, name: str) -> dict[str, float]:
-    """What a run may differ by: more where layers compute in fewer bits, or where a communication
-    hook rounds gradients."""
-    hook = job.strategy.ddp.comm_hook if name == "ddp" else "none"
-    return tolerance(job.train.precision, hook)

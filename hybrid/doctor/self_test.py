@@ -13,12 +13,13 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..comparison.session import Silent, compare
+from ..comparison.session import compare
 from ..job.errors import Failure, JobError, RunFailed, Unsupported
 from ..job.file import load_job
 from ..job.schema import Job
 from ..records import Comparison, Record
 from ..strategies import registry
+from ..training.progress import Watcher
 from .finding import Finding, count
 from .machine import torch_problem
 
@@ -32,7 +33,7 @@ TINY = {
 }
 
 
-class Patience(Silent):
+class Patience(Watcher):
     """Tells on stderr which runs have ended, and fails a run that hangs."""
 
     def __init__(self) -> None:

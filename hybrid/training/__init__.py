@@ -1,1 +1,1 @@
-"""One run: its check before any process starts, its loop, its evaluation, what it shows."""
+"""Runs a job once: the check before any process starts, the loop, the evaluation, the display."""

@@ -1,5 +1,7 @@
-"""What must be known of a job before it runs: that its model and data can be made and its trackers
-used, how many steps it takes, what its layers hold and return."""
+"""Checks a job before any process of a run starts: its model, its data and its trackers.
+
+The check also finds the number of steps, how many parameters each layer holds and what it returns.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +25,17 @@ Data = tuple[Sequence[Any], Sequence[Any]]  # train set and test set
 
 @dataclasses.dataclass(frozen=True)
 class CheckedJob:
-    """`job` has its lengths in steps; `summary` is of its model."""
+    """Holds a job whose lengths are in optimizer steps, and a summary of its model."""
 
     job: Job
     summary: ModelSummary
 
 
 def check_job(job: Job, data: Data | None = None) -> CheckedJob:
-    """Make the model and the data once and let them go (`data`: the sets, where they are made).
+    """Make the job's model and data once, check them, and free them again. Imports torch.
 
-    Raises JobError where the job is wrong, and ModuleNotFoundError where a tracker's package is
-    missing. Imports torch.
+    data: the train and test sets, where the caller has made them already. Raises JobError where the
+    job is wrong, and ModuleNotFoundError where a tracker's package is missing.
     """
     from ..data import build_data
     from ..stages.shapes import boundaries, input_problem
@@ -54,8 +56,11 @@ def check_job(job: Job, data: Data | None = None) -> CheckedJob:
 
 
 def check_on_rank_0(job: Job, strategy: str, data: Data, placement: Placement) -> None:
-    """Check a job in the ranks of another launcher, or alone: rank 0 does it and prints warnings,
-    and all ranks raise what it found. Collective."""
+    """Check the job on rank 0, which prints the warnings; collective.
+
+    This is for ranks that another launcher started, and for a process alone. All ranks raise what
+    rank 0 found: JobError, LayoutError, Unsupported or ModuleNotFoundError.
+    """
     from ..launch.exchange import gather_objects
     from ..strategies import registry
 
@@ -74,13 +79,13 @@ def check_on_rank_0(job: Job, strategy: str, data: Data, placement: Placement) -
 
 
 def print_warnings(lines: Iterable[str]) -> None:
-    """Print warnings on stderr, a line each."""
+    """Print each warning on a line of stderr."""
     for line in lines:
         print(f"hybrid: warning: {line}", file=sys.stderr)
 
 
 def _build_layers(job: Job) -> Layers:
-    """The job's model: without memory, on the meta device, where its code is known to allow it."""
+    """Make the job's model, on the meta device (without memory) where its code allows that."""
     import torch
 
     from ..models import HF, build_model, can_be_made_on_meta
@@ -89,19 +94,19 @@ def _build_layers(job: Job) -> Layers:
         try:
             with torch.device("meta"):
                 return build_model(job)[0]
-        except Exception:  # a family of transformers may need numbers to be made
+        except Exception:  # some models of transformers need real numbers in their constructor
             if not job.model.name.startswith(HF):
                 raise
     return build_model(job)[0]
 
 
 def _check_vocabulary(job: Job, layers: Layers, train_set: Any) -> None:
-    """Token ids must have their rows in the embedding: torch would say so in the ranks."""
+    """Raise JobError if the first embedding has fewer rows than the data has token ids.
+    Without this check torch would raise in the ranks, and would not name the job's key."""
     import torch
 
     wanted = getattr(train_set, "vocab_size", None)
-    embeddings = (m for m in layers.modules() if isinstance(m, torch.nn.Embedding))
-    first = next(embeddings, None)
+    first = next((m for m in layers.modules() if isinstance(m, torch.nn.Embedding)), None)
     if wanted and first is not None and first.num_embeddings < wanted:
         raise JobError(
             f"model.options.vocab_size = {first.num_embeddings}: the data's tokens need "
@@ -110,7 +115,7 @@ def _check_vocabulary(job: Job, layers: Layers, train_set: Any) -> None:
 
 
 def _first_input(job: Job, samples: Any) -> Any:
-    """The input of the set's first sample."""
+    """Return the input of the first sample; raises JobError if it is not (input, target)."""
     try:
         sample_input, _ = samples[0]
     except Exception as error:  # a user's data set may raise anything

@@ -1,8 +1,8 @@
-"""The only evaluation: every test sample once, on whatever an engine runs, as one process would."""
+"""Evaluates an engine on every test sample once, as one process would; the only evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..data.batches import BatchPlan
@@ -14,25 +14,20 @@ from ..records import EvalResult
 
 
 def evaluate(engine: Engine, samples: Sequence[Any], job: Job, micro_batches: int) -> EvalResult:
-    """Loss and counts of `samples` under an engine; collective. RunError unless each sample was
-    counted once."""
+    """Return the loss and the counts of all `samples` under an engine; collective.
+    Raises RunError unless each sample was counted once."""
     plan = BatchPlan(len(samples), job.train.global_batch, engine.layout.dp, micro_batches, None)
-    result = engine.evaluate(batches(plan, engine, samples))
+    steps = range(plan.steps_per_epoch)
+    result = engine.evaluate(step_batches(plan, engine, samples, step) for step in steps)
     if result.samples != len(samples):
         raise RunError(f"evaluation counted {result.samples} of {len(samples)} samples")
     return result
 
 
-def batches(plan: BatchPlan, engine: Engine, samples: Sequence[Any]) -> Iterator[list[MicroBatch]]:
-    """One epoch of this process's micro-batches, a list a global batch."""
-    for step in range(plan.steps_per_epoch):
-        yield step_batches(plan, engine, samples, step)
-
-
 def step_batches(
     plan: BatchPlan, engine: Engine, samples: Sequence[Any], step: int
 ) -> list[MicroBatch]:
-    """This process's micro-batches of one step, share after share."""
+    """Load this process's micro-batches of one step, share after share."""
     return [
         load_micro_batch(samples, ids, engine.micro_batch_size)
         for share in engine.shares

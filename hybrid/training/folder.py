@@ -1,7 +1,7 @@
-"""A run's folder while the run lasts: a record that says `running`, and nothing of an earlier run.
+"""Writes the record at a run's begin and after an error, and removes what an earlier run left.
 
-A reader sees `running`, then `ok`, `failed` or `not_possible` with the reason; never the record or
-the weights of the run before. No torch.
+The record there says `running`, then `ok`, `failed` or `not_possible` with the reason, so that a
+reader never takes the record or the weights of the run before for this run's. No torch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ CHECKPOINTS = "checkpoints"
 
 
 def begin_run(out: Path, job: Job, strategy: str) -> Path:
-    """Remove what an earlier run left in `out`, and write `job.json` and a record that says
-    `running`. Returns the path of `job.json`."""
+    """Remove what an earlier run left in `out`, and return the path of the new `job.json` there.
+    The new `record.json` says `running`."""
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     (out / "steps.jsonl").unlink(missing_ok=True)
@@ -30,7 +30,7 @@ def begin_run(out: Path, job: Job, strategy: str) -> Path:
 
 
 def end_run(out: Path, strategy: str, world_size: int, error: BaseException) -> Record:
-    """Write and return the record of a run that ended with an error."""
+    """Write and return the record of a run that ended with this error."""
     kind = error.failure.kind if isinstance(error, RunFailed) else kind_of(error)
     status: Status = "not_possible" if kind == "unsupported" else "failed"
     if isinstance(error, RunFailed):

@@ -1,13 +1,14 @@
-"""Text from the final weights of a run: what a person looks at.
+"""Generates text from the final weights of a run, for a person to look at.
 
-`hybrid generate RUN` calls `generate`. Each token costs one forward pass over the context; nothing
-is kept between passes.
+`hybrid generate RUN` calls `generate`. Each token costs one forward pass over the whole context:
+keys and values are not cached between passes.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,13 +33,13 @@ def generate(
     seed: int = 0,
     top_k: int | None = None,
 ) -> str:
-    """The prompt and what the model of a run writes after it, up to `num_tokens` tokens; it stops
-    where it ends the document.
+    """Return the prompt and at most `num_tokens` tokens that the run's model writes after it.
 
-    run: folder of one run, with job.json and checkpoints/final. The prompt is taken as a document's
-    beginning. temperature: logits are divided by it; 0 takes the likeliest token each time. top_k:
-    draw from so many likeliest tokens only. The same arguments give the same text on one machine.
-    Raises JobError.
+    run: the folder of one run, with job.json and checkpoints/final. The prompt is the beginning of
+    a document; the text stops early where the model ends that document. temperature: the divisor of
+    the logits; 0 takes the likeliest token each time. top_k: draw from so many likeliest tokens
+    only. The same arguments give the same text on one machine. Raises JobError where an argument or
+    the folder is wrong.
     """
     _check(num_tokens, temperature, seed, top_k)
     job = _load_job(run)
@@ -62,7 +63,7 @@ def _check(num_tokens: int, temperature: float, seed: int, top_k: int | None) ->
         raise JobError(f"tokens = {num_tokens}: valid: 1 or more")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise JobError(f"temperature = {temperature}: valid: 0 or more; 0 is greedy")
-    if not 0 <= seed < 2**32:  # torch's CPU generator reads no more bits
+    if not 0 <= seed < 2**32:  # torch's CPU generator uses no more bits
         raise JobError(f"seed = {seed}: valid: 0 up to 2**32 - 1")
     if top_k is not None and top_k < 1:
         raise JobError(f"top_k = {top_k}: valid: 1 or more")
@@ -87,13 +88,12 @@ def _load_tokenizer(job: Job) -> Tokenizer:
 
 
 def _load_model(run: Path, job: Job) -> nn.Module:
-    """The model of the job with the run's final weights, not training, on a GPU if there is one."""
+    """Make the job's model with the run's final weights, in eval mode, on a GPU if there is one."""
     from safetensors.torch import load_file
 
     file = verify_weights(run / FINAL)
-    layers, _ = build_model(job)
-    model = layers.whole()
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    model = build_model(job)[0].whole()
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     saved = load_file(file)
     if missing := sorted(tensors.keys() - saved.keys()):
         raise JobError(f"{file}: has no {missing[0]}, which the model of job.json has")
@@ -111,14 +111,14 @@ def _load_model(run: Path, job: Job) -> nn.Module:
 def _utf8(prompt: str) -> bytes:
     try:
         return prompt.encode()
-    except UnicodeEncodeError:  # bytes of a command line that are no text
+    except UnicodeEncodeError:  # the command line held bytes that are no text
         raise JobError(f"prompt = {prompt!r}: is not UTF-8 text") from None
 
 
 @torch.inference_mode()
 def _require_vocabulary(model: nn.Module, size: int) -> None:
-    """JobError unless the model gives logits of `size` tokens or more."""
-    output = model(torch.zeros(1, 1, dtype=torch.int64, device=_device(model)))
+    """Raise JobError unless the model gives logits of `size` tokens or more."""
+    output = _forward(model, [0])
     if not isinstance(output, torch.Tensor) or output.shape[:-1] != (1, 1):
         raise JobError("the model gives no logits of shape [batch, tokens, vocabulary]")
     if output.shape[-1] < size:
@@ -127,17 +127,16 @@ def _require_vocabulary(model: nn.Module, size: int) -> None:
 
 @torch.inference_mode()
 def _next_logits(model: nn.Module, ids: list[int], vocab_size: int) -> torch.Tensor:
-    """Logits [vocab_size], fp64 on the CPU, of the token after `ids`; a model may have more, for
-    tokens that no text has."""
-    output = model(torch.tensor([ids], device=_device(model)))
-    last = output[0, -1, :vocab_size].double().cpu()
+    """Return the logits of the token after `ids`: float64 [vocab_size] on the CPU.
+    Further logits of the model are dropped: they are of tokens that no text has."""
+    last = _forward(model, ids)[0, -1, :vocab_size].double().cpu()
     if last.isnan().any():
         raise JobError("the weights give logits that are no numbers")
     return last
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def _forward(model: nn.Module, ids: list[int]) -> Any:
+    return model(torch.tensor([ids], device=next(model.parameters()).device))
 
 
 def _choose(
@@ -147,6 +146,6 @@ def _choose(
         return int(logits.argmax())
     k = len(logits) if top_k is None else min(top_k, len(logits))
     values, tokens = logits.topk(k)
-    # the greatest is subtracted first: a small temperature would make logits infinite
+    # Subtract the greatest logit first: divided by a small temperature, logits overflow.
     probabilities = ((values - values[0]) / temperature).softmax(-1)
     return int(tokens[torch.multinomial(probabilities, 1, generator=draw)])

@@ -1,14 +1,16 @@
-"""The only training loop. It never asks which strategy runs; it asks the engine for its receipt.
+"""Trains a job in one process. This is the only loop, and it never asks which strategy runs.
 
-`train` runs in every process that a launcher started, or in this one alone; `hybrid.training.run`
-starts the processes. What a run leaves in `out` is described in `hybrid.records`.
+Instead it asks the engine for its receipt. `train` runs in every process that a launcher started,
+or in a process alone; `hybrid.training.run` starts the processes. `hybrid.records` describes what a
+run leaves in `out`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +52,10 @@ def train(
     on_step: OnStep | None = None,
     placement: Placement | None = None,
 ) -> Record:
-    """Train the job under one strategy, in this process as the rank that `placement` says; left
-    out, as the rank that a launcher's variables say, or alone.
+    """Train the job under one strategy in this process, and return the record on every rank.
 
-    Returns the record, on every rank. Rank 0 also writes `out/job.json`, `out/record.json`,
+    placement: this process's rank; left out, it is found from a launcher's variables, and without
+    these the process is alone. Rank 0 also writes `out/job.json`, `out/record.json`,
     `out/steps.jsonl` and `out/checkpoints/final/`. Raises JobError or Unsupported where the job
     cannot run, RunError where the run is not what was asked for, PeerFailed where another rank
     failed first.
@@ -69,7 +71,7 @@ def train(
             begin_run(folder, job, strategy)
         return _train(job, strategy, placement, folder, on_step, status)
     except BaseException as error:
-        # Before leaving the group, which can wait for a peer that is gone.
+        # This comes before `cleanup`, which can wait for a peer that is gone.
         cause = leave_error(error, status)
         failure = error if cause is None else PeerFailed(cause.describe())
         if folder:
@@ -97,7 +99,7 @@ def _train(
         status.start_heartbeat(placement)
     status.set("loading the data")
     data = build_data(job)
-    if placement.launcher != OWN:  # else the process that started this rank has checked the job
+    if placement.launcher != OWN:  # our own launcher has checked the job before it started us
         check_on_rank_0(job, strategy, data, placement)
     job = resolve_lengths(job, len(data[0]))
     assert job.train.steps is not None
@@ -112,52 +114,49 @@ def _train(
             engine = registry.open_engine(job, strategy, layers, loss, placement)
             del layers
         status.held = engine.num_held
-        run = _Run(job, strategy, engine, instruments, placement, out, on_step, status)
-        return run.go(*data)
+        run = _Run(job, strategy, engine, instruments, placement, out, on_step, status, *data)
+        return run.go()
     finally:
         instruments.close()
 
 
 def call_vector_functions_once() -> None:
-    """Call one of torch's vector functions on one thread, before two threads can make the first
-    call together: MKL 2024.2 then answers that call wrongly on Intel CPUs with AVX-512, by 1e-4 in
-    fp32 (pytorch#188792)."""
+    """Call one of torch's vector functions on one thread, before several threads can.
+
+    If two threads make the first call together, MKL 2024.2 answers it wrongly on Intel CPUs with
+    AVX-512, by 1e-4 in fp32 (pytorch#188792).
+    """
     torch.tanh(torch.zeros(1))
 
 
+@dataclasses.dataclass
 class _Run:
-    """One run in progress: the steps so far, and where they are written."""
+    """Holds one run in progress: the steps so far, and where they are written."""
 
-    def __init__(
-        self,
-        job: Job,
-        strategy: str,
-        engine: Engine,
-        instruments: Instruments,
-        placement: Placement,
-        out: Path | None,
-        on_step: OnStep | None,
-        status: RankStatus,
-    ) -> None:
-        self.job, self.strategy, self.engine = job, strategy, engine
-        self.instruments, self.on_step, self.status = instruments, on_step, status
-        self.placement, self.out = placement, out
-        self.data: dict[str, str] = {}
-        self.steps: list[StepRecord] = []
-        self.evals: list[StepEval] = []
-        if self.out:
-            self.trackers = Trackers(job.log.trackers, self.out, to_dict(job))
-            (self.out / "steps.jsonl").write_text("")
+    job: Job
+    strategy: str
+    engine: Engine
+    instruments: Instruments
+    placement: Placement
+    out: Path | None
+    on_step: OnStep | None
+    status: RankStatus
+    train_set: Sequence[Any]
+    test_set: Sequence[Any]
+    steps: list[StepRecord] = dataclasses.field(default_factory=list)
+    evals: list[StepEval] = dataclasses.field(default_factory=list)
 
-    def go(self, train_set: Any, test_set: Any) -> Record:
+    def go(self) -> Record:
         """Train, evaluate, and put the record together."""
-        micro_batches = self.job.micro_batches(self.strategy)
-        self._check_data(train_set, test_set)
+        if self.out:
+            self.trackers = Trackers(self.job.log.trackers, self.out, to_dict(self.job))
+            (self.out / "steps.jsonl").write_text("")
+        data = self._check_data()
         initial = project(self.engine.state())
-        first = self._steps(train_set, test_set, micro_batches)
+        first = self._train_steps()
         receipt = self._require_receipt()
         receipt.evidence["precision"]["reductions"] = self._reductions()
-        result = self._evaluate(test_set, micro_batches)
+        result = self._evaluate()
         file = self._save()
         record = Record(
             strategy=self.strategy,
@@ -174,7 +173,7 @@ class _Run:
             drift=receipt.evidence.get("drift"),
             evals=self.evals,
             environment=describe_machine()
-            | {"threads_per_rank": torch.get_num_threads(), "data": self.data},
+            | {"threads_per_rank": torch.get_num_threads(), "data": data},
         )
         self.engine.close()
         if self.out:
@@ -186,33 +185,28 @@ class _Run:
             records.write(record, self.out / "record.json")
         return record
 
-    def _check_data(self, train_set: Any, test_set: Any) -> None:
-        """RunError unless all ranks have the same data, as far as the sets can say."""
-        sets = {"train": train_set, "test": test_set}
-        self.data = {n: str(s.fingerprint) for n, s in sets.items() if hasattr(s, "fingerprint")}
-        for other, theirs in enumerate(gather_objects(self.data)):
-            if theirs != self.data:
-                raise RunError(f"rank {other} has other data: {theirs}, here {self.data}")
+    def _check_data(self) -> dict[str, str]:
+        """Return the fingerprints of the sets that have one; RunError if ranks have others."""
+        sets = {"train": self.train_set, "test": self.test_set}
+        mine = {n: str(s.fingerprint) for n, s in sets.items() if hasattr(s, "fingerprint")}
+        for other, theirs in enumerate(gather_objects(mine)):
+            if theirs != mine:
+                raise RunError(f"rank {other} has other data: {theirs}, here {mine}")
+        return mine
 
-    def _steps(self, train_set: Any, test_set: Any, micro_batches: int) -> dict[str, float]:
-        """All optimizer steps; returns the weights' projections after the first period."""
+    def _train_steps(self) -> dict[str, float]:
+        """Take all optimizer steps; return the weights' projections after the first period."""
         job, engine = self.job, self.engine
-        plan = BatchPlan(
-            len(train_set),
-            job.train.global_batch,
-            engine.layout.dp,
-            micro_batches,
-            job.train.seed,
-        )
-        total = job.train.steps or 0
+        sizes = job.train.global_batch, engine.layout.dp, job.micro_batches(self.strategy)
+        plan = BatchPlan(len(self.train_set), *sizes, job.train.seed)
+        total, every = job.train.steps or 0, job.train.eval_every
         period = min(total, registry.steps_between_syncs(job, self.strategy))
         first: dict[str, float] = {}
-        every = job.train.eval_every
         for step in range(total):
             if every and step % every == 0:
-                self._evaluate(test_set, micro_batches)
+                self._evaluate()
             self.status.set(f"in step {step}")
-            batches = step_batches(plan, engine, train_set, step)
+            batches = step_batches(plan, engine, self.train_set, step)
             with self.instruments.step(step):
                 result = engine.train_step(batches)
             self._note(step, result, total)
@@ -229,17 +223,11 @@ class _Run:
                 f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite; "
                 "lower optimizer.lr or set train.clip_norm"
             )
-        record = StepRecord(
-            step=step,
-            loss=result.loss,
-            grad_norm=None if result.skipped else result.grad_norm,
-            lr=result.lr,
-            samples=result.samples,
-            sample_digest=result.sample_digest,
-            targets=result.targets,
-            loss_scale=result.loss_scale,
-            skipped=result.skipped,
-        )
+        found = dataclasses.asdict(result) | {"step": step}
+        if result.skipped:
+            found["grad_norm"] = None
+        del found["digest_by_rank"]
+        record = StepRecord(**found)
         self.steps.append(record)
         if self.out:
             line = records.to_dict(record) | self.instruments.last_step()
@@ -249,21 +237,22 @@ class _Run:
         if self.on_step:
             self.on_step(record, total)
 
-    def _evaluate(self, test_set: Any, micro_batches: int) -> EvalResult:
+    def _evaluate(self) -> EvalResult:
         self.status.set(f"in the evaluation after {len(self.steps)} steps")
-        result = evaluate(self.engine, test_set, self.job, micro_batches)
+        micro_batches = self.job.micro_batches(self.strategy)
+        result = evaluate(self.engine, self.test_set, self.job, micro_batches)
         self.evals.append(StepEval(len(self.steps), result))
         if self.out:
             self.trackers.log_eval(records.to_dict(result), len(self.steps))
         return result
 
     def _reductions(self) -> str:
-        """The ledger's last row, which only the instruments can read."""
+        """Return the dtype of reductions for the precision ledger; only the instruments know it."""
         dtype = self.instruments.reduced_in()
         return name_of(getattr(torch, dtype)) if dtype else "none"
 
     def _tokens(self) -> int | None:
-        """Targets of a whole batch, where a sample has several: tokens."""
+        """Return the number of tokens in a whole batch; None where a sample has one target."""
         most = max(step.targets or 0 for step in self.steps)
         return most if most > self.job.train.global_batch else None
 

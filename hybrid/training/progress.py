@@ -1,6 +1,6 @@
-"""Shows runs as they go, on stderr: a table in a terminal, plain lines elsewhere.
+"""Shows on stderr how runs go: as a table in a terminal, as plain lines elsewhere.
 
-Follows each run's `steps.jsonl`, reading only what was added since; imports no torch.
+It follows each run's `steps.jsonl` and reads only what was added since the last look. No torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,29 +23,65 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-PLAIN_EVERY_S = 10.0  # a log wants to know that work goes on, not each step
+PLAIN_EVERY_S = 10.0  # the reader of a log wants to see that work goes on, not each step
 LIVE_EVERY_S = 0.25
-RECENT_STEPS = 20  # pace and ETA are their median's
-WIDE = 100  # columns from which the table has room between its own
-NUMBERS = ("step", "loss", "lr", "|grad|", "rate", "ms/step", "memory", "ETA")
-NOTHING = "-"  # what is not known, or not yet
+RECENT_STEPS = 20  # speed and ETA come from the median of these
+WIDE = 100  # width of a terminal, in characters, from which two spaces part the table's columns
+NOTHING = "-"  # stands for what is not known, or not yet
 
 Step = Mapping[str, Any]  # one line of steps.jsonl
 
 
+def format_count(value: float) -> str:
+    """Format with three digits and a unit of thousands: 950, 41.2k, 1.30M."""
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor * 0.9995:
+            return f"{format_number(value / factor)}{unit}"
+    return format_number(value)
+
+
+# The figures of a run by their columns: the key of the value, its format, its words in a log.
+FIGURES: dict[str, tuple[str, Callable[[Any], str], str]] = {
+    "step": ("step", str, "step {}"),
+    "loss": ("loss", "{:.4f}".format, "loss {}"),
+    "lr": ("lr", "{:.1e}".format, "lr {}"),
+    "|grad|": ("grad_norm", format_number, "grad norm {}"),
+    "rate": ("rate", format_count, "{} {unit}"),
+    "ms/step": ("ms", format_number, "{} ms/step"),
+    "memory": ("memory_bytes", format_bytes, "{}"),
+    "ETA": ("eta", str, "{}"),
+}
+NUMBERS = tuple(FIGURES)
+
+
 @dataclasses.dataclass
 class Row:
-    """What is shown of one run: `numbers` by name, all of `NUMBERS`; `words` where it did not run,
-    and why."""
+    """Holds what is shown of one run: a text for each of `NUMBERS`, or `words`.
+    A run that failed or is not possible has `words`, which say so and why."""
 
     numbers: dict[str, str]
-    unit: str = ""  # of the rate: tok/s or samples/s; empty while there is none
+    unit: str = ""  # of the rate: tok/s or samples/s; empty while the rate is not known
     words: str = ""
 
 
-class Progress:
-    """A watcher for `hybrid.compare` and `hybrid train`; in lines, where a terminal is not its own
-    alone (`shared`)."""
+class Watcher:
+    """Is told what runs do, and shows nothing; subclasses show it."""
+
+    def started(self, name: str, steps: int, out: Path) -> None:
+        """Note that a run begins, whose `steps.jsonl` grows in `out`; `steps`: 0 if not known."""
+
+    def poll(self) -> None:
+        """Look at the run; called often while it lasts."""
+
+    def finished(self, name: str, record: Record) -> None:
+        """Note that a run has ended, with this record."""
+
+
+class Progress(Watcher):
+    """Shows the runs of `hybrid compare` and `hybrid train`.
+
+    shared: other processes print to this terminal too, so plain lines are shown there as well.
+    """
 
     def __init__(self, shared: bool = False) -> None:
         from rich.console import Console
@@ -62,8 +98,7 @@ class Progress:
         self.begun = self.arrived = self.shown = 0.0
 
     def started(self, name: str, steps: int, out: Path) -> None:
-        """A run begins; its `steps.jsonl` grows in `out`. One that an earlier run left is removed:
-        its steps are not this run's. `steps`: 0 where it is not known yet."""
+        """Show that a run begins, and remove the `steps.jsonl` of an earlier run in `out`."""
         self.name, self.total, self.file, self.offset = name, steps, out / "steps.jsonl", 0
         self.file.unlink(missing_ok=True)
         self.recent.clear()
@@ -72,7 +107,7 @@ class Progress:
         self._show(f"{name}: starting" + (f", {steps} steps" if steps else ""))
 
     def poll(self) -> None:
-        """Read the steps that were written since, and show them when it is time to."""
+        """Read the steps that were added, and show the last one if the display is due."""
         steps = self._read()
         if steps:
             self.recent.extend(steps)
@@ -82,14 +117,14 @@ class Progress:
             self._show(f"{self.name}: {plain_line(row)}")
 
     def follow(self, step: StepRecord, total: int) -> None:
-        """`poll` in the process that trains, after each step: only when there is something to show,
-        since the other ranks wait."""
+        """Poll in the process that trains, after each step of `total`, if the display is due.
+        It reads nothing at other times, because the other ranks wait for this process."""
         self.total = total
         if self._is_due():
             self.poll()
 
     def finished(self, name: str, record: Record) -> None:
-        """A run has ended: its own figures of the whole run in place of the recent ones."""
+        """Show the figures of the whole run, or why it did not end well."""
         if record.status == "ok":
             row = summary_row(record, time.monotonic() - self.begun)
             line = f"{name}: done, {plain_line(row)}"
@@ -102,12 +137,12 @@ class Progress:
         self._show(line)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Stop the live table and leave the terminal as it was."""
         if self.live:
             self.live.stop()
 
     def _read(self) -> list[Step]:
-        """The last steps among the whole lines that were added."""
+        """Return the steps of the whole lines that were added, at most `RECENT_STEPS` of them."""
         try:
             if self.file.stat().st_size == self.offset:
                 return []
@@ -125,16 +160,15 @@ class Progress:
         return time.monotonic() - self.shown >= every
 
     def _row(self) -> Row:
-        """The last step, with pace and time left by the recent ones."""
+        """Make the row of the last step, with speed and time left from the recent steps."""
         last = self.recent[-1]
         seconds = median(step.get("seconds") for step in self.recent)
         done = last["step"] + 1
-        eta = NOTHING
-        if done >= self.total:
-            eta = "ending"
-        elif seconds is not None:
+        left = self.total - done
+        eta = NOTHING if left > 0 else "ending"
+        if left > 0 and seconds is not None:
             since = time.monotonic() - self.arrived
-            eta = format_time(max(0.0, (self.total - done) * seconds - since))
+            eta = format_time(max(0.0, left * seconds - since))
         unit, count = rate_of(last)
         rates = (s[count] / s["seconds"] for s in self.recent if s.get(count) and s.get("seconds"))
         return make_row(f"{done}/{self.total}", last, unit, median(rates), seconds, eta)
@@ -148,7 +182,8 @@ class Progress:
 
 
 def rate_of(step: Step) -> tuple[str, str]:
-    """Unit of a step's rate and the key that it counts: samples where each has one target."""
+    """Return the unit of a step's rate and the key that it counts.
+    The rate is of samples where each sample has one target, and of tokens elsewhere."""
     targets = step.get("targets")
     if targets is None or targets == step.get("samples"):
         return "samples/s", "samples"
@@ -158,26 +193,21 @@ def rate_of(step: Step) -> tuple[str, str]:
 def make_row(
     step: str, last: Step, unit: str, rate: float | None, seconds: float | None, eta: str
 ) -> Row:
-    """One run's row from its last step and its pace; what is None is shown as not known.
-
+    """Make a run's row from its last step and its speed; None is shown as not known.
     rate: in `unit`; seconds: of a step; eta: the time left, or words in its place."""
-    loss, lr, norm = (last.get(key) for key in ("loss", "lr", "grad_norm"))
-    memory = last.get("memory_bytes")
-    numbers = (
-        step,
-        NOTHING if loss is None else f"{loss:.4f}",
-        NOTHING if lr is None else f"{lr:.1e}",
-        "skipped" if last.get("skipped") else NOTHING if norm is None else format_number(norm),
-        NOTHING if rate is None else format_count(rate),
-        NOTHING if seconds is None else format_number(seconds * 1e3),
-        NOTHING if memory is None else format_bytes(memory),
-        eta,
-    )
-    return Row(dict(zip(NUMBERS, numbers, strict=True)), unit if rate is not None else "")
+    ms = None if seconds is None else seconds * 1e3
+    values = {**last, "step": step, "rate": rate, "ms": ms, "eta": eta}
+    numbers = {
+        name: NOTHING if values.get(key) is None else form(values[key])
+        for name, (key, form, _) in FIGURES.items()
+    }
+    if last.get("skipped"):
+        numbers["|grad|"] = "skipped"
+    return Row(numbers, unit if rate is not None else "")
 
 
 def summary_row(record: Record, seconds: float) -> Row:
-    """A run that ended well: its last step, its whole pace and peak, and the time it took."""
+    """Make the row of a run that ended well: last step, speed and peak of the run, time taken."""
     last = dataclasses.asdict(record.steps[-1])
     pace = record.throughput
     unit, rate = "samples/s", pace.samples_per_s if pace else None
@@ -191,23 +221,16 @@ def summary_row(record: Record, seconds: float) -> Row:
 
 
 def plain_line(row: Row) -> str:
-    """A row as words for a log; what is not known is left out."""
-    n = row.numbers
-    parts = {
-        "step": f"step {n['step']}",
-        "loss": f"loss {n['loss']}",
-        "lr": f"lr {n['lr']}",
-        "|grad|": f"grad norm {n['|grad|']}",
-        "rate": f"{n['rate']} {row.unit}",
-        "ms/step": f"{n['ms/step']} ms/step",
-        "memory": n["memory"],
-        "ETA": f"ETA {n['ETA']}" if n["ETA"][0].isdigit() else n["ETA"],
-    }
-    return ", ".join(text for key, text in parts.items() if n[key] != NOTHING)
+    """Write a row as words for a log, without what is not known."""
+    words = {name: text for name, (_, _, text) in FIGURES.items()}
+    if row.numbers["ETA"][0].isdigit():
+        words["ETA"] = "ETA {}"
+    known = {name: text for name, text in row.numbers.items() if text != NOTHING}
+    return ", ".join(words[name].format(text, unit=row.unit) for name, text in known.items())
 
 
 def table(rows: Mapping[str, Row], width: int) -> RenderableType:
-    """All runs, a row each; below it, in full, those that did not run and why."""
+    """Return a table with a row for each run; below it stand the runs that failed, and why."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -228,21 +251,13 @@ def table(rows: Mapping[str, Row], width: int) -> RenderableType:
 
 
 def median(values: Any) -> float | None:
-    """The median of those values that are known; None where there is none."""
+    """Return the median of the values that are not None, or None where all are."""
     known = [v for v in values if v is not None]
     return statistics.median(known) if known else None
 
 
-def format_count(value: float) -> str:
-    """Three digits and a unit of thousands: 950, 41.2k, 1.30M."""
-    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor * 0.9995:
-            return f"{format_number(value / factor)}{unit}"
-    return format_number(value)
-
-
 def format_time(seconds: float) -> str:
-    """A length of time: 42s, 3m05s, 1h04m, 2d03h."""
+    """Format a length of time: 42s, 3m05s, 1h04m, 2d03h."""
     whole = round(seconds)
     for large, small, units in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
         if whole >= large:

@@ -1,4 +1,4 @@
-"""Weights as one number a tensor, which shows how far two runs are apart without their tensors."""
+"""Projects each tensor of weights to one number, which shows how far apart two runs are."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ CHUNK = 2**16  # elements taken to float64 at a time
 
 
 def project(state: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """One number a tensor: its dot product, in float64, with a fixed sequence of fractions. Linear,
-    so that the ratio of two runs' changes shows by what a gradient or a rate was scaled."""
+    """Return the dot product, in float64, of each floating-point tensor with fixed fractions.
+
+    The projection is linear, so the ratio of two runs' changes shows by which factor a gradient or
+    a learning rate was scaled.
+    """
     return {name: _project(t) for name, t in state.items() if t.is_floating_point()}
 
 
@@ -21,7 +24,7 @@ def _project(tensor: torch.Tensor) -> float:
     for start in range(0, flat.numel(), CHUNK):
         piece = flat[start : start + CHUNK].to("cpu", torch.float64)
         places = torch.arange(start, start + piece.numel(), dtype=torch.float64)
-        # Arithmetic alone. By torch.cos one process of some hundreds, on two threads, had its first
-        # projection 1e-8 off, of the same weights to the last bit.
+        # Only arithmetic: with torch.cos, one process in some hundreds (on two threads) got a first
+        # projection that was 1e-8 off, from weights that were equal to the last bit.
         total += float(piece @ (torch.frac(places * GOLDEN) - 0.5))
     return total

@@ -1,8 +1,8 @@
-"""The one door into a run: whoever starts it, the same checks, the same warnings, the same files.
+"""Runs a job with the same checks, warnings and files, whichever launcher starts the processes.
 
-`run_job` is what `hybrid train` calls, in the process that a person starts and in every rank.
-`launch` starts the ranks of a run that nothing else has started; comparisons call it too. What a
-run leaves in its folder is described in `hybrid.records`. No torch until a job is checked.
+`hybrid train` calls `run_job`, in the process that a person starts and in every rank. `launch`
+starts the ranks where no other launcher has; comparisons call it too. `hybrid.records` describes
+what a run leaves in its folder. No torch until a job is checked.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from .. import records
 from ..job.errors import JobError, RunFailed
@@ -27,45 +26,16 @@ from ..records import Record
 from ..strategies import registry
 from .check import check_job, print_warnings
 from .folder import begin_run, end_run
-from .progress import Progress
+from .progress import Progress, Watcher
 
 Program = Sequence[str]
 PROGRAM: Program = (sys.executable, "-m", "hybrid")
 
 
-class Watcher(Protocol):
-    """Is told what runs do, to show it."""
-
-    def started(self, name: str, steps: int, out: Path) -> None:
-        """A run begins; its `steps.jsonl` grows in `out`."""
-        ...
-
-    def poll(self) -> None:
-        """Called often while a run lasts."""
-        ...
-
-    def finished(self, name: str, record: Record) -> None:
-        """A run has ended."""
-        ...
-
-
-class Silent:
-    """A watcher that shows nothing."""
-
-    def started(self, name: str, steps: int, out: Path) -> None:
-        """Shows nothing."""
-
-    def poll(self) -> None:
-        """Shows nothing."""
-
-    def finished(self, name: str, record: Record) -> None:
-        """Shows nothing."""
-
-
 def run_job(
     job: Job, strategy: str, out: Path, nproc: int | None = None, parent: int | None = None
 ) -> Record | None:
-    """Run a job once, on the ranks of a launcher or on `nproc` processes of its own.
+    """Run a job once, on the ranks of a launcher or on `nproc` processes that this one starts.
 
     parent: the process id of the `hybrid` that started this rank. Returns the record in the process
     that shows it, None in the others. Raises JobError, Unsupported, RunFailed or the run's error.
@@ -96,7 +66,7 @@ def run_job(
 
 
 def _launch_checked(job: Job, strategy: str, out: Path, nproc: int | None) -> Record:
-    """Check the job, then run it on processes of its own."""
+    """Check the job, then start its ranks and show their progress."""
     checked = check_job(job)
     remove_stale_locks()
     layout, warnings = registry.plan(
@@ -121,13 +91,14 @@ def launch(
     label: str | None = None,
     program: Program | None = None,
 ) -> Record:
-    """Start `nproc` ranks of a checked job and wait for them; returns the record.
+    """Start `nproc` ranks of a checked job, wait for them and return the record.
 
-    label: the run's name for the watcher, if it is not the strategy's. `program` starts a rank;
-    left out, `PROGRAM` does.
-    Raises RunFailed, with the first cause; the record then says `failed` or `not_possible`.
+    label: the run's name for the watcher, if it is not the strategy's. program: the command that
+    starts a rank, `PROGRAM` if it is left out. Raises RunFailed with the first cause; the record
+    then says `failed` or `not_possible`.
     """
-    watcher.started(label or strategy, job.train.steps or 0, out)
+    label = label or strategy
+    watcher.started(label, job.train.steps or 0, out)
     file = begin_run(out, job, strategy)
     arguments = ["train", str(file), "--strategy", strategy, "--out", str(out)]
     arguments += ["--parent", str(os.getpid())]
@@ -137,13 +108,13 @@ def launch(
     except BaseException as error:
         record = end_run(out, strategy, nproc, error)
         if isinstance(error, RunFailed):
-            watcher.finished(label or strategy, record)
+            watcher.finished(label, record)
         raise
-    watcher.finished(label or strategy, record)
+    watcher.finished(label, record)
     return record
 
 
 def default_nproc(job: Job) -> int:
-    """Processes that the job's own degrees ask for; 2 where it names none."""
+    """Return the number of processes that `[parallel]` asks for; 2 where it names no degree."""
     p = job.parallel
     return (p.pp or 1) * (p.dp or 1) if p.pp or p.dp else (p.replicate or 1) * (p.shard or 2)

@@ -1,8 +1,8 @@
-"""Sends steps to experiment trackers, by the classes that Accelerate has for them.
+"""Sends the figures of each step to experiment trackers, through Accelerate's classes for them.
 
-Only the process that writes `steps.jsonl` makes a `Trackers`. TensorBoard and Aim keep their files
-in `OUT/trackers/`, a folder a run; the others where they always do, and some need the network and
-an account. A tracker that raises ends the run: a log that was asked for is not left out.
+Only the process that writes `steps.jsonl` makes a `Trackers`. TensorBoard and Aim get a folder for
+each run in `OUT/trackers/`; the others write where they always do, and some need the network and an
+account. A tracker that raises ends the run: the user asked for that log.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from ..job.errors import JobError
 
 PROJECT = "hybrid"
-STEP_VALUES = {  # by key of a line of steps.jsonl
+STEP_VALUES = {  # the tracker's name for each key of a line of steps.jsonl
     "loss": "loss",
     "grad_norm": "grad_norm",
     "lr": "lr",
@@ -29,10 +29,13 @@ EVAL_VALUES = ("loss", "perplexity", "accuracy")
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise JobError for a name that Accelerate does not know or that is given twice, and
-    ModuleNotFoundError, saying what to install, where a tracker's package is missing."""
+    """Check the names of `log.trackers` before anything starts.
+
+    Raises JobError for a name that Accelerate does not know or that is given twice, and
+    ModuleNotFoundError, which says what to install, where a tracker's package is missing.
+    """
     if not names:
-        return  # what follows imports torch
+        return  # the import below would import torch
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     available = [str(name) for name in get_available_trackers()]
@@ -51,10 +54,10 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """Every tracker that a job names, told the same things.
+    """Sends the same figures to every tracker that a job names.
 
-    names: as in `log.trackers`, checked; out: the run's folder; job: the job as a JSON object,
-    which each tracker gets as the run's configuration.
+    names: `log.trackers`; out: the run's folder; job: the job as a JSON object, which each tracker
+    gets as the run's configuration. Raises what `check_trackers` raises.
     """
 
     def __init__(self, names: Sequence[str], out: Path, job: Mapping[str, Any]) -> None:
@@ -66,16 +69,15 @@ class Trackers:
             tracker.store_init_configuration(configuration)
 
     def log(self, line: Mapping[str, Any], step: int) -> None:
-        """One line of `steps.jsonl`: its figures that are known, and the pace that follows."""
-        if self.trackers:
-            self._send(step_values(line), step)
+        """Send the known figures of one line of `steps.jsonl`, and the speed that they give."""
+        self._send(step_values(line), step)
 
     def log_eval(self, result: Mapping[str, Any], step: int) -> None:
-        """An evaluation after `step` steps: loss, and perplexity or accuracy where there is one."""
+        """Send an evaluation after `step` steps: loss, and perplexity or accuracy if known."""
         self._send({f"eval_{k}": result[k] for k in EVAL_VALUES if result.get(k) is not None}, step)
 
     def finish(self) -> None:
-        """End: nothing more is told."""
+        """End the run for every tracker; nothing may be sent after that."""
         for tracker in self.trackers:
             tracker.finish()
 
@@ -85,11 +87,11 @@ class Trackers:
 
 
 def _start(name: str, folder: Path, run: str) -> Any:
-    """Accelerate's tracker of that name, started without an `Accelerator`."""
+    """Start Accelerate's tracker of that name without an `Accelerator`."""
     from accelerate import tracking
 
-    # Both of these would make Accelerate's state, and with it a process group, on this rank alone:
-    # its logger, and asking it whether this process is the one that logs.
+    # Accelerate's own logger, and its question whether this process is the one that logs, would
+    # each create Accelerate's state, and with it a process group, on this rank alone.
     log: Any = logging.getLogger(tracking.__name__)
     log.warning_once = log.warning
     tracking.logger = log
@@ -97,7 +99,7 @@ def _start(name: str, folder: Path, run: str) -> Any:
     if kind.requires_logging_directory:
         folder.mkdir(parents=True, exist_ok=True)
         tracker = kind(run, str(folder))
-    elif name == "dvclive":  # a run would clear what the last one left in its default folder
+    elif name == "dvclive":  # in its default folder a run would delete what the last run left
         tracker = kind(PROJECT, dir=str(folder / run / name))
     else:
         tracker = kind(PROJECT)
@@ -107,7 +109,7 @@ def _start(name: str, folder: Path, run: str) -> Any:
 
 
 def step_values(line: Mapping[str, Any]) -> dict[str, float]:
-    """What is sent of one line of `steps.jsonl`."""
+    """Return what the trackers get of one line of `steps.jsonl`, by the trackers' names."""
     values = {new: line[old] for old, new in STEP_VALUES.items() if line.get(old) is not None}
     if "loss_scale" in values:
         values["skipped"] = int(line["skipped"])
@@ -119,7 +121,7 @@ def step_values(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """A nested JSON object as `a.b` keys; lists become JSON text, nulls are left out."""
+    """Flatten a nested JSON object to `a.b` keys; lists become JSON text, nulls are left out."""
     flat: dict[str, bool | int | float | str] = {}
     for key, value in section.items():
         if isinstance(value, Mapping):
