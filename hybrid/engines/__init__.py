@@ -1,1 +1,1 @@
-"""Who does the work: the engines that strategies build, and what engines share."""
+"""These modules do the work of a training step. Strategies build the engines that are here."""

@@ -1,5 +1,7 @@
-"""The one file that imports Accelerate: it prepares model and optimizer for DDP, FSDP2 and ZeRO,
-and works round what Accelerate does silently on hosts without a GPU (`_keep_fsdp`)."""
+"""This module prepares models for DDP, FSDP2 and ZeRO. No other file here imports Accelerate.
+
+It also works round what Accelerate does silently on hosts without a GPU (`_keep_fsdp`).
+"""
 
 from __future__ import annotations
 
@@ -13,49 +15,54 @@ from torch import nn
 from ..job.schema import Job
 from ..launch.placement import Placement
 from ..models.layers import Layers
+from .deepspeed_setup import restore_fp32_masters
 from .optimizer import build_optimizer, no_decay_names
 from .precision import DTYPES, Observer, names_of, round_at_use
 
 
 class PreparedModel(NamedTuple):
-    """What `Accelerator.prepare` returned, what observes it, and its buffers' dtypes before."""
+    """Holds an `Accelerator` and what its `prepare` returned."""
 
+    accelerator: Any
     model: nn.Module
     optimizer: Any
     observer: Observer
-    buffers: str
+    buffers: str  # the dtypes that the model's buffers had before
 
 
-def prepare_ddp(
-    job: Job,
-    placement: Placement,
-    layers: Layers,
-    accumulation: int,
-    hook: str,
-    state_options: dict[str, Any],
-) -> tuple[Any, PreparedModel]:
-    """The model under DistributedDataParallel, with a communication hook ("no", "bf16", "fp16",
-    "power_sgd") and `strategy.ddp.bucket_cap_mb`."""
-    bf16_on_cpu = hook == "bf16" and placement.device.type == "cpu"
+# The names that Accelerate has for the values of `strategy.ddp.comm_hook`.
+HOOKS = {"none": "no", "bf16": "bf16", "fp16": "fp16", "powersgd": "power_sgd"}
+POWERSGD_START = 2  # the first step that may compress: earlier ones size and warm up its factors
+
+
+def prepare_ddp(job: Job, placement: Placement, layers: Layers, accumulation: int) -> PreparedModel:
+    """Put the model under DistributedDataParallel, with the settings of `strategy.ddp`."""
+    settings, options = job.strategy.ddp, dict[str, Any]()
+    if settings.comm_hook == "powersgd":
+        options["matrix_approximation_rank"] = settings.powersgd_rank
+        options["start_powerSGD_iter"] = POWERSGD_START
+    bf16_on_cpu = settings.comm_hook == "bf16" and placement.device.type == "cpu"
+    hook = "no" if bf16_on_cpu else HOOKS[settings.comm_hook]
     from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 
     handler = DistributedDataParallelKwargs(
-        bucket_cap_mb=job.strategy.ddp.bucket_cap_mb,
+        bucket_cap_mb=settings.bucket_cap_mb,
         gradient_as_bucket_view=True,  # else the buckets hold every gradient a second time
-        comm_hook=DDPCommunicationHookType("no" if bf16_on_cpu else hook),
-        comm_state_option=state_options,
+        comm_hook=DDPCommunicationHookType(hook),
+        comm_state_option=options,
     )
-    accelerator = _accelerator(placement, accumulation, kwargs_handlers=[handler])
+    accelerator = _make_accelerator(placement, accumulation, handler)
     prepared = _prepare(job, accelerator, layers, rounds_at_use=True)
     if bf16_on_cpu:
         model: Any = prepared.model
         model.register_comm_hook(None, _bf16_hook())
-    return accelerator, prepared
+    return prepared
 
 
 def _bf16_hook() -> Callable[..., Any]:
-    """torch's bf16 hook under a name of its own: torch takes the original, by its name, on NCCL and
-    XCCL only (torch/nn/parallel/distributed.py), while gloo all-reduces bf16 as well."""
+    """Return torch's bf16 hook under another name, so that torch accepts it on gloo.
+    Under its own name torch takes it on NCCL and XCCL only (torch/nn/parallel/distributed.py),
+    though gloo all-reduces bf16 as well."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
     def bf16_hook_on_gloo(state: Any, bucket: Any) -> Any:
@@ -67,9 +74,9 @@ def _bf16_hook() -> Callable[..., Any]:
 
 def prepare_fsdp(
     job: Job, placement: Placement, layers: Layers, accumulation: int
-) -> tuple[Any, PreparedModel]:
-    """The model under FSDP2, every layer of the flat list that has parameters of its own a unit; a
-    tied one belongs to the root, whose unit has them all."""
+) -> PreparedModel:
+    """Put the model under FSDP2, with a unit for each layer of the flat list that has parameters.
+    Layers that share a parameter belong to the root's unit."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -83,52 +90,40 @@ def prepare_fsdp(
         mixed_precision_policy=None if low == torch.float32 else policy,
         cpu_ram_efficient_loading=False,
     )
-    accelerator = _accelerator(placement, accumulation, fsdp_plugin=plugin)
+    accelerator = _make_accelerator(placement, accumulation, fsdp_plugin=plugin)
     _keep_fsdp(accelerator, plugin, placement)
-    return accelerator, _prepare(job, accelerator, layers)
+    return _prepare(job, accelerator, layers)
 
 
 def prepare_zero(
-    job: Job,
-    placement: Placement,
-    layers: Layers,
-    accumulation: int,
-    ds_config: dict[str, Any],
-    around: Callable[[nn.Module, str], Callable[[], None]],
-) -> tuple[Any, PreparedModel]:
-    """The model under DeepSpeed's ZeRO, from a complete DeepSpeed configuration. `around` is called
-    with the model before DeepSpeed takes it, and what it returns afterwards."""
-    # Accelerate reads the variable, not its argument, to decide whether DeepSpeed runs at all, and
-    # then only when it is not told that the host is a CPU (accelerate/state.py).
+    job: Job, placement: Placement, layers: Layers, accumulation: int, ds_config: dict[str, Any]
+) -> PreparedModel:
+    """Put the model under DeepSpeed's ZeRO, by a complete DeepSpeed configuration."""
+    # Accelerate decides by this variable, not by its argument, whether DeepSpeed runs at all, and
+    # only where it is not told that the host is a CPU (accelerate/state.py).
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     from accelerate.utils import DeepSpeedPlugin
 
-    accelerator = _accelerator(
-        placement,
-        accumulation,
-        cpu=False,
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config),
-    )
-    return accelerator, _prepare(job, accelerator, layers, around=around)
+    plugin = DeepSpeedPlugin(hf_ds_config=ds_config)
+    accelerator = _make_accelerator(placement, accumulation, cpu=False, deepspeed_plugin=plugin)
+    return _prepare(job, accelerator, layers, restores_masters=True)
 
 
-def _accelerator(
-    placement: Placement, accumulation: int, cpu: bool | None = None, **options: Any
+def _make_accelerator(
+    placement: Placement, accumulation: int, *handlers: Any, **options: Any
 ) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import InitProcessGroupKwargs
 
-    # Accelerate keeps what the first Accelerator of a process was told, for all after it: a run
-    # would be under the strategy of the run before.
+    # Accelerate keeps the settings of a process's first Accelerator for all later ones: without
+    # this, a run would be under the strategy of the run before.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    group = InitProcessGroupKwargs(backend=placement.backend)
-    handlers = [group, *options.pop("kwargs_handlers", [])]
+    options.setdefault("cpu", placement.device.type == "cpu")
     return Accelerator(
-        cpu=placement.device.type == "cpu" if cpu is None else cpu,
         gradient_accumulation_steps=accumulation,
-        kwargs_handlers=handlers,
+        kwargs_handlers=[InitProcessGroupKwargs(backend=placement.backend), *handlers],
         mixed_precision="no",
         **options,
     )
@@ -139,7 +134,7 @@ def _prepare(
     accelerator: Any,
     layers: Layers,
     rounds_at_use: bool = False,
-    around: Callable[[nn.Module, str], Callable[[], None]] | None = None,
+    restores_masters: bool = False,
 ) -> PreparedModel:
     observer = Observer(layers)
     no_decay = no_decay_names(layers, job.optimizer.no_decay)
@@ -148,20 +143,20 @@ def _prepare(
     optimizer = build_optimizer(job, dict(model.named_parameters()), no_decay)
     if rounds_at_use:
         round_at_use(model, DTYPES[job.train.precision])
-    after = around(model, job.train.precision) if around else None
-    prepared = accelerator.prepare(model, optimizer)
-    if after:
-        after()
-    return PreparedModel(prepared[0], prepared[1], observer, buffers)
+    restore = restore_fp32_masters(model, job.train.precision) if restores_masters else None
+    live, live_optimizer = accelerator.prepare(model, optimizer)
+    if restore:
+        restore()
+    return PreparedModel(accelerator, live, live_optimizer, observer, buffers)
 
 
 def _keep_fsdp(accelerator: Any, plugin: Any, placement: Placement) -> None:
     """Make Accelerate keep the FSDP2 that it was asked for.
 
-    On a host without a GPU its state silently becomes MULTI_CPU, that is DDP, because
-    `accelerate/state.py` (1.15) grants FSDP to GPU-like types only, though its FSDP2 code runs on
-    CPUs as it is. The receipt refuses a run where this did not take: a DTensor is what counts.
-    test_workarounds.py tells when this can go.
+    On a host without a GPU its state silently becomes MULTI_CPU, which means DDP, because
+    `accelerate/state.py` (1.15) allows FSDP on GPU-like devices only, though its FSDP2 code runs on
+    CPUs without a change. The receipt refuses a run where this had no effect, since it looks for
+    DTensors. test_workarounds.py tells when this can go.
     """
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType

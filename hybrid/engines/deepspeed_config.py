@@ -1,7 +1,8 @@
-"""DeepSpeed configuration files: what DeepSpeed alone owns; the rest comes from the job. No torch.
+"""This module checks DeepSpeed configuration files, which hold what DeepSpeed alone owns.
 
-DeepSpeed reads a file with unknown keys in silence. Here each key must be in
+The job says the rest. DeepSpeed ignores unknown keys of a file silently. Here each key must be in
 `deepspeed_keys.json`, which `python -m tests.deepspeed_keys` writes from the installed DeepSpeed.
+The module needs no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ..job.known_keys import problem
 from ..job.reading import read_json
 from ..job.schema import Job
 
-# What the job says for every strategy alike. A file that says it too would win or lose in silence.
+# What the job says for every strategy alike. A file that said it too would win or lose silently.
 OWNED_BY_JOB = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.global_batch and train.micro_batches",
@@ -31,7 +32,7 @@ OWNED_BY_JOB = {
     "communication_data_type": "train.precision",
     "data_efficiency": "[data]",
 }
-# What would be overwritten, or would make another run than the job's.
+# What would be overwritten, or would start another run than the job's.
 NOT_HERE = {
     "steps_per_print": "steps are shown and written by the run itself",
     "zero_allow_untested_optimizer": "it is always set here",
@@ -41,14 +42,13 @@ NOT_HERE = {
     "hybrid_engine": "it generates text with another engine",
     "autotuning": "it starts runs of its own",
 }
-STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "pipeline": 0}  # 2d's is in the job
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "pipeline": 0}  # the job has the stage of 2d
 SHIPPED = (*STAGES, "2d")
 KEYS_FILE = Path(__file__).parent / "deepspeed_keys.json"
 
 
 def check_ds_config(job: Job, strategy: str) -> None:
-    """JobError where the file that a strategy's section of the job names is wrong; nothing for a
-    strategy that takes none."""
+    """Raise JobError if the `ds_config` in a strategy's section of the job is wrong."""
     path = getattr(job.settings(strategy), "ds_config", None)
     if path is not None:
         stage = job.strategy.two_d.zero_stage if strategy == "2d" else STAGES[strategy]
@@ -56,11 +56,10 @@ def check_ds_config(job: Job, strategy: str) -> None:
 
 
 def load_ds_config(name: str, stage: int) -> dict[str, Any]:
-    """The configuration in a file, or in the shipped `ds_configs/NAME.json`; JobError where it
-    cannot be read, holds what DeepSpeed does not know, says what the job says, or asks for another
-    ZeRO stage than `stage`."""
+    """Read a file, or the shipped `ds_configs/NAME.json`, which must ask for ZeRO stage `stage`.
+    Raises JobError if it asks for another stage, or where `read_json` or `stage_of` does."""
     where = f"ds_config = {name!r}"
-    config = read_json(_shipped(name) if name in SHIPPED else Path(name), where)
+    config = read_json(_find_shipped(name) if name in SHIPPED else Path(name), where)
     found = stage_of(config, where)
     if found != stage:
         raise JobError(f"{where}: zero_optimization.stage = {found}: this strategy needs {stage}")
@@ -68,8 +67,10 @@ def load_ds_config(name: str, stage: int) -> dict[str, Any]:
 
 
 def stage_of(config: Any, where: str) -> int:
-    """The ZeRO stage that a configuration asks for; JobError, beginning with `where`, where a job
-    does not take it: it holds what DeepSpeed does not know, or says what the job says."""
+    """Return the ZeRO stage that a configuration asks for.
+
+    Raises JobError, with a text that begins with `where`, if the configuration has a key or value
+    that DeepSpeed does not know, or one that the job sets."""
     if not isinstance(config, dict):
         raise JobError(f"{where}: holds a {type(config).__name__}, not an object")
     for key in config.keys() & OWNED_BY_JOB.keys():
@@ -82,14 +83,14 @@ def stage_of(config: Any, where: str) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def _shipped(name: str) -> Path:
-    """In a checkout `ds_configs/` lies beside the package, in a wheel inside it."""
+def _find_shipped(name: str) -> Path:
+    """Return the path of a shipped file: beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).parent.parent
     inside = package / "ds_configs" / f"{name}.json"
     return inside if inside.exists() else package.parent / "ds_configs" / f"{name}.json"
 
 
-def check_fp16(job: Job) -> list[str]:
+def check_fp16(job: Job) -> None:
     """Raise Unsupported for fp16 where DeepSpeed refuses it: on CPUs without fp16 units."""
     if job.train.precision == "fp16":
         import torch
@@ -99,4 +100,3 @@ def check_fp16(job: Job) -> list[str]:
                 "train.precision = 'fp16': DeepSpeed takes it on GPUs and on CPUs with fp16 units "
                 "only, and this CPU has none; bf16 runs here"
             )
-    return []

@@ -1,4 +1,4 @@
-"""DeepSpeed's start in a process, its complete configuration, and its fp32 master weights."""
+"""This module starts DeepSpeed, completes its configuration, and handles fp32 master weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ BUCKETS = ("reduce_bucket_size", "allgather_bucket_size")
 
 
 def prepare_process(placement: Placement) -> None:
-    """Bring DeepSpeed into the process group that there is.
+    """Have DeepSpeed use the process group that this process has joined.
 
-    On CPUs it would first compile a shared-memory all-reduce (20 to 80 s, and a killed build leaves
-    a lock that stops every later start); gloo does that work, where it can be counted. To ask it
-    which ops this machine can compile would run the compiler for each (0.2 s a rank), so what
-    builds the op is replaced. test_workarounds.py tells when this can go.
+    On CPUs DeepSpeed would first compile a shared-memory all-reduce (20 to 80 s, and a killed build
+    leaves a lock that stops every later start). gloo does that work here, where it can be counted.
+    DeepSpeed would also run the compiler for each op to find out which of them this machine can
+    compile (0.2 s a rank), so this replaces what builds the op. test_workarounds.py tells when it
+    can go.
     """
     set_ops_folder()
     if placement.launcher != OWN and placement.local_rank == 0:
@@ -39,60 +40,64 @@ def prepare_process(placement: Placement) -> None:
 
 
 def full_config(
-    job: Job, placement: Placement, layers: Layers, name: str, path: str | None, stage: int
+    job: Job, placement: Placement, layers: Layers, name: str, zero_stage: int
 ) -> dict[str, Any]:
-    """DeepSpeed's whole configuration: the file's keys and the job's.
+    """Return the whole DeepSpeed configuration of strategy `name`: the file's keys and the job's.
 
-    Buckets are memory on top of the model (DeepSpeed's default of 5e8 elements is 2 GB live), so
-    they are cut to a small part of it. Leaving `gradient_clipping` out would not be off: Accelerate
-    fills in 1.0.
+    Buckets take memory on top of the model (DeepSpeed's default of 5e8 elements is 2 GB), so they
+    are cut to a small part of it. Leaving `gradient_clipping` out would not switch it off, since
+    Accelerate fills in 1.0.
     """
-    config = load_ds_config(path or name, stage)
+    shipped = name if zero_stage else "pipeline"  # the same for 2d without ZeRO
+    config = load_ds_config(getattr(job.settings(name), "ds_config", None) or shipped, zero_stage)
     micro_batches, dp = job.micro_batches(name), placement.layout.dp
     size = micro_batch_size(job.train.global_batch, dp, micro_batches)
     elements = sum(p.numel() for p in layers.names())
     zero = config.setdefault("zero_optimization", {})
-    if pipeline_stage(job, stage) != stage:
+    if pipeline_stage(job, zero_stage) != zero_stage:
         zero |= {"stage": 1, **dict.fromkeys(BUCKETS, elements)}
     limits = _limits(layers)
     zero |= {key: min(zero[key], limits[key]) for key in zero.keys() & limits.keys()}
-    return (
-        config
-        | deepspeed_keys(job.train.precision)
-        | {
-            "train_micro_batch_size_per_gpu": size,
-            "gradient_accumulation_steps": micro_batches,
-            "train_batch_size": size * micro_batches * dp,
-            "gradient_clipping": job.train.clip_norm,
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**9,
-        }
-    )
+    return {
+        **config,
+        **deepspeed_keys(job.train.precision),
+        "train_micro_batch_size_per_gpu": size,
+        "gradient_accumulation_steps": micro_batches,
+        "train_batch_size": size * micro_batches * dp,
+        "gradient_clipping": job.train.clip_norm,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
 
 
 def _limits(layers: Layers) -> dict[str, int]:
-    """Elements that DeepSpeed may hold beside its shards: buckets of a sixteenth of the model, but
-    not of less than a MiB, and gathered parameters of two layers, as FSDP holds them."""
+    """Return how many elements DeepSpeed may hold beside its shards, by key.
+
+    A bucket is a sixteenth of the model, at least 2**18 elements (a MiB in fp32). Gathered
+    parameters are those of two layers, as under FSDP."""
     elements, largest = sum(p.numel() for p in layers.names()), max(layers.sizes())
     bucket = max(elements // 16, 2**18)
     return {
-        **dict.fromkeys(BUCKETS, bucket + bucket % 2),  # DeepSpeed wants it even
+        **dict.fromkeys(BUCKETS, bucket + bucket % 2),  # DeepSpeed needs an even number
         "stage3_prefetch_bucket_size": largest,
         "stage3_max_live_parameters": 2 * largest,
     }
 
 
 def pipeline_stage(job: Job, zero_stage: int) -> int:
-    """The ZeRO stage that a run asks DeepSpeed for. Only ZeRO-1 sums the gradients of rounded
-    parameters in fp32; over a single column it shards nothing, so a pipeline in bf16 or fp16 is
-    run under it."""
+    """Return the ZeRO stage that a run asks DeepSpeed for.
+
+    Only ZeRO-1 sums the gradients of rounded parameters in fp32. Over a single column it shards
+    nothing, so a pipeline in bf16 or fp16 runs under it."""
     return zero_stage if job.train.precision == "fp32" else max(1, zero_stage)
 
 
 def add_biases_before_rounding() -> None:
-    """Have ZeRO-3's own linear function, whose graph keeps no gathered weights as that of torch's
-    does, compute what torch's does: it adds biases to rounded products, where small ones are lost
-    in bf16 (losses part by 1e-3 from the second step on)."""
+    """Make ZeRO-3's own linear function compute what torch's does.
+
+    DeepSpeed's function (its graph keeps no gathered weights, unlike torch's) adds biases to
+    products that are already rounded. In bf16 small biases are lost there: losses differ by 1e-3
+    from the second step on."""
     from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 
     def forward(input: Any, weight: Any, bias: Any = None) -> torch.Tensor:
@@ -102,14 +107,13 @@ def add_biases_before_rounding() -> None:
 
 
 def stepped(optimizer: Any) -> Stepped:
-    """What one of DeepSpeed's optimizers drives."""
+    """Describe what one of DeepSpeed's optimizers updates."""
     summed = getattr(optimizer, "grad_acc_dtype", None) or optimizer.gradient_accumulation_dtype
-    inner = optimizer.optimizer
-    return Stepped(inner, fp32_partitions(optimizer), name_of(summed))
+    return Stepped(optimizer.optimizer, fp32_partitions(optimizer), name_of(summed))
 
 
 def fp32_partitions(optimizer: Any) -> list[torch.Tensor]:
-    """This rank's fp32 partitions: each of DeepSpeed's optimizers has another name for them."""
+    """Return this rank's fp32 partitions, which each of DeepSpeed's optimizers names otherwise."""
     names = (
         "fp32_partitioned_groups_flat",  # ZeRO-3
         "single_partition_of_fp32_groups",  # ZeRO-1 and 2
@@ -119,10 +123,10 @@ def fp32_partitions(optimizer: Any) -> list[torch.Tensor]:
 
 
 def restore_fp32_masters(model: nn.Module, precision: str) -> Callable[[], None]:
-    """To be called before DeepSpeed takes the model; what it returns, afterwards.
+    """Keep a model's fp32 values, and return a function that puts them into the master weights.
 
-    DeepSpeed rounds the parameters first and makes its fp32 master weights from the rounded ones;
-    this puts the fp32 values that the job starts from into them.
+    Call this before DeepSpeed takes the model, and what it returns afterwards: DeepSpeed rounds the
+    parameters first and makes its fp32 master weights from the rounded ones.
     """
     if precision == "fp32":
         return lambda: None
@@ -139,8 +143,8 @@ def restore_fp32_masters(model: nn.Module, precision: str) -> Callable[[], None]
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A whole copy, on the CPU, of a parameter's fp32 master weight, or of a parameter or buffer
-    that has none; collective over the ranks that share it."""
+    """Copy a whole parameter or buffer to the CPU; collective over the ranks that share it.
+    The copy is of the fp32 master weight where the parameter has one."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -152,7 +156,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def set_masters(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
-    """Put full fp32 values into the master weights of parameters that have some."""
+    """Put full values into the fp32 master weights of those tensors that are trained."""
     from deepspeed.utils import safe_set_full_fp32_param
 
     for name, tensor in tensors.items():

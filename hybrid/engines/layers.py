@@ -1,5 +1,4 @@
-"""What is done to a model's layers before any engine takes them, alike under every strategy, and
-the randomness of each forward pass."""
+"""This module prepares layers, alike under every strategy, and seeds each forward pass."""
 
 from __future__ import annotations
 
@@ -19,8 +18,8 @@ from .precision import DTYPES, round_inputs
 
 
 def prepare_layers(job: Job, layers: Layers) -> Layers:
-    """Give the whole model what the job asks of every layer: dropout that depends on the sample,
-    inputs in the job's precision, recomputed activations, compilation."""
+    """Change the whole model's layers as the job asks, before any engine takes them.
+    That is dropout by sample, inputs in the job's precision, checkpointing, compilation."""
     number_dropouts(layers.modules())
     round_inputs(layers, DTYPES[job.train.precision])
     for block in layers.blocks():
@@ -33,10 +32,10 @@ def prepare_layers(job: Job, layers: Layers) -> Layers:
 
 @functools.cache
 def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class like `kind` that keeps no activations and computes them again in backward.
+    """Make a class like `kind` that keeps no activations and computes them again in backward.
 
-    A subclass in place of a wrapper: names of parameters, and the class name that FSDP looks for,
-    stay as they are.
+    It is a subclass, not a wrapper, so that the names of parameters, and the class name that FSDP
+    looks for, stay as they are.
     """
 
     def forward(self: Any, *args: Any, **options: Any) -> Any:
@@ -48,9 +47,15 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"forward": forward, "recomputed": True})
 
 
+def _same_rows() -> tuple[Any, Any]:
+    """Return contexts for a pass and for its repetition.
+    The repetition may come while the rows of another micro-batch are in use."""
+    return contextlib.nullcontext(), use_rows(rows_in_use())
+
+
 def compile_evidence(job: Job) -> tuple[dict[str, Any], dict[str, bool]]:
-    """What torch.compile really made in this process, and what must hold of it: it leaves out a
-    layer that it cannot take, and says nothing."""
+    """Return what torch.compile really made in this process, and the condition on it.
+    torch.compile leaves out a layer that it cannot compile, and says nothing."""
     if not job.train.compile:
         return {}, {}
     from torch._dynamo.utils import counters
@@ -59,34 +64,25 @@ def compile_evidence(job: Job) -> tuple[dict[str, Any], dict[str, bool]]:
     return {"compiled_graphs": graphs}, {"layers are compiled": graphs > 0}
 
 
-def _same_rows() -> tuple[Any, Any]:
-    """Contexts of a pass and of its repetition, which may come while another micro-batch's rows are
-    in use."""
-    return contextlib.nullcontext(), use_rows(rows_in_use())
-
-
 @contextlib.contextmanager
 def sample_seeds(
     job: Job, step: int, place: Sequence[int], ids: torch.Tensor, rows: int
 ) -> Iterator[None]:
-    """Seeds around one forward pass of training on `rows` rows: the samples `ids`, then padding.
+    """Seed one training forward pass on `rows` rows: the samples `ids` (int64 [n]), then padding.
 
-    Our dropout is seeded by sample; torch's own generator by `place` (share, micro-batch, stage),
-    so that whatever else draws is the same in two runs of one layout.
+    Our dropout is seeded by sample. torch's own generator is seeded by `place` (share, micro-batch,
+    stage), so that all other random numbers are the same in two runs of one layout.
     """
-    torch.manual_seed(mix(job.train.seed, step, *place))
-    with use_rows(_seeds(job, step, ids, rows)):
+    with use_rows(rows_in_use()):
+        set_sample_seeds(job, step, place, ids, rows)
         yield
 
 
 def set_sample_seeds(
     job: Job, step: int, place: Sequence[int], ids: torch.Tensor, rows: int
 ) -> None:
-    """`sample_seeds` for an engine that calls the model by itself, until the next call."""
+    """Seed all forward passes until the next call, for an engine that calls the model by itself.
+    The arguments are those of `sample_seeds`."""
     torch.manual_seed(mix(job.train.seed, step, *place))
-    set_rows(_seeds(job, step, ids, rows))
-
-
-def _seeds(job: Job, step: int, ids: torch.Tensor, rows: int) -> list[int | None]:
     seeds = [mix(job.train.seed, step, sample) for sample in ids.tolist()]
-    return [*seeds, *[None] * (rows - len(seeds))]
+    set_rows([*seeds, *[None] * (rows - len(seeds))])

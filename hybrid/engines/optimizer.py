@@ -1,4 +1,4 @@
-"""The job's optimizer, its parameter groups, its learning rate, and fp16's loss scale."""
+"""This module makes the job's optimizer, sets its learning rate, clips, and scales fp16's loss."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from ..job.errors import RunError, Unsupported
 from ..job.schema import Job
 from ..models.layers import Layers
 from .precision import GROWTH_STEPS, INITIAL_SCALE
+from .state import local_part
 
 
 def build_optimizer(
     job: Job, parameters: Mapping[str, nn.Parameter], no_decay: Collection[str], num_groups: int = 1
 ) -> torch.optim.Optimizer:
-    """The job's optimizer over the trained ones of `parameters` (by canonical name), without weight
-    decay for those named in `no_decay`, in at least `num_groups` parameter groups.
+    """Build the job's optimizer over the trained ones of `parameters` (by canonical name).
+
+    Parameters named in `no_decay` have no weight decay. There are at least `num_groups` parameter
+    groups; raises Unsupported where there are too few parameters for that.
 
     AdamW is fused, except under fp16: fused AdamW unscales gradients itself and does not see
     overflows in other ranks' shards.
@@ -43,7 +46,7 @@ def build_optimizer(
 
 
 def _split_off(group: dict[str, Any]) -> dict[str, Any]:
-    """The last parameter of a group as a group like it."""
+    """Move the last parameter of a group into a new group like it."""
     if len(group["params"]) == 1:
         raise Unsupported(
             "a stage trains one tensor alone: with optimizer.no_decay each stage needs two; cut "
@@ -53,13 +56,15 @@ def _split_off(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def count_groups(layers: Layers, no_decay: Collection[str]) -> int:
-    """Parameter groups of the whole model's optimizer."""
+    """Count the parameter groups of the whole model's optimizer."""
     return len({name in no_decay for p, name in layers.names().items() if p.requires_grad})
 
 
 def no_decay_names(layers: Layers, no_decay: Collection[str]) -> set[str]:
-    """Canonical names of the parameters of the `no_decay` kinds, norms, biases or embeddings. To be
-    asked of the whole model: a tied parameter is of every kind that one of its places is."""
+    """Return canonical names of the parameters of some kinds: norms, biases or embeddings.
+
+    `layers` must be the whole model, since a tied parameter is of every kind that one of its places
+    is."""
     names, found = layers.names(), set()
     for module in layers.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -69,8 +74,8 @@ def no_decay_names(layers: Layers, no_decay: Collection[str]) -> set[str]:
 
 
 def _kinds(module: nn.Module, name: str) -> set[str]:
-    """What a parameter of a module is: norms go by their class name, since each library has its
-    own."""
+    """Return the kinds of a module's parameter.
+    A norm is known by its class name, since each library has norms of its own."""
     kinds = set()
     if "norm" in type(module).__name__.lower():
         kinds.add("norms")
@@ -82,13 +87,13 @@ def _kinds(module: nn.Module, name: str) -> set[str]:
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """Give every parameter group the rate of the step that comes."""
+    """Give every parameter group the learning rate of the coming step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def read_learning_rate(optimizer: Any) -> float:
-    """The rate that the live optimizer holds; RunError where its groups differ."""
+    """Return the live optimizer's learning rate; raises RunError if its groups differ in it."""
     rates = {float(group["lr"]) for group in optimizer.param_groups}
     if len(rates) != 1:
         raise RunError(f"parameter groups have different learning rates: {sorted(rates)}")
@@ -96,11 +101,13 @@ def read_learning_rate(optimizer: Any) -> float:
 
 
 def global_norm(parameters: Iterable[nn.Parameter], group: Any = None) -> float:
-    """The norm of all gradients of `parameters` together, shards of FSDP2 and their other shards
-    included; over the ranks of `group` as well, which hold other parameters; collective.
+    """Return the norm of the gradients of all `parameters` together; collective.
 
-    In float64: torch's own fp32 norm of half a million elements on a CPU is 5e-6 too small, which
-    of shards it is not, and which clipping then makes a difference of the training.
+    FSDP2's shards on other ranks count too, and so do the other parameters that the ranks of
+    `group` hold.
+
+    The sum is in float64: on a CPU, torch's own fp32 norm of half a million elements is 5e-6 too
+    small, but not that of their shards, and clipping would turn this into a difference of training.
     """
     square, shards = torch.zeros((), dtype=torch.float64), None
     for parameter in parameters:
@@ -109,8 +116,8 @@ def global_norm(parameters: Iterable[nn.Parameter], group: Any = None) -> float:
             continue
         if isinstance(gradient, DTensor):
             (axis,) = (i for i, p in enumerate(gradient.placements) if p.is_shard())
-            shards, gradient = gradient.device_mesh.get_group(axis), gradient.to_local()
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+            shards = gradient.device_mesh.get_group(axis)
+        norm = torch.linalg.vector_norm(local_part(gradient), dtype=torch.float64)
         square = square.to(norm.device) + norm.square()
     for over in (shards, group):
         if over is not None:
@@ -119,43 +126,33 @@ def global_norm(parameters: Iterable[nn.Parameter], group: Any = None) -> float:
 
 
 def clip(parameters: Iterable[nn.Parameter], norm: float, limit: float) -> None:
-    """Scale gradients whose global norm is `norm` so that it is at most `limit`; 0: leave them.
-    With the 1e-6 of `torch.nn.utils.clip_grad_norm_`, which DeepSpeed has too: left out, each
-    clipped step is 1e-6 / norm apart from theirs."""
+    """Scale gradients whose global norm is `norm` so that it is at most `limit`; 0 switches it off.
+
+    The 1e-6 is that of `torch.nn.utils.clip_grad_norm_`, and DeepSpeed's. Without it, each clipped
+    step would differ from theirs by 1e-6 / norm."""
     factor = limit / (norm + 1e-6)
     if limit and factor < 1:
         for parameter in parameters:
             if parameter.grad is not None:
-                gradient: Any = parameter.grad
-                local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-                local.mul_(factor)
+                local_part(parameter.grad).mul_(factor)
 
 
-class LossScale:
-    """fp16's loss scaling by torch's `GradScaler`; without fp16 it passes everything through."""
+class LossScale(torch.amp.GradScaler):
+    """Scales the loss under fp16; otherwise it changes nothing."""
+
+    unscale = torch.amp.GradScaler.unscale_  # before gradients are measured and clipped
 
     def __init__(self, job: Job, device: torch.device) -> None:
-        self.scaler = torch.amp.GradScaler(
-            device.type,
-            init_scale=INITIAL_SCALE,
-            growth_interval=GROWTH_STEPS,
-            enabled=job.train.precision == "fp16",
-        )
+        fp16 = job.train.precision == "fp16"
+        super().__init__(device.type, INITIAL_SCALE, growth_interval=GROWTH_STEPS, enabled=fp16)
 
     @property
     def value(self) -> float:
-        """The scale in force; 1 without fp16."""
-        return self.scaler.get_scale()
+        """Return the scale in force; 1 without fp16."""
+        return self.get_scale()
 
-    def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss that backward is to start from."""
-        return self.scaler.scale(loss)
-
-    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Bring the gradients back to their size, before they are measured and clipped."""
-        self.scaler.unscale_(optimizer)
-
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Step, unless a gradient overflowed, and update the scale."""
-        self.scaler.step(optimizer)
-        self.scaler.update()
+        result = super().step(optimizer, *args, **kwargs)
+        self.update()
+        return result

@@ -1,4 +1,4 @@
-"""Drives a DeepSpeed pipeline: the engine behind `pipeline` and `2d`."""
+"""This module drives a DeepSpeed pipeline: it has the engine behind `pipeline` and `2d`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,22 @@ from ..job.errors import RunError
 from ..job.schema import Job, Pipeline
 from ..launch.exchange import gather_objects, gather_rows
 from ..launch.placement import Placement
-from ..layout import micro_batch_size
 from ..models.layers import Layers
 from ..models.losses import Loss
 from ..records import EvalResult, Receipt
 from ..stages.assignment import StageAssignment
-from .deepspeed_setup import full_tensor, pipeline_stage, set_masters, stepped
+from .base import BaseEngine
+from .deepspeed_setup import (
+    full_config,
+    full_tensor,
+    pipeline_stage,
+    prepare_process,
+    set_masters,
+    stepped,
+)
 from .layers import set_sample_seeds
 from .optimizer import (
     build_optimizer,
-    clip,
     count_groups,
     global_norm,
     no_decay_names,
@@ -32,68 +38,57 @@ from .optimizer import (
     set_learning_rate,
 )
 from .pipeline_instructions import make_pipeline, reduce_in_buckets, tie, wrap_optimizer_step
-from .precision import Observer, Stepped, check_ledger, make_ledger, names_of
+from .precision import Observer, Stepped, names_of
 from .protocol import StepResult, make_receipt
 from .schedule import learning_rate
-from .state import copy_state, gradient_dtypes, named_tensors, num_held
-from .tally import StepRow, Tally, count_targets, eval_result, hash_ids, step_result
+from .state import copy_state, named_tensors, num_held
+from .tally import StepRow, Tally, eval_result, hash_ids
 
 
-class StageEngine:
-    """One stage of a pipeline in one data-parallel column.
+class StageEngine(BaseEngine):
+    """Trains one stage of a pipeline in one data-parallel column.
 
-    The first stage reads inputs, the last reads targets; each digests the sample ids it read, since
+    The first stage reads inputs, the last reads targets. Each digests the sample ids it read, since
     DeepSpeed would not notice two different batches (deepspeedai/DeepSpeed#5729).
     """
 
-    micro_batch_size: int | None
-    shares: tuple[int, ...]
-
     def __init__(
-        self,
-        job: Job,
-        placement: Placement,
-        layers: Layers,
-        loss: Loss,
-        settings: Pipeline,
-        zero_stage: int,
-        config: dict[str, Any],
+        self, job: Job, placement: Placement, layers: Layers, loss: Loss, name: str, zero_stage: int
     ) -> None:
-        self.job, self.placement, self.loss = job, placement, loss
-        self.layout = layout = placement.layout
+        super().__init__(job, placement, loss)
+        prepare_process(placement)
+        config = full_config(job, placement, layers, name, zero_stage)
+        settings = job.settings(name)
+        assert isinstance(settings, Pipeline)
         self.zero_stage = pipeline_stage(job, zero_stage)
-        self.stage, self.shares = placement.stage, (placement.dp_rank,)
+        self.stage = placement.stage
         self.micro_batches = config["gradient_accumulation_steps"]
-        self.micro_batch_size = micro_batch_size(
-            job.train.global_batch, layout.dp, self.micro_batches
-        )
+        self.micro_batch_size = config["train_micro_batch_size_per_gpu"]
         self.assignment = StageAssignment(layers, settings.partition, placement)
         self.observer = Observer(layers)
         self.engine = self._build(layers, config)
-        self.num_held = num_held(self.engine.module)
-        self.device = placement.device
+        self.model = self.engine.module
+        self.num_held = num_held(self.model)
         self.tally = Tally(self.device)
-        self.input_digest = self.step = 0
+        self.input_digest = 0
         self.norm = self.scale = math.nan
-        self.digests: tuple[str, ...] = ()
-        self.gradients = ""
-        self.pending: list[torch.Tensor] = []
+        self.pending: list[torch.Tensor] = []  # sample ids of the micro-batches still to come
 
     def _build(self, layers: Layers, config: dict[str, Any]) -> Any:
-        """DeepSpeed's engine around this rank's layers; the others are let go."""
+        """Make DeepSpeed's engine with this rank's layers; the other layers are freed."""
         no_decay = no_decay_names(layers, self.job.optimizer.no_decay)
         # Under ZeRO, DeepSpeed reduces a norm over the stages for each parameter group: a stage
         # with fewer groups than its neighbours would leave them waiting.
         num_groups = count_groups(layers, no_decay)
         own = layers.join(self.assignment.part)
-        own.register_forward_pre_hook(self._draw)
+        own.register_forward_pre_hook(self._seed)
         self.buffers = names_of(own.buffers())
         parameters = self.assignment.parameters(own)
         optimizer = build_optimizer(self.job, parameters, no_decay, num_groups)
         if self.zero_stage == 0:
             # In fp32 without ZeRO, DeepSpeed 0.19 takes the norm of the first stage alone, clips
-            # stages differently and reports None: clipping is done here, over all stages.
-            # test_workarounds.py tells when that is mended.
+            # stages differently and reports None. So clipping is done here, over all stages.
+            # test_workarounds.py tells when DeepSpeed has corrected this.
             config = config | {"gradient_clipping": 0.0}
         engine = make_pipeline(self.job, self.placement, own, self._take_loss, config, optimizer)
         tie(engine, self.assignment.tied())
@@ -103,39 +98,35 @@ class StageEngine:
         return engine
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
-        """See `Engine`."""
         last = self.stage == self.layout.pp - 1
-        mine = sum(count_targets(self.loss, mb) for mb in micro_batches) if last else 0
-        count = sum(row[0] for row in gather_rows([mine]))
+        count = self._count_targets(micro_batches if last else [])
         # DeepSpeed divides by the micro-batches and averages over columns: undo both.
         self.scale = self.micro_batches * self.layout.dp / max(1, count)
         self.tally, self.input_digest = Tally(self.device), 0
         self.pending = [micro_batch.ids for micro_batch in micro_batches]
         optimizer = self.engine.optimizer
-        loss_scale = float(optimizer.loss_scale) if self.job.train.precision == "fp16" else None
+        loss_scale = float(getattr(optimizer, "loss_scale", 1.0))  # only fp16's optimizer has one
         set_learning_rate(optimizer, learning_rate(self.job, self.step))
         self.engine.train_batch(self._feed(micro_batches))
-        self.step += 1
-        self.observer.stop()
         if self.zero_stage:
             norm = self.engine.get_global_grad_norm()
             self.norm = math.inf if optimizer.overflow else float(norm)
         rate = read_learning_rate(optimizer)
         rows = gather_rows(self.tally.step_row(self.norm, rate, self.input_digest))
-        result = step_result(rows, count, loss_scale)
+        result = self._finish_step(rows, count, loss_scale)
         self._check_inputs(rows, result)
-        self.digests = self.digests or result.digest_by_rank
         return result
 
     def _feed(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Any]:
+        """Give DeepSpeed its batches as pairs of input and (target, sample ids)."""
         for micro_batch in micro_batches:
             if self.stage == 0:
                 digest = self.input_digest + hash_ids(micro_batch.ids)
                 self.input_digest = digest % 2**64
             yield micro_batch.input, (micro_batch.target, micro_batch.ids)
 
-    def _draw(self, module: nn.Module, args: Any) -> None:
-        """Before each forward pass of this stage: DeepSpeed runs the micro-batches in order."""
+    def _seed(self, module: nn.Module, args: Any) -> None:
+        """Seed each forward pass of this stage. DeepSpeed runs the micro-batches in order."""
         if module.training and self.pending:
             number = self.micro_batches - len(self.pending)
             place = (*self.shares, number, self.stage)
@@ -143,7 +134,7 @@ class StageEngine:
             set_sample_seeds(self.job, self.step, place, ids, rows)
 
     def _take_loss(self, output: Any, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """DeepSpeed's loss function, on the last stage, in training and in evaluation."""
+        """Compute the loss for DeepSpeed, on the last stage, in training and in evaluation."""
         target, ids = labels
         micro_batch = MicroBatch(None, target, ids)
         training = torch.is_grad_enabled()
@@ -151,14 +142,11 @@ class StageEngine:
         return loss_sum * self.scale if training else loss_sum
 
     def _clip(self, engine: Any) -> None:
-        """Global norm over all stages, and clipping by it, once gradients are reduced. A parameter
-        that several stages hold counts on the first."""
-        parameters = list(engine.module.parameters())
-        counted = [p for p in parameters if not p.ds_pipe_replicated]
-        stages = engine.grid.get_pipe_parallel_group()
-        self.norm = global_norm(counted, stages)
-        self.gradients = self.gradients or gradient_dtypes(engine.module)
-        clip(parameters, self.norm, self.job.train.clip_norm)
+        """Clip reduced gradients by their global norm over all stages.
+        A parameter that several stages hold counts on the first."""
+        counted = [p for p in engine.module.parameters() if not p.ds_pipe_replicated]
+        self.norm = global_norm(counted, engine.grid.get_pipe_parallel_group())
+        self._clip_gradients(engine.module, self.norm)
 
     def _check_inputs(self, rows: Sequence[StepRow], result: StepResult) -> None:
         inputs = f"{sum(row.input_digest for row in rows) % 2**64:016x}"
@@ -169,7 +157,6 @@ class StageEngine:
             )
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
-        """See `Engine`."""
         self.tally = Tally(self.device)
         for micro_batches in batches:
             self.engine.eval_batch(
@@ -180,14 +167,13 @@ class StageEngine:
             )
         return eval_result(self.tally.row())
 
+    def _own_tensors(self, shared: bool) -> dict[str, torch.Tensor]:
+        """Return the live stage's tensors; `shared`: also those that an earlier stage holds."""
+        return self.assignment.own_tensors(named_tensors(self.model), shared)
+
     def state(self) -> dict[str, torch.Tensor]:
-        """See `Engine`. The first column's stages send theirs to rank 0, tensor by tensor."""
-        own = {
-            name: full_tensor(tensor)
-            for name, tensor in self.assignment.own_tensors(
-                named_tensors(self.engine.module), shared=False
-            ).items()
-        }
+        """Send the first column's tensors to rank 0, one by one."""
+        own = {name: full_tensor(t) for name, t in self._own_tensors(shared=False).items()}
         rank = self.placement.rank
         mine = {n: (tuple(t.shape), t.dtype) for n, t in own.items()} if self.shares == (0,) else {}
         full: dict[str, torch.Tensor] = {}
@@ -204,54 +190,43 @@ class StageEngine:
         return full
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """See `Engine`."""
-        own = self.assignment.own_tensors(named_tensors(self.engine.module), shared=True)
+        own = self._own_tensors(shared=True)
         mine = {name: state[name] for name in own if name in state}
         copy_state(own, mine)
         if self.zero_stage:
             set_masters(own, mine)
 
     def receipt(self) -> Receipt:
-        """See `Engine`: every rank's stage, the layers it holds, and their parameters."""
-        live, named = self.engine, named_tensors(self.engine.module)
-        ledger = make_ledger(self.observer, live.module, self._stepped())
+        """Show every rank's stage, the layers it holds, and their parameters."""
+        live, assignment = self.engine, self.assignment
         mine = {
             "stage": live.stage_id,
             "column": live.grid.get_data_parallel_id(),
-            "layers": self.assignment.live_layers(live.module),
-            "parameters": sum(p.numel() for p in live.module.parameters()),
-            "tied": self.assignment.tied_digest(),
+            "layers": assignment.live_layers(self.model),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "tied": assignment.tied_digest(),
         }
         ranks = gather_objects(mine)
-        first = [r for r in ranks if r["column"] == 0]
+        tensors = gather_objects(list(self._own_tensors(shared=True)))
         evidence: dict[str, Any] = {
             "model": type(live).__name__,
             "stages": live.num_stages,
             "columns": live.dp_world_size,
             "zero_stage": int(live.zero_optimization_stage()),
             "ranks": ranks,
-            "layers_by_stage": [r["layers"] for r in first],
+            "layers_by_stage": [r["layers"] for r in ranks if r["column"] == 0],
             "tensors_by_stage": [
-                names
-                for column, names in zip(
-                    [r["column"] for r in ranks],
-                    gather_objects(list(self.assignment.own_tensors(named, shared=True))),
-                    strict=True,
-                )
-                if column == 0
+                names for r, names in zip(ranks, tensors, strict=True) if r["column"] == 0
             ],
             "sample_digest_by_rank": list(self.digests),
-            "precision": ledger,
         }
-        return make_receipt(evidence, self._conditions(evidence))
-
-    def _stepped(self) -> Stepped:
-        if self.zero_stage == 0:
-            return Stepped.plain(self.engine.optimizer, self.gradients)
-        return stepped(self.engine.optimizer)
+        receipt = make_receipt(evidence, self._conditions(evidence))
+        plain = self.zero_stage == 0
+        held = Stepped.plain(live.optimizer, self.gradients) if plain else stepped(live.optimizer)
+        return self._add_ledger(receipt, held)
 
     def _conditions(self, evidence: Mapping[str, Any]) -> dict[str, bool]:
-        lay, ranks = self.layout, evidence["ranks"]
+        lay, ranks, layers = self.layout, evidence["ranks"], evidence["layers_by_stage"]
         return {
             f"{lay.pp} stages": evidence["stages"] == lay.pp,
             f"{lay.dp} columns": evidence["columns"] == lay.dp,
@@ -260,17 +235,12 @@ class StageEngine:
                 (r["stage"], r["column"]) == (lay.stage(i), lay.dp_rank(i))
                 for i, r in enumerate(ranks)
             ),
-            "every layer on its stage": evidence["layers_by_stage"]
-            == self.assignment.layers_by_stage,
-            "columns alike": all(
-                r["layers"] == evidence["layers_by_stage"][r["stage"]] for r in ranks
-            ),
+            "every layer on its stage": layers == self.assignment.layers_by_stage,
+            "columns alike": all(r["layers"] == layers[r["stage"]] for r in ranks),
             "tied weights equal on all stages": self.assignment.tied_agree(
                 [r["tied"] for r in ranks]
             ),
-            **check_ledger(self.job.train.precision, self.buffers, evidence["precision"]),
         }
 
     def close(self) -> None:
-        """See `Engine`."""
         self.engine.destroy()

@@ -1,5 +1,6 @@
-"""Makes a DeepSpeed pipeline engine, which `_stages.py` drives, and replaces those of its
-instructions that do not do what is meant."""
+"""This module makes DeepSpeed's pipeline engine for `pipeline_deepspeed`.
+
+It replaces those of the engine's instructions that do something else than is meant."""
 
 from __future__ import annotations
 
@@ -22,10 +23,10 @@ def make_pipeline(
     config: dict[str, Any],
     optimizer: torch.optim.Optimizer,
 ) -> Any:
-    """A `PipelineEngine` in which this rank's stage is one module, stepped by `optimizer`.
+    """Make a `PipelineEngine` in which this rank's stage is one module, stepped by `optimizer`.
 
     DeepSpeed is given a list of `pp` modules, ours at this rank's place and empty ones elsewhere
-    (it keeps the whole list alive), and cuts it into as many stages; the cut was made before.
+    (it keeps the whole list alive), and cuts it into as many stages. The model was cut before.
     """
     import deepspeed
     from deepspeed.pipe import PipelineModule
@@ -47,54 +48,56 @@ def make_pipeline(
 
 
 def tie(engine: Any, tied: Sequence[tuple[nn.Parameter, Any, bool]]) -> None:
-    """Tell a pipeline engine of this rank's parameters that other stages hold as well.
+    """Tell a pipeline engine which of this rank's parameters other stages hold as well.
 
     Each comes with the process group of its holders, in which its gradients are summed once a step,
-    and with whether this rank is its first holder, the one that counts it in norms.
+    and with whether this rank is its first holder, which counts it in norms.
     """
-    from deepspeed.runtime.pipe import schedule
-
     for parameter, _, first in tied:
         parameter.ds_pipe_replicated = not first  # type: ignore[attr-defined]
 
-    def reduce(live: Any) -> None:
+    def reduce(live: Any, original: Callable[[], None]) -> None:
         for parameter, group, _ in tied:
-            # DeepSpeed's own reduction takes `grad`, which holds the last micro-batch alone where
+            # DeepSpeed's own reduction takes `grad`, which has only the last micro-batch where
             # gradients are summed elsewhere, in fp32.
             held = ("_hp_grad", "grad_accum", "grad")
             found = (getattr(parameter, name, None) for name in held)
             torch.distributed.all_reduce(next(g for g in found if g is not None), group=group)
 
-    _replace_instruction(engine, schedule.ReduceTiedGrads, lambda live, original: reduce(live))
+    _replace_instruction(engine, "ReduceTiedGrads", reduce)
 
 
 def wrap_optimizer_step(engine: Any, before: Callable[[Any], None]) -> None:
-    """Have a pipeline engine call `before(engine)` between reducing gradients and its step."""
-    from deepspeed.runtime.pipe import schedule
+    """Make a pipeline engine call `before(engine)` between reducing gradients and its step."""
 
     def step(live: Any, original: Callable[[], None]) -> None:
         before(live)
         original()
 
-    _replace_instruction(engine, schedule.OptimizerStep, step)
+    _replace_instruction(engine, "OptimizerStep", step)
 
 
 def reduce_in_buckets(engine: Any) -> None:
-    """Have a pipeline engine without ZeRO reduce its gradients in buckets of `reduce_bucket_size`:
-    DeepSpeed takes 5e8 elements there, a second copy of all gradients, over a single column too."""
-    from deepspeed.runtime.pipe import schedule
+    """Make a pipeline engine without ZeRO reduce its gradients in buckets of `reduce_bucket_size`.
+
+    By itself DeepSpeed takes 5e8 elements, which is a second copy of all gradients, over a single
+    column too."""
 
     def reduce(live: Any, original: Callable[[], None]) -> None:
         live._force_grad_boundary = True
         live.allreduce_gradients(bucket_size=live.zero_reduce_bucket_size())
         live._force_grad_boundary = False
 
-    _replace_instruction(engine, schedule.ReduceGrads, reduce)
+    _replace_instruction(engine, "ReduceGrads", reduce)
 
 
 def _replace_instruction(
-    engine: Any, instruction: type, run: Callable[[Any, Callable[[], None]], None]
+    engine: Any, name: str, run: Callable[[Any, Callable[[], None]], None]
 ) -> None:
+    """Make an engine call `run(engine, original)` for the instruction of this name."""
+    from deepspeed.runtime.pipe import schedule
+
+    instruction = getattr(schedule, name)
     original = engine._INSTRUCTION_MAP[instruction]
 
     def replaced(live: Any, **arguments: Any) -> None:

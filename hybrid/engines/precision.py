@@ -1,4 +1,4 @@
-"""What `train.precision` means under every strategy, and what a live run really holds: the ledger.
+"""This module says what `train.precision` means, and what a live run really holds: its ledger.
 
 | | fp32 | bf16, fp16 |
 |---|---|---|
@@ -10,18 +10,20 @@
 | buffers, such as rotary tables | their own | their own |
 | loss | fp32 | fp32 |
 
-fp16 also scales the loss: 2**16 at first, halved when a gradient overflows (that step is skipped),
-doubled after 2,000 steps without (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740).
+This is the same under every strategy. fp16 also scales the loss: by 2**16 at first, by half of that
+after a gradient overflowed (that step is skipped), and by twice as much after 2,000 steps without
+an overflow (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740).
 
-The two engines differ in where the rounded parameters live, and the ledger shows it: DeepSpeed
+The engines keep the rounded parameters in different places, and the ledger shows it: DeepSpeed
 stores them beside its fp32 master weights; plain torch, DDP and FSDP2 store fp32 alone and round at
-use. Left to themselves the engines differ more: DeepSpeed would start its master weights from
-rounded ones, and sum and reduce gradients in bf16; Accelerate would run autocast, operator by
+use. With their own defaults the engines would differ more: DeepSpeed would start its master weights
+from rounded ones, and sum and reduce gradients in bf16; Accelerate would run autocast, operator by
 operator.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -33,23 +35,10 @@ from ..models.layers import Layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INITIAL_SCALE, GROWTH_STEPS = 2.0**16, 2000
-DEEPSPEED: dict[str, dict[str, Any]] = {
-    "fp32": {},
-    "bf16": {"bf16": {"enabled": True}},
-    "fp16": {
-        "fp16": {
-            "enabled": True,
-            "initial_scale_power": 16,
-            "loss_scale_window": GROWTH_STEPS,
-            "hysteresis": 1,
-            "min_loss_scale": 1,
-        }
-    },
-}
 
 
 class _Round(nn.Module):
-    """A parameter as its layers see it: rounded, with gradients that flow to the fp32 one."""
+    """Rounds a parameter for its layer; gradients flow back to the fp32 parameter."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -60,8 +49,8 @@ class _Round(nn.Module):
 
 
 def round_at_use(model: nn.Module, dtype: torch.dtype) -> None:
-    """Have the model's modules compute with their parameters rounded to `dtype`; the fp32 ones stay
-    the model's parameters, and take the gradients."""
+    """Make the model's modules compute with their parameters rounded to `dtype`.
+    The fp32 ones stay the model's parameters, and take the gradients."""
     if dtype == torch.float32:
         return
     for module in list(model.modules()):
@@ -71,31 +60,37 @@ def round_at_use(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter without what `round_at_use` adds to it."""
+    """Return a parameter's name without what `round_at_use` adds to it."""
     return name.replace("parametrizations.", "").removesuffix(".original")
 
 
 def round_inputs(layers: Layers, dtype: torch.dtype) -> None:
-    """Have every layer take its floating inputs in `dtype`, as FSDP2 does by itself."""
+    """Make every layer take its floating-point inputs in `dtype`, as FSDP2 does by itself."""
     if dtype == torch.float32:
         return
 
     def cast(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(
-            x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-            for x in args
-        )
+        return tuple(x.to(dtype) if floating(x) else x for x in args)
 
     for block in layers.blocks():
         block.register_forward_pre_hook(cast)
 
 
 def deepspeed_keys(precision: str) -> dict[str, Any]:
-    """DeepSpeed's configuration keys for the meaning above."""
+    """Return the keys of DeepSpeed's configuration that give a precision the meaning above."""
     if precision == "fp32":
         return {}
-    wide = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    return DEEPSPEED[precision] | wide
+    scaling = {
+        "initial_scale_power": 16,
+        "loss_scale_window": GROWTH_STEPS,
+        "hysteresis": 1,
+        "min_loss_scale": 1,
+    }
+    return {
+        precision: {"enabled": True} | (scaling if precision == "fp16" else {}),
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+    }
 
 
 class Observer:
@@ -110,66 +105,67 @@ class Observer:
             for module in layer.modules():
                 names = [n for n, p in module.named_parameters(recurse=False) if floating(p)]
                 if names:
-                    self._handles.append(module.register_forward_hook(self._reader(names)))
+                    note = functools.partial(self._note_parameters, names)
+                    self._handles.append(module.register_forward_hook(note))
 
     def _note_output(self, module: nn.Module, args: Any, output: Any) -> None:
         outputs = output if isinstance(output, (tuple, list)) else [output]
         self.activations |= {name_of(t.dtype) for t in outputs if floating(t)}
 
-    def _reader(self, names: list[str]) -> Any:
-        def read(module: nn.Module, args: Any, output: Any) -> None:
-            self.computing |= {name_of(getattr(module, name).dtype) for name in names}
-
-        return read
+    def _note_parameters(self, names: list[str], module: nn.Module, args: Any, output: Any) -> None:
+        self.computing |= {name_of(getattr(module, name).dtype) for name in names}
 
     def stop(self) -> None:
-        """Take the hooks off again."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
 
 def floating(value: Any) -> bool:
-    """Whether a value is a tensor of floating-point numbers."""
+    """Return whether a value is a tensor of floating-point numbers."""
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """fp32 for torch.float32, and so on; torch's own name for a type that has none here."""
+    """Return fp32 for torch.float32, and so on; torch's own name for a type not in `DTYPES`."""
     known = {d: name for name, d in DTYPES.items()}
     return known.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def names_of(tensors: Iterable[torch.Tensor]) -> str:
-    """The dtypes of floating tensors as one word: fp32, or bf16+fp32 where they are mixed."""
-    return "+".join(sorted({name_of(t.dtype) for t in tensors if floating(t)})) or "none"
+    """Return the dtypes of floating-point tensors as one word, such as fp32 or bf16+fp32."""
+    return _join(name_of(t.dtype) for t in tensors if floating(t))
+
+
+def _join(names: Iterable[str]) -> str:
+    return "+".join(sorted(set(names))) or "none"
 
 
 def state_dtypes(optimizer: torch.optim.Optimizer) -> str:
-    """The dtypes of a live optimizer's state; its step counters left out."""
+    """Return the dtypes of a live optimizer's state, without its step counters."""
     states = (t for state in optimizer.state.values() for t in state.values())
     return names_of(t for t in states if floating(t) and t.dim() > 0)
 
 
 class Stepped(NamedTuple):
-    """What updates a model: torch's optimizer, the master weights that it steps, and the dtype in
-    which gradients are summed."""
+    """Holds what updates a model."""
 
     optimizer: torch.optim.Optimizer
-    masters: list[torch.Tensor]
-    gradients: str
+    masters: list[torch.Tensor]  # which the optimizer steps
+    gradients: str  # the dtype in which they are summed
 
     @classmethod
     def plain(cls, optimizer: torch.optim.Optimizer, gradients: str) -> Stepped:
-        """An optimizer that steps the parameters it was given."""
+        """Describe an optimizer that steps the parameters it was given."""
         return cls(optimizer, [p for g in optimizer.param_groups for p in g["params"]], gradients)
 
 
 def make_ledger(observer: Observer, model: nn.Module, stepped: Stepped) -> dict[str, str]:
-    """What one rank holds and computes in, "none" where there is nothing of a kind."""
+    """Return what one rank holds and computes in, by row; "none" if it has nothing of a kind."""
     return {
-        "computing": "+".join(sorted(observer.computing)) or "none",
-        "activations": "+".join(sorted(observer.activations)) or "none",
+        "computing": _join(observer.computing),
+        "activations": _join(observer.activations),
         "stored": names_of(model.parameters()),
         "gradients": stepped.gradients or "none",
         "master_weights": names_of(stepped.masters),
@@ -179,7 +175,8 @@ def make_ledger(observer: Observer, model: nn.Module, stepped: Stepped) -> dict[
 
 
 def check_ledger(precision: str, buffers: str, ledger: Mapping[str, str]) -> dict[str, bool]:
-    """Conditions that a ledger must meet; `buffers`: their dtypes before an engine took them."""
+    """Return the conditions on a ledger, each with whether it holds.
+    `buffers`: the dtypes of the buffers before an engine took the model."""
     wanted = {
         "computing": precision,
         "activations": precision,

@@ -1,7 +1,7 @@
-"""The protocol that every engine keeps, and what passes between an engine and the training loop.
+"""This module has the protocol of every engine, and what passes between it and the training loop.
 
-An engine trains whole optimizer steps, the smallest unit that all engines share: DeepSpeed's
-pipeline offers no smaller one. No torch.
+An engine trains whole optimizer steps. This is the smallest unit that all engines share:
+DeepSpeed's pipeline offers no smaller one. The module needs no torch.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, the same on every rank. Digests are hexadecimal, one a rank in
-    `digest_by_rank` ("" where a rank computes no loss). `targets` were counted by the loss;
-    `loss_scale` and `skipped` are fp16's: a step whose gradients overflowed changes nothing."""
+    """Holds the result of one optimizer step, the same on every rank.
+
+    Digests are hexadecimal. `digest_by_rank` has one a rank, "" where a rank computes no loss.
+    `targets` is how many the loss counted. `loss_scale` and `skipped` are fp16's: a step whose
+    gradients overflowed changes nothing."""
 
     loss: float
     grad_norm: float
@@ -37,11 +39,11 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """A model being trained. Every method is collective: all ranks call it together.
+    """Trains a model. Every method is collective: all ranks call it together.
 
     `shares` are the data-parallel ranks whose samples this process computes (all but an emulation
-    have one); `micro_batch_size` is the fixed number of rows a micro-batch must have, None where
-    any will do; `num_held` is how many trained parameters this process holds.
+    have one). `micro_batch_size` is the fixed number of rows that a micro-batch must have, or None
+    if any number will do. `num_held` is how many trained parameters this process holds.
     """
 
     layout: Layout
@@ -50,46 +52,37 @@ class Engine(Protocol):
     num_held: int
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
-        """One optimizer step on the micro-batches of this process's shares, share after share."""
-        ...
+        """Make one optimizer step on the micro-batches of this process's shares, share by share."""
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
-        """Loss and counts over all ranks' batches; every rank passes equally many."""
-        ...
+        """Return the loss and counts over all ranks' batches; every rank passes equally many."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Full parameters and buffers by canonical name (layer index, dot, name in the layer), on
-        the CPU of rank 0; empty elsewhere."""
-        ...
+        """Return full parameters and buffers on the CPU of rank 0, and nothing on other ranks.
+        The keys are canonical names: the layer's index, a dot, the name in the layer."""
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over what `state` gave; every rank passes all of it."""
-        ...
+        """Take over what `state` returned; every rank passes all of it."""
 
     def receipt(self) -> Receipt:
-        """What really runs, read off the live objects of all ranks. `evidence["precision"]` is its
-        ledger, which the loop completes."""
-        ...
+        """Return what really runs, read off the live objects of all ranks.
+
+        `evidence["precision"]` is its ledger, to which the loop adds a row."""
 
     def close(self) -> None:
-        """Release what the engine holds; the process group is the caller's."""
-        ...
-
-
-def refuse_unless(conditions: Mapping[str, bool]) -> str | None:
-    """The first condition, worded as what should have been, that does not hold; None if all do."""
-    return next((what for what, holds in conditions.items() if not holds), None)
+        """Release what the engine holds; the process group belongs to the caller."""
 
 
 def make_receipt(evidence: dict[str, Any], conditions: Mapping[str, bool]) -> Receipt:
-    """A receipt that is engaged when every condition holds on the evidence."""
-    reason = refuse_unless(conditions)
-    return Receipt(reason is None, evidence, reason and f"not so: {reason}")
+    """Make a receipt that is engaged if every condition holds on the evidence.
+    Each condition is worded as what should be; the reason quotes the first that does not hold."""
+    broken = next((what for what, holds in conditions.items() if not holds), None)
+    return Receipt(broken is None, evidence, broken and f"not so: {broken}")
 
 
 def extend_receipt(
     receipt: Receipt, evidence: dict[str, Any], conditions: Mapping[str, bool]
 ) -> Receipt:
-    """A receipt with more evidence, on which these conditions must hold as well."""
+    """Return a receipt with more evidence, on which these conditions must hold as well."""
     more = make_receipt(receipt.evidence | evidence, conditions)
     return more if receipt.engaged else Receipt(False, more.evidence, receipt.reason)

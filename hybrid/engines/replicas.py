@@ -1,7 +1,7 @@
-"""Plain torch training: one model in one process, or replicas that step alone and are merged.
+"""This module trains in plain torch: one model, or replicas that step alone and are merged.
 
-`single` is one replica with all samples. `local_sgd` is one replica a rank; its emulation holds all
-replicas in one process and merges them by the same rule, which is what a real run is compared with.
+`single` is one replica with all samples. `local_sgd` is one replica a rank. Its emulation holds all
+replicas in one process and merges them by the same rule; a real run is compared with it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,33 +22,29 @@ from ..launch.placement import Placement
 from ..models.layers import Layers
 from ..models.losses import Loss
 from ..records import EvalResult, Receipt
-from .layers import sample_seeds
+from .base import BaseEngine
 from .optimizer import (
     LossScale,
     build_optimizer,
-    clip,
-    global_norm,
     no_decay_names,
     read_learning_rate,
     set_learning_rate,
 )
-from .precision import DTYPES, Observer, Stepped, check_ledger, make_ledger, names_of, round_at_use
-from .protocol import StepResult, make_receipt
+from .precision import DTYPES, Observer, Stepped, names_of, round_at_use
+from .protocol import StepResult, extend_receipt, make_receipt
 from .schedule import learning_rate
-from .state import copy_of_state, copy_state, gradient_dtypes, named_tensors, num_held, on_device
-from .tally import StepRow, Tally, count_targets, eval_result, num_rows, step_result
+from .state import copy_of_state, copy_state, named_tensors, num_held
+from .tally import StepRow, Tally, count_targets
 
 
-class ReplicaEngine:
-    """Replicas of a model, each stepping on its own share of the global batch.
+class ReplicaEngine(BaseEngine):
+    """Trains replicas of a model, each on its own share of the global batch.
 
-    `merge_every` optimizer steps (None: never) their parameters and floating-point buffers are
-    averaged, each replica weighted by the samples it saw since the last merge (federated averaging,
-    McMahan et al. 2017, https://arxiv.org/abs/1602.05629), and once more after the last step.
+    Every `merge_every` optimizer steps (None: never), and once more after the last step, their
+    parameters and floating-point buffers are averaged. Each replica is weighted by the samples it
+    saw since the last merge (federated averaging, McMahan et al. 2017,
+    https://arxiv.org/abs/1602.05629).
     """
-
-    micro_batch_size: int | None = None
-    shares: tuple[int, ...]
 
     def __init__(
         self,
@@ -60,30 +55,31 @@ class ReplicaEngine:
         merge_every: int | None = None,
         replicas: int = 1,
     ) -> None:
-        self.job, self.loss, self.merge_every = job, loss, merge_every
-        self.rank, self.layout, self.device = placement.rank, placement.layout, placement.device
+        super().__init__(job, placement, loss)
+        self.merge_every = merge_every
         self.observer = Observer(layers)
         no_decay = no_decay_names(layers, job.optimizer.no_decay)
         first = layers.whole().to(self.device)
-        self.models = [first, *(copy.deepcopy(first) for _ in range(replicas - 1))]
+        self.model, self.models = (
+            first,
+            [first, *(copy.deepcopy(first) for _ in range(replicas - 1))],
+        )
         self.num_held = replicas * num_held(first)
         self.optimizers = [
             build_optimizer(job, dict(m.named_parameters()), no_decay) for m in self.models
         ]
         self.scales = [LossScale(job, self.device) for _ in self.models]
         self.buffers = names_of(first.buffers())
-        self.gradients = ""
         for model in self.models:
             round_at_use(model, DTYPES[job.train.precision])
-        self.shares = tuple(range(replicas)) if replicas > 1 else (placement.dp_rank,)
-        self.step = 0
-        self.seen = [0] * self.layout.dp
+        if replicas > 1:
+            self.shares = tuple(range(replicas))
+        self.seen = [0] * self.layout.dp  # samples of each replica since the last merge
         self.drift: list[dict[str, float]] = []
-        self.digests: tuple[str, ...] = ()
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
-        """See `Engine`. The gradient norm of several replicas is the root mean square of theirs."""
-        each, scale = len(micro_batches) // len(self.models), self._scale()
+        """Make one step. The norm of several replicas is the root mean square of theirs."""
+        each, scale = len(micro_batches) // len(self.models), self.scales[0].value
         mine = [
             self._step_replica(i, micro_batches[i * each : (i + 1) * each])
             for i in range(len(self.models))
@@ -92,47 +88,31 @@ class ReplicaEngine:
         self.seen = [n + row.samples for n, row in zip(self.seen, rows, strict=True)]
         norm = math.sqrt(sum(row.grad_norm**2 for row in rows) / len(rows))
         rows = [row._replace(grad_norm=norm) for row in rows]
-        result = step_result(rows, expected=None, scale=scale)
-        self.observer.stop()
-        self.digests = self.digests or result.digest_by_rank
-        self.step += 1
-        if self.merge_every and (
-            self.step % self.merge_every == 0 or self.step == self.job.train.steps
-        ):
+        result = self._finish_step(rows, None, scale)
+        last = self.step == self.job.train.steps
+        if self.merge_every and (last or self.step % self.merge_every == 0):
             self._merge()
         return result
 
     def _step_replica(self, i: int, micro_batches: Sequence[MicroBatch]) -> StepRow:
-        model, optimizer = self.models[i], self.optimizers[i]
-        scale, share = self.scales[i], self.shares[i]
+        """Step one replica alone, by the mean loss over its own targets."""
+        model, optimizer, scale = self.models[i], self.optimizers[i], self.scales[i]
         tally = Tally(self.device)
         count = sum(count_targets(self.loss, mb) for mb in micro_batches)
         model.train()
         for k, micro_batch in enumerate(micro_batches):
-            micro_batch = on_device(micro_batch, self.device)
-            rows = num_rows(micro_batch.target)
-            with sample_seeds(self.job, self.step, (share, k, 0), micro_batch.ids, rows):
-                loss_sum = tally.add(self.loss, model(micro_batch.input), micro_batch)
+            loss_sum = self._forward(model, micro_batch, (self.shares[i], k, 0), tally)
             scale.scale(loss_sum / max(1, count)).backward()
         if int(tally.count) != count:
             raise RunError(f"the loss counted {int(tally.count)} targets, {count} were expected")
-        scale.unscale(optimizer)
-        norm = global_norm(model.parameters())
-        clip(model.parameters(), norm, self.job.train.clip_norm)
-        self.gradients = self.gradients or gradient_dtypes(model)
         set_learning_rate(optimizer, learning_rate(self.job, self.step))
-        scale.step(optimizer)
-        optimizer.zero_grad()
+        norm = self._clip_and_step(model, optimizer, scale)
         return tally.step_row(norm, read_learning_rate(optimizer))
-
-    def _scale(self) -> float | None:
-        """fp16's loss scale of the first replica."""
-        return self.scales[0].value if self.job.train.precision == "fp16" else None
 
     @torch.no_grad()
     def _merge(self) -> None:
-        """Replace every replica by their weighted mean, and note how far they were from it. Bucket
-        by bucket: all at once would take the memory of two more copies."""
+        """Replace every replica by their weighted mean, and note how far each was from it.
+        This goes bucket by bucket: all at once would take the memory of two more copies."""
         groups = [_merged_tensors(model) for model in self.models]
         square, apart = 0.0, [0.0] * len(groups)
         for bucket in _buckets(groups[0]):
@@ -148,7 +128,8 @@ class ReplicaEngine:
         self.seen = [0] * self.layout.dp
 
     def _mean(self, flats: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The mean over all replicas, each weighted by its samples; `flats` are this process's."""
+        """Return the mean over all replicas, each weighted by its samples; collective.
+        `flats` are this process's replicas, one 1-D tensor each."""
         # Weights around 1, divided at the end: equal shares then lose nothing to a rounded 1/3.
         weights = [self.seen[share] * self.layout.dp / sum(self.seen) for share in self.shares]
         mean = torch.stack([f * w for f, w in zip(flats, weights, strict=True)]).sum(0)
@@ -157,38 +138,26 @@ class ReplicaEngine:
         return mean / self.layout.dp
 
     def _note_drift(self, away: Sequence[float]) -> None:
-        """`away`: distance of this process's replicas from the mean, relative to its length."""
-        rows = [[a] for a in away] if len(away) > 1 else gather_rows(away)
-        all_away = [float(row[0]) for row in rows]
+        """Note the distances of all replicas from their mean, relative to the mean's length.
+        `away` has those of this process's replicas."""
+        every = away if len(away) > 1 else [row[0] for row in gather_rows(away)]
         self.drift.append(
             {
                 "step": self.step - 1,
-                "max_relative_drift": max(all_away),
-                "mean_relative_drift": sum(all_away) / len(all_away),
+                "max_relative_drift": max(every),
+                "mean_relative_drift": sum(every) / len(every),
             }
         )
 
-    @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
-        """See `Engine`."""
         self._require_merged()
-        tally = Tally(self.device)
-        model = self.models[0].eval()
-        for micro_batches in batches:
-            for micro_batch in micro_batches:
-                micro_batch = on_device(micro_batch, self.device)
-                tally.add(self.loss, model(micro_batch.input), micro_batch, score=True)
-        return eval_result(tally.row())
+        return super().evaluate(batches)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """See `Engine`."""
         self._require_merged()
-        if self.rank:
-            return {}
-        return copy_of_state(self.models[0])
+        return {} if self.placement.rank else copy_of_state(self.model)
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """See `Engine`."""
         for model in self.models:
             copy_state(named_tensors(model), state)
 
@@ -197,37 +166,35 @@ class ReplicaEngine:
             raise RunError(f"replicas stepped alone since the last merge (step {self.step})")
 
     def receipt(self) -> Receipt:
-        """See `Engine`."""
-        alone = self.merge_every is None
         groups = gather_objects(dist.is_initialized() and dist.get_world_size())
-        evidence: dict[str, Any] = {
-            "model": type(self.models[0]).__name__,
-            "replicas": len(self.models) * len(groups),
-            "parameters_per_replica": sum(p.numel() for p in self.models[0].parameters()),
+        replicas = len(self.models) * len(groups)
+        evidence = {
+            "model": type(self.model).__name__,
+            "replicas": replicas,
+            "parameters_per_replica": sum(p.numel() for p in self.model.parameters()),
             "gradient_collectives": "none",
         }
-        stepped = Stepped.plain(self.optimizers[0], self.gradients)
-        ledger = make_ledger(self.observer, self.models[0], stepped)
-        evidence["precision"] = ledger
-        conditions = {
-            f"{self.layout.dp} replicas": evidence["replicas"] == self.layout.dp,
-            **check_ledger(self.job.train.precision, self.buffers, ledger),
+        receipt = make_receipt(evidence, {f"{self.layout.dp} replicas": replicas == self.layout.dp})
+        receipt = self._add_ledger(receipt, Stepped.plain(self.optimizers[0], self.gradients))
+        if self.merge_every is None:
+            return receipt
+        merges = {
+            "merge_every": self.merge_every,
+            "merges": len(self.drift),
+            "sample_digest_by_rank": list(self.digests),
+            "drift": self.drift,
         }
-        if not alone:
-            evidence |= {"merge_every": self.merge_every, "merges": len(self.drift)}
-            evidence |= {"sample_digest_by_rank": list(self.digests), "drift": self.drift}
-            ran_alone = any(d["max_relative_drift"] > 0 for d in self.drift) or not self.drift
-            conditions["replicas differ before merges"] = ran_alone or self.layout.dp == 1
-        return make_receipt(evidence, conditions)
+        ran_alone = any(d["max_relative_drift"] > 0 for d in self.drift) or not self.drift
+        differ = {"replicas differ before merges": ran_alone or self.layout.dp == 1}
+        return extend_receipt(receipt, merges, differ)
 
     def close(self) -> None:
-        """See `Engine`."""
-        self.models, self.optimizers = [], []
+        self.model, self.models, self.optimizers = None, [], []
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Indices of tensors that are merged together: about a sixteenth of all elements, but not less
-    than a MiB, in one collective."""
+    """Group the indices of tensors that are merged in one collective.
+    A bucket has about a sixteenth of all elements, at least 2**18 (a MiB in fp32)."""
     size = max(sum(t.numel() for t in tensors) // 16, 2**18)
     buckets: list[list[int]] = []
     room = 0
@@ -241,7 +208,7 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
 
 
 def _square(values: torch.Tensor) -> float:
-    """The squared length, summed in float64."""
+    """Return the squared length, summed in float64."""
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 

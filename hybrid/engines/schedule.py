@@ -1,4 +1,4 @@
-"""The learning rate of each optimizer step: one pure function, the same under every strategy."""
+"""This module has the learning rate of each optimizer step, the same under every strategy."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from ..job.schema import Job
 
 
 def learning_rate(job: Job, step: int) -> float:
-    """Rate of optimizer step `step`, from 0; `job.train.steps` must be known (`resolve_lengths`).
+    """Return the learning rate of optimizer step `step`, counted from 0.
 
-    Warm-up rises in equal parts to `optimizer.lr`; a linear or cosine schedule then falls towards
+    Warm-up rises in equal parts to `optimizer.lr`. A linear or cosine schedule then falls towards
     `schedule.min_lr`, which every step after the last has (cosine: Loshchilov and Hutter 2017,
-    without restarts).
+    without restarts). Raises ValueError if these need `job.train.steps` and it is not known yet
+    (`resolve_lengths`).
     """
     peak, warmup, low = job.optimizer.lr, job.schedule.warmup_steps, job.schedule.min_lr
     if step < warmup:

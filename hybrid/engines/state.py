@@ -1,4 +1,4 @@
-"""A live model's tensors by name, what of them a rank holds, and tensors moved to its device."""
+"""This module reads a live model's tensors by name, and moves tensors to a device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..data.loader import MicroBatch
 from ..job.errors import JobError
@@ -14,13 +15,13 @@ from .precision import names_of, plain_name
 
 
 def on_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """A micro-batch with its inputs and targets on `device`."""
+    """Return a micro-batch with its inputs and targets on `device`."""
     inputs, target = to_device(micro_batch.input, device), to_device(micro_batch.target, device)
     return MicroBatch(inputs, target, micro_batch.ids)
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """A tensor, or a tuple, list or dict of them, on `device`."""
+    """Return a tensor, or a tuple, list or dict of them, on `device`."""
     if isinstance(value, Mapping):
         return {key: to_device(v, device) for key, v in value.items()}
     if isinstance(value, (tuple, list)):
@@ -29,33 +30,42 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def gradient_dtypes(model: nn.Module) -> str:
-    """What the gradients that a model holds are stored in."""
+    """Return the dtypes of the gradients that a model holds, as one word."""
     return names_of(p.grad for p in model.parameters() if p.grad is not None)
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a model, by canonical name."""
+    """Return the parameters and buffers of a model by canonical name."""
     found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {plain_name(name): tensor for name, tensor in found.items()}
 
 
+def local_part(tensor: Any) -> torch.Tensor:
+    """Return what this rank holds of a tensor: its shard under FSDP2 or ZeRO-3, else all of it."""
+    return (
+        tensor.to_local() if hasattr(tensor, "to_local") else getattr(tensor, "ds_tensor", tensor)
+    )
+
+
 def num_held(model: nn.Module) -> int:
-    """How many trained parameters of a live model this rank holds; of a sharded one, its shard."""
-    held = 0
-    for p in model.parameters():
-        if p.requires_grad:
-            local = p.to_local() if hasattr(p, "to_local") else getattr(p, "ds_tensor", p)
-            held += local.numel()
-    return held
+    """Count the elements of a live model's trained parameters that this rank holds."""
+    return sum(local_part(p).numel() for p in model.parameters() if p.requires_grad)
 
 
-def copy_of_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a model that is whole on this rank, copied to the CPU."""
-    return {name: t.detach().cpu().clone() for name, t in named_tensors(model).items()}
+def copy_of_state(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Copy full parameters and buffers to the CPU, if this rank is to `keep` them.
+    Collective under FSDP2: whole tensors are made one by one, and dropped on the other ranks."""
+    full = {}
+    for name, tensor in named_tensors(model).items():
+        whole = tensor.detach()
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        if keep:
+            full[name] = whole.cpu().clone()
+    return full
 
 
 def copy_state(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
-    """Copy `state` into `tensors` of the same names; JobError where names or shapes differ."""
+    """Copy `state` into `tensors` by name; raises JobError if names or shapes differ."""
     if tensors.keys() != state.keys():
         raise JobError(f"the state's tensors are not the model's: {sorted(tensors ^ state.keys())}")
     with torch.no_grad():

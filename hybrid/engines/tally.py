@@ -1,4 +1,4 @@
-"""Sums of one step or one evaluation: the one place where a loss is taken.
+"""This module sums up one step or one evaluation. It is the one place where a loss is taken.
 
 Every engine computes its loss through `Tally`, so that sums, counts and sample ids come from the
 batch that was really used, without padding.
@@ -20,11 +20,12 @@ from ..models.losses import IGNORED_TARGET, Loss
 from ..records import EvalResult
 from .protocol import StepResult
 
-RANKS_AGREE = 1e-6  # relative; norms and rates come out of one all-reduce and the same arithmetic
+RANKS_AGREE = 1e-6  # relative; all ranks get norms and rates by one all-reduce and equal arithmetic
 
 
 def real_rows(value: Any, rows: int, padded: int) -> Any:
-    """`value` without the rows that pad a micro-batch of `rows` samples to `padded`."""
+    """Cut off the rows that pad a micro-batch of `rows` samples to `padded`.
+    Raises RunError for a tensor (or one in a tuple or list) that has not one row a sample."""
     if rows == padded:
         return value
     if isinstance(value, (tuple, list)):
@@ -38,17 +39,17 @@ def real_rows(value: Any, rows: int, padded: int) -> Any:
 
 
 def num_rows(value: Any) -> int:
-    """Rows of a micro-batch's input or target, padding included."""
+    """Count the rows of a micro-batch's input or target, padding included."""
     while isinstance(value, (tuple, list)):
         value = value[0]
     return value.shape[0]
 
 
 def count_targets(loss: Loss, micro_batch: MicroBatch) -> int:
-    """How many targets `loss` will count in a micro-batch, before there is an output.
+    """Count the targets that `loss` will count in a micro-batch, before there is an output.
 
-    Integer targets count unless they are -100; for others the loss itself is asked, with zeros in
-    place of the output. `Tally` checks the answer against what the loss then really counted.
+    Integer targets count unless they are -100. For others the loss itself is asked, with zeros in
+    place of the output. Engines compare the answer with what the loss then really counted.
     """
     rows = len(micro_batch.ids)
     if rows == 0:
@@ -60,8 +61,10 @@ def count_targets(loss: Loss, micro_batch: MicroBatch) -> int:
 
 
 def hash_ids(ids: torch.Tensor, salt: int | torch.Tensor = 0) -> int:
-    """Sum modulo 2**64 of a hash of each (id, salt): the same for any order and any split of the
-    ids. The hash is splitmix64 (Steele, Lea and Flood 2014)."""
+    """Sum a hash of each (id, salt) modulo 2**64.
+
+    The sum is the same for any order and any split of `ids` (int64 [n]). The hash is splitmix64
+    (Steele, Lea and Flood 2014)."""
     with numpy.errstate(over="ignore"):
         z = ids.cpu().numpy().astype(numpy.uint64) * numpy.uint64(0x9E3779B97F4A7C15)
         more = salt.cpu().numpy() if isinstance(salt, torch.Tensor) else numpy.array(salt)
@@ -72,8 +75,7 @@ def hash_ids(ids: torch.Tensor, salt: int | torch.Tensor = 0) -> int:
 
 
 class TallyRow(NamedTuple):
-    """What one rank counted. `target_kind`: 1 where targets are classes, 2 where a sample has
-    several of them (tokens), 0 otherwise."""
+    """Holds what one rank counted."""
 
     loss_sum: float
     targets: int
@@ -81,12 +83,11 @@ class TallyRow(NamedTuple):
     digest: int
     correct: int
     predictions: int
-    target_kind: int
+    target_kind: int  # 1: targets are classes; 2: a sample has several (tokens); 0: others
 
 
 class StepRow(NamedTuple):
-    """What ranks tell one another after a step. `input_digest` is of the samples that a pipeline's
-    first stage read; 0 elsewhere."""
+    """Holds what ranks tell one another after a step."""
 
     loss_sum: float
     targets: int
@@ -94,7 +95,7 @@ class StepRow(NamedTuple):
     digest: int
     grad_norm: float
     lr: float
-    input_digest: int = 0
+    input_digest: int = 0  # of the samples that a pipeline's first stage read
 
 
 class Tally:
@@ -110,8 +111,10 @@ class Tally:
     def add(
         self, loss: Loss, output: Any, micro_batch: MicroBatch, score: bool = False
     ) -> torch.Tensor:
-        """Take the loss of one micro-batch and return its sum, with its graph; `score` also counts
-        correct classes. A micro-batch of padding alone returns a zero that still has a graph."""
+        """Take the loss of one micro-batch and return its sum, with its graph.
+
+        `score` also counts correct classes. A micro-batch of padding alone returns a zero that
+        still has a graph."""
         rows, padded = len(micro_batch.ids), num_rows(micro_batch.target)
         if rows == 0:
             first = output[0] if isinstance(output, (tuple, list)) else output
@@ -128,6 +131,7 @@ class Tally:
         return loss_sum
 
     def _score(self, output: Any, target: Any, ids: torch.Tensor) -> None:
+        """Count correct predictions, and hash all of them; only where targets are classes."""
         if not isinstance(output, torch.Tensor) or not isinstance(target, torch.Tensor):
             return
         if target.is_floating_point() or output.dim() != target.dim() + 1:
@@ -142,7 +146,7 @@ class Tally:
         self.predictions = (self.predictions + hash_ids(spread, mixed)) % 2**64
 
     def row(self) -> TallyRow:
-        """The sums so far, as numbers."""
+        """Return the sums so far, as numbers."""
         return TallyRow(
             self.loss_sum.item(),
             int(self.count),
@@ -154,12 +158,12 @@ class Tally:
         )
 
     def step_row(self, grad_norm: float, lr: float, input_digest: int = 0) -> StepRow:
-        """The sums of one training step, with its gradient norm and learning rate."""
+        """Return the sums of one training step, with its gradient norm and learning rate."""
         return StepRow(*self.row()[:4], grad_norm, lr, input_digest)
 
 
 def mean_loss(rows: Sequence[TallyRow] | Sequence[StepRow]) -> float:
-    """The loss summed over ranks, in rank order, divided by the targets they counted."""
+    """Divide the loss summed over ranks, in rank order, by the targets they counted."""
     total, count = 0.0, 0
     for row in rows:
         total, count = total + row.loss_sum, count + row.targets
@@ -169,12 +173,12 @@ def mean_loss(rows: Sequence[TallyRow] | Sequence[StepRow]) -> float:
 def step_result(
     rows: Sequence[StepRow], expected: int | None, scale: float | None = None
 ) -> StepResult:
-    """One step from every rank's row. `scale` is fp16's loss scale, else None; under fp16 a norm
-    that is not finite means that the step was skipped.
+    """Make the result of one step from every rank's row.
 
-    Raises RunError where ranks disagree on norm or rate (a gradient that was not reduced, a stage
-    with a rate of its own), or where the loss did not count the `expected` targets that it was
-    divided by.
+    `scale` is fp16's loss scale, else None. Under fp16, a norm that is not finite means that the
+    step was skipped. Raises RunError if ranks disagree on norm or learning rate (a gradient was not
+    reduced, a stage has another rate), or if the loss did not count the `expected` targets that it
+    was divided by (None: not checked here).
     """
     _require_agreement("gradient norm", [row.grad_norm for row in rows])
     _require_agreement("learning rate", [row.lr for row in rows])
@@ -201,10 +205,10 @@ def step_result(
 
 
 def _require_agreement(what: str, values: Sequence[float]) -> None:
-    """RunError where a rank has another value than rank 0."""
+    """Raise RunError if a rank has another value than rank 0."""
     for rank, value in enumerate(values):
         if not math.isclose(value, values[0], rel_tol=RANKS_AGREE) and (
-            math.isfinite(value) or math.isfinite(values[0])  # neither: the loop says so
+            math.isfinite(value) or math.isfinite(values[0])  # else the loop says what is wrong
         ):
             raise RunError(
                 f"rank {rank} has {what} {value:.9g}, rank 0 has {values[0]:.9g}: "
@@ -213,7 +217,7 @@ def _require_agreement(what: str, values: Sequence[float]) -> None:
 
 
 def eval_result(mine: TallyRow) -> EvalResult:
-    """One evaluation over all ranks from this rank's `Tally.row()`; collective."""
+    """Make the result of an evaluation from each rank's `Tally.row()`; collective."""
     rows = gather_rows(mine)
     samples, count = sum(row.samples for row in rows), sum(row.targets for row in rows)
     loss, kind = mean_loss(rows), max(row.target_kind for row in rows)
@@ -221,6 +225,6 @@ def eval_result(mine: TallyRow) -> EvalResult:
         return EvalResult(loss, samples, targets=count)
     correct = sum(row.correct for row in rows)
     digest = sum(row.predictions for row in rows) % 2**64
-    # Targets that are tokens: e to the mean loss in nats, as language models are judged.
+    # For tokens: e to the mean loss in nats, by which language models are compared.
     perplexity = math.exp(min(loss, 700.0)) if kind == 2 else None
     return EvalResult(loss, samples, correct, correct / count, f"{digest:016x}", perplexity, count)

@@ -1,4 +1,4 @@
-"""The engine behind ZeRO-1, 2 and 3: a model and DeepSpeed's optimizer, prepared by Accelerate."""
+"""This module holds the engine behind ZeRO-1, 2 and 3: Accelerate runs DeepSpeed's optimizer."""
 
 from __future__ import annotations
 
@@ -11,39 +11,47 @@ import torch
 from ..job.schema import Job
 from ..launch.exchange import gather_objects
 from ..launch.placement import Placement
+from ..models.layers import Layers
 from ..models.losses import Loss
 from ..records import Receipt
 from .accelerated import AcceleratedEngine, State
-from .accelerator import PreparedModel
-from .deepspeed_setup import fp32_partitions, full_tensor, set_masters, stepped
+from .accelerator import prepare_zero
+from .deepspeed_setup import (
+    add_biases_before_rounding,
+    fp32_partitions,
+    full_config,
+    full_tensor,
+    prepare_process,
+    set_masters,
+    stepped,
+)
 from .precision import Stepped
 from .protocol import make_receipt
-from .state import copy_state, named_tensors
+from .state import copy_state, local_part, named_tensors
 
 
 class ZeroEngine(AcceleratedEngine):
-    """A model under one ZeRO stage. DeepSpeed scales the loss, clips and steps inside backward."""
+    """Trains a model under one ZeRO stage.
+    DeepSpeed scales the loss, clips and steps by itself, inside backward."""
 
     def __init__(
-        self,
-        job: Job,
-        placement: Placement,
-        loss: Loss,
-        accelerator: Any,
-        prepared: PreparedModel,
-        zero_stage: int,
+        self, job: Job, placement: Placement, layers: Layers, loss: Loss, name: str, zero_stage: int
     ) -> None:
-        super().__init__(job, placement, loss, accelerator, prepared, _inspect, _gather, _scatter)
+        config = full_config(job, placement, layers, name, zero_stage)
+        prepare_process(placement)
+        if zero_stage == 3:
+            add_biases_before_rounding()
+        prepared = prepare_zero(job, placement, layers, job.micro_batches(name), config)
+        super().__init__(job, placement, loss, prepared, _inspect, _gather, _scatter)
         self.zero_stage = zero_stage
 
     @property
     def live(self) -> Any:
-        """DeepSpeed's engine."""
+        """Return DeepSpeed's engine."""
         return self.accelerator.deepspeed_engine_wrapped.engine
 
-    def _loss_scale(self) -> float | None:
-        fp16 = self.job.train.precision == "fp16"
-        return float(self.live.optimizer.loss_scale) if fp16 else None
+    def _loss_scale(self) -> float:
+        return float(self.live.optimizer.loss_scale)
 
     def _backward(self, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss)
@@ -57,34 +65,34 @@ class ZeroEngine(AcceleratedEngine):
 
 
 def _inspect(engine: ZeroEngine) -> Receipt:
-    """The stage that DeepSpeed runs, and what each rank holds of parameters and optimizer state."""
+    """Show DeepSpeed's stage, and each rank's elements of parameters and fp32 master weights."""
     live, wanted = engine.live, engine.zero_stage
-    stage = int(live.zero_optimization_stage())
+    stage, optimizer = int(live.zero_optimization_stage()), live.optimizer
     parameters = list(live.module.parameters())
-    total = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
-    local = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in parameters)
-    optimizer = live.optimizer
-    master = sum(t.numel() for t in fp32_partitions(optimizer))
+    sizes = {p: getattr(p, "ds_numel", p.numel()) for p in parameters}
+    total = sum(sizes.values())
+    trained = sum(size for p, size in sizes.items() if p.requires_grad)
+    held = gather_objects(sum(local_part(p).numel() for p in parameters))
+    masters = gather_objects(sum(t.numel() for t in fp32_partitions(optimizer)))
+    partitioned = stage == 3 or bool(getattr(optimizer, "partition_gradients", 0))
     evidence = {
         "model": type(live).__name__,
         "distributed_type": str(engine.accelerator.distributed_type),
         "zero_stage": stage,
         "optimizer": type(optimizer).__name__,
-        "gradients_partitioned": stage == 3 or bool(getattr(optimizer, "partition_gradients", 0)),
+        "gradients_partitioned": partitioned,
         "elements_total": total,
-        "parameter_elements_by_rank": gather_objects(local),
-        "master_elements_by_rank": gather_objects(master),
+        "parameter_elements_by_rank": held,
+        "master_elements_by_rank": masters,
         "sample_digest_by_rank": list(engine.digests),
     }
     n, padding = engine.layout.dp, 2 * engine.layout.dp * (len(parameters) + 1)
-    held, masters = evidence["parameter_elements_by_rank"], evidence["master_elements_by_rank"]
     conditions = {
         f"DeepSpeed runs ZeRO stage {wanted}": stage == wanted,
         "fp32 parameters partitioned once over the ranks": all(
             trained <= m * n <= trained + padding * n for m in masters
         ),
-        "gradients partitioned from stage 2 on": evidence["gradients_partitioned"] == (wanted > 1),
+        "gradients partitioned from stage 2 on": partitioned == (wanted > 1),
         "parameters partitioned at stage 3 only": all(
             (h * n <= total + padding * n) if wanted == 3 else h == total for h in held
         ),
@@ -93,7 +101,7 @@ def _inspect(engine: ZeroEngine) -> Receipt:
 
 
 def _gather(engine: ZeroEngine) -> State:
-    """Full tensors on rank 0, gathered one by one; nothing elsewhere."""
+    """Gather the full tensors one by one; keep them on rank 0 alone."""
     full = {}
     for name, tensor in named_tensors(engine.live.module).items():
         whole = full_tensor(tensor)  # collective
@@ -103,7 +111,7 @@ def _gather(engine: ZeroEngine) -> State:
 
 
 def _scatter(engine: ZeroEngine, state: Mapping[str, torch.Tensor]) -> None:
-    """Take over full parameters, and the optimizer's own fp32 copies with them."""
+    """Take over full parameters, and put them into the optimizer's fp32 master weights too."""
     import deepspeed
 
     tensors = named_tensors(engine.live.module)

@@ -1,1 +1,1 @@
-"""The nine strategies, a file each (ZeRO's three stages share one), their protocol and registry."""
+"""These modules are the nine strategies (`zero` holds three), their protocol and their registry."""

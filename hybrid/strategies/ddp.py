@@ -1,7 +1,7 @@
-"""DistributedDataParallel through Accelerate: replicate, average gradients every step.
+"""This strategy is DDP through Accelerate: replicas average their gradients in every step.
 
-Li et al. 2020, https://arxiv.org/abs/2006.15704. A communication hook may compress the gradients:
-then the run is no longer `single` in other clothes, and parity has a wider tolerance, stated.
+Li et al. 2020, https://arxiv.org/abs/2006.15704. A communication hook may compress the gradients.
+Such a run does not compute what `single` does: its parity has a wider tolerance, which is stated.
 """
 
 from __future__ import annotations
@@ -23,36 +23,23 @@ if TYPE_CHECKING:
 name = "ddp"
 summary = "replicas; gradients averaged every step; hooks none, bf16, fp16, powersgd"
 
-HOOKS = {"none": "no", "bf16": "bf16", "fp16": "fp16", "powersgd": "power_sgd"}
-POWERSGD_START = 2  # the first step that may compress: earlier ones size and warm up its factors
-
 
 def layout(job: Job, nproc: int) -> Layout:
-    """All processes are replicas."""
+    """Make all processes replicas."""
     return Layout(dp=nproc, replicate=nproc)
 
 
 def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
-    """The model under DDP."""
+    """Put the model under DDP."""
     from ..engines.accelerated import AcceleratedEngine
     from ..engines.accelerator import prepare_ddp
     from ..engines.state import copy_of_state, copy_state, named_tensors
 
-    accumulation = job.micro_batches(name)
-    hook = job.strategy.ddp.comm_hook
-    options: dict[str, Any] = {}
-    if hook == "powersgd":
-        options = {
-            "matrix_approximation_rank": job.strategy.ddp.powersgd_rank,
-            "start_powerSGD_iter": POWERSGD_START,
-        }
-    accelerator, prepared = prepare_ddp(job, placement, layers, accumulation, HOOKS[hook], options)
     return AcceleratedEngine(
         job,
         placement,
         loss,
-        accelerator,
-        prepared,
+        prepare_ddp(job, placement, layers, job.micro_batches(name)),
         inspect=_inspect,
         gather=lambda engine: copy_of_state(_module(engine)),
         scatter=lambda engine, state: copy_state(named_tensors(_module(engine)), state),
@@ -64,7 +51,7 @@ def _module(engine: Any) -> nn.Module:
 
 
 def _inspect(engine: Any) -> Receipt:
-    """DDP by type, its group's size, its hook, whole parameters on every rank, samples apart."""
+    """Show DDP by its type, its process group, its hook, and each rank's samples."""
     model = engine.model
     wrapped = hasattr(model, "process_group")
     hooks = [hook.__name__ for hook, _ in getattr(model, "_comm_hooks", [])]

@@ -1,7 +1,8 @@
-"""FSDP2 through Accelerate: parameters, gradients and optimizer state sharded, layer by layer.
+"""This strategy is FSDP2 through Accelerate: it shards all training state, layer by layer.
 
-Zhao et al. 2023, https://arxiv.org/abs/2304.11277; torch's `fully_shard`. With `parallel.replicate`
-and `parallel.shard` the shards are replicated: hybrid sharding.
+It shards parameters, gradients and optimizer state (Zhao et al. 2023,
+https://arxiv.org/abs/2304.11277; torch's `fully_shard`). With `parallel.replicate` and
+`parallel.shard` the shards are replicated: hybrid sharding (HSDP).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ summary = "everything sharded (FSDP2); `reshard_after_forward`; replicate x shar
 
 
 def layout(job: Job, nproc: int) -> Layout:
-    """All processes share one copy unless `parallel` says replicate x shard."""
+    """Share one copy among all processes, unless `parallel` says replicate x shard."""
     wanted = job.parallel
     names = "parallel.replicate x parallel.shard"
     replicate, shard = fill_degrees(nproc, wanted.replicate, wanted.shard, names)
@@ -35,38 +36,23 @@ def layout(job: Job, nproc: int) -> Layout:
 
 
 def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
-    """The model under FSDP2, one unit a layer."""
+    """Put the model under FSDP2, one unit a layer."""
     from ..engines.accelerated import AcceleratedEngine
     from ..engines.accelerator import prepare_fsdp
 
-    accumulation = job.micro_batches(name)
-    accelerator, prepared = prepare_fsdp(job, placement, layers, accumulation)
-    return AcceleratedEngine(
-        job,
-        placement,
-        loss,
-        accelerator,
-        prepared,
-        inspect=_inspect,
-        gather=_gather,
-        scatter=_scatter,
-    )
+    prepared = prepare_fsdp(job, placement, layers, job.micro_batches(name))
+    return AcceleratedEngine(job, placement, loss, prepared, _inspect, _gather, _scatter)
 
 
 def _gather(engine: Any) -> dict[str, torch.Tensor]:
-    from ..engines.state import named_tensors
+    from ..engines.state import copy_of_state
 
     _reshard(engine.model)
-    full = {}
-    for tensor_name, tensor in named_tensors(engine.model).items():
-        whole = _whole(tensor.detach())  # collective, one at a time: only rank 0 keeps them all
-        if engine.accelerator.is_main_process:
-            full[tensor_name] = whole.cpu().clone()
-    return full
+    return copy_of_state(engine.model, keep=engine.accelerator.is_main_process)
 
 
 def _reshard(model: nn.Module) -> None:
-    """Back to shards alone: evaluation leaves the root's parameters gathered, and rounded."""
+    """Free gathered parameters: evaluation leaves those of the root gathered, and rounded."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -82,23 +68,20 @@ def _scatter(engine: Any, state: Mapping[str, torch.Tensor]) -> None:
     set_model_state_dict(engine.model, dict(state), options=options)
 
 
-def _whole(tensor: Any) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def _inspect(engine: Any) -> Receipt:
-    """Every parameter a DTensor, shards that add up to the whole once, the mesh, the setting."""
+    """Show that all parameters are DTensors, the sum of their shards, the mesh, and the units."""
+    from ..engines.state import local_part
     from ..launch.exchange import gather_objects
 
     parameters = list(engine.model.parameters())
     sharded = [p for p in parameters if hasattr(p, "to_local")]
     total = sum(p.numel() for p in parameters)
-    local = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters)
+    local = sum(local_part(p).numel() for p in parameters)
     by_rank = gather_objects(local)
     mesh = list(sharded[0].device_mesh.mesh.shape) if sharded else []
     asked = engine.job.strategy.fsdp.reshard_after_forward
-    units = _units(engine.model)
-    plugin = getattr(engine.accelerator.state, "fsdp_plugin", None)  # none where it fell back
+    units = _list_units(engine.model)
+    plugin = getattr(engine.accelerator.state, "fsdp_plugin", None)  # None if it fell back to DDP
     wrapped = plugin.transformer_cls_names_to_wrap if plugin else []
     evidence = {
         "model": type(engine.model).__name__,
@@ -126,11 +109,12 @@ def _inspect(engine: Any) -> Receipt:
     return make_receipt(evidence, conditions)
 
 
-def _units(model: nn.Module) -> list[tuple[str, bool]]:
-    """Of each FSDP unit with parameters of its own: the class it is made of, and whether it frees
-    them after forward. Without the root, which torch leaves gathered; of a transformers model
-    Accelerate leaves the last norm and the head so as well. torch has a public setter for this,
-    but no reader."""
+def _list_units(model: nn.Module) -> list[tuple[str, bool]]:
+    """List the FSDP units that have parameters, except the root.
+
+    Each comes with the class it is made of, and whether it frees parameters after forward. torch
+    leaves the root's gathered; in a transformers model, Accelerate leaves those of the last norm
+    and the head gathered too. torch has a public setter for this, but no way to read it."""
     found = []
     for module in list(model.modules())[1:]:
         group = getattr(module, "_get_fsdp_state", lambda: None)()

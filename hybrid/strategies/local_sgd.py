@@ -1,7 +1,8 @@
-"""Local SGD: each rank steps alone; parameters are averaged every N steps or once an epoch.
+"""This strategy is local SGD: ranks step alone, and average parameters every N steps or epoch.
 
-Stich 2019, https://arxiv.org/abs/1805.09767. With `emulate_replicas = R` one process plays R ranks:
-the reference for a real run, which between merges is a different algorithm from `single`.
+Stich 2019, https://arxiv.org/abs/1805.09767. With `emulate_replicas = R` one process does the work
+of R ranks. A real run is compared with this emulation, since between merges local SGD is another
+algorithm than `single`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ summary = "replicas step alone; parameters averaged every `sync_every` steps or 
 
 
 def layout(job: Job, nproc: int) -> Layout:
-    """All processes are replicas; an emulation is one process with `emulate_replicas` of them."""
+    """Make all processes replicas; an emulation is one process with `emulate_replicas` of them."""
     replicas = job.strategy.local_sgd.emulate_replicas
     if replicas and nproc != 1:
         raise Unsupported(f"emulate_replicas = {replicas} runs in one process, not in {nproc}")
@@ -31,7 +32,7 @@ def layout(job: Job, nproc: int) -> Layout:
 
 
 def steps_between_syncs(job: Job) -> int:
-    """Steps from merge to merge."""
+    """Return the optimizer steps between two merges; raises JobError if they are not known yet."""
     every = job.strategy.local_sgd.sync_every
     if not isinstance(every, int):
         raise JobError("strategy.local_sgd.sync_every = 'epoch': its length in steps is not known")
@@ -39,10 +40,8 @@ def steps_between_syncs(job: Job) -> int:
 
 
 def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
-    """This rank's replica, or all of them."""
+    """Make this rank's replica, or all of them in an emulation."""
     from ..engines.replicas import ReplicaEngine
 
     replicas = job.strategy.local_sgd.emulate_replicas or 1
-    return ReplicaEngine(
-        job, placement, layers, loss, merge_every=steps_between_syncs(job), replicas=replicas
-    )
+    return ReplicaEngine(job, placement, layers, loss, steps_between_syncs(job), replicas)

@@ -1,7 +1,7 @@
-"""The protocol that every strategy keeps: it knows what it can run, and builds an engine. No torch.
+"""This module has the protocol of every strategy: it knows what it can run, and builds an engine.
 
 A file of this folder is a strategy itself, or offers several (`zero`). What a strategy leaves out
-has a default here.
+has a default here. The module needs no torch.
 """
 
 from __future__ import annotations
@@ -22,29 +22,32 @@ REQUIRED = ("name", "summary", "layout", "build")
 
 
 class Strategy(Protocol):
-    """What a strategy offers. It may also offer `check` and `steps_between_syncs`, which take and
-    return what the functions of these names below do."""
+    """Says what a strategy must offer.
+
+    It may also offer `check` and `steps_between_syncs`, which take and return what the functions of
+    these names below do, without the strategy."""
 
     name: str
     summary: str
 
     def layout(self, job: Job, nproc: int) -> Layout:
-        """Degrees on `nproc` processes; raises Unsupported, or LayoutError for the job's own."""
-        ...
+        """Return the degrees on `nproc` processes.
+        Raises Unsupported, or LayoutError if the job's own degrees do not fit."""
 
     def build(self, job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
         """Put the whole, initialised model on this rank's part of the layout; collective."""
-        ...
 
 
 def check(strategy: Strategy, job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
-    """Raises Unsupported where this job cannot run so, before any process starts. Returns warnings,
-    a line each. A strategy without a `check` runs every job."""
+    """Return warnings about a job, a line each, before any process starts.
+
+    Raises Unsupported if the job cannot run like this. A strategy without a `check` runs every
+    job."""
     own = getattr(strategy, "check", None)
     return own(job, layout, summary) if own else []
 
 
 def steps_between_syncs(strategy: Strategy, job: Job) -> int:
-    """Optimizer steps after which the communication repeats; 1 unless the strategy says more."""
+    """Return the optimizer steps after which the communication repeats; 1 is the default."""
     own = getattr(strategy, "steps_between_syncs", None)
     return own(job) if own else 1

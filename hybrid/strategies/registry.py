@@ -1,4 +1,4 @@
-"""Names of strategies to their files, and one way to get an engine."""
+"""This module finds a strategy's file by its name, and opens engines."""
 
 from __future__ import annotations
 
@@ -24,25 +24,15 @@ if TYPE_CHECKING:
 
     from ..models.losses import Loss
 
-_MODULES = {
-    "single": "single",
-    "ddp": "ddp",
-    "local_sgd": "local_sgd",
-    "fsdp": "fsdp",
-    "zero1": "zero",
-    "zero2": "zero",
-    "zero3": "zero",
-    "pipeline": "pipeline",
-    "2d": "two_d",
-}
-NAMES = tuple(_MODULES)
+NAMES = ("single", "ddp", "local_sgd", "fsdp", "zero1", "zero2", "zero3", "pipeline", "2d")
+_FILES = {"zero1": "zero", "zero2": "zero", "zero3": "zero", "2d": "two_d"}  # unlike their names
 
 
 def get(name: str) -> Strategy:
-    """The strategy of that name, or one's own by its module; JobError, listing the valid names,
-    where there is none."""
-    if name in _MODULES:
-        module = importlib.import_module(f".{_MODULES[name]}", __package__)
+    """Return the strategy of a name, or a user's own by its module.
+    Raises JobError, which lists the valid names, if there is none."""
+    if name in NAMES:
+        module = importlib.import_module(f".{_FILES.get(name, name)}", __package__)
         return cast(Strategy, getattr(module, name, module))  # `zero` holds three
     if not all(part.isidentifier() for part in name.split(".")) or "." not in name:
         valid = ", ".join(NAMES)
@@ -55,29 +45,37 @@ def get(name: str) -> Strategy:
 
 
 def check_settings(job: Job, names: Sequence[str]) -> None:
-    """What can be known before the model is made: raises JobError where there is no strategy of a
-    name, or where its section of the job names a file that is wrong. Imports no torch."""
+    """Check what can be known before the model is made; imports no torch.
+
+    Raises JobError if there is no strategy of a name, or if its section of the job names a file
+    that is wrong."""
     for name in names:
         get(name)
         check_ds_config(job, name)
 
 
 def plan(job: Job, name: str, nproc: int, summary: ModelSummary) -> tuple[Layout, list[str]]:
-    """The layout of one strategy on `nproc` processes, checked for this job, and warnings. Raises
-    Unsupported, LayoutError or JobError; starts nothing."""
-    strategy = get(name)
-    layout = strategy.layout(job, nproc)
-    return layout, protocol.check(strategy, job, layout, summary)
+    """Return the layout of a strategy on `nproc` processes, checked for this job, and warnings.
+    Raises Unsupported, LayoutError or JobError; starts nothing."""
+    layout = get(name).layout(job, nproc)
+    return layout, _check(job, name, layout, summary)
+
+
+def _check(job: Job, name: str, layout: Layout, summary: ModelSummary) -> list[str]:
+    """Check a job for a strategy, its DeepSpeed file included, and return warnings."""
+    check_ds_config(job, name)
+    return protocol.check(get(name), job, layout, summary)
 
 
 def steps_between_syncs(job: Job, name: str) -> int:
-    """Optimizer steps after which a strategy's communication repeats."""
+    """Return the optimizer steps after which a strategy's communication repeats."""
     return protocol.steps_between_syncs(get(name), job)
 
 
 def place(job: Job, strategy: str, placement: Placement) -> Placement:
-    """The placement with the strategy's layout on the processes that a launcher started. Raises
-    JobError or LayoutError where the job cannot run on so many, or where accelerate's
+    """Return a launched process's placement, with the strategy's layout on all processes.
+
+    Raises JobError or LayoutError if the job cannot run on so many, or if accelerate's
     configuration contradicts the job."""
     check_configuration(job, strategy)
     layout = get(strategy).layout(job, placement.world_size)
@@ -96,11 +94,11 @@ def open_engine(
     loss: Loss,
     placement: Placement | None = None,
 ) -> Engine:
-    """An engine on the processes that a launcher started, for people who keep their own loop.
+    """Build an engine on the processes that a launcher started, for people with their own loop.
 
     Every rank calls it with the same job and the same initialised `layers`: seed torch before
-    making them. It joins the process group unless the caller has (`placement` then says where this
-    rank stands; left out, it is found from the launcher's variables); `hybrid.cleanup` leaves the
+    making them. It joins the process group unless the caller has. `placement` then says where this
+    rank stands; left out, it is found from the launcher's variables. `hybrid.cleanup` leaves the
     group. Lengths must be given in steps (`train.steps` and local SGD's `sync_every`), since the
     size of the data is not known here. Raises Unsupported or JobError before anything is built.
     """
@@ -112,7 +110,7 @@ def open_engine(
     summary = ModelSummary(layers.sizes(), layers.cut_problem)
     placement = place(job, strategy, placement or find_placement())
     hide_accelerate_configuration()
-    protocol.check(get(strategy), job, placement.layout, summary)
+    _check(job, strategy, placement.layout, summary)
     if strategy != "single":
         placement = join_process_group(placement, job.launch)
     return get(strategy).build(job, placement, prepare_layers(job, layers), loss)

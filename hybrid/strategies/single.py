@@ -1,4 +1,4 @@
-"""One process, plain torch: the reference that every other run is compared with."""
+"""This strategy is one process in plain torch. Every other run is compared with it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ summary = "one process, plain torch: the reference"
 
 
 def layout(job: Job, nproc: int) -> Layout:
-    """One process, whatever is offered."""
+    """Take one process, however many there could be."""
     return Layout()
 
 
 def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
-    """One replica with all samples."""
+    """Make one replica that trains on all samples."""
     from ..engines.replicas import ReplicaEngine
 
     return ReplicaEngine(job, placement, layers, loss)

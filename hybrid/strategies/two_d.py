@@ -1,15 +1,18 @@
-"""2D: pipeline stages x data-parallel columns on DeepSpeed, ZeRO-0 or ZeRO-1 over the columns."""
+"""This strategy is 2D on DeepSpeed: pipeline stages x data-parallel columns.
+
+Over the columns it runs ZeRO-0 or ZeRO-1."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..engines.deepspeed_config import check_fp16
 from ..engines.protocol import Engine
 from ..job.errors import Unsupported
-from ..job.schema import Job, TwoD
+from ..job.schema import Job
 from ..launch.placement import Placement
 from ..layout import Layout, fill_degrees
-from ..stages.checks import ModelSummary
+from ..stages.checks import ModelSummary, check_stages
 
 if TYPE_CHECKING:
     from ..models.layers import Layers
@@ -20,7 +23,7 @@ summary = "stages x data-parallel columns; `zero_stage` 0 or 1; parallel.pp x pa
 
 
 def layout(job: Job, nproc: int) -> Layout:
-    """`parallel.pp` x `parallel.dp`; left out, two stages and as many columns as that leaves."""
+    """Arrange `parallel.pp` x `parallel.dp`; left out, two stages and as many columns as fit."""
     pp, dp = job.parallel.pp, job.parallel.dp
     if pp is None and dp is None:
         if nproc < 4 or nproc % 2:
@@ -31,41 +34,23 @@ def layout(job: Job, nproc: int) -> Layout:
     pp, dp = fill_degrees(nproc, pp, dp, "parallel.pp x parallel.dp")
     if pp < 2 or dp < 2:
         raise Unsupported(f"pp {pp} x dp {dp} has only one axis; pipeline or ddp is that")
-    return Layout(pp=pp, dp=dp, **_axis(job.strategy.two_d, dp))
-
-
-def _axis(settings: TwoD, dp: int) -> dict[str, int]:
-    return {"shard": dp} if settings.zero_stage else {"replicate": dp}
+    axis = "shard" if job.strategy.two_d.zero_stage else "replicate"
+    return Layout(pp=pp, dp=dp, **{axis: dp})
 
 
 def check(job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
-    """Every stage must get layers with parameters, and tensors that can be passed on."""
-    from ..engines.deepspeed_config import check_ds_config, check_fp16
-    from ..stages.checks import check_stages
-
-    settings = job.strategy.two_d
-    check_ds_config(job, name)
-    if settings.zero_stage == 0 and job.train.precision != "fp32":
+    """Require that every stage gets layers with parameters, and tensors that can be passed on."""
+    if job.strategy.two_d.zero_stage == 0 and job.train.precision != "fp32":
         raise Unsupported(
             f"strategy.2d.zero_stage = 0 with train.precision = {job.train.precision!r}: DeepSpeed "
             "sums rounded gradients in fp32 under ZeRO-1 only; set strategy.2d.zero_stage = 1"
         )
-    return [*check_fp16(job), *check_stages(name, job, layout, summary)]
+    check_fp16(job)
+    return check_stages(name, job, layout, summary)
 
 
 def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
-    """This rank's stage in its column."""
-    from ..engines.deepspeed_setup import full_config, prepare_process
+    """Make this rank's stage in its column."""
     from ..engines.pipeline_deepspeed import StageEngine
 
-    settings = job.strategy.two_d
-    stage = settings.zero_stage
-    path = settings.ds_config or _file(settings)
-    prepare_process(placement)
-    config = full_config(job, placement, layers, name, path, stage)
-    return StageEngine(job, placement, layers, loss, settings, stage, config)
-
-
-def _file(settings: TwoD) -> str:
-    """The shipped configuration of each of the two ZeRO stages."""
-    return name if settings.zero_stage else "pipeline"
+    return StageEngine(job, placement, layers, loss, name, job.strategy.two_d.zero_stage)

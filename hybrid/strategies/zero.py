@@ -1,5 +1,4 @@
-"""ZeRO-1, 2 and 3 through Accelerate and DeepSpeed: three instances of one strategy.
-
+"""These three strategies are ZeRO-1, 2 and 3, through Accelerate and DeepSpeed.
 Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054.
 """
 
@@ -8,8 +7,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from ..engines.deepspeed_config import check_ds_config, check_fp16
-from ..job.schema import Job, Zero
+from ..engines.deepspeed_config import check_fp16
+from ..job.schema import Job
 from ..launch.placement import Placement
 from ..layout import Layout
 from ..stages.checks import ModelSummary
@@ -22,42 +21,26 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ZeroStrategy:
-    """One ZeRO stage as a `Strategy`."""
+    """Makes a `Strategy` of one ZeRO stage."""
 
     name: str
     summary: str
     stage: int
 
     def layout(self, job: Job, nproc: int) -> Layout:
-        """All processes share one copy of what is sharded."""
+        """Share one copy of what is sharded among all processes."""
         return Layout(dp=nproc, shard=nproc)
 
     def check(self, job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
-        """Refuses a `ds_config` with keys that the job owns, and fp16 where DeepSpeed does."""
-        check_ds_config(job, self.name)
-        return check_fp16(job)
+        """Refuse fp16 where DeepSpeed does."""
+        check_fp16(job)
+        return []
 
     def build(self, job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
-        """The model under this stage."""
-        from ..engines.accelerator import prepare_zero
-        from ..engines.deepspeed_setup import (
-            add_biases_before_rounding,
-            full_config,
-            prepare_process,
-            restore_fp32_masters,
-        )
+        """Put the model under this stage."""
         from ..engines.zero import ZeroEngine
 
-        settings = job.settings(self.name)
-        assert isinstance(settings, Zero)
-        config = full_config(job, placement, layers, self.name, settings.ds_config, self.stage)
-        prepare_process(placement)
-        if self.stage == 3:
-            add_biases_before_rounding()
-        accelerator, prepared = prepare_zero(
-            job, placement, layers, job.micro_batches(self.name), config, restore_fp32_masters
-        )
-        return ZeroEngine(job, placement, loss, accelerator, prepared, self.stage)
+        return ZeroEngine(job, placement, layers, loss, self.name, self.stage)
 
 
 zero1 = ZeroStrategy("zero1", "DeepSpeed: optimizer state sharded", 1)
