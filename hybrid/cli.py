@@ -5,8 +5,6 @@ wrong (one line says how); 3 this machine lacks something needed. torch is impor
 that need it.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

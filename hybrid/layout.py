@@ -5,8 +5,6 @@ stage: rank = stage * dp + column, DeepSpeed's order for pipelines with data par
 (https://deepspeed.readthedocs.io/en/latest/pipeline.html). The module is pure Python.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Sequence

@@ -4,8 +4,6 @@
 relative difference is |a-b|/|b|; every size is in bytes, every time in seconds.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

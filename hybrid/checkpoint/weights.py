@@ -1,7 +1,5 @@
 """Saves a model's final weights as safetensors with a checksum, and verifies saved ones."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Finds what would explain a difference between two runs; names a cause only if figures fit it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

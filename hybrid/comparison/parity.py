@@ -5,8 +5,6 @@ past its tolerance. Where rounding alone may have grown past the tolerance, cont
 reference with its batches summed in other orders) show how far rounding moves that place.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence

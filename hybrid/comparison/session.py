@@ -3,8 +3,6 @@
 `compare` writes OUT/STRATEGY/..., OUT/compare.json, OUT/compare.md and OUT/report.html.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

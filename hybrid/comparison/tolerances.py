@@ -1,7 +1,5 @@
 """Defines how much two runs may differ and still be called equal, by their precision."""
 
-from __future__ import annotations
-
 # Relative, by `train.precision`. Weights: greatest |a-b| of a tensor over its greatest |b|.
 TOLERANCES: dict[str, dict[str, float]] = {
     "fp32": {"loss": 1e-6, "grad_norm": 1e-4, "weights": 1e-5, "eval_loss": 1e-6, "correct": 0.0},

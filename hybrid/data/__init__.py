@@ -4,8 +4,6 @@ A data function takes the job's `data.options` as keyword arguments and returns 
 map-style data sets of `(input, target)`, the same on every rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

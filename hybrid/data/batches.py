@@ -5,8 +5,6 @@ smaller), a batch into the shares of the data-parallel ranks, and a share into m
 differ by at most one sample.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -1,7 +1,5 @@
 """This module turns sample ids into the micro-batches that an engine trains on."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

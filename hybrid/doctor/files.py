@@ -4,8 +4,6 @@ A .yaml or .yml is a configuration of accelerate. A .json is one of accelerate t
 key that only accelerate's have, else one of DeepSpeed. Any other file is a hostfile.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path

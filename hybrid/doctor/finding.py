@@ -1,7 +1,5 @@
 """Defines what the doctor says about one thing."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Literal
 

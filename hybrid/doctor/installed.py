@@ -1,7 +1,5 @@
 """Checks which packages and launchers are installed, and whether they fit; imports none of them."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

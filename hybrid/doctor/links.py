@@ -4,8 +4,6 @@ It measures one pair of ranks on each host, and one between every two hosts (eac
 where there are many), one after the other so that none slows another; then an all-reduce.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import statistics

@@ -1,7 +1,5 @@
 """Checks the cores, memory, limits, compiler, compiled ops and GPUs of this host."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

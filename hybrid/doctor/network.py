@@ -4,8 +4,6 @@ gloo takes the interface that the host's own name resolves to, unless GLOO_SOCKE
 nccl takes one that is not the loopback, unless NCCL_SOCKET_IFNAME says otherwise.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import ipaddress
 import os

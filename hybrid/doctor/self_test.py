@@ -4,8 +4,6 @@ This shows what really works here, where the other checks only look at files and
 some seconds for each strategy, so `--no-self-test` leaves it out.
 """
 
-from __future__ import annotations
-
 import itertools
 import sys
 import tempfile

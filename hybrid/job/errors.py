@@ -10,8 +10,6 @@
 The module needs no torch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import socket
 

@@ -5,8 +5,6 @@
 Every error is one line.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 import tomllib

@@ -1,7 +1,5 @@
 """This module calls what a job names: ours by its name, a user's by `package.module:function`."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import os

@@ -8,8 +8,6 @@ A row of a table has the keys of JSON Schema: `properties` for a section, `type`
 - `others` allows keys that `properties` does not name.
 """
 
-from __future__ import annotations
-
 import difflib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """This module reads files that people write, and says in one line what is wrong with one."""
 
-from __future__ import annotations
-
 import json
 import math
 import stat

@@ -5,8 +5,6 @@
 is refused, since one of the two would be ignored.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 

@@ -4,8 +4,6 @@ torchrun, accelerate, deepspeed and `hybrid` itself set RANK and WORLD_SIZE, whi
 engines read. Open MPI, MPICH and srun set variables of their own.
 """
 
-from __future__ import annotations
-
 import os
 import re
 

@@ -1,7 +1,5 @@
 """This module lets ranks exchange numbers and small objects outside an engine's own collectives."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Sequence
 from typing import Any, TypeVar

@@ -5,8 +5,6 @@ A rank keeps a `RankStatus`: what it is doing, in words. If it fails, `leave_err
 needs no torch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -6,8 +6,6 @@ fails reports why (`report`). Its peers, whose collectives then break or time ou
 or cut off cannot report; its peers notice that its signs of life have ceased.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

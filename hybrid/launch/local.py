@@ -6,8 +6,6 @@ goes to `OUT/logs/rankN.log`; a rank that raises leaves `OUT/logs/rankN.error.js
 that died counts last. The module needs no torch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

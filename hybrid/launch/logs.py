@@ -6,8 +6,6 @@ is on the launcher's terminal as well. That needs no further process, so none ca
 `hybrid.launch.local` makes the logs of ranks that it starts itself. The module needs no torch.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re

@@ -6,8 +6,6 @@ start that needs the op waits for ever. The builder has the file open meanwhile,
 in /proc: a lock that no process has open is stale. The module needs no torch.
 """
 
-from __future__ import annotations
-
 import glob
 import os
 import platform

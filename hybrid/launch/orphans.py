@@ -3,8 +3,6 @@
 It works on Linux alone and needs no torch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import itertools

@@ -4,8 +4,6 @@ A run calls `join_process_group(placement)` first and `cleanup()` last. In betwe
 numbers through `hybrid.launch.exchange`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import sys

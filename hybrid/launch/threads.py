@@ -5,8 +5,6 @@ two cores were 17 times slower. torchrun and accelerate set 1; deepspeed, mpirun
 nothing. The module needs no torch.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Describes what a figure must be quoted with: host, processor, versions, commit. No torch."""
 
-from __future__ import annotations
-
 import os
 import platform
 import socket

@@ -17,8 +17,6 @@ those of functional collectives, of which FSDP2's gradient norm is one.
 The counter does not see symmetric memory and communication outside of torch.distributed.
 """
 
-from __future__ import annotations
-
 import ctypes
 import dataclasses
 import os

@@ -6,8 +6,6 @@ of its own, seeded by what the row is. So every strategy drops the same units, a
 are recomputed in backward meet the mask they had.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence

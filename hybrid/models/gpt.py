@@ -6,8 +6,6 @@ https://arxiv.org/abs/2104.09864) or learned ones, attention by torch's
 https://arxiv.org/abs/1608.05859).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """This module defines what a model is to the engines: a list of layers, joined to modules."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """This module makes a model of one linear layer, the smallest that can be trained."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from .losses import Loss, cross_entropy

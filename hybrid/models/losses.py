@@ -1,7 +1,5 @@
 """This module gives losses as (sum, count), which makes means over unequal shares exact."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

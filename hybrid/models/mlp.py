@@ -4,8 +4,6 @@ An activation belongs to the linear layer before it, so that wherever the list i
 each stage has parameters.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal

@@ -5,8 +5,6 @@ shape, on torch's meta device, and map the file into memory. A mapped tensor tak
 own memory until it is written to, so what a stage or a shard does not keep is never copied.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from pathlib import Path

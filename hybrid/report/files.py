@@ -4,8 +4,6 @@ All markup is in two templates, `compare.md.j2` and `report.html.j2`. Every text
 is escaped; only the figures that plotly draws are HTML already.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """This module formats numbers, sizes and JSON values for readers, always as plain text."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ It does not import plotly. Names in a figure are escaped here, since plotly read
 its own in any text. Texts in `Bars` are plain.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence

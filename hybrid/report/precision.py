@@ -4,8 +4,6 @@ A ledger lists what rank 0 of a live run held and computed in; its rows are expl
 `hybrid/engines/precision.py`. All text is plain; each output format escapes it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@
 text is plain; each output format escapes it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from textwrap import shorten
 from typing import Any, NamedTuple

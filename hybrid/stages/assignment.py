@@ -1,7 +1,5 @@
 """This module finds the layers of this rank's stage, and the parameters that stages share."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any

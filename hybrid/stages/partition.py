@@ -1,7 +1,5 @@
 """This module decides which layers each pipeline stage holds. It is pure Python."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Collection, Iterable, Sequence
 

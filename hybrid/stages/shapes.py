@@ -5,8 +5,6 @@ numbers (https://docs.pytorch.org/docs/stable/meta.html); layers that need numbe
 two or three rows. `hybrid.stages.checks` judges what is found.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping

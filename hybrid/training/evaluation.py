@@ -1,7 +1,5 @@
 """Evaluates an engine on every test sample once, as one process would; the only evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

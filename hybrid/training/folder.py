@@ -4,8 +4,6 @@ The record there says `running`, then `ok`, `failed` or `not_possible` with the 
 reader never takes the record or the weights of the run before for this run's. No torch.
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

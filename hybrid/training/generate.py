@@ -4,8 +4,6 @@
 keys and values are not cached between passes.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

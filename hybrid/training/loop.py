@@ -5,8 +5,6 @@ or in a process alone; `hybrid.training.run` starts the processes. `hybrid.recor
 run leaves in `out`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """Projects each tensor of weights to one number, which shows how far apart two runs are."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -5,8 +5,6 @@ starts the ranks where no other launcher has; comparisons call it too. `hybrid.r
 what a run leaves in its folder. No torch until a job is checked.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ each run in `OUT/trackers/`; the others write where they always do, and some nee
 account. A tracker that raises ends the run: the user asked for that log.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -14,8 +14,6 @@ The split does not depend on a seed, a rank, the files' names or their order, an
 document are on one side. A single document is cut in two.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -10,8 +10,6 @@ header: all tokens of a file up to that size, evenly spaced pages of a larger on
 at most, measured).
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

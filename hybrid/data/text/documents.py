@@ -3,8 +3,6 @@
 It reads the documents once to hash them, and keeps 16 bytes for each, never their text.
 """
 
-from __future__ import annotations
-
 import codecs
 import dataclasses
 import hashlib

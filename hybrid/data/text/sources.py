@@ -6,8 +6,6 @@ compute and changes when the text may have changed. `what` names the source in m
 source leaves out text that is not UTF-8.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import glob
 import hashlib

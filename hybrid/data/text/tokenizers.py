@@ -4,8 +4,6 @@
 the id `end` follows the tokens of each document.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

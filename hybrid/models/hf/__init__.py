@@ -5,8 +5,6 @@ A job names it by `model.name = "hf:NAME_OR_PATH"`. For every causal type of tra
 the whole model computes.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from pathlib import Path

@@ -9,8 +9,6 @@ Parameters outside the list belong to the pieces that reach them; a piece that r
 layer forbids cuts.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from dataclasses import dataclass, field

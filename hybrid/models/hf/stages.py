@@ -9,8 +9,6 @@ tensor goes from stage to stage. The few families that need token ids again get 
 tensor, as digits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
