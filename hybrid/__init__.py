@@ -7,8 +7,7 @@ It first proves that the runs computed the same, and then shows what each costs.
     comparison = hybrid.compare(job, nproc=4)       # every strategy, each on processes of its own
 
 `open_engine` gives the engine alone, for people who keep their own loop. `import hybrid` does not
-import torch.
-"""
+import torch."""
 
 from __future__ import annotations
 

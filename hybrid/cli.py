@@ -2,8 +2,7 @@
 
 Exit status: 0 all held; 1 the run failed or parity did not hold; 2 the job or the command line is
 wrong (one line says how); 3 this machine lacks something needed. torch is imported only by commands
-that need it.
-"""
+that need it."""
 
 import os
 import signal

@@ -2,8 +2,7 @@
 
 One object, `Layout`, owns all degrees; nothing else multiplies them. Ranks are numbered stage by
 stage: rank = stage * dp + column, DeepSpeed's order for pipelines with data parallelism
-(https://deepspeed.readthedocs.io/en/latest/pipeline.html). The module is pure Python.
-"""
+(https://deepspeed.readthedocs.io/en/latest/pipeline.html). The module is pure Python."""
 
 import dataclasses
 import itertools

@@ -1,8 +1,7 @@
 """This module defines what a run leaves behind, and writes and reads it as JSON, without torch.
 
 `Record` is one run (`record.json`), `Comparison` is one `hybrid compare` (`compare.json`). Every
-relative difference is |a-b|/|b|; every size is in bytes, every time in seconds.
-"""
+relative difference is |a-b|/|b|; every size is in bytes, every time in seconds."""
 
 import dataclasses
 import json

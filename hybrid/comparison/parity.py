@@ -2,8 +2,7 @@
 
 It compares steps in order, and quantities in the order of `_differences`, and names the first one
 past its tolerance. Where rounding alone may have grown past the tolerance, control runs (the
-reference with its batches summed in other orders) show how far rounding moves that place.
-"""
+reference with its batches summed in other orders) show how far rounding moves that place."""
 
 import dataclasses
 import math
@@ -64,8 +63,7 @@ def compare_runs(
     """Return the verdict on `run` against `reference`, which is called `name` in the comparison.
 
     factors: the numbers by which a wrong scale would be off, by their names (micro-batches, ...).
-    exact_steps: the number of first steps in which no control excuses a difference.
-    """
+    exact_steps: the number of first steps in which no control excuses a difference."""
     noise = _noise(reference, controls if len(reference.record.steps) > exact_steps else ())
     first, excused = None, list[dict[str, Any]]()
     for found in _differences(run, reference, tolerance):

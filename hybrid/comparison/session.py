@@ -1,7 +1,6 @@
 """Runs one job under several strategies, one after another, and judges each run. No torch here.
 
-`compare` writes OUT/STRATEGY/..., OUT/compare.json, OUT/compare.md and OUT/report.html.
-"""
+`compare` writes OUT/STRATEGY/..., OUT/compare.json, OUT/compare.md and OUT/report.html."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,8 +36,7 @@ def compare(
 
     nproc: left out, the product of the degrees in `job.parallel`, or 2. program: the command that
     starts a rank. Raises JobError before any process starts. A run that fails raises nothing: its
-    record is in the result.
-    """
+    record is in the result."""
     print_warnings(job.warnings())
     registry.check_settings(job, strategies)
     checked = check_job(job)
@@ -134,8 +132,7 @@ class _Session:
 def _with_settings(job: Job, strategy: str, changes: dict[str, Any]) -> Job:
     """Return the job with these changes in one strategy's section.
 
-    Only control runs have changes, under `single` and `local_sgd`.
-    """
+    Only control runs have changes, under `single` and `local_sgd`."""
     if not changes:
         return job
     section = job.settings(strategy).model_copy(update=changes)

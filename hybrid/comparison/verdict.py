@@ -1,8 +1,7 @@
 """Judges each run of a comparison from records and weights alone, and starts no run.
 
 `judge_run` returns a verdict, or the control runs that it needs first; the caller makes those and
-calls it again.
-"""
+calls it again."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

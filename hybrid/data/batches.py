@@ -2,8 +2,7 @@
 
 Each epoch is a new permutation of the samples. It is cut into global batches (the last may be
 smaller), a batch into the shares of the data-parallel ranks, and a share into micro-batches. Sizes
-differ by at most one sample.
-"""
+differ by at most one sample."""
 
 import dataclasses
 

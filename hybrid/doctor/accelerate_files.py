@@ -1,8 +1,7 @@
 """Checks a configuration of `accelerate launch`: what it starts, and what contradicts a job.
 
 accelerate refuses unknown fields. It takes any key inside a section, and finds most wrong values
-late or never, so a file that means something else than it says looks like one that is right.
-"""
+late or never, so a file that means something else than it says looks like one that is right."""
 
 import json
 import math
@@ -29,8 +28,7 @@ _AXES = [f"parallelism_config_{a}_size" for a in ("dp_replicate", "dp_shard", "t
 def check_config(config: Any, where: str) -> tuple[str, list[Trap]]:
     """Return what a configuration would start, in words, and its traps.
 
-    Raises JobError, beginning with `where`, if it is malformed or cannot mean what it says.
-    """
+    Raises JobError, beginning with `where`, if it is malformed or cannot mean what it says."""
     if not isinstance(config, dict):
         held = "nothing" if config is None else f"a {type(config).__name__}"
         raise JobError(f"{where}: holds {held}, not a mapping of accelerate's keys")

@@ -1,8 +1,7 @@
 """Checks files that launchers are handed (`hybrid doctor FILE...`), and starts nothing.
 
 A .yaml or .yml is a configuration of accelerate. A .json is one of accelerate too where it has a
-key that only accelerate's have, else one of DeepSpeed. Any other file is a hostfile.
-"""
+key that only accelerate's have, else one of DeepSpeed. Any other file is a hostfile."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -30,8 +29,7 @@ _LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._@:-]*)[ \t]+slots=([0-9]{1,9})[ \t]
 def check_files(files: Iterable[Path]) -> Iterator[Finding]:
     """Yield what each file would start, and a warning for each value that does something else.
 
-    Raises JobError for the first file that is malformed.
-    """
+    Raises JobError for the first file that is malformed."""
     for file in files:
         found, traps = check_file(file)
         yield Finding(str(file), "ok", found)
@@ -59,8 +57,7 @@ def check_file(file: Path) -> tuple[str, list[Trap]]:
 class _PlainLoader(yaml.SafeLoader):
     """Refuses tags, anchors and equal keys while it reads, so that nothing large is built first.
 
-    Aliases can name one value a million times, and YAML keeps only the last of two equal keys.
-    """
+    Aliases can name one value a million times, and YAML keeps only the last of two equal keys."""
 
     levels = values = 0
 

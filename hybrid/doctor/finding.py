@@ -11,8 +11,7 @@ class Finding:
     """Says what was found, and in `mend` what to do about it (None where there is nothing to do).
 
     An `error` is something needed that is missing or does not work. A `warning` costs time or gets
-    in the way of some runs.
-    """
+    in the way of some runs."""
 
     name: str
     status: Status

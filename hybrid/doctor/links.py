@@ -1,8 +1,7 @@
 """Measures latency and bandwidth between the ranks that a launcher started. It imports torch.
 
 It measures one pair of ranks on each host, and one between every two hosts (each host and the next
-where there are many), one after the other so that none slows another; then an all-reduce.
-"""
+where there are many), one after the other so that none slows another; then an all-reduce."""
 
 import dataclasses
 import itertools

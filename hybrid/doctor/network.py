@@ -1,8 +1,7 @@
 """Checks which network interface ranks would talk through.
 
 gloo takes the interface that the host's own name resolves to, unless GLOO_SOCKET_IFNAME names one.
-nccl takes one that is not the loopback, unless NCCL_SOCKET_IFNAME says otherwise.
-"""
+nccl takes one that is not the loopback, unless NCCL_SOCKET_IFNAME says otherwise."""
 
 import fnmatch
 import ipaddress

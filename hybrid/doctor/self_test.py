@@ -1,8 +1,7 @@
 """Trains a tiny job under each strategy on a few processes, and compares the runs.
 
 This shows what really works here, where the other checks only look at files and settings. It takes
-some seconds for each strategy, so `--no-self-test` leaves it out.
-"""
+some seconds for each strategy, so `--no-self-test` leaves it out."""
 
 import itertools
 import sys

@@ -1,7 +1,5 @@
 """This module holds the engine behind DDP and FSDP2: a model that Accelerate has prepared."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,8 +29,7 @@ class AcceleratedEngine(BaseEngine):
 
     Three functions hold what differs between strategies: `inspect(engine)` gives the receipt,
     `gather(engine)` the full tensors (collective; only rank 0's are used), and
-    `scatter(engine, state)` takes them back.
-    """
+    `scatter(engine, state)` takes them back."""
 
     def __init__(
         self,

@@ -1,9 +1,6 @@
 """This module prepares models for DDP, FSDP2 and ZeRO. No other file here imports Accelerate.
 
-It also works round what Accelerate does silently on hosts without a GPU (`_keep_fsdp`).
-"""
-
-from __future__ import annotations
+It also works round what Accelerate does silently on hosts without a GPU (`_keep_fsdp`)."""
 
 import os
 from collections.abc import Callable
@@ -156,8 +153,7 @@ def _keep_fsdp(accelerator: Any, plugin: Any, placement: Placement) -> None:
     On a host without a GPU its state silently becomes MULTI_CPU, which means DDP, because
     `accelerate/state.py` (1.15) allows FSDP on GPU-like devices only, though its FSDP2 code runs on
     CPUs without a change. The receipt refuses a run where this had no effect, since it looks for
-    DTensors. test_workarounds.py tells when this can go.
-    """
+    DTensors. test_workarounds.py tells when this can go."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 

@@ -1,7 +1,5 @@
 """This module holds what all engines do alike, in the base class that they inherit from."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -2,10 +2,7 @@
 
 The job says the rest. DeepSpeed ignores unknown keys of a file silently. Here each key must be in
 `deepspeed_keys.json`, which `python -m tests.deepspeed_keys` writes from the installed DeepSpeed.
-The module needs no torch.
-"""
-
-from __future__ import annotations
+The module needs no torch."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """This module starts DeepSpeed, completes its configuration, and handles fp32 master weights."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,8 +25,7 @@ def prepare_process(placement: Placement) -> None:
     leaves a lock that stops every later start). gloo does that work here, where it can be counted.
     DeepSpeed would also run the compiler for each op to find out which of them this machine can
     compile (0.2 s a rank), so this replaces what builds the op. test_workarounds.py tells when it
-    can go.
-    """
+    can go."""
     set_ops_folder()
     if placement.launcher != OWN and placement.local_rank == 0:
         remove_stale_locks()  # else the process that started the ranks has done so
@@ -46,8 +43,7 @@ def full_config(
 
     Buckets take memory on top of the model (DeepSpeed's default of 5e8 elements is 2 GB), so they
     are cut to a small part of it. Leaving `gradient_clipping` out would not switch it off, since
-    Accelerate fills in 1.0.
-    """
+    Accelerate fills in 1.0."""
     shipped = name if zero_stage else "pipeline"  # the same for 2d without ZeRO
     config = load_ds_config(getattr(job.settings(name), "ds_config", None) or shipped, zero_stage)
     micro_batches, dp = job.micro_batches(name), placement.layout.dp
@@ -126,8 +122,7 @@ def restore_fp32_masters(model: nn.Module, precision: str) -> Callable[[], None]
     """Keep a model's fp32 values, and return a function that puts them into the master weights.
 
     Call this before DeepSpeed takes the model, and what it returns afterwards: DeepSpeed rounds the
-    parameters first and makes its fp32 master weights from the rounded ones.
-    """
+    parameters first and makes its fp32 master weights from the rounded ones."""
     if precision == "fp32":
         return lambda: None
     start = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}

@@ -1,7 +1,5 @@
 """This module prepares layers, alike under every strategy, and seeds each forward pass."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
@@ -35,8 +33,7 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
     """Make a class like `kind` that keeps no activations and computes them again in backward.
 
     It is a subclass, not a wrapper, so that the names of parameters, and the class name that FSDP
-    looks for, stay as they are.
-    """
+    looks for, stay as they are."""
 
     def forward(self: Any, *args: Any, **options: Any) -> Any:
         inner = functools.partial(kind.forward, self)
@@ -71,8 +68,7 @@ def sample_seeds(
     """Seed one training forward pass on `rows` rows: the samples `ids` (int64 [n]), then padding.
 
     Our dropout is seeded by sample. torch's own generator is seeded by `place` (share, micro-batch,
-    stage), so that all other random numbers are the same in two runs of one layout.
-    """
+    stage), so that all other random numbers are the same in two runs of one layout."""
     with use_rows(rows_in_use()):
         set_sample_seeds(job, step, place, ids, rows)
         yield

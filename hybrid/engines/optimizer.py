@@ -1,7 +1,5 @@
 """This module makes the job's optimizer, sets its learning rate, clips, and scales fp16's loss."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -26,8 +24,7 @@ def build_optimizer(
     groups; raises Unsupported where there are too few parameters for that.
 
     AdamW is fused, except under fp16: fused AdamW unscales gradients itself and does not see
-    overflows in other ranks' shards.
-    """
+    overflows in other ranks' shards."""
     o = job.optimizer
     trained = {n: p for n, p in parameters.items() if p.requires_grad}
     decayed = [p for n, p in trained.items() if n not in no_decay]

@@ -1,7 +1,5 @@
 """This module drives a DeepSpeed pipeline: it has the engine behind `pipeline` and `2d`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -49,8 +47,7 @@ class StageEngine(BaseEngine):
     """Trains one stage of a pipeline in one data-parallel column.
 
     The first stage reads inputs, the last reads targets. Each digests the sample ids it read, since
-    DeepSpeed would not notice two different batches (deepspeedai/DeepSpeed#5729).
-    """
+    DeepSpeed would not notice two different batches (deepspeedai/DeepSpeed#5729)."""
 
     def __init__(
         self, job: Job, placement: Placement, layers: Layers, loss: Loss, name: str, zero_stage: int

@@ -2,8 +2,6 @@
 
 It replaces those of the engine's instructions that do something else than is meant."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,8 +24,7 @@ def make_pipeline(
     """Make a `PipelineEngine` in which this rank's stage is one module, stepped by `optimizer`.
 
     DeepSpeed is given a list of `pp` modules, ours at this rank's place and empty ones elsewhere
-    (it keeps the whole list alive), and cuts it into as many stages. The model was cut before.
-    """
+    (it keeps the whole list alive), and cuts it into as many stages. The model was cut before."""
     import deepspeed
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
@@ -51,8 +48,7 @@ def tie(engine: Any, tied: Sequence[tuple[nn.Parameter, Any, bool]]) -> None:
     """Tell a pipeline engine which of this rank's parameters other stages hold as well.
 
     Each comes with the process group of its holders, in which its gradients are summed once a step,
-    and with whether this rank is its first holder, which counts it in norms.
-    """
+    and with whether this rank is its first holder, which counts it in norms."""
     for parameter, _, first in tied:
         parameter.ds_pipe_replicated = not first  # type: ignore[attr-defined]
 

@@ -18,8 +18,7 @@ The engines keep the rounded parameters in different places, and the ledger show
 stores them beside its fp32 master weights; plain torch, DDP and FSDP2 store fp32 alone and round at
 use. With their own defaults the engines would differ more: DeepSpeed would start its master weights
 from rounded ones, and sum and reduce gradients in bf16; Accelerate would run autocast, operator by
-operator.
-"""
+operator."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """This module has the protocol of every engine, and what passes between it and the training loop.
 
 An engine trains whole optimizer steps. This is the smallest unit that all engines share:
-DeepSpeed's pipeline offers no smaller one. The module needs no torch.
-"""
+DeepSpeed's pipeline offers no smaller one. The module needs no torch."""
 
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ class Engine(Protocol):
 
     `shares` are the data-parallel ranks whose samples this process computes (all but an emulation
     have one). `micro_batch_size` is the fixed number of rows that a micro-batch must have, or None
-    if any number will do. `num_held` is how many trained parameters this process holds.
-    """
+    if any number will do. `num_held` is how many trained parameters this process holds."""
 
     layout: Layout
     shares: tuple[int, ...]

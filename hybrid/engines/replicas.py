@@ -1,10 +1,7 @@
 """This module trains in plain torch: one model, or replicas that step alone and are merged.
 
 `single` is one replica with all samples. `local_sgd` is one replica a rank. Its emulation holds all
-replicas in one process and merges them by the same rule; a real run is compared with it.
-"""
-
-from __future__ import annotations
+replicas in one process and merges them by the same rule; a real run is compared with it."""
 
 import copy
 import math
@@ -43,8 +40,7 @@ class ReplicaEngine(BaseEngine):
     Every `merge_every` optimizer steps (None: never), and once more after the last step, their
     parameters and floating-point buffers are averaged. Each replica is weighted by the samples it
     saw since the last merge (federated averaging, McMahan et al. 2017,
-    https://arxiv.org/abs/1602.05629).
-    """
+    https://arxiv.org/abs/1602.05629)."""
 
     def __init__(
         self,

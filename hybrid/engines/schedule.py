@@ -1,7 +1,5 @@
 """This module has the learning rate of each optimizer step, the same under every strategy."""
 
-from __future__ import annotations
-
 import math
 
 from ..job.schema import Job
@@ -13,8 +11,7 @@ def learning_rate(job: Job, step: int) -> float:
     Warm-up rises in equal parts to `optimizer.lr`. A linear or cosine schedule then falls towards
     `schedule.min_lr`, which every step after the last has (cosine: Loshchilov and Hutter 2017,
     without restarts). Raises ValueError if these need `job.train.steps` and it is not known yet
-    (`resolve_lengths`).
-    """
+    (`resolve_lengths`)."""
     peak, warmup, low = job.optimizer.lr, job.schedule.warmup_steps, job.schedule.min_lr
     if step < warmup:
         return peak * (step + 1) / warmup

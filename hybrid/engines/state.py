@@ -1,7 +1,5 @@
 """This module reads a live model's tensors by name, and moves tensors to a device."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

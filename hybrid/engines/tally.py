@@ -1,10 +1,7 @@
 """This module sums up one step or one evaluation. It is the one place where a loss is taken.
 
 Every engine computes its loss through `Tally`, so that sums, counts and sample ids come from the
-batch that was really used, without padding.
-"""
-
-from __future__ import annotations
+batch that was really used, without padding."""
 
 import math
 from collections.abc import Sequence
@@ -49,8 +46,7 @@ def count_targets(loss: Loss, micro_batch: MicroBatch) -> int:
     """Count the targets that `loss` will count in a micro-batch, before there is an output.
 
     Integer targets count unless they are -100. For others the loss itself is asked, with zeros in
-    place of the output. Engines compare the answer with what the loss then really counted.
-    """
+    place of the output. Engines compare the answer with what the loss then really counted."""
     rows = len(micro_batch.ids)
     if rows == 0:
         return 0
@@ -178,8 +174,7 @@ def step_result(
     `scale` is fp16's loss scale, else None. Under fp16, a norm that is not finite means that the
     step was skipped. Raises RunError if ranks disagree on norm or learning rate (a gradient was not
     reduced, a stage has another rate), or if the loss did not count the `expected` targets that it
-    was divided by (None: not checked here).
-    """
+    was divided by (None: not checked here)."""
     _require_agreement("gradient norm", [row.grad_norm for row in rows])
     _require_agreement("learning rate", [row.lr for row in rows])
     counted = sum(row.targets for row in rows)

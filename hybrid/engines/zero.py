@@ -1,7 +1,5 @@
 """This module holds the engine behind ZeRO-1, 2 and 3: Accelerate runs DeepSpeed's optimizer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -7,8 +7,7 @@
 | `ModuleNotFoundError` | the machine lacks a package | 3 |
 | `RunError`, `StartError`, `PeerFailed`, `RunFailed` | the run itself failed | 1 |
 
-The module needs no torch.
-"""
+The module needs no torch."""
 
 import dataclasses
 import socket

@@ -2,8 +2,7 @@
 
     job = load_job("launch/jobs/mnist.toml", ["train.steps=20", "optimizer.name=adamw"])
 
-Every error is one line.
-"""
+Every error is one line."""
 
 import difflib
 import re

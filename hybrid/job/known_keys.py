@@ -5,8 +5,7 @@ A row of a table has the keys of JSON Schema: `properties` for a section, `type`
 - `type` is a list, and `whole number` is an integer that is not written as 5e8.
 - `words` are further values that are allowed, texts among them in upper and lower case.
 - `quoted` allows a number that is written as text.
-- `others` allows keys that `properties` does not name.
-"""
+- `others` allows keys that `properties` does not name."""
 
 import difflib
 from typing import Any

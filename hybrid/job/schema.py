@@ -1,8 +1,7 @@
 """This module defines the job: what is trained, on what, how. `hybrid.job.file` reads one.
 
 Every field is documented where it stands. An unknown key, a wrong type or an impossible value is
-refused; nothing is converted or ignored. The module needs no torch.
-"""
+refused; nothing is converted or ignored. The module needs no torch."""
 
 from __future__ import annotations
 

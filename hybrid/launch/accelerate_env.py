@@ -2,8 +2,7 @@
 
 `accelerate launch` passes its configuration to its ranks in environment variables
 (accelerate/utils/launch.py). The job decides what a run does: a configuration that contradicts it
-is refused, since one of the two would be ignored.
-"""
+is refused, since one of the two would be ignored."""
 
 import os
 from collections.abc import Mapping

@@ -1,8 +1,7 @@
 """This module reads from the environment which launcher started this process. It needs no torch.
 
 torchrun, accelerate, deepspeed and `hybrid` itself set RANK and WORLD_SIZE, which torch and the
-engines read. Open MPI, MPICH and srun set variables of their own.
-"""
+engines read. Open MPI, MPICH and srun set variables of their own."""
 
 import os
 import re

@@ -2,8 +2,7 @@
 
 A rank keeps a `RankStatus`: what it is doing, in words. If it fails, `leave_error` writes why to
 `OUT/logs/rankN.error.json` and tells the other ranks. `first_cause` reads these files. The module
-needs no torch.
-"""
+needs no torch."""
 
 import dataclasses
 import json
@@ -32,8 +31,7 @@ class RankStatus:
 
     `doing` is in words. It is also written to `logs/rankN.where`, which is still there after the
     rank was killed. `parameters`: trained parameters of the whole model; `held`: how many of them
-    this rank has (None: not known yet). `peers`: how this rank hears of the others.
-    """
+    this rank has (None: not known yet). `peers`: how this rank hears of the others."""
 
     def __init__(self, job: Job, placement: Placement, logs: Path | None = None) -> None:
         self.job, self.placement, self.logs = job, placement, logs
@@ -70,8 +68,7 @@ def leave_error(error: BaseException, status: RankStatus) -> Cause | None:
     """Write why this rank failed, for `first_cause`, and tell the other ranks.
 
     Returns the other rank's failure that this one follows from, if there is one. Where memory ran
-    out, what is known of it is also added to the error's notes, for launchers that print them.
-    """
+    out, what is known of it is also added to the error's notes, for launchers that print them."""
     message, kind = ": ".join([type(error).__name__, *str(error).splitlines()[:1]]), kind_of(error)
     if isinstance(error, SystemExit):
         message = "was told to end, by SIGTERM"

@@ -3,8 +3,7 @@
 All of it goes through the store where the ranks met, so it needs no working collective. A rank that
 fails reports why (`report`). Its peers, whose collectives then break or time out, ask for that
 (`first_cause`) and end with this cause instead of their own error. A rank that was killed, stopped
-or cut off cannot report; its peers notice that its signs of life have ceased.
-"""
+or cut off cannot report; its peers notice that its signs of life have ceased."""
 
 import contextlib
 import dataclasses

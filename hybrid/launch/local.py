@@ -3,8 +3,7 @@
 Each rank is a `python -m hybrid train ...` with the variables that torchrun would set. Its output
 goes to `OUT/logs/rankN.log`; a rank that raises leaves `OUT/logs/rankN.error.json`
 (`hybrid.launch.failures`). The first cause is the earliest by time; a lost connection to a peer
-that died counts last. The module needs no torch.
-"""
+that died counts last. The module needs no torch."""
 
 import contextlib
 import os

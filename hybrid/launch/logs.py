@@ -3,8 +3,7 @@
 All that this process writes to its standard output and error goes there, also the messages of C++,
 of faulthandler and of processes that it starts. What Python prints, with warnings and tracebacks,
 is on the launcher's terminal as well. That needs no further process, so none can be left behind.
-`hybrid.launch.local` makes the logs of ranks that it starts itself. The module needs no torch.
-"""
+`hybrid.launch.local` makes the logs of ranks that it starts itself. The module needs no torch."""
 
 import io
 import os

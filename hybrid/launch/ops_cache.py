@@ -3,8 +3,7 @@
 While a process builds an op, torch keeps a file `lock` in the op's folder, and other processes wait
 until it is gone (torch/utils/file_baton.py). A build that is killed leaves it, and every later
 start that needs the op waits for ever. The builder has the file open meanwhile, which Linux shows
-in /proc: a lock that no process has open is stale. The module needs no torch.
-"""
+in /proc: a lock that no process has open is stale. The module needs no torch."""
 
 import glob
 import os

@@ -1,7 +1,6 @@
 """This module ends a rank whose launcher is gone, so that no process outlives its run.
 
-It works on Linux alone and needs no torch.
-"""
+It works on Linux alone and needs no torch."""
 
 import contextlib
 import ctypes

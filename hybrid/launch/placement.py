@@ -1,8 +1,7 @@
 """This module places a process in its run: rank, host, device, coordinates in the layout, store.
 
 A run makes one `Placement` and passes it on; nothing else asks the environment for a rank. torch is
-imported only when a device is asked for.
-"""
+imported only when a device is asked for."""
 
 from __future__ import annotations
 

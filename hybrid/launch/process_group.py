@@ -1,8 +1,7 @@
 """This module joins this process to the other ranks of its run, and leaves them again.
 
 A run calls `join_process_group(placement)` first and `cleanup()` last. In between, ranks exchange
-numbers through `hybrid.launch.exchange`.
-"""
+numbers through `hybrid.launch.exchange`."""
 
 import dataclasses
 import os
@@ -32,8 +31,7 @@ def join_process_group(placement: Placement, limits: Launch = DEFAULT_LIMITS) ->
 
     It uses nccl on GPUs and gloo on CPUs. MASTER_ADDR and MASTER_PORT name the rendezvous; a
     process alone needs neither. Returns the placement with the store where the ranks met. Raises
-    StartError, which names the ranks that are missing, after `limits.start_timeout_s`.
-    """
+    StartError, which names the ranks that are missing, after `limits.start_timeout_s`."""
     if dist.is_initialized():
         return placement
     _joined.enter_context(restored_environment())

@@ -2,8 +2,7 @@
 
 By default each rank uses every core, and ranks that share a host wait for one another: two ranks on
 two cores were 17 times slower. torchrun and accelerate set 1; deepspeed, mpirun and srun set
-nothing. The module needs no torch.
-"""
+nothing. The module needs no torch."""
 
 import os
 import sys

@@ -34,8 +34,7 @@ class Instruments:
 
     period: the communication repeats after so many steps. compiled: torch.compile compiles the
     layers. It never does so again once it has met the meter's dispatch mode, so on a CPU the memory
-    of such a run is not measured.
-    """
+    of such a run is not measured."""
 
     def __init__(
         self, steps: int, period: int, device: torch.device, compiled: bool = False
@@ -107,8 +106,7 @@ class Instruments:
         """Return torch's name of the dtype in which most bytes were summed over ranks.
 
         These are the gradients' bytes, since the loop itself sums only a few numbers in a step.
-        Returns None where nothing was summed.
-        """
+        Returns None where nothing was summed."""
         found = Counter[str]()
         for name in ("all_reduce", "reduce_scatter"):
             found.update(self.counter.payload_by_dtype().get(name, {}))

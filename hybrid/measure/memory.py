@@ -10,8 +10,7 @@ Resident memory is of no use here, because hundreds of megabytes of it are libra
 dispatch mode sees the tensors of each operator and counts each storage once, and a weak reference
 tells when a storage is freed. That costs some microseconds for each operator, so use the meter in
 steps that are not timed. It does not see what an operator allocates and frees inside itself. On a
-CUDA device torch's allocator counts, at no cost.
-"""
+CUDA device torch's allocator counts, at no cost."""
 
 from __future__ import annotations
 
@@ -65,8 +64,7 @@ class StorageMeter:
     """Counts the bytes of live tensor storages on one device, as a context manager.
 
     It notices frees at any time, and new storages while it is entered. It can be entered again, but
-    a process can have only one meter entered at a time. Raises RuntimeError otherwise.
-    """
+    a process can have only one meter entered at a time. Raises RuntimeError otherwise."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
@@ -167,8 +165,7 @@ def _watched_resize(note: Callable[[torch.UntypedStorage], None]) -> Iterator[No
     """Show each storage that is resized to `note`.
 
     FSDP2 frees and allocates gathered parameters with `UntypedStorage.resize_`, which is not an
-    operator and so never reaches a dispatch mode.
-    """
+    operator and so never reaches a dispatch mode."""
     inherited = torch.UntypedStorage.resize_
 
     def resize_(storage: torch.UntypedStorage, size: int) -> Any:

@@ -14,8 +14,7 @@ FSDP2 and DeepSpeed, a pipeline's send and receive, and functional collectives, 
 original. Its dispatch key is `BackendSelect`, which every call passes on every device. Kernels on
 the autograd keys would miss calls that are already below autograd: those under `inference_mode` and
 those of functional collectives, of which FSDP2's gradient norm is one.
-The counter does not see symmetric memory and communication outside of torch.distributed.
-"""
+The counter does not see symmetric memory and communication outside of torch.distributed."""
 
 import ctypes
 import dataclasses
@@ -36,8 +35,7 @@ class OpCount:
     """Counts one kind of collective on this rank.
 
     payload_bytes: the whole tensors that were reduced, gathered, scattered or sent. sent_bytes: the
-    part of them that this rank puts on the wire.
-    """
+    part of them that this rank puts on the wire."""
 
     calls: int
     payload_bytes: int
@@ -79,8 +77,7 @@ def sent_share(name: str, size: int, backend: str) -> float:
     https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md.
     gloo differs twice: its reduce_scatter is an all_reduce inside (pytorch issue 118911), and its
     reduce is a reduce-scatter and a gather (ranks send all of it, the root all but its own part).
-    Both, and all others, agree with `tcp_bytes_sent` on 2 and 4 ranks.
-    """
+    Both, and all others, agree with `tcp_bytes_sent` on 2 and 4 ranks."""
     others = (size - 1) / size
     if backend == "gloo" and name == "reduce_scatter":
         return 2 * others
@@ -219,8 +216,7 @@ def tcp_bytes_sent() -> int | None:
     Use differences, with a barrier before each reading; the bytes of a socket that was closed in
     between are lost. Retransmitted bytes are left out: up to a tenth of a large message between
     processes of one busy host. It costs some 5 us for each file descriptor. NVLink, InfiniBand and
-    shared memory do not show.
-    """
+    shared memory do not show."""
     try:
         descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
         getsockopt = ctypes.CDLL(None).getsockopt

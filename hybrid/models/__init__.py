@@ -4,8 +4,7 @@ A model function takes the job's `model.options` as keyword arguments and return
 `layers` is a list of `nn.Module`, each of which takes what the one before returned, or a
 `layers.Layers`. `loss(output, target)` returns `(sum, count)`: the loss summed over the
 micro-batch's targets, and how many it counted. `hf:NAME_OR_PATH` is the function
-`hybrid.models.hf:hf` with that name.
-"""
+`hybrid.models.hf:hf` with that name."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
 torch's own dropout draws from one random stream per process, so that each layout of ranks and
 micro-batches drops other units, and no two can be compared. Here each row of a batch has a stream
 of its own, seeded by what the row is. So every strategy drops the same units, and activations that
-are recomputed in backward meet the mask they had.
-"""
+are recomputed in backward meet the mask they had."""
 
 import contextlib
 import hashlib

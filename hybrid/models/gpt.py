@@ -3,8 +3,7 @@
 It has pre-norm blocks (Radford et al. 2019, GPT-2), rotary positions (Su et al. 2021,
 https://arxiv.org/abs/2104.09864) or learned ones, attention by torch's
 `scaled_dot_product_attention`, and embeddings tied to the head or not (Press and Wolf 2017,
-https://arxiv.org/abs/1608.05859).
-"""
+https://arxiv.org/abs/1608.05859)."""
 
 import math
 from typing import Any, Literal

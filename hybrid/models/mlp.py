@@ -1,8 +1,7 @@
 """This module makes a multi-layer perceptron in which each layer holds one weight matrix.
 
 An activation belongs to the linear layer before it, so that wherever the list is cut into stages,
-each stage has parameters.
-"""
+each stage has parameters."""
 
 import itertools
 from collections.abc import Callable, Sequence

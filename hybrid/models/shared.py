@@ -2,8 +2,7 @@
 
 The first rank of a host makes the model and writes its tensors to a file. The others make only its
 shape, on torch's meta device, and map the file into memory. A mapped tensor takes none of a rank's
-own memory until it is written to, so what a stage or a shard does not keep is never copied.
-"""
+own memory until it is written to, so what a stage or a shard does not keep is never copied."""
 
 import shutil
 import tempfile

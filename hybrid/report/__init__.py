@@ -5,8 +5,7 @@
     rich.print(report.console_table(comparison))     # the short table
 
 The verdict comes first, and no cost is shown for a run that is not proved equal to its reference.
-The package needs no torch; the functions that use Jinja2, plotly or rich import them.
-"""
+The package needs no torch; the functions that use Jinja2, plotly or rich import them."""
 
 from .files import html, markdown, write
 from .table import console_table

@@ -1,8 +1,7 @@
 """This module writes compare.json, compare.md and report.html, a page that fetches nothing.
 
 All markup is in two templates, `compare.md.j2` and `report.html.j2`. Every text that goes into them
-is escaped; only the figures that plotly draws are HTML already.
-"""
+is escaped; only the figures that plotly draws are HTML already."""
 
 import re
 from collections.abc import Iterable

@@ -1,8 +1,7 @@
 """This module prepares what report.html draws: curves as dicts in plotly's format, bars as rows.
 
 It does not import plotly. Names in a figure are escaped here, since plotly reads a small HTML of
-its own in any text. Texts in `Bars` are plain.
-"""
+its own in any text. Texts in `Bars` are plain."""
 
 import itertools
 import math

@@ -1,8 +1,7 @@
 """This module sets the precision ledgers of all runs side by side and says what a difference means.
 
 A ledger lists what rank 0 of a live run held and computed in; its rows are explained in
-`hybrid/engines/precision.py`. All text is plain; each output format escapes it.
-"""
+`hybrid/engines/precision.py`. All text is plain; each output format escapes it."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -1,8 +1,7 @@
 """This module builds the table of results and costs, with costs of trusted runs alone.
 
 It has a row for each strategy. What a column means depends on what was measured, and is the same
-for all runs of a comparison.
-"""
+for all runs of a comparison."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """This module says how far each run may be trusted: parity comes before speed.
 
 `standings` says it for each run in a word, `verdict` for the whole comparison in sentences. All
-text is plain; each output format escapes it.
-"""
+text is plain; each output format escapes it."""
 
 from collections.abc import Mapping
 from textwrap import shorten

@@ -1,8 +1,7 @@
 """This module checks a pipeline before it runs: its stages, and what passes between them.
 
 `hybrid.stages.shapes` finds the boundaries. Every finding is one line that ends with its remedy.
-The module is pure Python.
-"""
+The module is pure Python."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 The layers run one after another on the meta device, where tensors have shapes and dtypes but no
 numbers (https://docs.pytorch.org/docs/stable/meta.html); layers that need numbers run for real, on
-two or three rows. `hybrid.stages.checks` judges what is found.
-"""
+two or three rows. `hybrid.stages.checks` judges what is found."""
 
 import dataclasses
 import operator
@@ -37,8 +36,7 @@ def boundaries(layers: Layers, sample_input: Any, rows: int = 2) -> list[Boundar
     and for one row more, to tell axes of rows from others. `rows` is 2 or more, since some layers
     (batch norms) refuse one row. The list is empty for a model that joins its layers itself
     (`hybrid.models.hf`): that is no chain, and by design it passes one floating tensor between
-    stages. A layer that needs numbers runs for real, which may change its buffers.
-    """
+    stages. A layer that needs numbers runs for real, which may change its buffers."""
     if type(layers).join is not Layers.join:
         return []
     few, more = (_run(layers, sample_input, n) for n in (rows, rows + 1))

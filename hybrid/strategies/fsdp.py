@@ -2,8 +2,7 @@
 
 It shards parameters, gradients and optimizer state (Zhao et al. 2023,
 https://arxiv.org/abs/2304.11277; torch's `fully_shard`). With `parallel.replicate` and
-`parallel.shard` the shards are replicated: hybrid sharding (HSDP).
-"""
+`parallel.shard` the shards are replicated: hybrid sharding (HSDP)."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 Stich 2019, https://arxiv.org/abs/1805.09767. With `emulate_replicas = R` one process does the work
 of R ranks. A real run is compared with this emulation, since between merges local SGD is another
-algorithm than `single`.
-"""
+algorithm than `single`."""
 
 from __future__ import annotations
 

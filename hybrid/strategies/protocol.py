@@ -1,8 +1,7 @@
 """This module has the protocol of every strategy: it knows what it can run, and builds an engine.
 
 A file of this folder is a strategy itself, or offers several (`zero`). What a strategy leaves out
-has a default here. The module needs no torch.
-"""
+has a default here. The module needs no torch."""
 
 from __future__ import annotations
 

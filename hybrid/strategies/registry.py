@@ -100,8 +100,7 @@ def open_engine(
     making them. It joins the process group unless the caller has. `placement` then says where this
     rank stands; left out, it is found from the launcher's variables. `hybrid.cleanup` leaves the
     group. Lengths must be given in steps (`train.steps` and local SGD's `sync_every`), since the
-    size of the data is not known here. Raises Unsupported or JobError before anything is built.
-    """
+    size of the data is not known here. Raises Unsupported or JobError before anything is built."""
     from ..engines.layers import prepare_layers
     from ..launch.process_group import hide_accelerate_configuration, join_process_group
     from ..models.layers import Layers

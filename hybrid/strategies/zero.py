@@ -1,6 +1,5 @@
 """These three strategies are ZeRO-1, 2 and 3, through Accelerate and DeepSpeed.
-Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054.
-"""
+Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054."""
 
 from __future__ import annotations
 

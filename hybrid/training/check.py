@@ -35,8 +35,7 @@ def check_job(job: Job, data: Data | None = None) -> CheckedJob:
     """Make the job's model and data once, check them, and free them again. Imports torch.
 
     data: the train and test sets, where the caller has made them already. Raises JobError where the
-    job is wrong, and ModuleNotFoundError where a tracker's package is missing.
-    """
+    job is wrong, and ModuleNotFoundError where a tracker's package is missing."""
     from ..data import build_data
     from ..stages.shapes import boundaries, input_problem
 
@@ -59,8 +58,7 @@ def check_on_rank_0(job: Job, strategy: str, data: Data, placement: Placement) -
     """Check the job on rank 0, which prints the warnings; collective.
 
     This is for ranks that another launcher started, and for a process alone. All ranks raise what
-    rank 0 found: JobError, LayoutError, Unsupported or ModuleNotFoundError.
-    """
+    rank 0 found: JobError, LayoutError, Unsupported or ModuleNotFoundError."""
     from ..launch.exchange import gather_objects
     from ..strategies import registry
 

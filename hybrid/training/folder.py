@@ -1,8 +1,7 @@
 """Writes the record at a run's begin and after an error, and removes what an earlier run left.
 
 The record there says `running`, then `ok`, `failed` or `not_possible` with the reason, so that a
-reader never takes the record or the weights of the run before for this run's. No torch.
-"""
+reader never takes the record or the weights of the run before for this run's. No torch."""
 
 import shutil
 from pathlib import Path

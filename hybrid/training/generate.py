@@ -1,8 +1,7 @@
 """Generates text from the final weights of a run, for a person to look at.
 
 `hybrid generate RUN` calls `generate`. Each token costs one forward pass over the whole context:
-keys and values are not cached between passes.
-"""
+keys and values are not cached between passes."""
 
 import math
 from pathlib import Path
@@ -37,8 +36,7 @@ def generate(
     a document; the text stops early where the model ends that document. temperature: the divisor of
     the logits; 0 takes the likeliest token each time. top_k: draw from so many likeliest tokens
     only. The same arguments give the same text on one machine. Raises JobError where an argument or
-    the folder is wrong.
-    """
+    the folder is wrong."""
     _check(num_tokens, temperature, seed, top_k)
     job = _load_job(run)
     tokenizer = _load_tokenizer(job)

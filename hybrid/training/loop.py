@@ -2,8 +2,7 @@
 
 Instead it asks the engine for its receipt. `train` runs in every process that a launcher started,
 or in a process alone; `hybrid.training.run` starts the processes. `hybrid.records` describes what a
-run leaves in `out`.
-"""
+run leaves in `out`."""
 
 import dataclasses
 import json
@@ -56,8 +55,7 @@ def train(
     these the process is alone. Rank 0 also writes `out/job.json`, `out/record.json`,
     `out/steps.jsonl` and `out/checkpoints/final/`. Raises JobError or Unsupported where the job
     cannot run, RunError where the run is not what was asked for, PeerFailed where another rank
-    failed first.
-    """
+    failed first."""
     if placement is None:
         placement = find_placement()
         print_warnings(job.warnings() if placement.rank == 0 else [])
@@ -122,8 +120,7 @@ def call_vector_functions_once() -> None:
     """Call one of torch's vector functions on one thread, before several threads can.
 
     If two threads make the first call together, MKL 2024.2 answers it wrongly on Intel CPUs with
-    AVX-512, by 1e-4 in fp32 (pytorch#188792).
-    """
+    AVX-512, by 1e-4 in fp32 (pytorch#188792)."""
     torch.tanh(torch.zeros(1))
 
 

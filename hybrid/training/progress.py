@@ -1,7 +1,6 @@
 """Shows on stderr how runs go: as a table in a terminal, as plain lines elsewhere.
 
-It follows each run's `steps.jsonl` and reads only what was added since the last look. No torch.
-"""
+It follows each run's `steps.jsonl` and reads only what was added since the last look. No torch."""
 
 from __future__ import annotations
 
@@ -80,8 +79,7 @@ class Watcher:
 class Progress(Watcher):
     """Shows the runs of `hybrid compare` and `hybrid train`.
 
-    shared: other processes print to this terminal too, so plain lines are shown there as well.
-    """
+    shared: other processes print to this terminal too, so plain lines are shown there as well."""
 
     def __init__(self, shared: bool = False) -> None:
         from rich.console import Console

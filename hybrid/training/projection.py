@@ -12,8 +12,7 @@ def project(state: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """Return the dot product, in float64, of each floating-point tensor with fixed fractions.
 
     The projection is linear, so the ratio of two runs' changes shows by which factor a gradient or
-    a learning rate was scaled.
-    """
+    a learning rate was scaled."""
     return {name: _project(t) for name, t in state.items() if t.is_floating_point()}
 
 

@@ -2,8 +2,7 @@
 
 `hybrid train` calls `run_job`, in the process that a person starts and in every rank. `launch`
 starts the ranks where no other launcher has; comparisons call it too. `hybrid.records` describes
-what a run leaves in its folder. No torch until a job is checked.
-"""
+what a run leaves in its folder. No torch until a job is checked."""
 
 import os
 import sys
@@ -93,8 +92,7 @@ def launch(
 
     label: the run's name for the watcher, if it is not the strategy's. program: the command that
     starts a rank, `PROGRAM` if it is left out. Raises RunFailed with the first cause; the record
-    then says `failed` or `not_possible`.
-    """
+    then says `failed` or `not_possible`."""
     label = label or strategy
     watcher.started(label, job.train.steps or 0, out)
     file = begin_run(out, job, strategy)

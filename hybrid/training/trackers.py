@@ -2,8 +2,7 @@
 
 Only the process that writes `steps.jsonl` makes a `Trackers`. TensorBoard and Aim get a folder for
 each run in `OUT/trackers/`; the others write where they always do, and some need the network and an
-account. A tracker that raises ends the run: the user asked for that log.
-"""
+account. A tracker that raises ends the run: the user asked for that log."""
 
 import json
 import logging
@@ -30,8 +29,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """Check the names of `log.trackers` before anything starts.
 
     Raises JobError for a name that Accelerate does not know or that is given twice, and
-    ModuleNotFoundError, which says what to install, where a tracker's package is missing.
-    """
+    ModuleNotFoundError, which says what to install, where a tracker's package is missing."""
     if not names:
         return  # the import below would import torch
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -55,8 +53,7 @@ class Trackers:
     """Sends the same figures to every tracker that a job names.
 
     names: `log.trackers`; out: the run's folder; job: the job as a JSON object, which each tracker
-    gets as the run's configuration. Raises what `check_trackers` raises.
-    """
+    gets as the run's configuration. Raises what `check_trackers` raises."""
 
     def __init__(self, names: Sequence[str], out: Path, job: Mapping[str, Any]) -> None:
         check_trackers(names)

@@ -11,8 +11,7 @@ pieces of at most 256 KiB, cut after the end of a line where there is one.
 
 Split: whole documents go to validation by the hash of their text (`plan_documents` has the rule).
 The split does not depend on a seed, a rank, the files' names or their order, and copies of a
-document are on one side. A single document is cut in two.
-"""
+document are on one side. A single document is cut in two."""
 
 import hashlib
 import json

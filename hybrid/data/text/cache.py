@@ -7,8 +7,7 @@ together never see a part of one. A lock, which ends with its process, lets one 
 A file is trusted under two conditions. Its sources must have the same `state` as when it was
 written. Its size, its header's checksum and that of up to 32 MiB of its tokens must agree with the
 header: all tokens of a file up to that size, evenly spaced pages of a larger one (this takes 0.02 s
-at most, measured).
-"""
+at most, measured)."""
 
 import contextlib
 import dataclasses

@@ -1,7 +1,6 @@
 """This module decides on which side of the split each document goes and cuts its bytes into pieces.
 
-It reads the documents once to hash them, and keeps 16 bytes for each, never their text.
-"""
+It reads the documents once to hash them, and keeps 16 bytes for each, never their text."""
 
 import codecs
 import dataclasses

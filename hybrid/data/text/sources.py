@@ -3,8 +3,7 @@
 A source is a `Files` or a `Rows`. `documents()` gives the same documents in the same order each
 time; a document is a name and chunks of bytes, and is never held whole. `state()` is quick to
 compute and changes when the text may have changed. `what` names the source in messages. A `lenient`
-source leaves out text that is not UTF-8.
-"""
+source leaves out text that is not UTF-8."""
 
 import dataclasses
 import glob

@@ -1,8 +1,7 @@
 """This module turns text into token ids and back, by bytes or by a Hugging Face tokenizer.
 
 `Bytes` needs nothing installed or downloaded. In both classes all ids are below `vocab_size`, and
-the id `end` follows the tokens of each document.
-"""
+the id `end` follows the tokens of each document."""
 
 from collections.abc import Sequence
 from pathlib import Path

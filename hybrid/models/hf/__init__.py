@@ -2,8 +2,7 @@
 
 A job names it by `model.name = "hf:NAME_OR_PATH"`. For every causal type of transformers,
 `benchmarks/hf_models.md` says whether it can be cut into stages and whether the stages compute what
-the whole model computes.
-"""
+the whole model computes."""
 
 import warnings
 from collections.abc import Mapping

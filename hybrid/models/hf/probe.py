@@ -6,8 +6,7 @@ second changes a token; in a causal model, earlier logits stay. The third detach
 before each decoder layer and behind the last, and drops what else layers return unless it has a
 graph. The autograd graph of each detached piece then shows what it uses beside the hidden state.
 Parameters outside the list belong to the pieces that reach them; a piece that reaches into another
-layer forbids cuts.
-"""
+layer forbids cuts."""
 
 import contextlib
 import copy

@@ -6,8 +6,7 @@ parameters and return the hidden state unchanged. The family's own code makes ma
 rotary tables on every stage. Where a stage begins, the received tensor replaces the hidden state.
 Where it ends, an exception leaves the forward pass, so that nothing behind it runs. Only one float
 tensor goes from stage to stage. The few families that need token ids again get them inside that
-tensor, as digits.
-"""
+tensor, as digits."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
