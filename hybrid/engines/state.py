@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from ..data.loader import MicroBatch
 from ..job.errors import JobError
@@ -20,11 +21,7 @@ def on_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
 
 def to_device(value: Any, device: torch.device) -> Any:
     """Return a tensor, or a tuple, list or dict of them, on `device`."""
-    if isinstance(value, Mapping):
-        return {key: to_device(v, device) for key, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(to_device(v, device) for v in value)
-    return value.to(device, non_blocking=True)
+    return tree_map(lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
 def gradient_dtypes(model: nn.Module) -> str:

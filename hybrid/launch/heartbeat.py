@@ -22,12 +22,7 @@ PATIENCE_S = 2.0  # for another rank's report of a failure
 _CAUSE = "hybrid/cause"
 # The files in which a rank waits for others: in a collective, in a backward pass that starts some,
 # or in this file, when it has waited in vain.
-_WAITING = (
-    "torch/distributed/",
-    "torch/autograd/",
-    "deepspeed/comm/",
-    "hybrid/launch/heartbeat.py",
-)
+_WAITING = ("torch/distributed/", "torch/autograd/", "deepspeed/comm/", "launch/heartbeat.py")
 # Errors with these words say that a peer is gone or did not come: an effect, never the first cause.
 PEER_LOSS_MESSAGES = (
     "closed by peer",

@@ -4,21 +4,14 @@ Li et al. 2020, https://arxiv.org/abs/2006.15704. A communication hook may compr
 Such a run does not compute what `single` does: its parity has a wider tolerance, which is stated.
 """
 
-from __future__ import annotations
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
-
-from ..engines.protocol import Engine, make_receipt
+from ..engines.protocol import make_receipt
 from ..job.schema import Job
 from ..launch.placement import Placement
 from ..layout import Layout
 from ..records import Receipt
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ..models.layers import Layers
-    from ..models.losses import Loss
+from .protocol import Engine, Layers, Loss
 
 name = "ddp"
 summary = "replicas; gradients averaged every step; hooks none, bf16, fp16, powersgd"
@@ -46,7 +39,7 @@ def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
     )
 
 
-def _module(engine: Any) -> nn.Module:
+def _module(engine: Any) -> Any:
     return engine.accelerator.unwrap_model(engine.model)
 
 

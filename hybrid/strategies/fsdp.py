@@ -4,23 +4,15 @@ It shards parameters, gradients and optimizer state (Zhao et al. 2023,
 https://arxiv.org/abs/2304.11277; torch's `fully_shard`). With `parallel.replicate` and
 `parallel.shard` the shards are replicated: hybrid sharding (HSDP)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..engines.protocol import Engine, make_receipt
+from ..engines.protocol import make_receipt
 from ..job.schema import Job
 from ..launch.placement import Placement
 from ..layout import Layout, fill_degrees
 from ..records import Receipt
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from ..models.layers import Layers
-    from ..models.losses import Loss
+from .protocol import Engine, Layers, Loss
 
 name = "fsdp"
 summary = "everything sharded (FSDP2); `reshard_after_forward`; replicate x shard"
@@ -43,14 +35,14 @@ def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
     return AcceleratedEngine(job, placement, loss, prepared, _inspect, _gather, _scatter)
 
 
-def _gather(engine: Any) -> dict[str, torch.Tensor]:
+def _gather(engine: Any) -> dict[str, Any]:
     from ..engines.state import copy_of_state
 
     _reshard(engine.model)
     return copy_of_state(engine.model, keep=engine.accelerator.is_main_process)
 
 
-def _reshard(model: nn.Module) -> None:
+def _reshard(model: Any) -> None:
     """Free gathered parameters: evaluation leaves those of the root gathered, and rounded."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -59,7 +51,7 @@ def _reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _scatter(engine: Any, state: Mapping[str, torch.Tensor]) -> None:
+def _scatter(engine: Any, state: Mapping[str, Any]) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     _reshard(engine.model)
@@ -108,7 +100,7 @@ def _inspect(engine: Any) -> Receipt:
     return make_receipt(evidence, conditions)
 
 
-def _list_units(model: nn.Module) -> list[tuple[str, bool]]:
+def _list_units(model: Any) -> list[tuple[str, bool]]:
     """List the FSDP units that have parameters, except the root.
 
     Each comes with the class it is made of, and whether it frees parameters after forward. torch

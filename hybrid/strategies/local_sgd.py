@@ -4,19 +4,11 @@ Stich 2019, https://arxiv.org/abs/1805.09767. With `emulate_replicas = R` one pr
 of R ranks. A real run is compared with this emulation, since between merges local SGD is another
 algorithm than `single`."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from ..engines.protocol import Engine
 from ..job.errors import JobError, Unsupported
 from ..job.schema import Job
 from ..launch.placement import Placement
 from ..layout import Layout
-
-if TYPE_CHECKING:
-    from ..models.layers import Layers
-    from ..models.losses import Loss
+from .protocol import Engine, Layers, Loss
 
 name = "local_sgd"
 summary = "replicas step alone; parameters averaged every `sync_every` steps or epoch"

@@ -3,21 +3,13 @@
 It has one data-parallel column; `2d` has more. Huang et al. 2019, https://arxiv.org/abs/1811.06965.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from ..engines.deepspeed_config import check_fp16
-from ..engines.protocol import Engine
 from ..job.errors import Unsupported
 from ..job.schema import Job
 from ..launch.placement import Placement
 from ..layout import Layout
 from ..stages.checks import ModelSummary, check_stages
-
-if TYPE_CHECKING:
-    from ..models.layers import Layers
-    from ..models.losses import Loss
+from .protocol import Engine, Layers, Loss
 
 name = "pipeline"
 summary = "layers over stages; `partition` uniform, parameters or [layers, ...]; micro-batches"

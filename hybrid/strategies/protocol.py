@@ -3,19 +3,19 @@
 A file of this folder is a strategy itself, or offers several (`zero`). What a strategy leaves out
 has a default here. The module needs no torch."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING, Any, Protocol
 
-from typing import TYPE_CHECKING, Protocol
-
+from ..engines.protocol import Engine
 from ..job.schema import Job
 from ..launch.placement import Placement
 from ..layout import Layout
 from ..stages.checks import ModelSummary
 
 if TYPE_CHECKING:
-    from ..engines.protocol import Engine
     from ..models.layers import Layers
     from ..models.losses import Loss
+else:  # strategies name these in annotations alone, and the modules import torch
+    Layers = Loss = Any
 
 REQUIRED = ("name", "summary", "layout", "build")
 

@@ -1,17 +1,9 @@
 """This strategy is one process in plain torch. Every other run is compared with it."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from ..engines.protocol import Engine
 from ..job.schema import Job
 from ..launch.placement import Placement
 from ..layout import Layout
-
-if TYPE_CHECKING:
-    from ..models.layers import Layers
-    from ..models.losses import Loss
+from .protocol import Engine, Layers, Loss
 
 name = "single"
 summary = "one process, plain torch: the reference"

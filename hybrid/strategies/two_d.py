@@ -2,21 +2,13 @@
 
 Over the columns it runs ZeRO-0 or ZeRO-1."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from ..engines.deepspeed_config import check_fp16
-from ..engines.protocol import Engine
 from ..job.errors import Unsupported
 from ..job.schema import Job
 from ..launch.placement import Placement
 from ..layout import Layout, fill_degrees
 from ..stages.checks import ModelSummary, check_stages
-
-if TYPE_CHECKING:
-    from ..models.layers import Layers
-    from ..models.losses import Loss
+from .protocol import Engine, Layers, Loss
 
 name = "2d"
 summary = "stages x data-parallel columns; `zero_stage` 0 or 1; parallel.pp x parallel.dp"

@@ -1,21 +1,14 @@
 """These three strategies are ZeRO-1, 2 and 3, through Accelerate and DeepSpeed.
 Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import TYPE_CHECKING
 
 from ..engines.deepspeed_config import check_fp16
 from ..job.schema import Job
 from ..launch.placement import Placement
 from ..layout import Layout
 from ..stages.checks import ModelSummary
-
-if TYPE_CHECKING:
-    from ..engines.protocol import Engine
-    from ..models.layers import Layers
-    from ..models.losses import Loss
+from .protocol import Engine, Layers, Loss
 
 
 @dataclasses.dataclass(frozen=True)
