@@ -20,10 +20,7 @@ app = typer.Typer(
 )
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job: a TOML file.")]
-Out = Annotated[
-    Path,
-    typer.Option(file_okay=False, metavar="DIR", help="Folder for the results."),
-]
+Out = Annotated[Path, typer.Option(file_okay=False, metavar="DIR", help="Folder for the results.")]
 
 
 def _processes(text: str) -> int:

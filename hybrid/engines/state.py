@@ -15,13 +15,9 @@ from .precision import names_of, plain_name
 
 def on_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     """Return a micro-batch with its inputs and targets on `device`."""
-    inputs, target = to_device(micro_batch.input, device), to_device(micro_batch.target, device)
+    pair = micro_batch.input, micro_batch.target  # each a tensor, or a tuple, list or dict of them
+    inputs, target = tree_map(lambda tensor: tensor.to(device, non_blocking=True), pair)
     return MicroBatch(inputs, target, micro_batch.ids)
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Return a tensor, or a tuple, list or dict of them, on `device`."""
-    return tree_map(lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
 def gradient_dtypes(model: nn.Module) -> str:

@@ -96,7 +96,7 @@ class Train(_Section):
     micro_batches: Positive = 1  # pieces each data-parallel rank cuts its share into
     epochs: Positive | None = None
     steps: Positive | None = None  # optimizer steps
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # what layers compute in; see README.md
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # see docs/precision.md
     clip_norm: float = Field(default=0.0, ge=0)  # greatest global gradient norm; 0 is off
     seed: Count = 0
     activation_checkpointing: bool = False  # computes activations again in backward, keeps none

@@ -6,17 +6,13 @@ engines read. Open MPI, MPICH and srun set variables of their own."""
 import os
 import re
 
+_OMPI = "OMPI_COMM_WORLD_"
 # Rank, world size, rank within the host, ranks of the host. The order matters: `srun torchrun`
 # leaves SLURM's variables beside torch's. A batch script without srun has SLURM_PROCID, but no
 # SLURM_STEP_NUM_TASKS.
 VARIABLES = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "Open MPI": (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
+    "Open MPI": tuple(f"{_OMPI}{key}" for key in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }

@@ -23,6 +23,7 @@ from .heartbeat import Cause, Heartbeat, is_peer_loss
 from .placement import Placement
 
 _WIDTH = 80  # characters in `logs/rankN.where`
+TAIL_LINES = 20  # of a log, where a rank left nothing else
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # in the RuntimeError that torch raises on a full host
 
 
@@ -187,7 +188,8 @@ def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
             failure = Failure(who, message, left["details"], left["kind"])
             found.append((is_peer_loss(failure.message), left["time"], failure))
         else:
-            tail = _tail(logs / f"rank{rank}.log")
+            log = (logs / f"rank{rank}.log").read_text(errors="replace")
+            tail = "\n".join(log.splitlines()[-TAIL_LINES:])
             message = f"{_how_it_ended(code)} ({_where(logs, rank)})"
             found.append((False, seen, Failure(rank, message, tail)))
     return min(found, key=lambda f: f[:2])[2]
@@ -206,7 +208,3 @@ def _how_it_ended(code: int) -> str:
     if -code == signal.SIGKILL:
         return "was ended by SIGKILL, by which the system also ends what takes too much memory"
     return f"was ended by {signal.Signals(-code).name}"
-
-
-def _tail(log: Path, lines: int = 20) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

@@ -15,18 +15,9 @@ from pathlib import Path
 import psutil
 
 _LAUNCHERS = {
-    "torchrun",
-    "torch.distributed.run",
-    "accelerate",
-    "accelerate.commands.launch",
-    "deepspeed",
-    "deepspeed.launcher.runner",
-    "deepspeed.launcher.launch",
-    "mpirun",
-    "mpirun.openmpi",
-    "mpirun.mpich",
-    "mpiexec",
-    "mpiexec.hydra",
+    *("torchrun", "torch.distributed.run", "accelerate", "accelerate.commands.launch"),
+    *("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch"),
+    *("mpirun", "mpirun.openmpi", "mpirun.mpich", "mpiexec", "mpiexec.hydra"),
 }
 _PDEATHSIG = 1  # PR_SET_PDEATHSIG, prctl(2)
 

@@ -3,22 +3,18 @@
 The check also finds the number of steps, how many parameters each layer holds and what it returns.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..job.errors import JobError, Unsupported, first_line
 from ..job.schema import Job, resolve_lengths
+from ..launch.placement import Placement
 from ..layout import LayoutError
 from ..stages.checks import ModelSummary
+from ..strategies.protocol import Layers
 from .trackers import check_trackers
-
-if TYPE_CHECKING:
-    from ..launch.placement import Placement
-    from ..models.layers import Layers
 
 Data = tuple[Sequence[Any], Sequence[Any]]  # train set and test set
 

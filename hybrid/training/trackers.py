@@ -14,14 +14,7 @@ from typing import Any
 from ..job.errors import JobError
 
 PROJECT = "hybrid"
-STEP_VALUES = {  # the tracker's name for each key of a line of steps.jsonl
-    "loss": "loss",
-    "grad_norm": "grad_norm",
-    "lr": "lr",
-    "seconds": "step_s",
-    "memory_bytes": "memory_bytes",
-    "loss_scale": "loss_scale",
-}
+STEP_VALUES = ("loss", "grad_norm", "lr", "seconds", "memory_bytes", "loss_scale")  # a line's keys
 EVAL_VALUES = ("loss", "perplexity", "accuracy")
 
 
@@ -105,13 +98,13 @@ def _start(name: str, folder: Path, run: str) -> Any:
 
 def step_values(line: Mapping[str, Any]) -> dict[str, float]:
     """Return what the trackers get of one line of `steps.jsonl`, by the trackers' names."""
-    values = {new: line[old] for old, new in STEP_VALUES.items() if line.get(old) is not None}
+    values = {key: line[key] for key in STEP_VALUES if line.get(key) is not None}
     if "loss_scale" in values:
         values["skipped"] = int(line["skipped"])
-    if line.get("seconds"):
-        values["samples_per_s"] = line["samples"] / line["seconds"]
+    if seconds := values.pop("seconds", None):
+        values |= {"step_s": seconds, "samples_per_s": line["samples"] / seconds}
         if line.get("targets") not in (None, line["samples"]):
-            values["tokens_per_s"] = line["targets"] / line["seconds"]
+            values["tokens_per_s"] = line["targets"] / seconds
     return values
 
 
