@@ -95,8 +95,8 @@ def test_pipeline_partitions(partition: Any, layers: list[list[int]], tmp_path: 
 def test_accumulation_and_clipping_in_pipelines(optimizer: str, tmp_path: Path) -> None:
     """In DeepSpeed 0.19 fp32 clips each stage by its own norm (docs/work-arounds.md).
 
-    With an eps of 1e-8 AdamW enlarges the rounding of gradients near zero: on an AMD EPYC the weights
-    of 2d were then 1.24e-5 off, past the tolerance of 1e-5; with 1e-6 they are 3.7e-6 off."""
+    With an eps of 1e-8 AdamW enlarges the rounding of gradients near zero: on an AMD EPYC 2d's
+    weights were then 1.24e-5 off, past the tolerance of 1e-5. With 1e-6 they are 3.7e-6 off."""
     adamw = {"name": "adamw", "lr": 0.01, "eps": 1e-6}
     job = {
         "train__micro_batches": 4,
