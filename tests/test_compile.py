@@ -37,6 +37,17 @@ def test_layers_that_torch_leaves_uncompiled_are_refused() -> None:
         hybrid.train(compiled_job(train__steps=1), "single")
 
 
+def test_many_rounded_layers_are_compiled_once() -> None:
+    """torch.compile leaves a block uncompiled that comes after eight others of its own kind."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {**GPT, "num_layers": 11}
+    job = compiled_job(model__options=options, train__precision="bf16", train__steps=2)
+    hybrid.train(job, "single")
+    left_out = torch._dynamo.utils.counters["unimplemented"]
+    assert not any("recompile limit" in reason for reason in left_out), left_out
+
+
 @pytest.mark.slow
 def test_compiled_runs_are_equal_and_say_so(tmp_path: Path) -> None:
     result = hybrid.compare(compiled_job(), ["fsdp", "pipeline"], nproc=2, out=tmp_path)

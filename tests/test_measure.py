@@ -36,6 +36,15 @@ def adamw_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
+def test_the_meter_of_a_gpu_initialises_cuda_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch resets no peak in a process that has not used its GPU yet: Invalid device argument."""
+    calls: list[str] = []
+    for name in ("init", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: calls.append(name))
+    with StorageMeter("cuda"):
+        assert calls == ["init", "reset_peak_memory_stats"]
+
+
 def test_adamw_holds_what_theory_says() -> None:
     meter = StorageMeter()
     with meter:

@@ -7,7 +7,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+import hybrid
 from tests.conftest import ROOT
 from tests.test_faults import compare_with
 
@@ -64,6 +69,27 @@ def test_accelerate_still_turns_fsdp_into_ddp_on_a_cpu() -> None:
         timeout=120,
     )
     assert done.stdout.split()[-1:] == ["MULTI_CPU"], done.stdout + done.stderr
+
+
+def test_accelerate_still_leaves_out_ddp_in_one_process_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """hybrid/engines/accelerator.py::_keep_ddp; without a GPU, `prepare` is made to do the same."""
+    from accelerate import Accelerator
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    alone = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, num_processes=1)
+    use_distributed: Any = PartialState.use_distributed
+    assert not use_distributed.fget(alone)
+
+    def prepare(self: Any, model: Any, optimizer: Any) -> Any:
+        return model, self.prepare_optimizer(optimizer)
+
+    monkeypatch.setattr(Accelerator, "prepare", prepare)
+    job = hybrid.load_job("launch/jobs/linear.toml", {"train.epochs": 1})
+    receipt = hybrid.train(job, "ddp").receipt
+    assert receipt and receipt.evidence["model"] == "DistributedDataParallel"
 
 
 def test_deepspeed_still_compiles_an_op_when_it_starts_on_a_cpu(tmp_path: Path) -> None:

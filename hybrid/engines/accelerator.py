@@ -1,6 +1,7 @@
 """This module prepares models for DDP, FSDP2 and ZeRO. No other file here imports Accelerate.
 
-It also works round what Accelerate does silently on hosts without a GPU (`_keep_fsdp`)."""
+It also works round what Accelerate does silently on hosts without a GPU (`_keep_fsdp`), and in one
+process on a GPU (`_keep_ddp`)."""
 
 import os
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def prepare_ddp(job: Job, placement: Placement, layers: Layers, accumulation: in
         comm_state_option=options,
     )
     accelerator = _make_accelerator(placement, accumulation, handler)
-    prepared = _prepare(job, accelerator, layers, rounds_at_use=True)
+    prepared = _keep_ddp(_prepare(job, accelerator, layers, rounds_at_use=True), handler)
     if bf16_on_cpu:
         model: Any = prepared.model
         model.register_comm_hook(None, _bf16_hook())
@@ -145,6 +146,22 @@ def _prepare(
     if restore:
         restore()
     return PreparedModel(accelerator, live, live_optimizer, observer, buffers)
+
+
+def _keep_ddp(prepared: PreparedModel, handler: Any) -> PreparedModel:
+    """Put the model under DDP where Accelerate did not.
+
+    In one process on a GPU it leaves the model as it is, because `accelerate/accelerator.py` (1.15)
+    asks for more than one process there, though on a CPU it does not. test_workarounds.py tells
+    when this can go."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    alone = torch.distributed.get_world_size() == 1
+    if isinstance(prepared.model, DistributedDataParallel) or not alone:
+        return prepared
+    model = DistributedDataParallel(prepared.model, **handler.to_kwargs())
+    handler.register_comm_hook(model)
+    return prepared._replace(model=model)
 
 
 def _keep_fsdp(accelerator: Any, plugin: Any, placement: Placement) -> None:

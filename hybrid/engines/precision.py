@@ -52,10 +52,16 @@ def round_at_use(model: nn.Module, dtype: torch.dtype) -> None:
     The fp32 ones stay the model's parameters, and take the gradients."""
     if dtype == torch.float32:
         return
+    classes: dict[tuple[Any, ...], type[nn.Module]] = {}
     for module in list(model.modules()):
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_floating_point():
-                parametrize.register_parametrization(module, name, _Round(dtype), unsafe=True)
+        kind = type(module)
+        names = [n for n, p in module.named_parameters(recurse=False) if floating(p)]
+        for name in names:
+            parametrize.register_parametrization(module, name, _Round(dtype), unsafe=True)
+        if names:
+            # torch makes a class for each module. torch.compile compiles a block again for each
+            # class that it meets in it, and after eight times it leaves further blocks uncompiled.
+            module.__class__ = classes.setdefault((kind, *names), type(module))
 
 
 def plain_name(name: str) -> str:

@@ -49,7 +49,7 @@ class ZeroEngine(AcceleratedEngine):
         return self.accelerator.deepspeed_engine_wrapped.engine
 
     def _loss_scale(self) -> float:
-        return float(self.live.optimizer.loss_scale)
+        return float(getattr(self.live.optimizer, "loss_scale", 1.0))  # in bf16 there is none
 
     def _backward(self, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss)

@@ -5,6 +5,7 @@ numbers through `hybrid.launch.exchange`."""
 
 import dataclasses
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from .threads import set_num_threads
 DEFAULT_LIMITS = Launch()
 _joined = ExitStack()  # what `cleanup` undoes
 FAREWELL_S = 0.05
+CONNECT_PAUSE_S = 0.1
 _ARRIVED = "hybrid/arrived/"  # keys of the store: each rank's host, once it has come
 
 
@@ -95,6 +97,8 @@ def _open_store(placement: Placement, seconds: int) -> dist.Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     holds = placement.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
+        if not holds:
+            _wait_for_port(address, port, seconds)
         store = dist.TCPStore(
             address,
             port,
@@ -104,7 +108,7 @@ def _open_store(placement: Placement, seconds: int) -> dist.Store:
             wait_for_workers=False,  # it would not say who is missing
             multi_tenant=True,
         )
-    except dist.DistError as error:
+    except (dist.DistError, OSError) as error:
         where = f"rank 0 cannot listen on port {port}" if holds else f"within {seconds} s"
         raise StartError(
             f"no meeting of ranks at MASTER_ADDR:MASTER_PORT = {address}:{port}, {where}: "
@@ -112,6 +116,23 @@ def _open_store(placement: Placement, seconds: int) -> dist.Store:
         ) from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"hybrid/attempt_{attempt}", store)
+
+
+def _wait_for_port(address: str, port: int, seconds: int) -> None:
+    """Wait until a process listens there; raises the last attempt's OSError after `seconds`.
+
+    torch's client pauses longer after each attempt. With a timeout of 6 s it gave up after 7 to 17
+    s, when its peers had failed long before."""
+    deadline = time.monotonic() + seconds
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            socket.create_connection((address, port), timeout=max(left, CONNECT_PAUSE_S)).close()
+            return
+        except OSError:
+            if left < 0:
+                raise
+        time.sleep(CONNECT_PAUSE_S)
 
 
 @contextmanager

@@ -107,6 +107,7 @@ class StorageMeter:
         self._exit = contextlib.ExitStack()
         if self._cuda:
             if not self._was_entered:
+                torch.cuda.init()  # else torch knows no device yet whose peak to reset
                 torch.cuda.reset_peak_memory_stats(self._device)
         else:
             self._recount()
