@@ -1,6 +1,6 @@
 """What one GPU shows: strategies on one process of it against `single`, and the speed of a GPT.
 
-    python -m benchmarks.gpu --out out/gpu            # at most six minutes on one GPU
+    python -m benchmarks.gpu --out out/gpu            # about ten minutes on one GPU
     python -m benchmarks.gpu --out out/gpu --small    # the same path at a small size, on a CPU too
 
 Run from the top folder. It writes `gpu.json` into the folder and prints its tables. First, the GPT
