@@ -3,11 +3,11 @@
     python -m benchmarks.gpu --out out/gpu            # about ten minutes on one GPU
     python -m benchmarks.gpu --out out/gpu --small    # the same path at a small size, on a CPU too
 
-Run from the top folder. It writes `gpu.json` into the folder and prints its tables. First, the GPT
-of `launch/jobs/gpt.toml` in fp32, bf16 and fp16 under each strategy that runs on one process. Then
+Run from the top folder. It writes `gpu.json` into the folder and prints what it holds. First come
 tokens per second of the 124M GPT in bf16, compiled, under `single`, `ddp` and `fsdp`, beside a
 plain torch loop in the same process, which runs before and after them. Model FLOPs per token are
-6 N + 12 L H Q T (Chowdhery et al. 2022, PaLM, appendix B).
+6 N + 12 L H Q T (Chowdhery et al. 2022, PaLM, appendix B). Then comes the GPT of
+`launch/jobs/gpt.toml` in fp32, bf16 and fp16 under each strategy that runs on one process.
 """
 
 import argparse
