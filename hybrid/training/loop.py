@@ -242,8 +242,10 @@ class _Run:
         return result
 
     def _reductions(self) -> str:
-        """Return the dtype of reductions for the precision ledger; only the instruments know it."""
-        dtype = self.instruments.reduced_in()
+        """Return the dtype of reductions for the precision ledger; only the instruments know it.
+
+        A process alone reduces nothing, though it may call collectives."""
+        dtype = self.instruments.reduced_in() if self.placement.world_size > 1 else None
         return name_of(getattr(torch, dtype)) if dtype else "none"
 
     def _tokens(self) -> int | None:
