@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..job.errors import first_line
-from ..launch.environment import launcher_name
-from ..launch.placement import export_rank_variables, find_placement
+from ..launch.placement import Placement, export_rank_variables, find_placement
 from ..records import dumps
 from .finding import Finding
 from .installed import check_launchers, check_packages
@@ -39,11 +38,12 @@ def run(self_test: bool, json_to: TextIO | None) -> int:
     The first rank alone prints each finding as it is made, or at the end one JSON object."""
     placement = find_placement()
     first, host = placement.rank == 0, placement.host
-    if launcher_name():
+    if placement.launcher:
         export_rank_variables(placement)
     findings: list[Finding] = []
     links: list[Any] = []
-    _collect(_look(self_test, findings, links), findings, show=first and not json_to)
+    found = _look(placement, self_test, findings, links)
+    _collect(found, findings, show=first and not json_to)
     ok = all(finding.status != "error" for finding in findings)
     if first and json_to:
         print(dumps(Report(host, ok, findings, links)), file=json_to)
@@ -78,22 +78,24 @@ def _collect(found: Iterable[Finding], findings: list[Finding], show: bool) -> N
             print(f"{'':8} {'':20} -> {finding.mend}", flush=True)
 
 
-def _look(self_test: bool, so_far: list[Finding], links: list[Any]) -> Iterator[Finding]:
+def _look(
+    placement: Placement, self_test: bool, so_far: list[Finding], links: list[Any]
+) -> Iterator[Finding]:
     """Yield all findings; `so_far` holds those that were yielded, `links` takes the measured ones.
 
     Under a launcher the links are measured in place of a self-test, which starts ranks of its own.
     """
     for check in CHECKS:
         yield from check()
-    if launcher_name():
-        yield from _meet(so_far, links)
+    if placement.launcher:
+        yield from _meet(placement, so_far, links)
     elif self_test:
         from .self_test import check_strategies
 
         yield from check_strategies()
 
 
-def _meet(mine: list[Finding], links: list[Any]) -> list[Finding]:
+def _meet(placement: Placement, mine: list[Finding], links: list[Any]) -> list[Finding]:
     """Compare hosts and measure links with the other ranks, which all have to call this."""
     if torch_problem():
         return [Finding("ranks", "error", "they cannot meet without torch", "see torch above")]
@@ -102,7 +104,7 @@ def _meet(mine: list[Finding], links: list[Any]) -> list[Finding]:
     from .links import measure
 
     try:
-        placement = join_process_group(find_placement())
+        placement = join_process_group(placement)
         of_ranks = gather_objects((placement.host, placement.local_rank, mine))
         measured, found = measure(placement)
     except RuntimeError as error:  # all of torch's are (DistBackendError, DistStoreError, ...)

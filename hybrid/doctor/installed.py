@@ -16,16 +16,17 @@ from packaging.version import InvalidVersion, Version
 
 from ..job.errors import JobError
 from ..launch.ops_cache import package_version
+from ..stages.checks import FIRST_RIGHT_DEEPSPEED
 from .files import check_file
 from .finding import Finding, warn_if
 
 # The first good release, and what was wrong before.
 KNOWN_WRONG = {
     "deepspeed": (
-        "0.19.3",
+        FIRST_RIGHT_DEEPSPEED,
         "pipelines that accumulate train on wrong gradients (deepspeedai/DeepSpeed#7773, #8152)",
     ),
-    "torch": ("2.10", "torch.load has known holes even with weights_only=True"),
+    "torch": (Version("2.10"), "torch.load has known holes even with weights_only=True"),
 }
 PROGRAM_S = 5.0  # what another program may take to name its version
 # Python's launchers: the package, and how to call it whatever stands in PATH.
@@ -57,9 +58,9 @@ def check_release(name: str, installed: str | None, bounds: SpecifierSet) -> Fin
     mend = f"pip install '{name}{wanted}'"
     if installed is None:
         return Finding(name, "error", f"not installed; needed: {wanted}", mend)
-    first_good, problem = KNOWN_WRONG.get(name, ("0", ""))
+    first_good, problem = KNOWN_WRONG.get(name, (Version("0"), ""))
     try:
-        wrong = Version(installed) < Version(first_good)
+        wrong = Version(installed) < first_good
     except InvalidVersion:
         return Finding(
             name, "warning", f"{installed}: this is not a version that PEP 440 knows", mend

@@ -1,5 +1,6 @@
 """This module starts DeepSpeed, completes its configuration, and handles fp32 master weights."""
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -106,6 +107,16 @@ def stepped(optimizer: Any) -> Stepped:
     """Describe what one of DeepSpeed's optimizers updates."""
     summed = getattr(optimizer, "grad_acc_dtype", None) or optimizer.gradient_accumulation_dtype
     return Stepped(optimizer.optimizer, fp32_partitions(optimizer), name_of(summed))
+
+
+def loss_scale(optimizer: Any) -> float:
+    """Return the scale that one of DeepSpeed's optimizers gives the loss; only fp16's have one."""
+    return float(getattr(optimizer, "loss_scale", 1.0))
+
+
+def norm_or_overflow(optimizer: Any, norm: Any) -> float:
+    """Return DeepSpeed's gradient norm, infinity where an fp16 gradient overflowed."""
+    return math.inf if optimizer.overflow else float(norm)
 
 
 def fp32_partitions(optimizer: Any) -> list[torch.Tensor]:

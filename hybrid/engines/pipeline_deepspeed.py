@@ -21,6 +21,8 @@ from .base import BaseEngine
 from .deepspeed_setup import (
     full_config,
     full_tensor,
+    loss_scale,
+    norm_or_overflow,
     pipeline_stage,
     prepare_process,
     set_masters,
@@ -102,15 +104,14 @@ class StageEngine(BaseEngine):
         self.tally, self.input_digest = Tally(self.device), 0
         self.pending = [micro_batch.ids for micro_batch in micro_batches]
         optimizer = self.engine.optimizer
-        loss_scale = float(getattr(optimizer, "loss_scale", 1.0))  # only fp16's optimizer has one
+        scale = loss_scale(optimizer)
         set_learning_rate(optimizer, learning_rate(self.job, self.step))
         self.engine.train_batch(self._feed(micro_batches))
         if self.zero_stage:
-            norm = self.engine.get_global_grad_norm()
-            self.norm = math.inf if optimizer.overflow else float(norm)
+            self.norm = norm_or_overflow(optimizer, self.engine.get_global_grad_norm())
         rate = read_learning_rate(optimizer)
         rows = gather_rows(self.tally.step_row(self.norm, rate, self.input_digest))
-        result = self._finish_step(rows, count, loss_scale)
+        result = self._finish_step(rows, count, scale)
         self._check_inputs(rows, result)
         return result
 

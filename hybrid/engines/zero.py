@@ -19,6 +19,8 @@ from .deepspeed_setup import (
     fp32_partitions,
     full_config,
     full_tensor,
+    loss_scale,
+    norm_or_overflow,
     prepare_process,
     set_masters,
     stepped,
@@ -49,14 +51,14 @@ class ZeroEngine(AcceleratedEngine):
         return self.accelerator.deepspeed_engine_wrapped.engine
 
     def _loss_scale(self) -> float:
-        return float(getattr(self.live.optimizer, "loss_scale", 1.0))  # in bf16 there is none
+        return loss_scale(self.live.optimizer)
 
     def _backward(self, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss)
 
     def _update(self) -> float:
         norm = self.accelerator.clip_grad_norm_(None, math.inf)
-        return math.inf if self.live.optimizer.overflow else float(norm)
+        return norm_or_overflow(self.live.optimizer, norm)
 
     def _stepped(self) -> Stepped:
         return stepped(self.live.optimizer)

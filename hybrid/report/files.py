@@ -10,11 +10,19 @@ from typing import Any
 
 from .. import records
 from ..records import Comparison
-from . import table
 from .formats import format_value
 from .plots import Curves, bars, curves
 from .precision import compare_precision
-from .verdict import format_excused, standings, trusted_runs, verdict
+from .table import (
+    IDENTITY,
+    build_rows,
+    describe_memory,
+    find_meaning,
+    make_headers,
+    make_legend,
+    tell_progress,
+)
+from .verdict import Standing, format_excused, standings, trusted_runs, verdict
 
 
 def write(comparison: Comparison, out: Path) -> list[Path]:
@@ -38,7 +46,7 @@ def html(comparison: Comparison) -> str:
     memories = [run.memory for run in trusted_runs(comparison).values() if run.memory]
     values = {
         **_describe(comparison),
-        "meaning": table.find_meaning(comparison),
+        "meaning": find_meaning(comparison),
         "instruments": sorted({memory.how for memory in memories}),
         "curves": _draw(curves(comparison)),
         "bars": bars(comparison),
@@ -71,22 +79,21 @@ def _describe(comparison: Comparison) -> dict[str, Any]:
     """Return what compare.md and report.html both tell, as plain data without markup."""
     return {
         "verdict": verdict(comparison),
-        "headers": table.make_headers(comparison),
-        "flush_left": table.IDENTITY,
-        "rows": list(table.build_rows(comparison).values()),
-        "legend": table.make_legend(comparison),
+        "headers": make_headers(comparison),
+        "flush_left": IDENTITY,
+        "rows": list(build_rows(comparison).values()),
+        "legend": make_legend(comparison),
         "precision": compare_precision(comparison),
-        "progress": table.tell_progress(comparison),
-        "runs": [_describe_run(comparison, name) for name in comparison.strategies],
+        "progress": tell_progress(comparison),
+        "runs": [_describe_run(comparison, *found) for found in standings(comparison).items()],
         "job": comparison.job,
         "machine": comparison.machine,
     }
 
 
-def _describe_run(comparison: Comparison, name: str) -> dict[str, Any]:
+def _describe_run(comparison: Comparison, name: str, standing: Standing) -> dict[str, Any]:
     """Return the standing of a run, its receipt and, where it may be shown, its memory."""
     record, parity = comparison.strategies[name], comparison.parity.get(name)
-    standing = standings(comparison)[name]
     return {
         "name": name,
         "state": standing.state,
@@ -95,7 +102,7 @@ def _describe_run(comparison: Comparison, name: str) -> dict[str, Any]:
         "num_steps": len(record.steps),
         "environment": record.environment,
         "excused": dict(enumerate(map(format_excused, parity.excused), 1)) if parity else {},
-        "memory": {} if standing.problem else table.describe_memory(record),
+        "memory": {} if standing.problem else describe_memory(record),
     }
 
 

@@ -62,16 +62,17 @@ def train(
     out = Path(out) if out else None
     status = RankStatus(job, placement, out / "logs" if out else None)
     folder = out if placement.rank == 0 else None
+    recorded = folder if placement.launcher != OWN else None  # else `launch` begins and ends it
     try:
-        if folder and placement.launcher != OWN:
-            begin_run(folder, job, strategy)
+        if recorded:
+            begin_run(recorded, job, strategy)
         return _train(job, strategy, placement, folder, on_step, status)
     except BaseException as error:
         # This comes before `cleanup`, which can wait for a peer that is gone.
         cause = leave_error(error, status)
         failure = error if cause is None else PeerFailed(cause.describe())
-        if folder:
-            end_run(folder, strategy, placement.world_size, failure)
+        if recorded:
+            end_run(recorded, strategy, placement.world_size, failure)
         if failure is not error:
             raise failure from error
         raise
@@ -145,7 +146,6 @@ class _Run:
         """Train, evaluate, and put the record together."""
         if self.out:
             self.trackers = Trackers(self.job.log.trackers, self.out, to_dict(self.job))
-            (self.out / "steps.jsonl").write_text("")
         data = self._check_data()
         initial = project(self.engine.state())
         first = self._train_steps()
