@@ -39,6 +39,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=VALUE", help="Override one key of the job; repeatable."),
 ]
+FreshRanks = Annotated[
+    bool,
+    typer.Option("--fresh-ranks", help="Start each rank afresh, not by a fork of one process."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
@@ -51,6 +55,7 @@ def compare(
     nproc: Nproc = None,
     out: Out = Path("out/compare"),
     overrides: Overrides = None,
+    fresh_ranks: FreshRanks = False,
     json: Json = False,
 ) -> None:
     """Run the job under each strategy and hold every run against `single`."""
@@ -63,7 +68,7 @@ def compare(
     names = [n.strip() for n in strategies.split(",")] if strategies else list(registry.NAMES)
     watcher = Progress()
     try:
-        result = compare_strategies(loaded, names, nproc, out, watcher)
+        result = compare_strategies(loaded, names, nproc, out, watcher, fresh_ranks=fresh_ranks)
     finally:
         watcher.close()
     if json:
@@ -81,6 +86,7 @@ def train(
     nproc: Nproc = None,
     out: Out = Path("out/train"),
     overrides: Overrides = None,
+    fresh_ranks: FreshRanks = False,
     json: Json = False,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -88,7 +94,7 @@ def train(
     from . import records
     from .training.run import run_job
 
-    record = run_job(_load(job, overrides), strategy, out, nproc, parent)
+    record = run_job(_load(job, overrides), strategy, out, nproc, parent, fresh_ranks)
     if record is None:
         return
     if json:

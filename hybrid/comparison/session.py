@@ -11,6 +11,7 @@ from ..job.errors import JobError, RunFailed, Unsupported
 from ..job.file import to_dict
 from ..job.schema import Job
 from ..launch.ops_cache import remove_stale_locks
+from ..launch.warm import warm_ranks
 from ..layout import Layout, LayoutError
 from ..measure.machine import describe_machine
 from ..records import Comparison, Parity, Record
@@ -31,12 +32,14 @@ def compare(
     out: Path | str = "out/compare",
     watcher: Watcher | None = None,
     program: Program | None = None,
+    fresh_ranks: bool = False,
 ) -> Comparison:
     """Run the job under each strategy on `nproc` processes, and compare each run with `single`.
 
     nproc: left out, the product of the degrees in `job.parallel`, or 2. program: the command that
-    starts a rank. Raises JobError before any process starts. A run that fails raises nothing: its
-    record is in the result."""
+    starts a rank. fresh_ranks: start each rank afresh; left out, all are forked from one process.
+    Raises JobError before any process starts. A run that fails raises nothing: its record is in the
+    result."""
     print_warnings(job.warnings())
     registry.check_settings(job, strategies)
     checked = check_job(job)
@@ -44,9 +47,10 @@ def compare(
     names = [REFERENCE, *(s for s in dict.fromkeys(strategies) if s != REFERENCE)]
     layouts = _plan(checked, names, nproc or default_nproc(job))
     session = _Session(checked.job, Path(out), watcher or Watcher(), program)
-    for name, layout in layouts.items():
-        session.run_planned(name, layout)
-    return session.finish(job)
+    with warm_ranks(fresh_ranks):
+        for name, layout in layouts.items():
+            session.run_planned(name, layout)
+        return session.finish(job)
 
 
 def _plan(checked: CheckedJob, names: Sequence[str], nproc: int) -> dict[str, Layout | str]:

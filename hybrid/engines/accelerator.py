@@ -3,8 +3,9 @@
 It also works round what Accelerate does silently on hosts without a GPU (`_keep_fsdp`), and in one
 process on a GPU (`_keep_ddp`)."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -103,6 +104,8 @@ def prepare_zero(
     from accelerate.utils import DeepSpeedPlugin
 
     plugin = DeepSpeedPlugin(hf_ds_config=ds_config)
+    # It would import transformers (0.9 s), only to tell `from_pretrained` of the configuration.
+    plugin.set_deepspeed_weakref = lambda: None
     accelerator = _make_accelerator(placement, accumulation, cpu=False, deepspeed_plugin=plugin)
     return _prepare(job, accelerator, layers, restores_masters=True)
 
@@ -142,10 +145,27 @@ def _prepare(
     if rounds_at_use:
         round_at_use(model, DTYPES[job.train.precision])
     restore = restore_fp32_masters(model, job.train.precision) if restores_masters else None
-    live, live_optimizer = accelerator.prepare(model, optimizer)
+    with contextlib.nullcontext() if restores_masters else _no_deepspeed():
+        live, live_optimizer = accelerator.prepare(model, optimizer)
     if restore:
         restore()
     return PreparedModel(accelerator, live, live_optimizer, observer, buffers)
+
+
+@contextlib.contextmanager
+def _no_deepspeed() -> Iterator[None]:
+    """Tell Accelerate that there is no deepspeed, while it prepares a model for something else.
+
+    Else its FSDP2 code imports deepspeed (0.3 s) to see that the model is not deepspeed's engine.
+    """
+    from accelerate.utils import other
+
+    found = other.is_deepspeed_available
+    other.is_deepspeed_available = lambda: False
+    try:
+        yield
+    finally:
+        other.is_deepspeed_available = found
 
 
 def _keep_ddp(prepared: PreparedModel, handler: Any) -> PreparedModel:

@@ -1,6 +1,7 @@
 """This module starts DeepSpeed, completes its configuration, and handles fp32 master weights."""
 
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +28,7 @@ def prepare_process(placement: Placement) -> None:
     DeepSpeed would also run the compiler for each op to find out which of them this machine can
     compile (0.2 s a rank), so this replaces what builds the op. test_workarounds.py tells when it
     can go."""
-    set_ops_folder()
+    import_deepspeed()
     if placement.launcher != OWN and placement.local_rank == 0:
         remove_stale_locks()  # else the process that started the ranks has done so
     import deepspeed
@@ -35,6 +36,22 @@ def prepare_process(placement: Placement) -> None:
     # By this name, since the attribute `deepspeed.comm.torch` is torch itself.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed(placement.backend, verbose=False)
+
+
+def import_deepspeed() -> None:
+    """Import DeepSpeed and all that ZeRO imports later, without torch's compiler (1 s).
+
+    Every ZeRO run imports DeepSpeed's Muon optimizer, two functions of which are decorated with
+    `torch.compile`. No strategy uses them."""
+    set_ops_folder()
+    found = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if found is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = found
 
 
 def full_config(

@@ -63,6 +63,10 @@ class ZeroEngine(AcceleratedEngine):
     def _stepped(self) -> Stepped:
         return stepped(self.live.optimizer)
 
+    def close(self) -> None:
+        self.live.destroy()
+        super().close()
+
 
 def _inspect(engine: ZeroEngine) -> Receipt:
     """Show DeepSpeed's stage, and each rank's elements of parameters and fp32 master weights."""

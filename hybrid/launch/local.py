@@ -1,9 +1,10 @@
 """This module starts the ranks of a run on this machine, watches them, and finds what failed first.
 
-Each rank is a `python -m hybrid train ...` with the variables that torchrun would set. Its output
-goes to `OUT/logs/rankN.log`; a rank that raises leaves `OUT/logs/rankN.error.json`
-(`hybrid.launch.failures`). The first cause is the earliest by time; a lost connection to a peer
-that died counts last. The module needs no torch."""
+Each rank is a `python -m hybrid train ...` with the variables that torchrun would set, forked from
+a warm process where there is one (`hybrid.launch.warm`). Its output goes to `OUT/logs/rankN.log`;
+a rank that raises leaves `OUT/logs/rankN.error.json` (`hybrid.launch.failures`). The first cause is
+the earliest by time; a lost connection to a peer that died counts last. The module needs no torch.
+"""
 
 import contextlib
 import os
@@ -19,8 +20,12 @@ from ..job.errors import Failure, RunFailed
 from .failures import first_cause
 from .heartbeat import is_peer_loss
 from .threads import num_cores
+from .warm import Rank, ServerGone, wait_policy, warm_process
 
-Ranks = list[subprocess.Popen[bytes]]
+Started = subprocess.Popen[bytes] | Rank
+Ranks = list[Started]
+Program = Sequence[str]
+PROGRAM: Program = (sys.executable, "-m", "hybrid")
 GRACE_S = 3.0  # between SIGTERM and SIGKILL, for ranks to flush their logs
 POLL_S = 0.02
 PATIENCE_S = 8.0  # for ranks that still run and may know the cause
@@ -31,31 +36,51 @@ def run_ranks(
     arguments: Sequence[str],
     out: Path,
     on_poll: Callable[[], None] | None = None,
-    program: Sequence[str] = (sys.executable, "-m", "hybrid"),
+    program: Program = PROGRAM,
+    modules: Sequence[str] = (),
 ) -> None:
     """Run `program arguments` as `nproc` ranks until all have ended well, and call `on_poll` often.
 
-    Raises RunFailed as soon as a rank has ended badly. No rank is left running."""
+    modules: what a warm process imports before it forks them. Raises RunFailed as soon as a rank
+    has ended badly. No rank is left running."""
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     for old in logs.glob("rank*"):
         old.unlink()
-    with contextlib.ExitStack() as stack:
-        ranks: Ranks = []
-        stack.callback(_end_all, ranks)
+    ranks: Ranks = []
+    try:
         port = _free_port()
         for rank in range(nproc):
-            log = stack.enter_context((logs / f"rank{rank}.log").open("wb"))
-            process = subprocess.Popen(
-                [*program, *arguments],
-                env=_environment(rank, nproc, port),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which ends the ranks
-            )
-            ranks.append(process)
+            variables, log = _variables(rank, nproc, port), logs / f"rank{rank}.log"
+            ranks.append(_start(program, arguments, variables, log, modules))
         _wait(ranks, logs, on_poll)
+    finally:
+        _end_all(ranks)
+
+
+def _start(
+    program: Program,
+    arguments: Sequence[str],
+    variables: dict[str, str],
+    log: Path,
+    modules: Sequence[str],
+) -> Started:
+    """Fork a rank from the warm process, or start it afresh where that is not possible."""
+    warm = warm_process() if program[0] == sys.executable else None
+    if warm:
+        try:
+            return warm.fork(program[1:], arguments, variables, log, modules)
+        except ServerGone:
+            print("hybrid: the warm process has ended: ranks start afresh", file=sys.stderr)
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [*program, *arguments],
+            env=os.environ | variables,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which ends the ranks
+        )
 
 
 def _free_port() -> int:
@@ -64,8 +89,9 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
-    ranks = {
+def _variables(rank: int, nproc: int, port: int) -> dict[str, str]:
+    """Return what a rank's environment has beside the variables of this process."""
+    found = {
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": nproc,
@@ -74,9 +100,10 @@ def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
         "MASTER_PORT": port,
         # More threads than cores made two ranks 17 times slower; a user's own setting stands.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, num_cores() // nproc)),
+        "OMP_WAIT_POLICY": wait_policy(),
         "PYTHONUNBUFFERED": 1,  # a killed rank's log has its last words
     }
-    return os.environ | {key: str(value) for key, value in ranks.items()}
+    return {key: str(value) for key, value in found.items()}
 
 
 def _wait(ranks: Ranks, logs: Path, on_poll: Callable[[], None] | None) -> None:
@@ -118,6 +145,6 @@ def _end_all(ranks: Ranks) -> None:
         rank.wait()
 
 
-def _signal(rank: subprocess.Popen[bytes], number: int) -> None:
+def _signal(rank: Started, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(rank.pid, number)

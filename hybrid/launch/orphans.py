@@ -27,16 +27,31 @@ def end_with_launcher(started_by: int | None = None) -> None:
 
     The kernel ends the rank with its parent. deepspeed's and accelerate's launchers start other
     processes in between, so a thread watches the launchers further up. `started_by`: the process id
-    that the parent must have, where it is known."""
+    of the `hybrid` that started this rank, where it is known; the process that forks ranks for it
+    may stand in between."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent or started_by not in (None, parent):
-        os._exit(1)  # the parent died before the call above
+    end_with_parent(parent)
+    if started_by not in (None, parent, _parent_of(parent)):
+        os._exit(1)  # it died before the call above
     above = _launchers_above(parent)
     if above:
         threading.Thread(target=_watch, args=(above,), name="launcher", daemon=True).start()
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel end this process when its parent ends, whose process id is `parent`."""
+    ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # the parent died before the call above
+
+
+def _parent_of(pid: int) -> int | None:
+    try:
+        return psutil.Process(pid).ppid()
+    except psutil.Error:
+        return None
 
 
 def _launchers_above(pid: int) -> list[psutil.Process]:

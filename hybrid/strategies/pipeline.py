@@ -13,6 +13,7 @@ from .protocol import Engine, Layers, Loss
 
 name = "pipeline"
 summary = "layers over stages; `partition` uniform, parameters or [layers, ...]; micro-batches"
+modules = ("hybrid.engines.pipeline_deepspeed", "hybrid.engines.deepspeed_setup:import_deepspeed")
 
 
 def layout(job: Job, nproc: int) -> Layout:

@@ -24,7 +24,8 @@ class Strategy(Protocol):
     """Says what a strategy must offer.
 
     It may also offer `check` and `steps_between_syncs`, which take and return what the functions of
-    these names below do, without the strategy."""
+    these names below do, without the strategy, and `modules`: the names of modules whose import
+    takes its ranks long, so that the process that forks them imports these once."""
 
     name: str
     summary: str

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..models.losses import Loss
 
 NAMES = ("single", "ddp", "local_sgd", "fsdp", "zero1", "zero2", "zero3", "pipeline", "2d")
+EVERY_RANK = ("hybrid.cli", "hybrid.training.run", "hybrid.training.loop", "hybrid.engines.base")
 _FILES = {"zero1": "zero", "zero2": "zero", "zero3": "zero", "2d": "two_d"}  # unlike their names
 
 
@@ -42,6 +43,11 @@ def get(name: str) -> Strategy:
     if missing:
         raise JobError(f"strategy = {name!r}: the module has no {', no '.join(missing)}")
     return cast(Strategy, module)
+
+
+def modules(name: str) -> list[str]:
+    """Return the modules that the ranks of a strategy import."""
+    return [*EVERY_RANK, *getattr(get(name), "modules", ())]
 
 
 def check_settings(job: Job, names: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from .protocol import Engine, Layers, Loss
 
 name = "2d"
 summary = "stages x data-parallel columns; `zero_stage` 0 or 1; parallel.pp x parallel.dp"
+modules = ("hybrid.engines.pipeline_deepspeed", "hybrid.engines.deepspeed_setup:import_deepspeed")
 
 
 def layout(job: Job, nproc: int) -> Layout:

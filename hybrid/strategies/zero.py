@@ -18,6 +18,10 @@ class ZeroStrategy:
     name: str
     summary: str
     stage: int
+    modules: tuple[str, ...] = (
+        "hybrid.engines.zero",
+        "hybrid.engines.deepspeed_setup:import_deepspeed",
+    )
 
     def layout(self, job: Job, nproc: int) -> Layout:
         """Share one copy of what is sharded among all processes."""

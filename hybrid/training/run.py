@@ -5,36 +5,38 @@ starts the ranks where no other launcher has; comparisons call it too. `hybrid.r
 what a run leaves in its folder. No torch until a job is checked."""
 
 import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from .. import records
 from ..job.errors import JobError, RunFailed
 from ..job.schema import Job
 from ..launch.accelerate_env import check_started
-from ..launch.local import run_ranks
+from ..launch.local import PROGRAM, Program, run_ranks
 from ..launch.logs import redirect_output
 from ..launch.ops_cache import remove_stale_locks
 from ..launch.orphans import end_with_launcher
 from ..launch.placement import OWN, export_rank_variables, find_placement
 from ..launch.threads import set_num_threads
+from ..launch.warm import warm_ranks
 from ..records import Record
 from ..strategies import registry
 from .check import check_job, print_warnings
 from .folder import begin_run, end_run
 from .progress import Progress, Watcher
 
-Program = Sequence[str]
-PROGRAM: Program = (sys.executable, "-m", "hybrid")
-
 
 def run_job(
-    job: Job, strategy: str, out: Path, nproc: int | None = None, parent: int | None = None
+    job: Job,
+    strategy: str,
+    out: Path,
+    nproc: int | None = None,
+    parent: int | None = None,
+    fresh_ranks: bool = False,
 ) -> Record | None:
     """Run a job once, on the ranks of a launcher or on `nproc` processes that this one starts.
 
-    parent: the process id of the `hybrid` that started this rank. Returns the record in the process
+    parent: the process id of the `hybrid` that started this rank. fresh_ranks: start each rank
+    afresh; left out, all are forked from one process. Returns the record in the process
     that shows it, None in the others. Raises JobError, Unsupported, RunFailed or the run's error.
     """
     placement = find_placement(started_by_hybrid=parent is not None)
@@ -42,7 +44,8 @@ def run_job(
         print_warnings(job.warnings())
     registry.check_settings(job, [strategy])
     if placement.launcher is None:
-        return _launch_checked(job, strategy, out, nproc)
+        with warm_ranks(fresh_ranks):
+            return _launch_checked(job, strategy, out, nproc)
     end_with_launcher(parent)
     if nproc not in (None, placement.world_size):
         raise JobError(f"--nproc {nproc}: the launcher started {placement.world_size} processes")
@@ -99,7 +102,8 @@ def launch(
     arguments = ["train", str(file), "--strategy", strategy, "--out", str(out)]
     arguments += ["--parent", str(os.getpid())]
     try:
-        run_ranks(nproc, arguments, out, watcher.poll, program or PROGRAM)
+        modules = registry.modules(strategy)
+        run_ranks(nproc, arguments, out, watcher.poll, program or PROGRAM, modules)
         record = records.read(Record, out / "record.json")
     except BaseException as error:
         record = end_run(out, strategy, nproc, error)
