@@ -73,6 +73,15 @@ def no_launcher_left_behind() -> Iterator[None]:
     assert not left, f"the test left {', '.join(left)} in the environment"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_warm_process() -> Iterator[None]:
+    """Fork the ranks of all runs that tests start by the Python API from one process."""
+    from hybrid.launch.warm import warm_ranks
+
+    with warm_ranks():
+        yield
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout."""

@@ -14,14 +14,14 @@ import torch
 
 def not_divided_by_accumulation() -> None:
     """The loss is not divided by the number of micro-batches."""
-    from accelerate import Accelerator
+    from hybrid.engines.accelerated import AcceleratedEngine
 
-    backward = Accelerator.backward
+    backward = AcceleratedEngine._backward
 
-    def too_large(self: Any, loss: torch.Tensor, **options: Any) -> None:
-        backward(self, loss * self.gradient_accumulation_steps, **options)
+    def too_large(self: Any, loss_sum: torch.Tensor, micro_batches: int) -> None:
+        backward(self, loss_sum * micro_batches, micro_batches)
 
-    Accelerator.backward = too_large  # type: ignore[method-assign]
+    AcceleratedEngine._backward = too_large  # type: ignore[method-assign]
 
 
 def stage_not_divided_by_accumulation() -> None:
@@ -62,18 +62,18 @@ def targets_of_another_batch() -> None:
     """The last stage reads its targets from another order of the batch than the first stage."""
     from hybrid.engines.pipeline_deepspeed import StageEngine
 
-    feed = StageEngine._feed
+    step = StageEngine._step
 
-    def shifted(self: Any, micro_batches: Any) -> Any:
+    def shifted(self: Any, micro_batches: Any, own: int) -> None:
         import dataclasses
 
         if self.stage:
             other = [(mb.ids + 1) % 100 for mb in micro_batches]
             pairs = zip(micro_batches, other, strict=True)
             micro_batches = [dataclasses.replace(mb, ids=ids) for mb, ids in pairs]
-        return feed(self, micro_batches)
+        step(self, micro_batches, own)
 
-    StageEngine._feed = shifted  # type: ignore[method-assign]
+    StageEngine._step = shifted  # type: ignore[method-assign]
 
 
 def rank_skips_all_reduce() -> None:

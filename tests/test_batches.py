@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy
 import pytest
 import torch
-from torch.utils.data import TensorDataset
 
-from hybrid.data.batches import BatchPlan, _last_order
-from hybrid.data.loader import MicroBatch, load_micro_batch
+from hybrid.data import batches
+from hybrid.data.batches import BLOCK, BatchPlan
+from hybrid.data.loader import MicroBatch
+from hybrid.data.permutation import permute
 from hybrid.engines.tally import StepRow, Tally, TallyRow, hash_ids, step_result
 from hybrid.job.errors import RunError
 from hybrid.models.losses import cross_entropy
@@ -27,9 +29,18 @@ def used(plan: BatchPlan, step: int) -> list[int]:
     return flatten([flatten(plan.micro_batch_ids(step, s)) for s in range(plan.shares)])
 
 
-def samples(size: int = 5) -> TensorDataset:
-    """Sample i has inputs (2i, 2i + 1) and target i."""
-    return TensorDataset(torch.arange(2.0 * size).reshape(size, 2), torch.arange(size))
+@pytest.fixture
+def permuted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the parts of an order that are computed from here on."""
+    lengths: list[int] = []
+
+    def noted(positions: range, *order: int) -> numpy.ndarray:
+        lengths.append(len(positions))
+        return permute(positions, *order)
+
+    batches._block.cache_clear()
+    monkeypatch.setattr(batches, "permute", noted)
+    return lengths
 
 
 def test_a_plan_is_a_pure_function_of_seed_step_and_share() -> None:
@@ -37,7 +48,7 @@ def test_a_plan_is_a_pure_function_of_seed_step_and_share() -> None:
     places = [(step, share) for step in range(20) for share in range(3)]
     once = {place: plan.micro_batch_ids(*place) for place in places}
     torch.manual_seed(99)
-    _last_order.clear()
+    batches._block.cache_clear()
     again = BatchPlan(50, 8, 3, 2, seed=4)
     for place in reversed(places):
         BatchPlan(50, 8, 3, 2, seed=5).batch(place[0])  # another plan between two calls
@@ -115,25 +126,45 @@ def test_no_seed_keeps_the_order_of_the_set() -> None:
     assert plan.micro_batch_ids(0, 1) == [[2, 3]]
 
 
-def test_loading_gives_the_samples_of_the_ids_in_their_order() -> None:
-    got = load_micro_batch(samples(), [3, 1])
-    assert got.input.tolist() == [[6, 7], [2, 3]] and got.target.tolist() == [3, 1]
-    assert got.ids.tolist() == [3, 1] and got.ids.dtype == torch.int64
+@pytest.mark.parametrize("seed", [0, None])
+def test_the_size_of_a_batch_is_known_without_its_ids(
+    seed: int | None, permuted: list[int]
+) -> None:
+    plan = BatchPlan(37, 10, 2, 1, seed)
+    sizes = [plan.batch_size(step) for step in range(9)]
+    assert sizes == [10, 10, 10, 7, 10, 10, 10, 7, 10] and not permuted
+    assert sizes == [len(plan.batch(step)) for step in range(9)]
 
 
-def test_loading_pads_to_a_size_and_names_only_real_samples() -> None:
-    got = load_micro_batch(samples(), [3, 1], size=4)
-    assert got.input.tolist() == [[6, 7], [2, 3], [0, 1], [0, 1]]
-    assert got.target.tolist() == [3, 1, 0, 0] and got.ids.tolist() == [3, 1]
-    assert load_micro_batch(samples(), [2, 4], size=2).target.tolist() == [2, 4]
+@pytest.mark.parametrize("batch", [1, 7, 300, 3000, BLOCK - 1, BLOCK, BLOCK + 1, 9000, 10_000])
+def test_an_epoch_is_the_permutation_however_it_is_cut(batch: int) -> None:
+    plan = BatchPlan(9_500, batch, 3, 2, seed=6)
+    for epoch in (0, 5):
+        order = permute(range(9_500), 9_500, 6, epoch).tolist()
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        assert flatten([plan.batch(step) for step in steps]) == order
+        # From the last step and share to the first, so that no block is asked for in its turn.
+        places = [(step, share) for step in reversed(steps) for share in (2, 1, 0)]
+        pieces = [flatten(plan.micro_batch_ids(*place)) for place in places]
+        assert flatten(pieces[::-1]) == order
 
 
-def test_an_empty_micro_batch_has_one_row_and_no_ids() -> None:
-    got = load_micro_batch(samples(), [])
-    assert got.input.shape == (1, 2) and got.target.shape == (1,)
-    assert got.ids.shape == (0,) and got.ids.dtype == torch.int64
-    padded = load_micro_batch(samples(), [], size=3)
-    assert padded.input.shape == (3, 2) and padded.ids.shape == (0,)
+def test_an_order_is_computed_in_blocks_of_bounded_size(permuted: list[int]) -> None:
+    plan = BatchPlan(10**12, 100, 2, 2, seed=0)
+    for step in range(200):
+        plan.batch(step)
+        for share in range(2):
+            plan.micro_batch_ids(step, share)
+    assert len(permuted) == 5 and max(permuted) <= BLOCK
+    assert batches._block.cache_info().maxsize == 2
+
+
+def test_a_share_of_a_large_batch_is_computed_alone(permuted: list[int]) -> None:
+    plan = BatchPlan(10**9, 100_000, 1000, 4, seed=0)
+    ids = plan.micro_batch_ids(7, 999)
+    assert permuted == [100] and [len(piece) for piece in ids] == [25] * 4
+    assert flatten(ids) == plan.batch(7)[-100:]
+    assert BatchPlan(3, BLOCK, 5, 1, seed=0).micro_batch_ids(0, 4) == [[]]
 
 
 def micro_batch(ids: list[int], padding: int = 0) -> tuple[torch.Tensor, MicroBatch]:

@@ -46,7 +46,9 @@ def compare(
     remove_stale_locks()
     names = [REFERENCE, *(s for s in dict.fromkeys(strategies) if s != REFERENCE)]
     layouts = _plan(checked, names, nproc or default_nproc(job))
-    session = _Session(checked.job, Path(out), watcher or Watcher(), program)
+    every = checked.job.log.model_copy(update={"every": 1})  # parity looks at every step
+    job_of_runs = checked.job.model_copy(update={"log": every})
+    session = _Session(job_of_runs, Path(out), watcher or Watcher(), program)
     with warm_ranks(fresh_ranks):
         for name, layout in layouts.items():
             session.run_planned(name, layout)

@@ -1,7 +1,8 @@
 """This package holds the data sets; `hybrid.data.batches` decides the order of the batches.
 
 A data function takes the job's `data.options` as keyword arguments and returns `(train, test)`: two
-map-style data sets of `(input, target)`, the same on every rank."""
+map-style data sets of `(input, target)`, the same on every rank. A set may also have torch's
+`__getitems__`, which gives several samples at once, and say its `targets_per_sample`."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,31 +1,36 @@
 """This module holds what all engines do alike, in the base class that they inherit from."""
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..data.loader import MicroBatch
 from ..job.schema import Job
-from ..launch.exchange import gather_rows
 from ..launch.placement import Placement
 from ..models.losses import Loss
 from ..records import EvalResult, Receipt
 from .layers import sample_seeds
-from .optimizer import LossScale, clip, global_norm
+from .optimizer import LossScale, clip, norm_of, parameters_of
 from .precision import Observer, Stepped, check_ledger, make_ledger
 from .protocol import Engine, StepResult, extend_receipt
 from .state import gradient_dtypes, on_device
-from .tally import StepRow, Tally, count_targets, eval_result, num_rows, step_result
+from .step_queue import StartedStep, StepQueue, StepRow, norms_of, step_result
+from .tally import Tally, count_targets, eval_result, num_rows
 
 
 class BaseEngine(Engine):
     """Holds the state that every engine has, and the parts of a step that are the same for all.
-    A subclass sets the attributes below, and adds the methods of `Engine`, documented there."""
+    A subclass sets the attributes below, and adds the methods of `Engine`, documented there, but
+    for steps: it adds `_step`."""
 
     micro_batch_size: int | None = None
+    reads_inputs = reads_targets = True
+    counts_all = True  # the loss is divided by the targets of all ranks
     model: Any  # the live one; of several replicas, the first
     num_held: int
     observer: Observer
@@ -38,11 +43,50 @@ class BaseEngine(Engine):
         self.step = 0  # optimizer steps done
         self.digests: tuple[str, ...] = ()  # each rank's samples in the first step
         self.gradients = ""  # the dtypes of the gradients in the first step
+        self.queue = StepQueue(self.device)
+        # The ranks whose squares add up to that of the whole norm, where each knows but a part.
+        self.norm_parts: list[list[int]] = []
+        self._count: int | None = None  # targets of all ranks in this step, once it is known
 
-    def _count_targets(self, micro_batches: Iterable[MicroBatch]) -> int:
-        """Count the targets in the micro-batches of all ranks; collective."""
-        mine = sum(count_targets(self.loss, micro_batch) for micro_batch in micro_batches)
-        return sum(row[0] for row in gather_rows([mine]))
+    def start_step(self, micro_batches: Sequence[MicroBatch], count: int | None = None) -> None:
+        self._count, own = count, self._count_own(micro_batches)
+        asked = self.counts_all and count is None
+        if asked or len(self.queue.waiting) >= self.job.log.every:
+            self.queue.send(own if asked else None)
+        self._step(micro_batches, own)
+        self.step += 1
+        self.observer.stop()
+
+    def _step(self, micro_batches: Sequence[MicroBatch], own: int) -> None:
+        """Make one optimizer step, and note it by `_note_step`.
+        own: the targets that this rank's loss will count."""
+        raise NotImplementedError
+
+    def _count_own(self, micro_batches: Iterable[MicroBatch]) -> int:
+        return sum(count_targets(self.loss, micro_batch) for micro_batch in micro_batches)
+
+    def _count_all(self) -> int:
+        """Return how many targets the losses of all ranks will count in this step.
+
+        It waits for what the others sent, where the plan does not tell it."""
+        if self._count is None:
+            self._count = self.queue.count()
+        return self._count
+
+    def results(self, wait: bool = True) -> list[StepResult]:
+        if wait:
+            self.queue.send()
+        found = [self._result(step, rows) for step, rows in self.queue.take()]
+        if found and not self.digests:
+            self.digests = found[0].digest_by_rank
+        return found
+
+    def _result(self, step: StartedStep, rows: list[StepRow]) -> StepResult:
+        return step_result(step, rows, norms_of(step, rows, self.norm_parts))
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        self.start_step(micro_batches)
+        return self.results()[-1]
 
     def _forward(
         self, model: Any, micro_batch: MicroBatch, place: Sequence[int], tally: Tally
@@ -53,34 +97,60 @@ class BaseEngine(Engine):
         with sample_seeds(self.job, self.step, place, micro_batch.ids, rows):
             return tally.add(self.loss, model(micro_batch.input), micro_batch)
 
-    def _clip_gradients(self, model: nn.Module, norm: float) -> None:
-        """Clip reduced gradients whose global norm is `norm`, as the job says."""
-        self.gradients = self.gradients or gradient_dtypes(model)
-        clip(model.parameters(), norm, self.job.train.clip_norm)
+    def _backward_by(self, loss_sum: torch.Tensor, factor: float, scale: LossScale) -> None:
+        """Add the gradients of `factor * loss_sum`, without an operation for the product."""
+        gradient = torch.full((), factor, dtype=loss_sum.dtype, device=loss_sum.device)
+        loss_sum.backward(scale.scale(gradient))
+
+    def _takes_norm(self) -> bool:
+        """Tell whether this step's gradient norm is needed: to clip, to log, or for fp16."""
+        train, done = self.job.train, self.step + 1
+        logged = self.step == 0 or done == train.steps or done % self.job.log.every == 0
+        return bool(train.clip_norm) or train.precision == "fp16" or logged
+
+    def _clip_gradients(
+        self,
+        parameters: Sequence[nn.Parameter],
+        groups: Sequence[Any] = (),
+        clipped: Sequence[nn.Parameter] | None = None,
+    ) -> torch.Tensor | float:
+        """Clip reduced gradients as the job says, and return their global norm.
+
+        groups: process groups over which its square adds up. If nothing is clipped, the result is
+        this rank's part. nan: not taken. clipped: what is clipped, if not all of it counts here."""
+        self.gradients = self.gradients or gradient_dtypes(parameters)
+        if not self._takes_norm():
+            return math.nan
+        norm = norm_of(parameters)
+        if self.job.train.clip_norm:
+            if groups:
+                square = norm.square()
+                for group in groups:
+                    dist.all_reduce(square, group=group)
+                norm = square.sqrt()
+            clip(clipped or parameters, norm, self.job.train.clip_norm)
+        return norm
 
     def _clip_and_step(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, scale: LossScale
-    ) -> float:
-        """Make one optimizer step, and return the gradients' global norm before clipping.
-        It is not finite where an fp16 gradient overflowed."""
+        self, optimizer: torch.optim.Optimizer, scale: LossScale, groups: Sequence[Any] = ()
+    ) -> torch.Tensor | float:
+        """Make one optimizer step, and return what `_clip_gradients` does.
+        The norm is not finite where an fp16 gradient overflowed."""
         scale.unscale(optimizer)
-        norm = global_norm(model.parameters())
-        self._clip_gradients(model, norm)
+        norm = self._clip_gradients(parameters_of(optimizer), groups)
         scale.step(optimizer)
         optimizer.zero_grad()
         return norm
 
-    def _finish_step(
-        self, rows: Sequence[StepRow], expected: int | None, loss_scale: float
-    ) -> StepResult:
-        """Return the result of a step from all ranks' rows; raises what `step_result` raises.
-        `loss_scale` was in force in the step; only fp16 has one."""
-        self.step += 1
-        self.observer.stop()
-        fp16 = self.job.train.precision == "fp16"
-        result = step_result(rows, expected, loss_scale if fp16 else None)
-        self.digests = self.digests or result.digest_by_rank
-        return result
+    def _note_step(
+        self, rows: Sequence[torch.Tensor], loss_scale: float, whole: bool = True
+    ) -> None:
+        """Note a step's numbers. rows: those of `make_row`, one for each replica.
+
+        loss_scale: in force in the step; only fp16 has one. whole: see `StartedStep`."""
+        scale = loss_scale if self.job.train.precision == "fp16" else None
+        table = torch.stack(list(rows))
+        self.queue.add(StartedStep(self.step, table, whole, self._takes_norm(), scale))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:

@@ -131,9 +131,11 @@ def loss_scale(optimizer: Any) -> float:
     return float(getattr(optimizer, "loss_scale", 1.0))
 
 
-def norm_or_overflow(optimizer: Any, norm: Any) -> float:
-    """Return DeepSpeed's gradient norm, infinity where an fp16 gradient overflowed."""
-    return math.inf if optimizer.overflow else float(norm)
+def norm_or_overflow(optimizer: Any, norm: torch.Tensor | float) -> torch.Tensor | float:
+    """Return DeepSpeed's gradient norm, infinite where an fp16 gradient overflowed.
+
+    Only fp16's optimizers look for overflows; the host reads nothing from a device elsewhere."""
+    return math.inf if optimizer.overflow else norm
 
 
 def fp32_partitions(optimizer: Any) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..job.schema import Job
-from ..models.dropout import mix, number_dropouts, rows_in_use, set_rows, use_rows
+from ..models.dropout import RowSeeds, mix, number_dropouts, rows_in_use, set_rows, use_rows
 from ..models.layers import Layers
 from .precision import DTYPES, round_inputs
 
@@ -69,8 +69,8 @@ def sample_seeds(
 
     Our dropout is seeded by sample. torch's own generator is seeded by `place` (share, micro-batch,
     stage), so that all other random numbers are the same in two runs of one layout."""
-    with use_rows(rows_in_use()):
-        set_sample_seeds(job, step, place, ids, rows)
+    _seed_generators(mix(job.train.seed, step, *place))
+    with use_rows(RowSeeds(ids, rows, job.train.seed, step)):
         yield
 
 
@@ -79,6 +79,15 @@ def set_sample_seeds(
 ) -> None:
     """Seed all forward passes until the next call, for an engine that calls the model by itself.
     The arguments are those of `sample_seeds`."""
-    torch.manual_seed(mix(job.train.seed, step, *place))
-    seeds = [mix(job.train.seed, step, sample) for sample in ids.tolist()]
-    set_rows([*seeds, *[None] * (rows - len(seeds))])
+    _seed_generators(mix(job.train.seed, step, *place))
+    set_rows(RowSeeds(ids, rows, job.train.seed, step))
+
+
+def _seed_generators(seed: int) -> None:
+    """Seed the generators that a model draws from, as `torch.manual_seed` does.
+
+    That takes 129 us, and more in a deep stack: it also formats the stack for every other kind of
+    device. This takes 1 us, so that models which draw nothing are seeded too."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)

@@ -4,7 +4,6 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -97,41 +96,64 @@ def read_learning_rate(optimizer: Any) -> float:
     return rates.pop()
 
 
-def global_norm(parameters: Iterable[nn.Parameter], group: Any = None) -> float:
-    """Return the norm of the gradients of all `parameters` together; collective.
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the parameters that an optimizer steps."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
-    FSDP2's shards on other ranks count too, and so do the other parameters that the ranks of
-    `group` hold.
 
-    The sum is in float64: on a CPU, torch's own fp32 norm of half a million elements is 5e-6 too
-    small, but not that of their shards, and clipping would turn this into a difference of training.
-    """
-    square, shards = torch.zeros((), dtype=torch.float64), None
+BLOCK = 2**12  # elements that are summed in fp32
+
+
+def norm_of(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """Return the norm of this rank's part of all gradients together, float64 [].
+
+    Blocks are summed in fp32, and their norms in float64: on a CPU, torch's own fp32 norm of half a
+    million elements is 5e-6 too small, but not that of their shards, and clipping would turn this
+    into a difference of training. In blocks the error is 1e-8, at a twentieth of the time that
+    float64 takes."""
+    small, blocks, device = [], [], None
     for parameter in parameters:
-        gradient: Any = parameter.grad
-        if gradient is None:
+        if parameter.grad is None:
             continue
-        if isinstance(gradient, DTensor):
-            (axis,) = (i for i, p in enumerate(gradient.placements) if p.is_shard())
-            shards = gradient.device_mesh.get_group(axis)
-        norm = torch.linalg.vector_norm(local_part(gradient), dtype=torch.float64)
-        square = square.to(norm.device) + norm.square()
-    for over in (shards, group):
-        if over is not None:
-            dist.all_reduce(square, group=over)
-    return float(square.sqrt())
+        gradient = local_part(parameter.grad.detach())
+        size, device = gradient.numel(), gradient.device
+        cut = size // BLOCK * BLOCK
+        if cut:
+            gradient = gradient.reshape(-1)
+            blocks.append(torch.linalg.vector_norm(gradient[:cut].view(-1, BLOCK), dim=1))
+            gradient = gradient[cut:]
+        if cut < size:
+            small.append(gradient)
+    if small:
+        blocks.append(torch.stack(torch._foreach_norm(small)))
+    if not blocks:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    return torch.linalg.vector_norm(norms, dtype=torch.float64)
 
 
-def clip(parameters: Iterable[nn.Parameter], norm: float, limit: float) -> None:
-    """Scale gradients whose global norm is `norm` so that it is at most `limit`; 0 switches it off.
+def shard_groups(parameters: Iterable[nn.Parameter]) -> list[Any]:
+    """Return the process groups in which FSDP2 shards parameters; none where it shards nothing."""
+    groups = []
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            (axis,) = (i for i, p in enumerate(parameter.placements) if p.is_shard())
+            group = parameter.device_mesh.get_group(axis)
+            if group not in groups:
+                groups.append(group)
+    return groups
 
-    The 1e-6 is that of `torch.nn.utils.clip_grad_norm_`, and DeepSpeed's. Without it, each clipped
-    step would differ from theirs by 1e-6 / norm."""
-    factor = limit / (norm + 1e-6)
-    if limit and factor < 1:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                local_part(parameter.grad).mul_(factor)
+
+def clip(parameters: Iterable[nn.Parameter], norm: torch.Tensor, limit: float) -> None:
+    """Scale gradients whose global norm is `norm` ([]) so that it is at most `limit`.
+
+    The host does not read the norm: gradients within the limit are multiplied by 1. The 1e-6 is
+    that of `torch.nn.utils.clip_grad_norm_`, and DeepSpeed's. Without it, each clipped step would
+    differ from theirs by 1e-6 / norm."""
+    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+    if gradients:
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
 
 class LossScale(torch.amp.GradScaler):

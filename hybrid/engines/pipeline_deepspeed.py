@@ -11,7 +11,7 @@ from torch import nn
 from ..data.loader import MicroBatch
 from ..job.errors import RunError
 from ..job.schema import Job, Pipeline
-from ..launch.exchange import gather_objects, gather_rows
+from ..launch.exchange import gather_objects
 from ..launch.placement import Placement
 from ..models.layers import Layers
 from ..models.losses import Loss
@@ -32,8 +32,8 @@ from .layers import set_sample_seeds
 from .optimizer import (
     build_optimizer,
     count_groups,
-    global_norm,
     no_decay_names,
+    parameters_of,
     read_learning_rate,
     set_learning_rate,
 )
@@ -42,7 +42,8 @@ from .precision import Observer, Stepped, names_of
 from .protocol import StepResult, make_receipt
 from .schedule import learning_rate
 from .state import copy_state, named_tensors, num_held
-from .tally import StepRow, Tally, eval_result, hash_ids
+from .step_queue import StartedStep, StepRow, make_row
+from .tally import Tally, eval_result, hash_ids
 
 
 class StageEngine(BaseEngine):
@@ -61,6 +62,8 @@ class StageEngine(BaseEngine):
         assert isinstance(settings, Pipeline)
         self.zero_stage = pipeline_stage(job, zero_stage)
         self.stage = placement.stage
+        self.reads_inputs = self.stage == 0
+        self.reads_targets = self.stage == self.layout.pp - 1
         self.micro_batches = config["gradient_accumulation_steps"]
         self.micro_batch_size = config["train_micro_batch_size_per_gpu"]
         self.assignment = StageAssignment(layers, settings.partition, placement)
@@ -70,8 +73,13 @@ class StageEngine(BaseEngine):
         self.num_held = num_held(self.model)
         self.tally = Tally(self.device)
         self.input_digest = 0
-        self.norm = self.scale = math.nan
-        self.pending: list[torch.Tensor] = []  # sample ids of the micro-batches still to come
+        self.norm: torch.Tensor | float = math.nan  # of the gradients' norm in this step
+        # The sample ids of the micro-batches whose forward pass, or loss, is still to come.
+        self.pending: list[torch.Tensor] = []
+        self.targeted: list[torch.Tensor] = []
+        columns = range(self.layout.dp)
+        ranks = range(self.layout.world_size)
+        self.norm_parts = [[r for r in ranks if self.layout.dp_rank(r) == c] for c in columns]
 
     def _build(self, layers: Layers, config: dict[str, Any]) -> Any:
         """Make DeepSpeed's engine with this rank's layers; the other layers are freed."""
@@ -96,13 +104,10 @@ class StageEngine(BaseEngine):
             reduce_in_buckets(engine)
         return engine
 
-    def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
-        last = self.stage == self.layout.pp - 1
-        count = self._count_targets(micro_batches if last else [])
-        # DeepSpeed divides by the micro-batches and averages over columns: undo both.
-        self.scale = self.micro_batches * self.layout.dp / max(1, count)
+    def _step(self, micro_batches: Sequence[MicroBatch], own: int) -> None:
         self.tally, self.input_digest = Tally(self.device), 0
         self.pending = [micro_batch.ids for micro_batch in micro_batches]
+        self.targeted = list(self.pending)
         optimizer = self.engine.optimizer
         scale = loss_scale(optimizer)
         set_learning_rate(optimizer, learning_rate(self.job, self.step))
@@ -110,18 +115,21 @@ class StageEngine(BaseEngine):
         if self.zero_stage:
             self.norm = norm_or_overflow(optimizer, self.engine.get_global_grad_norm())
         rate = read_learning_rate(optimizer)
-        rows = gather_rows(self.tally.step_row(self.norm, rate, self.input_digest))
-        result = self._finish_step(rows, count, scale)
-        self._check_inputs(rows, result)
-        return result
+        row = make_row(self.tally, own, self.norm, rate, self.input_digest)
+        self._note_step([row], scale, bool(self.zero_stage or self.job.train.clip_norm))
+
+    def _count_own(self, micro_batches: Iterable[MicroBatch]) -> int:
+        """Count targets on the last stage alone, which takes the loss."""
+        return super()._count_own(micro_batches if self.reads_targets else [])
 
     def _feed(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Any]:
-        """Give DeepSpeed its batches as pairs of input and (target, sample ids)."""
+        """Give DeepSpeed its batches as pairs of input and target.
+
+        The sample ids do not pass through its schedule: it runs micro-batches in order."""
+        if self.reads_inputs:
+            self.input_digest = hash_ids(torch.cat([mb.ids for mb in micro_batches]))
         for micro_batch in micro_batches:
-            if self.stage == 0:
-                digest = self.input_digest + hash_ids(micro_batch.ids)
-                self.input_digest = digest % 2**64
-            yield micro_batch.input, (micro_batch.target, micro_batch.ids)
+            yield micro_batch.input, micro_batch.target
 
     def _seed(self, module: nn.Module, args: Any) -> None:
         """Seed each forward pass of this stage. DeepSpeed runs the micro-batches in order."""
@@ -131,32 +139,38 @@ class StageEngine(BaseEngine):
             ids, rows = self.pending.pop(0), self.micro_batch_size or 1
             set_sample_seeds(self.job, self.step, place, ids, rows)
 
-    def _take_loss(self, output: Any, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def _take_loss(self, output: Any, target: Any) -> torch.Tensor:
         """Compute the loss for DeepSpeed, on the last stage, in training and in evaluation."""
-        target, ids = labels
-        micro_batch = MicroBatch(None, target, ids)
+        micro_batch = MicroBatch(None, target, self.targeted.pop(0))
         training = torch.is_grad_enabled()
         loss_sum = self.tally.add(self.loss, output, micro_batch, score=not training)
-        return loss_sum * self.scale if training else loss_sum
+        if not training:
+            return loss_sum
+        # DeepSpeed divides by the micro-batches and averages over columns: undo both.
+        return loss_sum * (self.micro_batches * self.layout.dp / max(1, self._count_all()))
 
     def _clip(self, engine: Any) -> None:
         """Clip reduced gradients by their global norm over all stages.
         A parameter that several stages hold counts on the first."""
-        counted = [p for p in engine.module.parameters() if not p.ds_pipe_replicated]
-        self.norm = global_norm(counted, engine.grid.get_pipe_parallel_group())
-        self._clip_gradients(engine.module, self.norm)
+        groups = [engine.grid.get_pipe_parallel_group()]
+        parameters: list[Any] = parameters_of(engine.optimizer)
+        counted = [p for p in parameters if not p.ds_pipe_replicated]
+        self.norm = self._clip_gradients(counted, groups, clipped=parameters)
 
-    def _check_inputs(self, rows: Sequence[StepRow], result: StepResult) -> None:
+    def _result(self, step: StartedStep, rows: list[StepRow]) -> StepResult:
+        result = super()._result(step, rows)
         inputs = f"{sum(row.input_digest for row in rows) % 2**64:016x}"
         if inputs != result.sample_digest:
             raise RunError(
-                f"step {self.step - 1}: the first stage's inputs (digest {inputs}) and the last "
+                f"step {step.number}: the first stage's inputs (digest {inputs}) and the last "
                 f"stage's targets (digest {result.sample_digest}) are of different samples"
             )
+        return result
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
         self.tally = Tally(self.device)
         for micro_batches in batches:
+            self.targeted = [micro_batch.ids for micro_batch in micro_batches]
             self.engine.eval_batch(
                 self._feed(micro_batches),
                 reduce_output=None,

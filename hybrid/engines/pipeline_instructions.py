@@ -77,9 +77,11 @@ def reduce_in_buckets(engine: Any) -> None:
     """Make a pipeline engine without ZeRO reduce its gradients in buckets of `reduce_bucket_size`.
 
     By itself DeepSpeed takes 5e8 elements, which is a second copy of all gradients, over a single
-    column too."""
+    column too, which has nobody to reduce with."""
 
     def reduce(live: Any, original: Callable[[], None]) -> None:
+        if live.dp_world_size == 1:
+            return
         live._force_grad_boundary = True
         live.allreduce_gradients(bucket_size=live.zero_reduce_bucket_size())
         live._force_grad_boundary = False

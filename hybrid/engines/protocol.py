@@ -23,11 +23,12 @@ class StepResult:
     """Holds the result of one optimizer step, the same on every rank.
 
     Digests are hexadecimal. `digest_by_rank` has one a rank, "" where a rank computes no loss.
-    `targets` is how many the loss counted. `loss_scale` and `skipped` are fp16's: a step whose
-    gradients overflowed changes nothing."""
+    `grad_norm` is taken before clipping; None in steps between two that are logged. `targets` is
+    how many the loss counted. `loss_scale` and `skipped` are fp16's: a step whose gradients
+    overflowed changes nothing."""
 
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     lr: float
     samples: int
     sample_digest: str
@@ -42,15 +43,29 @@ class Engine(Protocol):
 
     `shares` are the data-parallel ranks whose samples this process computes (all but an emulation
     have one). `micro_batch_size` is the fixed number of rows that a micro-batch must have, or None
-    if any number will do. `num_held` is how many trained parameters this process holds."""
+    if any number will do. `reads_inputs` and `reads_targets` tell which parts of a micro-batch this
+    process uses. `num_held` is how many trained parameters it holds."""
 
     layout: Layout
     shares: tuple[int, ...]
     micro_batch_size: int | None
+    reads_inputs: bool
+    reads_targets: bool
     num_held: int
 
+    def start_step(self, micro_batches: Sequence[MicroBatch], count: int | None = None) -> None:
+        """Make one optimizer step on the micro-batches of this process's shares, share by share.
+
+        It does not wait for the other ranks' numbers, which travel while the next step runs. count:
+        the targets of all ranks in this step; left out, the ranks tell one another."""
+
+    def results(self, wait: bool = True) -> list[StepResult]:
+        """Return the results of the steps since the last call, in order.
+
+        wait: of all steps. Else those alone whose numbers were sent before the last step."""
+
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
-        """Make one optimizer step on the micro-batches of this process's shares, share by share."""
+        """Make one step as `start_step` does, and wait for its result."""
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
         """Return the loss and counts over all ranks' batches; every rank passes equally many."""

@@ -31,7 +31,8 @@ from .precision import DTYPES, Observer, Stepped, names_of, round_at_use
 from .protocol import StepResult, extend_receipt, make_receipt
 from .schedule import learning_rate
 from .state import copy_of_state, copy_state, named_tensors, num_held
-from .tally import StepRow, Tally, count_targets
+from .step_queue import StartedStep, StepRow, make_row, step_result
+from .tally import Tally
 
 
 class ReplicaEngine(BaseEngine):
@@ -41,6 +42,8 @@ class ReplicaEngine(BaseEngine):
     parameters and floating-point buffers are averaged. Each replica is weighted by the samples it
     saw since the last merge (federated averaging, McMahan et al. 2017,
     https://arxiv.org/abs/1602.05629)."""
+
+    counts_all = False
 
     def __init__(
         self,
@@ -70,50 +73,47 @@ class ReplicaEngine(BaseEngine):
             round_at_use(model, DTYPES[job.train.precision])
         if replicas > 1:
             self.shares = tuple(range(replicas))
-        self.seen = [0] * self.layout.dp  # samples of each replica since the last merge
+        self.seen = [0] * replicas  # samples of each replica here since the last merge
         self.drift: list[dict[str, float]] = []
 
-    def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
-        """Make one step. The norm of several replicas is the root mean square of theirs."""
+    def _step(self, micro_batches: Sequence[MicroBatch], own: int) -> None:
+        """Make one step of each replica alone, by the mean loss over its own targets."""
         each, scale = len(micro_batches) // len(self.models), self.scales[0].value
-        mine = [
-            self._step_replica(i, micro_batches[i * each : (i + 1) * each])
-            for i in range(len(self.models))
-        ]
-        rows = mine if len(mine) > 1 else gather_rows(mine[0])
-        self.seen = [n + row.samples for n, row in zip(self.seen, rows, strict=True)]
-        norm = math.sqrt(sum(row.grad_norm**2 for row in rows) / len(rows))
-        rows = [row._replace(grad_norm=norm) for row in rows]
-        result = self._finish_step(rows, None, scale)
-        last = self.step == self.job.train.steps
-        if self.merge_every and (last or self.step % self.merge_every == 0):
+        parts = [micro_batches[i * each : (i + 1) * each] for i in range(len(self.models))]
+        self._note_step([self._step_replica(i, part) for i, part in enumerate(parts)], scale)
+        for i, part in enumerate(parts):
+            self.seen[i] += sum(len(micro_batch.ids) for micro_batch in part)
+        done = self.step + 1
+        last = done == self.job.train.steps
+        if self.merge_every and (last or done % self.merge_every == 0):
             self._merge()
-        return result
 
-    def _step_replica(self, i: int, micro_batches: Sequence[MicroBatch]) -> StepRow:
-        """Step one replica alone, by the mean loss over its own targets."""
+    def _step_replica(self, i: int, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         model, optimizer, scale = self.models[i], self.optimizers[i], self.scales[i]
         tally = Tally(self.device)
-        count = sum(count_targets(self.loss, mb) for mb in micro_batches)
-        model.train()
+        count = self._count_own(micro_batches)
+        if not model.training:
+            model.train()
         for k, micro_batch in enumerate(micro_batches):
             loss_sum = self._forward(model, micro_batch, (self.shares[i], k, 0), tally)
-            scale.scale(loss_sum / max(1, count)).backward()
-        if int(tally.count) != count:
-            raise RunError(f"the loss counted {int(tally.count)} targets, {count} were expected")
+            self._backward_by(loss_sum, 1 / max(1, count), scale)
         set_learning_rate(optimizer, learning_rate(self.job, self.step))
-        norm = self._clip_and_step(model, optimizer, scale)
-        return tally.step_row(norm, read_learning_rate(optimizer))
+        norm = self._clip_and_step(optimizer, scale)
+        return make_row(tally, count, norm, read_learning_rate(optimizer))
+
+    def _result(self, step: StartedStep, rows: list[StepRow]) -> StepResult:
+        """Give several replicas the root mean square of their norms."""
+        return step_result(step, rows, [math.sqrt(sum(r.norm**2 for r in rows) / len(rows))])
 
     @torch.no_grad()
     def _merge(self) -> None:
         """Replace every replica by their weighted mean, and note how far each was from it.
         This goes bucket by bucket: all at once would take the memory of two more copies."""
-        groups = [_merged_tensors(model) for model in self.models]
+        groups, weights = [_merged_tensors(model) for model in self.models], self._weights()
         square, apart = 0.0, [0.0] * len(groups)
         for bucket in _buckets(groups[0]):
             flats = [torch.cat([tensors[i].reshape(-1) for i in bucket]) for tensors in groups]
-            mean = self._mean(flats)
+            mean = self._mean(flats, weights)
             square += _square(mean)
             for k, (tensors, flat) in enumerate(zip(groups, flats, strict=True)):
                 apart[k] += _square(flat - mean)
@@ -121,13 +121,17 @@ class ReplicaEngine(BaseEngine):
                 for i, piece in zip(bucket, pieces, strict=True):
                     tensors[i].copy_(piece.view_as(tensors[i]))
         self._note_drift([math.sqrt(a / square) for a in apart])
-        self.seen = [0] * self.layout.dp
+        self.seen = [0] * len(self.seen)
 
-    def _mean(self, flats: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the mean over all replicas, each weighted by its samples; collective.
+    def _weights(self) -> list[float]:
+        """Return the weight of each replica here: its samples over the mean; collective."""
+        every = [n for row in gather_rows(self.seen) for n in row]
+        # Around 1, divided at the end: equal shares then lose nothing to a rounded 1/3.
+        return [n * len(every) / sum(every) for n in self.seen]
+
+    def _mean(self, flats: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+        """Return the mean over all replicas; collective.
         `flats` are this process's replicas, one 1-D tensor each."""
-        # Weights around 1, divided at the end: equal shares then lose nothing to a rounded 1/3.
-        weights = [self.seen[share] * self.layout.dp / sum(self.seen) for share in self.shares]
         mean = torch.stack([f * w for f, w in zip(flats, weights, strict=True)]).sum(0)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(mean)
@@ -139,7 +143,7 @@ class ReplicaEngine(BaseEngine):
         every = away if len(away) > 1 else [row[0] for row in gather_rows(away)]
         self.drift.append(
             {
-                "step": self.step - 1,
+                "step": self.step,
                 "max_relative_drift": max(every),
                 "mean_relative_drift": sum(every) / len(every),
             }

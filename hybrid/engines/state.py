@@ -1,6 +1,7 @@
 """This module reads a live model's tensors by name, and moves tensors to a device."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,14 +16,16 @@ from .precision import names_of, plain_name
 
 def on_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     """Return a micro-batch with its inputs and targets on `device`."""
+    if device.type == "cpu":
+        return micro_batch
     pair = micro_batch.input, micro_batch.target  # each a tensor, or a tuple, list or dict of them
     inputs, target = tree_map(lambda tensor: tensor.to(device, non_blocking=True), pair)
-    return MicroBatch(inputs, target, micro_batch.ids)
+    return dataclasses.replace(micro_batch, input=inputs, target=target)
 
 
-def gradient_dtypes(model: nn.Module) -> str:
-    """Return the dtypes of the gradients that a model holds, as one word."""
-    return names_of(p.grad for p in model.parameters() if p.grad is not None)
+def gradient_dtypes(parameters: Iterable[nn.Parameter]) -> str:
+    """Return the dtypes of the gradients that parameters have, as one word."""
+    return names_of(p.grad for p in parameters if p.grad is not None)
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -15,9 +15,8 @@ from ..job.errors import RunError
 from ..launch.exchange import gather_rows
 from ..models.losses import IGNORED_TARGET, Loss
 from ..records import EvalResult
-from .protocol import StepResult
 
-RANKS_AGREE = 1e-6  # relative; all ranks get norms and rates by one all-reduce and equal arithmetic
+_U = numpy.uint64
 
 
 def real_rows(value: Any, rows: int, padded: int) -> Any:
@@ -45,9 +44,12 @@ def num_rows(value: Any) -> int:
 def count_targets(loss: Loss, micro_batch: MicroBatch) -> int:
     """Count the targets that `loss` will count in a micro-batch, before there is an output.
 
-    Integer targets count unless they are -100. For others the loss itself is asked, with zeros in
-    place of the output. Engines compare the answer with what the loss then really counted."""
+    The data set may tell it. Else integer targets count unless they are -100. For others the loss
+    itself is asked, with zeros in place of the output. Engines compare the answer with what the
+    loss then really counted."""
     rows = len(micro_batch.ids)
+    if micro_batch.num_targets is not None:
+        return micro_batch.num_targets
     if rows == 0:
         return 0
     target = real_rows(micro_batch.target, rows, num_rows(micro_batch.target))
@@ -56,18 +58,21 @@ def count_targets(loss: Loss, micro_batch: MicroBatch) -> int:
     return int(loss(torch.zeros_like(target), target)[1])
 
 
-def hash_ids(ids: torch.Tensor, salt: int | torch.Tensor = 0) -> int:
-    """Sum a hash of each (id, salt) modulo 2**64.
+def hash_ids(ids: torch.Tensor, salt: torch.Tensor | None = None) -> int:
+    """Sum a hash of each id, or of each (id, salt), modulo 2**64.
 
     The sum is the same for any order and any split of `ids` (int64 [n]). The hash is splitmix64
     (Steele, Lea and Flood 2014)."""
-    with numpy.errstate(over="ignore"):
-        z = ids.cpu().numpy().astype(numpy.uint64) * numpy.uint64(0x9E3779B97F4A7C15)
-        more = salt.cpu().numpy() if isinstance(salt, torch.Tensor) else numpy.array(salt)
-        z += more.astype(numpy.uint64) * numpy.uint64(0xD1B54A32D192ED03) + numpy.uint64(1)
-        z = (z ^ (z >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
-        return int((z ^ (z >> numpy.uint64(31))).sum(dtype=numpy.uint64))
+    z = ids.cpu().numpy().astype(numpy.uint64)
+    z *= _U(0x9E3779B97F4A7C15)
+    if salt is not None:
+        z += salt.cpu().numpy().astype(numpy.uint64) * _U(0xD1B54A32D192ED03)
+    z += _U(1)
+    for shift, factor in ((_U(30), _U(0xBF58476D1CE4E5B9)), (_U(27), _U(0x94D049BB133111EB))):
+        z ^= z >> shift
+        z *= factor
+    z ^= z >> _U(31)
+    return int(z.sum())
 
 
 class TallyRow(NamedTuple):
@@ -82,27 +87,21 @@ class TallyRow(NamedTuple):
     target_kind: int  # 1: targets are classes; 2: a sample has several (tokens); 0: others
 
 
-class StepRow(NamedTuple):
-    """Holds what ranks tell one another after a step."""
-
-    loss_sum: float
-    targets: int
-    samples: int
-    digest: int
-    grad_norm: float
-    lr: float
-    input_digest: int = 0  # of the samples that a pipeline's first stage read
-
-
 class Tally:
-    """Sums over the micro-batches of one step or one evaluation, on one rank."""
+    """Sums over the micro-batches of one step or one evaluation, on one rank.
+
+    loss_sum: float64 [] on the device. count: the targets counted so far, a tensor [] where the
+    loss gives one. Both are None before the first sample."""
 
     def __init__(self, device: torch.device) -> None:
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.count = torch.zeros((), dtype=torch.int64, device=device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.samples = self.digest = self.predictions = 0
+        self.device = device
+        self.loss_sum: torch.Tensor | None = None
+        self.count: torch.Tensor | int | None = None
+        self.correct: torch.Tensor | int = 0
+        self.samples = self.predictions = 0
         self.classes = self.tokens = False
+        self._digest = 0
+        self._ids: list[torch.Tensor] = []  # not hashed yet
 
     def add(
         self, loss: Loss, output: Any, micro_batch: MicroBatch, score: bool = False
@@ -118,13 +117,23 @@ class Tally:
         output = real_rows(output, rows, padded)
         target = real_rows(micro_batch.target, rows, padded)
         loss_sum, count = loss(output, target)
-        self.loss_sum += loss_sum.detach().to(torch.float64)
-        self.count += count
+        exact = loss_sum.detach().to(torch.float64)
+        self.loss_sum = exact if self.loss_sum is None else self.loss_sum + exact
+        self.count = count if self.count is None else self.count + count
         self.samples += rows
-        self.digest = (self.digest + hash_ids(micro_batch.ids)) % 2**64
+        self._ids.append(micro_batch.ids)
         if score:
             self._score(output, target, micro_batch.ids)
+            self.sample_digest()  # an evaluation keeps no list of all its samples
         return loss_sum
+
+    def sample_digest(self) -> int:
+        """Return the hash of all samples so far."""
+        if self._ids:
+            ids = self._ids[0] if len(self._ids) == 1 else torch.cat(self._ids)
+            self._digest = (self._digest + hash_ids(ids)) % 2**64
+            self._ids = []
+        return self._digest
 
     def _score(self, output: Any, target: Any, ids: torch.Tensor) -> None:
         """Count correct predictions, and hash all of them; only where targets are classes."""
@@ -134,7 +143,7 @@ class Tally:
             return
         self.classes, self.tokens = True, target.dim() > 1
         predicted = output.argmax(-1)
-        self.correct += ((predicted == target) & (target != IGNORED_TARGET)).sum()
+        self.correct = self.correct + ((predicted == target) & (target != IGNORED_TARGET)).sum()
         flat = predicted.reshape(len(ids), -1)
         places = torch.arange(flat.shape[1], device=flat.device) * 2**32
         mixed = (flat + places).flatten() + 1
@@ -144,78 +153,28 @@ class Tally:
     def row(self) -> TallyRow:
         """Return the sums so far, as numbers."""
         return TallyRow(
-            self.loss_sum.item(),
-            int(self.count),
+            float(self.loss_sum or 0.0),
+            int(self.count or 0),
             self.samples,
-            self.digest,
+            self.sample_digest(),
             int(self.correct),
             self.predictions,
             int(self.classes) + int(self.tokens),
         )
 
-    def step_row(self, grad_norm: float, lr: float, input_digest: int = 0) -> StepRow:
-        """Return the sums of one training step, with its gradient norm and learning rate."""
-        return StepRow(*self.row()[:4], grad_norm, lr, input_digest)
 
-
-def mean_loss(rows: Sequence[TallyRow] | Sequence[StepRow]) -> float:
+def mean_loss(sums: Sequence[float], counts: Sequence[float]) -> float:
     """Divide the loss summed over ranks, in rank order, by the targets they counted."""
-    total, count = 0.0, 0
-    for row in rows:
-        total, count = total + row.loss_sum, count + row.targets
-    return total / count if count else math.nan
-
-
-def step_result(
-    rows: Sequence[StepRow], expected: int | None, scale: float | None = None
-) -> StepResult:
-    """Make the result of one step from every rank's row.
-
-    `scale` is fp16's loss scale, else None. Under fp16, a norm that is not finite means that the
-    step was skipped. Raises RunError if ranks disagree on norm or learning rate (a gradient was not
-    reduced, a stage has another rate), or if the loss did not count the `expected` targets that it
-    was divided by (None: not checked here)."""
-    _require_agreement("gradient norm", [row.grad_norm for row in rows])
-    _require_agreement("learning rate", [row.lr for row in rows])
-    counted = sum(row.targets for row in rows)
-    if expected is not None and counted != expected:
-        raise RunError(
-            f"the loss counted {counted} targets where {expected} were expected: a loss must count "
-            "integer targets other than -100, others whatever the output"
-        )
-    digests = [row.digest % 2**64 for row in rows]
-    return StepResult(
-        loss=mean_loss(rows),
-        grad_norm=rows[0].grad_norm,
-        lr=rows[0].lr,
-        samples=sum(row.samples for row in rows),
-        sample_digest=f"{sum(digests) % 2**64:016x}",
-        targets=counted,
-        loss_scale=scale,
-        skipped=scale is not None and not math.isfinite(rows[0].grad_norm),
-        digest_by_rank=tuple(
-            f"{d:016x}" if row.samples else "" for d, row in zip(digests, rows, strict=True)
-        ),
-    )
-
-
-def _require_agreement(what: str, values: Sequence[float]) -> None:
-    """Raise RunError if a rank has another value than rank 0."""
-    for rank, value in enumerate(values):
-        if not math.isclose(value, values[0], rel_tol=RANKS_AGREE) and (
-            math.isfinite(value) or math.isfinite(values[0])  # else the loop says what is wrong
-        ):
-            raise RunError(
-                f"rank {rank} has {what} {value:.9g}, rank 0 has {values[0]:.9g}: "
-                "what all ranks share was not reduced over all of them"
-            )
+    count = sum(counts)
+    return sum(sums) / count if count else math.nan
 
 
 def eval_result(mine: TallyRow) -> EvalResult:
     """Make the result of an evaluation from each rank's `Tally.row()`; collective."""
     rows = gather_rows(mine)
     samples, count = sum(row.samples for row in rows), sum(row.targets for row in rows)
-    loss, kind = mean_loss(rows), max(row.target_kind for row in rows)
+    kind = max(row.target_kind for row in rows)
+    loss = mean_loss([row.loss_sum for row in rows], [row.targets for row in rows])
     if not kind:
         return EvalResult(loss, samples, targets=count)
     correct = sum(row.correct for row in rows)

@@ -1,11 +1,12 @@
 """This module holds the engine behind ZeRO-1, 2 and 3: Accelerate runs DeepSpeed's optimizer."""
 
-import math
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ..data.loader import MicroBatch
 from ..job.schema import Job
 from ..launch.exchange import gather_objects
 from ..launch.placement import Placement
@@ -28,11 +29,12 @@ from .deepspeed_setup import (
 from .precision import Stepped
 from .protocol import make_receipt
 from .state import copy_state, local_part, named_tensors
+from .tally import Tally
 
 
 class ZeroEngine(AcceleratedEngine):
     """Trains a model under one ZeRO stage.
-    DeepSpeed scales the loss, clips and steps by itself, inside backward."""
+    DeepSpeed scales the loss, clips and steps by itself."""
 
     def __init__(
         self, job: Job, placement: Placement, layers: Layers, loss: Loss, name: str, zero_stage: int
@@ -44,6 +46,12 @@ class ZeroEngine(AcceleratedEngine):
         prepared = prepare_zero(job, placement, layers, job.micro_batches(name), config)
         super().__init__(job, placement, loss, prepared, _inspect, _gather, _scatter)
         self.zero_stage = zero_stage
+        # DeepSpeed would sum the gradients of rounded parameters in their own precision.
+        exact, accumulates = job.train.precision == "fp32", job.micro_batches(name) > 1
+        wanted = zero_stage == 2 and job.strategy.zero2.reduce_once
+        self.reduces_once = wanted and exact and accumulates
+        if self.reduces_once:
+            self.live.set_gradient_accumulation_boundary(True)
 
     @property
     def live(self) -> Any:
@@ -53,12 +61,25 @@ class ZeroEngine(AcceleratedEngine):
     def _loss_scale(self) -> float:
         return loss_scale(self.live.optimizer)
 
-    def _backward(self, loss: torch.Tensor) -> None:
-        self.accelerator.backward(loss)
+    def _accumulate(self, micro_batches: Sequence[MicroBatch], tally: Tally) -> None:
+        once = self.live.coalesce_grad_reduction() if self.reduces_once else None
+        with once or contextlib.nullcontext():
+            super()._accumulate(micro_batches, tally)
 
-    def _update(self) -> float:
-        norm = self.accelerator.clip_grad_norm_(None, math.inf)
-        return norm_or_overflow(self.live.optimizer, norm)
+    def _backward(self, loss_sum: torch.Tensor, micro_batches: int) -> None:
+        # DeepSpeed divides by the micro-batches, and its reduction averages over ranks: undo both.
+        share = micro_batches * self.layout.dp / max(1, self._count_all())
+        self.live.backward(loss_sum * share)
+        if not self.reduces_once:
+            self.live.step()  # after the last micro-batch alone it does more than count
+
+    def _reduction(self, due: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def _update(self) -> torch.Tensor | float:
+        if self.reduces_once:
+            self.live.step()
+        return norm_or_overflow(self.live.optimizer, self.live.get_global_grad_norm())
 
     def _stepped(self) -> Stepped:
         return stepped(self.live.optimizer)
@@ -85,6 +106,9 @@ def _inspect(engine: ZeroEngine) -> Receipt:
         "zero_stage": stage,
         "optimizer": type(optimizer).__name__,
         "gradients_partitioned": partitioned,
+        "gradients_reduced": "each step"
+        if stage == 1 or engine.reduces_once
+        else "each micro-batch",
         "elements_total": total,
         "parameter_elements_by_rank": held,
         "master_elements_by_rank": masters,

@@ -122,10 +122,13 @@ class Parallel(_Section):
 
 
 class Log(_Section):
-    """Names the trackers that log steps besides `steps.jsonl`.
+    """Says how often the ranks' numbers are read, and names trackers besides `steps.jsonl`.
 
-    They are those that Accelerate knows, such as tensorboard; each needs its own package."""
+    every: they are read once in so many steps; the gradient norm of the others is taken only where
+    it is clipped. A comparison reads every step. The trackers are those that Accelerate knows, such
+    as tensorboard; each needs its own package."""
 
+    every: Positive = 1
     trackers: list[str] = []
 
 
@@ -143,11 +146,15 @@ class StrategySettings(_Section):
 
 
 class Ddp(StrategySettings):
-    """Sets how gradients travel."""
+    """Sets how gradients travel, and buffers.
+
+    broadcast_buffers: rank 0 sends its buffers to the others before a forward pass, unless no rank
+    changed any in the first step (changing), or in any case (always)."""
 
     comm_hook: Literal["none", "bf16", "fp16", "powersgd"] = "none"  # none: as they are
     powersgd_rank: Positive = 1  # of PowerSGD's approximation
     bucket_cap_mb: Positive = 25  # MiB of gradients in a collective
+    broadcast_buffers: Literal["changing", "always"] = "changing"
 
 
 class LocalSgd(StrategySettings):
@@ -169,6 +176,15 @@ class Zero(StrategySettings):
     """Names a DeepSpeed JSON file in place of the shipped `ds_configs/zeroN.json`."""
 
     ds_config: str | None = None
+
+
+class Zero2(Zero):
+    """Also sets when gradients are reduced, where a step has several micro-batches.
+
+    reduce_once: in fp32, once a step, for which each rank holds whole gradients, as under zero1.
+    Else after each micro-batch, of which a rank keeps its part: with four, four times the bytes."""
+
+    reduce_once: bool = True
 
 
 class Pipeline(StrategySettings):
@@ -196,7 +212,7 @@ class Strategies(_Section):
     local_sgd: LocalSgd = LocalSgd()
     fsdp: Fsdp = Fsdp()
     zero1: Zero = Zero()
-    zero2: Zero = Zero()
+    zero2: Zero2 = Zero2()
     zero3: Zero = Zero()
     pipeline: Pipeline = Pipeline()
     two_d: TwoD = Field(default=TwoD(), alias="2d")

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+from array import array
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -27,6 +28,42 @@ if TYPE_CHECKING:
 
 WARMUP_STEPS = 2  # the first allocates optimizer state and rebuilds DDP's buckets
 FEWEST_TIMED = 3
+
+
+class _Time:
+    """Is the time from its making until `stop`: the host's on a CPU, the device's on a GPU.
+
+    The host does not wait for the device: CUDA's events note when the device passes them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = device.type == "cuda"
+        self._start = self._stop = self._now()
+
+    def stop(self) -> None:
+        """End the time."""
+        self._stop = self._now()
+
+    def seconds(self) -> float:
+        """Return its length; on a GPU, once the device has passed the end."""
+        if not self._event:
+            return self._stop - self._start
+        self._stop.synchronize()
+        return self._start.elapsed_time(self._stop) / 1e3
+
+    def _now(self) -> Any:
+        if not self._event:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class StepCost(NamedTuple):
+    """Holds what one step took on this rank; memory_bytes: the peak so far, None: not measured."""
+
+    time: _Time
+    timed: bool  # it counts for the speed
+    memory_bytes: int | None
 
 
 class Instruments:
@@ -50,8 +87,8 @@ class Instruments:
         else:
             self.metered, self.counted = range(first), range(steps)
             self.timed = range(first if steps > first else 0, steps)
-        self.seconds: list[float] = []
-        self._last = 0.0
+        self.seconds = array("d")  # of the timed steps
+        self.last_step = StepCost(_Time(device), False, None)
         self._tcp: list[int | None] = []
 
     @contextlib.contextmanager
@@ -63,11 +100,11 @@ class Instruments:
             self._tcp.append(tcp_bytes_sent())
             self.counter.start()
         with self.meter if step in self.metered and not self.blind else contextlib.nullcontext():
-            start = self._now()
+            taken = _Time(self.device)
             yield
-            seconds = self._last = self._now() - start
-        if step in self.timed:
-            self.seconds.append(seconds)
+            taken.stop()
+        memory = None if self.blind else self.meter.peak_bytes
+        self.last_step = StepCost(taken, step in self.timed, memory)
         if step == self.counted.stop - 1:
             self.counter.stop()
             self._tcp.append(tcp_bytes_sent())
@@ -76,18 +113,21 @@ class Instruments:
         """Remove the counting kernels, which a failed run leaves in place for the whole process."""
         self.counter.close()
 
-    def last_step(self) -> dict[str, float | None]:
-        """Return this rank's seconds for the last step, and its peak of memory in bytes so far."""
-        memory = None if self.blind else self.meter.peak_bytes
-        return {"seconds": self._last, "memory_bytes": memory}
+    def read(self, cost: StepCost) -> dict[str, float | None]:
+        """Return what a step took on this rank, as a line of `steps.jsonl` has it."""
+        seconds = cost.time.seconds()
+        if cost.timed:
+            self.seconds.append(seconds)
+        return {"seconds": seconds, "memory_bytes": cost.memory_bytes}
 
     def throughput(self, samples_per_step: int, tokens_per_step: int | None) -> Throughput | None:
         """Return the speed over the timed steps; None where no step was timed."""
-        if not self.seconds:
+        seconds = self.seconds
+        if not seconds:
             return None
-        median, mean = statistics.median(self.seconds), statistics.fmean(self.seconds)
+        median, mean = statistics.median(seconds), statistics.fmean(seconds)
         tokens = tokens_per_step / median if tokens_per_step else None
-        return Throughput(samples_per_step / median, median, mean, len(self.seconds), tokens)
+        return Throughput(samples_per_step / median, median, mean, len(seconds), tokens)
 
     def memory(self) -> Memory | None:
         """Return the peaks of all ranks, or None where they were not measured; collective."""
@@ -96,11 +136,6 @@ class Instruments:
         peaks = self.meter.peak_bytes, self.meter.peak_bytes_since_mark
         whole, steps = zip(*gather_objects(peaks), strict=True)
         return Memory(list(whole), self.meter.how, list(steps))
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     def reduced_in(self) -> str | None:
         """Return torch's name of the dtype in which most bytes were summed over ranks.

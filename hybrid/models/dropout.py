@@ -6,15 +6,17 @@ of its own, seeded by what the row is. So every strategy drops the same units, a
 are recomputed in backward meet the mask they had."""
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
 
 Seeds = Sequence[int | None]
-_rows: ContextVar[tuple[int | None, ...] | None] = ContextVar("rows", default=None)
+_rows: ContextVar[Seeds | None] = ContextVar("rows", default=None)
 
 
 def mix(*numbers: int) -> int:
@@ -23,13 +25,34 @@ def mix(*numbers: int) -> int:
     return int.from_bytes(digest.digest()[:8], "little") >> 1
 
 
+class RowSeeds(Seeds):
+    """Holds a seed for each row of a batch, along axis 0, and makes them when a dropout asks.
+
+    ids: int64 [n], the samples of the first rows. rows: their number, with the padding after the
+    n-th, which has None. key: what seeds depend on besides the sample: the job's seed, the step."""
+
+    def __init__(self, ids: torch.Tensor, rows: int, *key: int) -> None:
+        self.ids, self.rows, self.key = ids, rows, key
+
+    @functools.cached_property
+    def _made(self) -> list[int | None]:
+        found: list[int | None] = [mix(*self.key, sample) for sample in self.ids.tolist()]
+        return found + [None] * (self.rows - len(found))
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._made[index]
+
+
 @contextlib.contextmanager
 def use_rows(seeds: Seeds | None) -> Iterator[None]:
     """Gives the rows of a batch, along axis 0, one seed each while the context lasts.
 
     A row with None is padding and stays as it is. Without any seeds, dropout draws from torch's own
     stream."""
-    token = _rows.set(None if seeds is None else tuple(seeds))
+    token = _rows.set(seeds)
     try:
         yield
     finally:
@@ -38,10 +61,10 @@ def use_rows(seeds: Seeds | None) -> Iterator[None]:
 
 def set_rows(seeds: Seeds) -> None:
     """Gives seeds as `use_rows` does, but without an end."""
-    _rows.set(tuple(seeds))
+    _rows.set(seeds)
 
 
-def rows_in_use() -> tuple[int | None, ...] | None:
+def rows_in_use() -> Seeds | None:
     """Returns the seeds in use."""
     return _rows.get()
 

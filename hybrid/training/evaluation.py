@@ -23,11 +23,24 @@ def evaluate(engine: Engine, samples: Sequence[Any], job: Job, micro_batches: in
 
 
 def step_batches(
-    plan: BatchPlan, engine: Engine, samples: Sequence[Any], step: int
+    plan: BatchPlan,
+    engine: Engine,
+    samples: Sequence[Any],
+    step: int,
+    targets_per_sample: int | None = None,
 ) -> list[MicroBatch]:
-    """Load this process's micro-batches of one step, share after share."""
+    """Load this process's micro-batches of one step, share after share.
+
+    targets_per_sample: see `load_micro_batch`."""
     return [
-        load_micro_batch(samples, ids, engine.micro_batch_size)
+        load_micro_batch(
+            samples,
+            ids,
+            engine.micro_batch_size,
+            inputs=engine.reads_inputs,
+            targets=engine.reads_targets,
+            targets_per_sample=targets_per_sample,
+        )
         for share in engine.shares
         for ids in plan.micro_batch_ids(step, share)
     ]

@@ -5,8 +5,8 @@ or in a process alone; `hybrid.training.run` starts the processes. `hybrid.recor
 run leaves in `out`."""
 
 import dataclasses
-import json
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from .. import records
 from ..checkpoint.weights import save_weights
 from ..data import build_data
 from ..data.batches import BatchPlan
+from ..data.targets import targets_per_sample
 from ..engines.layers import compile_evidence
 from ..engines.precision import name_of
 from ..engines.protocol import Engine, StepResult, extend_receipt
@@ -27,7 +28,7 @@ from ..launch.exchange import gather_objects
 from ..launch.failures import RankStatus, leave_error
 from ..launch.placement import OWN, Placement, find_placement
 from ..launch.process_group import cleanup, join_process_group, restored_environment
-from ..measure.clock import Instruments
+from ..measure.clock import Instruments, StepCost
 from ..measure.machine import describe_machine
 from ..models.shared import build_shared
 from ..records import EvalResult, Record, StepEval, StepRecord, Weights
@@ -36,6 +37,7 @@ from .check import check_on_rank_0, print_warnings
 from .evaluation import evaluate, step_batches
 from .folder import CHECKPOINTS, begin_run, end_run
 from .projection import project
+from .step_log import StepLog
 from .trackers import Trackers
 
 OnStep = Callable[[StepRecord, int], None]
@@ -139,13 +141,14 @@ class _Run:
     status: RankStatus
     train_set: Sequence[Any]
     test_set: Sequence[Any]
-    steps: list[StepRecord] = dataclasses.field(default_factory=list)
+    unread: deque[StepCost] = dataclasses.field(default_factory=deque)  # of steps without numbers
     evals: list[StepEval] = dataclasses.field(default_factory=list)
 
     def go(self) -> Record:
         """Train, evaluate, and put the record together."""
         if self.out:
             self.trackers = Trackers(self.job.log.trackers, self.out, to_dict(self.job))
+        self.steps = StepLog(self.placement.rank == 0, self.out)
         data = self._check_data()
         initial = project(self.engine.state())
         first = self._train_steps()
@@ -159,7 +162,7 @@ class _Run:
             world_size=self.placement.world_size,
             layout=self.engine.layout.to_dict(),
             receipt=receipt,
-            steps=self.steps,
+            steps=self.steps.all(),
             eval=result,
             throughput=self.instruments.throughput(self.job.train.global_batch, self._tokens()),
             memory=self.instruments.memory(),
@@ -196,49 +199,63 @@ class _Run:
         plan = BatchPlan(len(self.train_set), *sizes, job.train.seed)
         total, every = job.train.steps or 0, job.train.eval_every
         period = min(total, registry.steps_between_syncs(job, self.strategy))
+        known = targets_per_sample(self.train_set)
         first: dict[str, float] = {}
         for step in range(total):
             if every and step % every == 0:
+                self._note_steps()
                 self._evaluate()
             self.status.set(f"in step {step}")
-            batches = step_batches(plan, engine, self.train_set, step)
+            batches = step_batches(plan, engine, self.train_set, step, known)
+            count = None if known is None else known * plan.batch_size(step)
             with self.instruments.step(step):
-                result = engine.train_step(batches)
-            self._note(step, result, total)
+                engine.start_step(batches, count)
+            self.unread.append(self.instruments.last_step)
+            # The numbers of a step come with the next one. These steps need them at once.
+            self._note_steps(wait=step == 0 or step + 1 in (period, total))
             if step == 0:
                 self._require_receipt()
             if step + 1 == period:
                 first = project(engine.state())
         return first
 
-    def _note(self, step: int, result: StepResult, total: int) -> None:
-        finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+    def _note_steps(self, wait: bool = True) -> None:
+        """Note the steps whose numbers have come; `wait`: all that have been made."""
+        for result in self.engine.results(wait):
+            self._note(self.steps.count, result)
+
+    def _note(self, step: int, result: StepResult) -> None:
+        norm = result.grad_norm
+        finite = math.isfinite(result.loss) and (norm is None or math.isfinite(norm))
         if not (finite or (result.skipped and math.isfinite(result.loss))):
             raise RunError(
-                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite; "
+                f"step {step}: loss {result.loss}, gradient norm {norm}: not finite; "
                 "lower optimizer.lr or set train.clip_norm"
             )
-        found = dataclasses.asdict(result) | {"step": step}
-        if result.skipped:
-            found["grad_norm"] = None
-        del found["digest_by_rank"]
-        record = StepRecord(**found)
-        self.steps.append(record)
+        record = StepRecord(
+            step=step,
+            loss=result.loss,
+            grad_norm=None if result.skipped else norm,
+            lr=result.lr,
+            samples=result.samples,
+            sample_digest=result.sample_digest,
+            targets=result.targets,
+            loss_scale=result.loss_scale,
+            skipped=result.skipped,
+        )
+        line = self.steps.add(record, self.instruments.read(self.unread.popleft()))
         if self.out:
-            line = records.to_dict(record) | self.instruments.last_step()
-            with (self.out / "steps.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
             self.trackers.log(line, step)
         if self.on_step:
-            self.on_step(record, total)
+            self.on_step(record, self.job.train.steps or 0)
 
     def _evaluate(self) -> EvalResult:
-        self.status.set(f"in the evaluation after {len(self.steps)} steps")
+        self.status.set(f"in the evaluation after {self.steps.count} steps")
         micro_batches = self.job.micro_batches(self.strategy)
         result = evaluate(self.engine, self.test_set, self.job, micro_batches)
-        self.evals.append(StepEval(len(self.steps), result))
+        self.evals.append(StepEval(self.steps.count, result))
         if self.out:
-            self.trackers.log_eval(records.to_dict(result), len(self.steps))
+            self.trackers.log_eval(records.to_dict(result), self.steps.count)
         return result
 
     def _reductions(self) -> str:
@@ -250,7 +267,7 @@ class _Run:
 
     def _tokens(self) -> int | None:
         """Return the number of tokens in a whole batch; None where a sample has one target."""
-        most = max(step.targets or 0 for step in self.steps)
+        most = self.steps.most_targets
         return most if most > self.job.train.global_batch else None
 
     def _require_receipt(self) -> records.Receipt:
@@ -269,6 +286,6 @@ class _Run:
         state = self.engine.state()
         if not self.out:
             return None
-        about = {"step": len(self.steps), "strategy": self.strategy}
+        about = {"step": self.steps.count, "strategy": self.strategy}
         path = save_weights(state, self.out / CHECKPOINTS / "final", about)
         return str(path.relative_to(self.out))

@@ -25,6 +25,7 @@ import numpy
 import torch
 
 from ...launch.ops_cache import cache_folder
+from ..targets import IGNORED_TARGET
 from .cache import Side, TokenFile, open_tokens, write_tokens
 from .documents import plan_documents
 from .sources import Rows, Source, absolute, find_files, stamp, standard_library
@@ -32,7 +33,6 @@ from .tokenizers import BYTES, files_of, load_tokenizer
 
 FORMAT = 1  # of the token files; a file of another format is not used
 CONTEXT = 256
-IGNORED_TARGET = -100  # losses leave such targets out (torch's own default)
 
 
 class Blocks:
@@ -43,13 +43,14 @@ class Blocks:
 
     vocab_size: all ids are below it. num_tokens: targets that count. num_bytes: UTF-8 bytes of the
     text (bits per byte are loss * num_tokens / num_bytes / ln 2). fingerprint: the tokens' SHA-256,
-    hexadecimal."""
+    hexadecimal. targets_per_sample: context, or None where the last block is filled up."""
 
     def __init__(self, tokens: numpy.ndarray, context: int, vocab_size: int, side: Side) -> None:
         self._tokens, self.context, self.vocab_size = tokens, context, vocab_size
         self.num_tokens = side.num_tokens - 1
         self.num_bytes, self.num_documents = side.num_bytes, side.num_documents
         self.fingerprint = side.fingerprint
+        self.targets_per_sample = None if self.num_tokens % context else context
 
     def __len__(self) -> int:
         return -(-self.num_tokens // self.context)

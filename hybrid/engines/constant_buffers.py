@@ -1,0 +1,39 @@
+"""This module stops DDP from broadcasting buffers that no forward pass changes, in every step.
+
+By default DDP sends all buffers, such as rotary tables, from rank 0 before each forward pass."""
+
+from typing import Any
+
+import torch
+
+from ..job.errors import RunError
+from ..launch.exchange import gather_objects
+
+
+class ConstantBuffers:
+    """Sees in the first step whether any rank's buffers change; if none do, the broadcast ends."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.before = {n: b.detach().clone() for n, b in model.module.named_buffers()}
+        self.versions: dict[str, int] = {}
+
+    def after_step(self, step: int) -> None:
+        """Look at the buffers; collective after the first step.
+
+        Raises RunError where a buffer changes that did not in the first step: ranks would then
+        compute with different ones."""
+        buffers = dict(self.model.module.named_buffers()) if self.before or self.versions else {}
+        if self.before:
+            changed = any(not torch.equal(self.before[n], b) for n, b in buffers.items())
+            if not any(gather_objects(changed)):
+                self.model.broadcast_buffers = False
+                self.versions = {n: b._version for n, b in buffers.items()}
+            self.before = {}
+        for name, version in self.versions.items():
+            if buffers[name]._version != version:
+                raise RunError(
+                    f"step {step}: the buffer {name} changed, which it did not in the first step, "
+                    "so that ddp no longer sends it from rank 0; set "
+                    "strategy.ddp.broadcast_buffers = 'always'"
+                )

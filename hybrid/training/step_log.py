@@ -1,0 +1,44 @@
+"""This module keeps the records of a run's steps, on rank 0 alone.
+
+With a folder they are lines of `steps.jsonl` there, and memory does not grow with the steps."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..launch.exchange import gather_objects
+from ..records import StepRecord
+
+
+class StepLog:
+    """Holds the records of the steps so far.
+
+    here: this process keeps them. out: the run's folder, None: they stay in memory."""
+
+    def __init__(self, here: bool, out: Path | None) -> None:
+        self.count = 0
+        self.most_targets = 0  # of any step
+        self._here, self._kept = here, list[StepRecord]()
+        self._file = (out / "steps.jsonl").open("a+", buffering=1) if out else None  # whole lines
+
+    def add(self, record: StepRecord, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """Take the next step and return its line: the record, and what the step took."""
+        self.count += 1
+        self.most_targets = max(self.most_targets, record.targets or 0)
+        line = vars(record) | dict(figures)
+        if self._file:
+            self._file.write(json.dumps(line) + "\n")
+        elif self._here:
+            self._kept.append(record)
+        return line
+
+    def all(self) -> list[StepRecord]:
+        """Return the records of all steps, on every rank; collective."""
+        if self._file:
+            self._file.seek(0)
+            names = StepRecord.__dataclass_fields__
+            lines = [json.loads(line) for line in self._file]
+            self._kept = [StepRecord(**{name: line[name] for name in names}) for line in lines]
+            self._file.close()
+        return gather_objects(self._kept if self._here else None)[0]

@@ -1,0 +1,160 @@
+"""Ranks forked from one warm process are what ranks started afresh are, and nothing stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import hybrid
+from hybrid import records
+from hybrid.job.errors import RunFailed
+from hybrid.launch import local
+from hybrid.launch.local import run_ranks
+from hybrid.launch.warm import warm_process, warm_ranks
+from tests.conftest import ROOT, small_job
+
+TELL = """
+import os, sys, threading
+print("arguments", sys.argv[1:], os.getcwd())
+print("variables", os.environ["RANK"], os.environ["MARK"], sys.path[0])
+sys.stderr.write("no line feed")
+if sys.argv[1] == "exit": sys.exit(int(sys.argv[2]))
+if sys.argv[1] == "raise": raise ValueError("planted")
+if sys.argv[1] == "kill": os.kill(os.getpid(), int(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def tell(tmp_path: Path) -> list[str]:
+    """A program that says what it sees, and ends as it is told."""
+    (tmp_path / "tell.py").write_text(TELL)
+    return [sys.executable, str(tmp_path / "tell.py")]
+
+
+def ends(tell: list[str], out: Path, *arguments: str) -> tuple[str, str]:
+    """What a rank of the program leaves: its first cause, and its log."""
+    cause = "none"
+    try:
+        run_ranks(1, arguments, out, program=tell)
+    except RunFailed as error:
+        cause = error.failure.message
+    return cause, (out / "logs" / "rank0.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("exit", "0"), ("exit", "3"), ("raise",), ("kill", "9"), ("kill", "15"), ("a b", "é\n")],
+)
+def test_a_fork_is_what_a_fresh_process_is(
+    tell: list[str], tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MARK", "set before")
+    with warm_ranks():
+        assert warm_process() is not None
+        forked = ends(tell, tmp_path / "forked", *arguments)
+    with warm_ranks(fresh=True):
+        assert warm_process() is None
+        fresh = ends(tell, tmp_path / "fresh", *arguments)
+    # A fork's traceback goes through the module that runs programs.
+    trim = [text[: text.find("Traceback")] if "raise" in arguments else text for text in fresh]
+    assert [text[: len(t)] for text, t in zip(forked, trim, strict=True)] == trim
+    assert "set before" in forked[1] and forked[1].count("planted") == fresh[1].count("planted")
+
+
+def test_all_ranks_come_from_one_process_which_ends(tmp_path: Path) -> None:
+    with warm_ranks(fresh=True), warm_ranks():  # a process of this test's own
+        result = hybrid.compare(small_job(), ["ddp", "pipeline"], nproc=2, out=tmp_path)
+        holder = warm_process()
+        assert holder is not None and len(holder.codes) == 5, "single, two ranks of each"
+        assert set(holder.codes.values()) == {0}
+    assert result.ok
+    assert holder.process.poll() == 0, "it ended by itself"
+
+
+def test_ranks_are_shown_by_their_own_command_and_end_with_it(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text(records.dumps(hybrid.job.file.to_dict(small_job())))
+    words = ["train", str(tmp_path / "job.json"), "--strategy", "ddp", "--nproc", "2"]
+    words += ["--set", "train.steps=100000", "--out", str(tmp_path / "run")]
+    run = subprocess.Popen([sys.executable, "-m", "hybrid", *words], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "steps.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (server,) = psutil.Process(run.pid).children()
+    ranks = server.children()
+    assert len(ranks) == 2
+    for rank in ranks:
+        assert rank.cmdline()[:4] == [sys.executable, "-m", "hybrid", "train"]
+        assert os.getpgid(rank.pid) == rank.pid, "a group of its own"
+    server.send_signal(signal.SIGKILL)  # such as by a host without memory
+    assert run.wait(30) == 1
+    psutil.wait_procs(ranks, timeout=10)
+    assert not any(rank.is_running() for rank in ranks)
+
+
+def test_another_environment_has_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    with warm_ranks():
+        first = warm_process()
+        assert warm_process() is first
+        monkeypatch.setenv("MARK", "new")
+        assert warm_process() is not first
+
+
+def test_the_next_rank_starts_afresh_where_the_process_has_ended(
+    tell: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MARK", "")
+    with warm_ranks():
+        warm = warm_process()
+        assert warm is not None
+        monkeypatch.setattr(local, "warm_process", lambda: warm)
+        warm.process.kill()
+        warm.process.wait()
+        assert ends(tell, tmp_path, "exit", "0")[0] == "none"
+    assert "hybrid: the warm process has ended: ranks start afresh" in capsys.readouterr().err
+
+
+def test_a_fork_that_may_not_use_the_gpu_starts_afresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a module that used it while it was imported: a stand-in says so here."""
+    (tmp_path / "torch.py").write_text("")
+    (tmp_path / "bad.py").write_text(
+        "import sys, types\n"
+        "sys.modules['torch.cuda'] = types.SimpleNamespace(_is_in_bad_fork=lambda: True)\n"
+    )
+    (tmp_path / "tell.py").write_text("import sys; print('fresh', 'torch.cuda' not in sys.modules)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    program = [sys.executable, str(tmp_path / "tell.py")]
+    with warm_ranks():
+        run_ranks(1, [], tmp_path, program=program, modules=["bad"])
+    log = (tmp_path / "logs" / "rank0.log").read_text()
+    assert "hybrid: this rank starts afresh: an imported module has used the GPU" in log
+    assert "fresh True" in log
+
+
+def test_many_runs_leave_nothing(tell: list[str], tmp_path: Path) -> None:
+    os.environ["MARK"] = ""
+    try:
+        with warm_ranks():
+            ends(tell, tmp_path, "exit", "0")
+            warm = warm_process()
+            assert warm is not None
+            here, there = psutil.Process(), psutil.Process(warm.process.pid)
+            before = [here.num_fds(), there.num_fds(), len(here.children())]
+            for _ in range(50):
+                ends(tell, tmp_path, "exit", "0")
+            assert [here.num_fds(), there.num_fds(), len(here.children())] == before
+            assert there.children() == []
+    finally:
+        del os.environ["MARK"]
