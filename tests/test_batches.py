@@ -13,8 +13,7 @@ from hybrid.data import batches
 from hybrid.data.batches import BLOCK, BatchPlan
 from hybrid.data.loader import MicroBatch
 from hybrid.data.permutation import permute
-from hybrid.engines.tally import StepRow, Tally, TallyRow, hash_ids, step_result
-from hybrid.job.errors import RunError
+from hybrid.engines.tally import Tally, TallyRow, hash_ids
 from hybrid.models.losses import cross_entropy
 
 SHARES = [1, 2, 3, 4]
@@ -214,33 +213,3 @@ def test_another_id_has_another_digest() -> None:
     assert len(digests) == 1000
     assert tally([1, 2, 2])[3] != tally([1, 2])[3] and tally([0])[3] != 0
     assert hash_ids(torch.tensor([1, 4])) != hash_ids(torch.tensor([2, 3]))
-
-
-def ranks(**second: float) -> list[StepRow]:
-    """Two ranks' rows of a step, with changes to the second."""
-    norm, lr = second.get("norm", 2.0), second.get("lr", 0.1)
-    return [StepRow(3.0, 2, 2, 2**64 - 1, 2.0, 0.1), StepRow(5.0, 6, 3, 2, norm, lr)]
-
-
-def test_a_step_is_put_together_from_its_ranks() -> None:
-    step = step_result(ranks(norm=2.0 + 1e-7), 8)
-    assert (step.loss, step.grad_norm, step.lr, step.samples) == (1.0, 2.0, 0.1, 5)
-    assert step.sample_digest == f"{1:016x}"
-    assert step.digest_by_rank == (f"{2**64 - 1:016x}", f"{2:016x}")
-    assert step_result(ranks(), None).loss == 1.0
-
-
-@pytest.mark.parametrize(
-    ("second", "expected", "said"),
-    [
-        ({"norm": 2.001}, 8, "rank 1 has gradient norm 2.001, rank 0 has 2"),
-        ({"norm": math.nan}, 8, "rank 1 has gradient norm nan"),
-        ({"lr": math.nan}, 8, "rank 1 has learning rate nan"),
-        ({"lr": 0.2}, 8, "rank 1 has learning rate 0.2, rank 0 has 0.1"),
-        ({}, 7, "counted 8 targets where 7 were expected"),
-    ],
-)
-def test_ranks_that_disagree_fail(second: dict[str, float], expected: int, said: str) -> None:
-    with pytest.raises(RunError) as failed:
-        step_result(ranks(**second), expected)
-    assert said in str(failed.value)

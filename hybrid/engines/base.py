@@ -19,7 +19,7 @@ from .optimizer import LossScale, clip, norm_of, parameters_of
 from .precision import Observer, Stepped, check_ledger, make_ledger
 from .protocol import Engine, StepResult, extend_receipt
 from .state import gradient_dtypes, on_device
-from .step_queue import StartedStep, StepQueue, StepRow, norms_of, step_result
+from .step_queue import LocalRow, StartedStep, StepQueue, StepRow, norms_of, step_result
 from .tally import Tally, count_targets, eval_result, num_rows
 
 
@@ -136,21 +136,22 @@ class BaseEngine(Engine):
     ) -> torch.Tensor | float:
         """Make one optimizer step, and return what `_clip_gradients` does.
         The norm is not finite where an fp16 gradient overflowed."""
-        scale.unscale(optimizer)
+        if scale.is_enabled():
+            scale.unscale(optimizer)
         norm = self._clip_gradients(parameters_of(optimizer), groups)
-        scale.step(optimizer)
+        if scale.is_enabled():
+            scale.step(optimizer)
+        else:
+            optimizer.step()
         optimizer.zero_grad()
         return norm
 
-    def _note_step(
-        self, rows: Sequence[torch.Tensor], loss_scale: float, whole: bool = True
-    ) -> None:
+    def _note_step(self, rows: Sequence[LocalRow], loss_scale: float, whole: bool = True) -> None:
         """Note a step's numbers. rows: those of `make_row`, one for each replica.
 
         loss_scale: in force in the step; only fp16 has one. whole: see `StartedStep`."""
         scale = loss_scale if self.job.train.precision == "fp16" else None
-        table = torch.stack(list(rows))
-        self.queue.add(StartedStep(self.step, table, whole, self._takes_norm(), scale))
+        self.queue.add(StartedStep(self.step, list(rows), whole, self._takes_norm(), scale))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:

@@ -115,7 +115,7 @@ def norm_of(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     for parameter in parameters:
         if parameter.grad is None:
             continue
-        gradient = local_part(parameter.grad.detach())
+        gradient = local_part(parameter.grad)
         size, device = gradient.numel(), gradient.device
         cut = size // BLOCK * BLOCK
         if cut:

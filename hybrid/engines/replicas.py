@@ -31,7 +31,7 @@ from .precision import DTYPES, Observer, Stepped, names_of, round_at_use
 from .protocol import StepResult, extend_receipt, make_receipt
 from .schedule import learning_rate
 from .state import copy_of_state, copy_state, named_tensors, num_held
-from .step_queue import StartedStep, StepRow, make_row, step_result
+from .step_queue import LocalRow, StartedStep, StepRow, make_row, step_result
 from .tally import Tally
 
 
@@ -88,7 +88,7 @@ class ReplicaEngine(BaseEngine):
         if self.merge_every and (last or done % self.merge_every == 0):
             self._merge()
 
-    def _step_replica(self, i: int, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+    def _step_replica(self, i: int, micro_batches: Sequence[MicroBatch]) -> LocalRow:
         model, optimizer, scale = self.models[i], self.optimizers[i], self.scales[i]
         tally = Tally(self.device)
         count = self._count_own(micro_batches)

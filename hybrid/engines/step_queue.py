@@ -45,16 +45,36 @@ class StepRow(NamedTuple):
         return int(self.input_high) * HALF + int(self.input_low)
 
 
+class LocalRow(NamedTuple):
+    """Holds one row before it is sent: what the device knows late, and what the host knows."""
+
+    late: list[torch.Tensor | float]
+    known: tuple[float, ...]
+
+    def read(self, device: torch.device) -> list[float]:
+        """Return the numbers, once the device knows them."""
+        return [*self._stack(device).tolist(), *self.known]
+
+    def to_tensor(self, device: torch.device) -> torch.Tensor:
+        """Return the numbers, float64 [n], without waiting for the device."""
+        known = torch.tensor(self.known, dtype=torch.float64)
+        if device.type == "cuda":
+            known = known.pin_memory().to(device, non_blocking=True)
+        return torch.cat((self._stack(device), known))
+
+    def _stack(self, device: torch.device) -> torch.Tensor:
+        return torch.stack([_float64(value, device) for value in self.late])
+
+
 @dataclasses.dataclass
 class StartedStep:
     """Holds one step whose numbers are not read yet.
 
-    rows: float64 [replicas in this process, numbers of `StepRow`]. norm_is_whole: each row has the
-    whole norm, not that of a part. has_norm: the norm was taken. loss_scale: fp16's, else
-    None."""
+    rows: one for each replica in this process. norm_is_whole: each row has the whole norm, not that
+    of a part. has_norm: the norm was taken. loss_scale: fp16's, else None."""
 
     number: int
-    rows: torch.Tensor
+    rows: list[LocalRow]
     norm_is_whole: bool
     has_norm: bool
     loss_scale: float | None
@@ -62,43 +82,44 @@ class StartedStep:
 
 def make_row(
     tally: Tally, expected: int, norm: torch.Tensor | float, lr: float, input_digest: int = 0
-) -> torch.Tensor:
-    """Return one rank's numbers of a step, float64 [numbers], without waiting for a device.
-
-    The arguments are those of `StepRow`."""
+) -> LocalRow:
+    """Return one rank's numbers of a step; the arguments are those of `StepRow`."""
     digest = tally.sample_digest()
     halves = (digest // HALF, digest % HALF, input_digest // HALF, input_digest % HALF)
-    host = torch.tensor((expected, tally.samples, *halves, lr), dtype=torch.float64)
-    if tally.device.type == "cuda":
-        host = host.pin_memory().to(tally.device, non_blocking=True)
-    late = [_float64(x, tally.device) for x in (tally.loss_sum, tally.count, norm)]
-    return torch.cat((torch.stack(late), host))
+    late = [0.0 if value is None else value for value in (tally.loss_sum, tally.count, norm)]
+    return LocalRow(late, (expected, tally.samples, *halves, lr))
 
 
-def _float64(value: torch.Tensor | float | None, device: torch.device) -> torch.Tensor:
+def _float64(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
-        return value.detach().to(torch.float64)
-    return torch.full((), value or 0, dtype=torch.float64, device=device)
+        return value if value.dtype == torch.float64 else value.to(torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 class _Gathering:
-    """Is a tensor of each rank on its way to all ranks."""
+    """Is one list of numbers of each rank, on its way to all ranks.
 
-    def __init__(self, mine: torch.Tensor) -> None:
-        self.work, self.table = None, mine.unsqueeze(0)
-        if dist.is_initialized() and (size := dist.get_world_size()) > 1:
-            table = mine.new_empty((size * len(mine), *mine.shape[1:]))
-            self.work = dist.all_gather_into_tensor(table, mine, async_op=True)
-            self.table = table.view(size, *mine.shape)
-        self._read: list[list[list[float]]] | None = None
+    rows: this rank's. count: a last number, None: there is none."""
 
-    def read(self) -> list[list[list[float]]]:
-        """Return each rank's rows, once they are there."""
-        if self._read is None:
-            if self.work is not None:
-                self.work.wait()
-            self._read = self.table.tolist()
-        return self._read
+    def __init__(self, rows: list[LocalRow], count: int | None, device: torch.device) -> None:
+        self.rows, self.count, self.device = rows, count, device
+        self.size = dist.get_world_size() if dist.is_initialized() else 1
+        if self.size > 1:
+            parts = [row.to_tensor(device) for row in rows]
+            if count is not None:
+                parts.append(torch.full((1,), count, dtype=torch.float64, device=device))
+            mine = parts[0] if len(parts) == 1 else torch.cat(parts)
+            self.table = mine.new_empty(self.size * len(mine))
+            self.work = dist.all_gather_into_tensor(self.table, mine, async_op=True)
+
+    def read(self) -> list[list[float]]:
+        """Return each rank's numbers, once they are there."""
+        if self.size == 1:
+            numbers = [number for row in self.rows for number in row.read(self.device)]
+            return [numbers if self.count is None else [*numbers, self.count]]
+        self.work.wait()
+        numbers, each = self.table.tolist(), len(self.table) // self.size
+        return [numbers[i * each : (i + 1) * each] for i in range(self.size)]
 
 
 class StepQueue:
@@ -115,26 +136,25 @@ class StepQueue:
 
     def send(self, count: int | None = None) -> None:
         """Send what waits, and this rank's number of targets in the coming step; collective."""
-        rows = [step.rows for step in self.waiting]
-        if count is not None:
-            width = len(StepRow._fields)
-            rows.append(torch.full((1, width), count, dtype=torch.float64, device=self.device))
-        if rows:
-            self.travelling.append((_Gathering(torch.cat(rows)), self.waiting))
+        if self.waiting or count is not None:
+            rows = [row for step in self.waiting for row in step.rows]
+            self.travelling.append((_Gathering(rows, count, self.device), self.waiting))
             self.waiting = []
 
     def count(self) -> int:
         """Return the sum over the ranks of the counts that were sent last."""
-        return sum(int(rows[-1][0]) for rows in self.travelling[-1][0].read())
+        return int(sum(numbers[-1] for numbers in self.travelling[-1][0].read()))
 
     def take(self) -> Iterator[tuple[StartedStep, list[StepRow]]]:
         """Yield each step that was sent, with the rows of all ranks, in the order of the ranks."""
         travelling, self.travelling = self.travelling, []
+        width = len(StepRow._fields)
         for gathering, steps in travelling:
             table, first = gathering.read(), 0
             for step in steps:
-                last = first + len(step.rows)
-                yield step, [StepRow(*row) for rank in table for row in rank[first:last]]
+                last = first + width * len(step.rows)
+                starts = range(first, last, width)
+                yield step, [StepRow(*rank[i : i + width]) for rank in table for i in starts]
                 first = last
 
 

@@ -13,8 +13,8 @@ def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Ten
     """Returns the cross-entropy in nats, summed over targets other than -100, and their count.
 
     `output`: logits [..., classes] of any dtype. `target`: int64 [...]. The sum is in fp32."""
-    logits = output.reshape(-1, output.shape[-1]).float()
-    total = functional.cross_entropy(
-        logits, target.reshape(-1), ignore_index=IGNORED_TARGET, reduction="sum"
-    )
+    logits, classes = output.float(), target
+    if output.dim() > 2:
+        logits, classes = logits.reshape(-1, output.shape[-1]), target.reshape(-1)
+    total = functional.cross_entropy(logits, classes, ignore_index=IGNORED_TARGET, reduction="sum")
     return total, (target != IGNORED_TARGET).sum()
