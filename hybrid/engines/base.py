@@ -46,6 +46,7 @@ class BaseEngine(Engine):
         self.queue = StepQueue(self.device)
         # The ranks whose squares add up to that of the whole norm, where each knows but a part.
         self.norm_parts: list[list[int]] = []
+        self._factor: tuple[tuple[float, torch.dtype], torch.Tensor] | None = None  # the last one
         self._count: int | None = None  # targets of all ranks in this step, once it is known
 
     def start_step(self, micro_batches: Sequence[MicroBatch], count: int | None = None) -> None:
@@ -99,8 +100,10 @@ class BaseEngine(Engine):
 
     def _backward_by(self, loss_sum: torch.Tensor, factor: float, scale: LossScale) -> None:
         """Add the gradients of `factor * loss_sum`, without an operation for the product."""
-        gradient = torch.full((), factor, dtype=loss_sum.dtype, device=loss_sum.device)
-        loss_sum.backward(scale.scale(gradient))
+        if self._factor is None or self._factor[0] != (factor, loss_sum.dtype):
+            gradient = torch.full((), factor, dtype=loss_sum.dtype, device=loss_sum.device)
+            self._factor = (factor, loss_sum.dtype), gradient
+        loss_sum.backward(scale.scale(self._factor[1]))
 
     def _takes_norm(self) -> bool:
         """Tell whether this step's gradient norm is needed: to clip, to log, or for fp16."""

@@ -79,19 +79,23 @@ class ReplicaEngine(BaseEngine):
     def _step(self, micro_batches: Sequence[MicroBatch], own: int) -> None:
         """Make one step of each replica alone, by the mean loss over its own targets."""
         each, scale = len(micro_batches) // len(self.models), self.scales[0].value
-        parts = [micro_batches[i * each : (i + 1) * each] for i in range(len(self.models))]
-        self._note_step([self._step_replica(i, part) for i, part in enumerate(parts)], scale)
-        for i, part in enumerate(parts):
-            self.seen[i] += sum(len(micro_batch.ids) for micro_batch in part)
+        rows = []
+        for i in range(len(self.models)):
+            part = micro_batches[i * each : (i + 1) * each]
+            rows.append(self._step_replica(i, part, own if each == len(micro_batches) else None))
+            self.seen[i] += rows[-1].samples
+        self._note_step(rows, scale)
         done = self.step + 1
         last = done == self.job.train.steps
         if self.merge_every and (last or done % self.merge_every == 0):
             self._merge()
 
-    def _step_replica(self, i: int, micro_batches: Sequence[MicroBatch]) -> LocalRow:
+    def _step_replica(
+        self, i: int, micro_batches: Sequence[MicroBatch], count: int | None
+    ) -> LocalRow:
         model, optimizer, scale = self.models[i], self.optimizers[i], self.scales[i]
         tally = Tally(self.device)
-        count = self._count_own(micro_batches)
+        count = self._count_own(micro_batches) if count is None else count
         if not model.training:
             model.train()
         for k, micro_batch in enumerate(micro_batches):
@@ -103,7 +107,8 @@ class ReplicaEngine(BaseEngine):
 
     def _result(self, step: StartedStep, rows: list[StepRow]) -> StepResult:
         """Give several replicas the root mean square of their norms."""
-        return step_result(step, rows, [math.sqrt(sum(r.norm**2 for r in rows) / len(rows))])
+        norm = math.sqrt(sum(row.norm**2 for row in rows) / len(rows))
+        return step_result(step, rows, [norm] * len(rows))
 
     @torch.no_grad()
     def _merge(self) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ..job.errors import RunError
 from .protocol import StepResult
-from .tally import Tally, mean_loss
+from .tally import Tally
 
 RANKS_AGREE = 1e-6  # relative; all ranks get norms and rates by one all-reduce and equal arithmetic
 HALF = 2**32  # float64 holds a 64-bit digest as two halves
@@ -50,6 +50,11 @@ class LocalRow(NamedTuple):
 
     late: list[torch.Tensor | float]
     known: tuple[float, ...]
+
+    @property
+    def samples(self) -> int:
+        """Return how many samples the row is of."""
+        return int(self.known[1])
 
     def read(self, device: torch.device) -> list[float]:
         """Return the numbers, once the device knows them."""
@@ -161,12 +166,16 @@ class StepQueue:
 def norms_of(
     step: StartedStep, rows: Sequence[StepRow], parts: Sequence[Sequence[int]]
 ) -> list[float]:
-    """Return the gradients' norm as each rank, or each group of ranks in `parts`, knows it.
+    """Return the gradients' global norm as each rank knows it.
 
     parts: the ranks whose squares add up to the whole, where a row has only a part."""
-    if step.norm_is_whole:
-        return [row.norm for row in rows]
-    return [math.sqrt(sum(rows[i].norm ** 2 for i in group)) for group in parts]
+    norms = [row.norm for row in rows]
+    if not step.norm_is_whole:
+        for group in parts:
+            whole = math.sqrt(sum(rows[rank].norm ** 2 for rank in group))
+            for rank in group:
+                norms[rank] = whole
+    return norms
 
 
 def step_result(step: StartedStep, rows: Sequence[StepRow], norms: Sequence[float]) -> StepResult:
@@ -175,35 +184,38 @@ def step_result(step: StartedStep, rows: Sequence[StepRow], norms: Sequence[floa
     Under fp16, a norm that is not finite means that the step was skipped. Raises RunError if ranks
     disagree on norm or learning rate (a gradient was not reduced, a stage has another rate), or if
     the loss did not count the targets that it was divided by."""
-    _require_agreement("gradient norm", norms)
-    _require_agreement("learning rate", [row.lr for row in rows])
+    loss_sum = targets = 0.0
+    samples = digest = 0
     for rank, row in enumerate(rows):
+        _require_agreement("gradient norm", rank, norms[rank], norms[0])
+        _require_agreement("learning rate", rank, row.lr, rows[0].lr)
         if row.targets != row.expected:
             raise RunError(
                 f"rank {rank}: the loss counted {row.targets:.0f} targets where {row.expected:.0f} "
                 "were expected: a loss must count integer targets other than -100, others whatever "
                 "the output"
             )
+        loss_sum, targets = loss_sum + row.loss_sum, targets + row.targets
+        samples, digest = samples + int(row.samples), digest + row.digest
     return StepResult(
-        loss=mean_loss([row.loss_sum for row in rows], [row.targets for row in rows]),
+        loss=loss_sum / targets if targets else math.nan,
         grad_norm=norms[0] if step.has_norm else None,
         lr=rows[0].lr,
-        samples=int(sum(row.samples for row in rows)),
-        sample_digest=f"{sum(row.digest for row in rows) % 2**64:016x}",
-        targets=int(sum(row.targets for row in rows)),
+        samples=samples,
+        sample_digest=f"{digest % 2**64:016x}",
+        digest_by_rank=tuple(f"{row.digest:016x}" if row.samples else "" for row in rows),
+        targets=int(targets),
         loss_scale=step.loss_scale,
         skipped=step.loss_scale is not None and not math.isfinite(norms[0]),
-        digest_by_rank=tuple(f"{row.digest:016x}" if row.samples else "" for row in rows),
     )
 
 
-def _require_agreement(what: str, values: Sequence[float]) -> None:
+def _require_agreement(what: str, rank: int, value: float, first: float) -> None:
     """Raise RunError if a rank, or a group of ranks, has another value than the first."""
-    for rank, value in enumerate(values):
-        if not math.isclose(value, values[0], rel_tol=RANKS_AGREE) and (
-            math.isfinite(value) or math.isfinite(values[0])  # else the loop says what is wrong
-        ):
-            raise RunError(
-                f"rank {rank} has {what} {value:.9g}, rank 0 has {values[0]:.9g}: "
-                "what all ranks share was not reduced over all of them"
-            )
+    if value == first or math.isclose(value, first, rel_tol=RANKS_AGREE):
+        return
+    if math.isfinite(value) or math.isfinite(first):  # else the loop says what is wrong
+        raise RunError(
+            f"rank {rank} has {what} {value:.9g}, rank 0 has {first:.9g}: "
+            "what all ranks share was not reduced over all of them"
+        )

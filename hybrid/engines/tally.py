@@ -4,7 +4,6 @@ Every engine computes its loss through `Tally`, so that sums, counts and sample 
 batch that was really used, without padding."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy
@@ -47,9 +46,9 @@ def count_targets(loss: Loss, micro_batch: MicroBatch) -> int:
     The data set may tell it. Else integer targets count unless they are -100. For others the loss
     itself is asked, with zeros in place of the output. Engines compare the answer with what the
     loss then really counted."""
-    rows = len(micro_batch.ids)
     if micro_batch.num_targets is not None:
         return micro_batch.num_targets
+    rows = micro_batch.ids.shape[0]
     if rows == 0:
         return 0
     target = real_rows(micro_batch.target, rows, num_rows(micro_batch.target))
@@ -72,7 +71,7 @@ def hash_ids(ids: torch.Tensor, salt: torch.Tensor | None = None) -> int:
         z ^= z >> shift
         z *= factor
     z ^= z >> _U(31)
-    return int(z.sum())
+    return int(numpy.add.reduce(z))
 
 
 class TallyRow(NamedTuple):
@@ -110,7 +109,7 @@ class Tally:
 
         `score` also counts correct classes. A micro-batch of padding alone returns a zero that
         still has a graph."""
-        rows, padded = len(micro_batch.ids), num_rows(micro_batch.target)
+        rows, padded = micro_batch.ids.shape[0], num_rows(micro_batch.target)
         if rows == 0:
             first = output[0] if isinstance(output, (tuple, list)) else output
             return first.sum() * 0.0
@@ -163,18 +162,12 @@ class Tally:
         )
 
 
-def mean_loss(sums: Sequence[float], counts: Sequence[float]) -> float:
-    """Divide the loss summed over ranks, in rank order, by the targets they counted."""
-    count = sum(counts)
-    return sum(sums) / count if count else math.nan
-
-
 def eval_result(mine: TallyRow) -> EvalResult:
     """Make the result of an evaluation from each rank's `Tally.row()`; collective."""
     rows = gather_rows(mine)
     samples, count = sum(row.samples for row in rows), sum(row.targets for row in rows)
     kind = max(row.target_kind for row in rows)
-    loss = mean_loss([row.loss_sum for row in rows], [row.targets for row in rows])
+    loss = sum(row.loss_sum for row in rows) / count if count else math.nan
     if not kind:
         return EvalResult(loss, samples, targets=count)
     correct = sum(row.correct for row in rows)
