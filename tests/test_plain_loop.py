@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import hybrid
 from hybrid.layout import split
-from tests.plain_loop import plain_loop
+from tests.plain_loop import plain_loop, plain_order
 from tests.workloads import points, regression
 
 STEPS = 20
@@ -32,9 +32,10 @@ def own_job() -> hybrid.Job:
 def test_every_strategy_is_the_plain_loop(nproc: int, tmp_path: Path) -> None:
     result = hybrid.compare(own_job(), nproc=nproc, out=tmp_path)
     assert {n for n, r in result.strategies.items() if r.status == "failed"} == set()
-    plan = hybrid.BatchPlan(60, 60, nproc, 4, seed=0)
     whole = plain_loop(regression, points, STEPS, lambda step: [list(range(60))])
-    alone = plain_loop(regression, points, STEPS, lambda step: split(plan.batch(step), nproc))
+    alone = plain_loop(
+        regression, points, STEPS, lambda step: split(plain_order(60, 0, step), nproc)
+    )
     ran = [n for n, r in result.strategies.items() if r.status == "ok"]
     assert len(ran) == (9 if nproc == 4 else 8)
     for name in ran:

@@ -10,10 +10,10 @@ import atexit
 import contextlib
 import ctypes
 import gc
-import importlib
 import io
 import json
 import os
+import pkgutil
 import runpy
 import select
 import signal
@@ -95,11 +95,10 @@ def _import(names: Sequence[str]) -> None:
     new = [name for name in names if name not in _imported]
     for name in new:
         _imported.add(name)
-        module, _, function = name.partition(":")
         with contextlib.suppress(Exception):
-            found = importlib.import_module(module)
-            if function:
-                getattr(found, function)()
+            found = pkgutil.resolve_name(name)
+            if ":" in name:
+                found()
     if new:
         gc.collect()
         gc.freeze()  # ranks then neither look through these objects nor copy their pages
