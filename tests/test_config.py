@@ -30,7 +30,7 @@ KINDS = {  # every field of the job, by the kind of value it takes
         *(f"strategy.{name}.micro_batches" for name in NAMES),
         *("strategy.ddp.powersgd_rank", "strategy.ddp.bucket_cap_mb"),
         "strategy.local_sgd.emulate_replicas",
-        *("launch.start_timeout_s", "launch.collective_timeout_s"),
+        *("launch.start_timeout_s", "launch.collective_timeout_s", "log.every"),
     ],
     "whole": ["train.seed", "train.eval_every", "schedule.warmup_steps"],
     "number": [
@@ -39,7 +39,7 @@ KINDS = {  # every field of the job, by the kind of value it takes
     ],
     "bool": [
         *("train.activation_checkpointing", "train.compile"),
-        "strategy.fsdp.reshard_after_forward",
+        *("strategy.fsdp.reshard_after_forward", "strategy.zero2.reduce_once"),
     ],
     "text": [
         *("model.name", "data.name"),
@@ -48,7 +48,7 @@ KINDS = {  # every field of the job, by the kind of value it takes
     "section": ["model.options", "data.options"],
     "choice": [
         *("optimizer.name", "schedule.name", "train.precision"),
-        *("strategy.ddp.comm_hook", "strategy.2d.zero_stage"),
+        *("strategy.ddp.comm_hook", "strategy.ddp.broadcast_buffers", "strategy.2d.zero_stage"),
     ],
     "partition": ["strategy.pipeline.partition", "strategy.2d.partition"],
     "sync_every": ["strategy.local_sgd.sync_every"],

@@ -132,7 +132,7 @@ def test_self_test_finds_a_strategy_that_hangs(monkeypatch: pytest.MonkeyPatch) 
     from hybrid.doctor import self_test
     from hybrid.doctor.self_test import check_strategies
 
-    monkeypatch.setattr(self_test, "STRATEGY_S", 0.5)
+    monkeypatch.setattr(self_test, "STRATEGY_S", 0.01)
     (found,) = check_strategies(["single"])
     assert found.status == "error" and "had not ended after" in found.found
 

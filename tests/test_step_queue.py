@@ -83,8 +83,8 @@ def test_steps_come_back_in_order_whatever_was_sent_together() -> None:
         rows = [LocalRow([float(number), 1, torch.tensor(2.0)], (1, 1, 2**32 - 1, 7, 0, 0, 0.1))]
         queue.add(dataclasses.replace(STEP, number=number, rows=rows * 2))
         if number in (1, 2):
-            queue.send(count=40 + number)
-    assert queue.count() == 42
+            queue.send(40 + number)
+    assert queue.sent() == [42]
     taken = list(queue.take())
     assert [step.number for step, _ in taken] == [0, 1, 2], "two were not sent"
     assert [(len(rows), rows[1].loss_sum, rows[0].digest) for _, rows in taken] == [

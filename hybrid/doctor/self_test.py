@@ -14,6 +14,7 @@ from ..comparison.session import compare
 from ..job.errors import Failure, JobError, RunFailed, Unsupported
 from ..job.file import load_job
 from ..job.schema import Job
+from ..launch.warm import warm_ranks
 from ..records import Comparison, Record
 from ..strategies import registry
 from ..training.progress import Watcher
@@ -57,7 +58,7 @@ def check_strategies(names: Sequence[str] = registry.NAMES) -> Iterator[Finding]
         return
     job, watcher = load_job(TINY), Patience()
     try:
-        with tempfile.TemporaryDirectory(prefix="hybrid-doctor-") as folder:
+        with warm_ranks(), tempfile.TemporaryDirectory(prefix="hybrid-doctor-") as folder:
             for nproc, some in itertools.groupby(names, lambda name: num_processes(job, name)):
                 chosen = list(some)
                 result = compare(job, chosen, nproc, Path(folder) / str(nproc), watcher)

@@ -30,7 +30,6 @@ class BaseEngine(Engine):
 
     micro_batch_size: int | None = None
     reads_inputs = reads_targets = True
-    counts_all = True  # the loss is divided by the targets of all ranks
     model: Any  # the live one; of several replicas, the first
     num_held: int
     observer: Observer
@@ -51,9 +50,9 @@ class BaseEngine(Engine):
 
     def start_step(self, micro_batches: Sequence[MicroBatch], count: int | None = None) -> None:
         self._count, own = count, self._count_own(micro_batches)
-        asked = self.counts_all and count is None
-        if asked or len(self.queue.waiting) >= self.job.log.every:
-            self.queue.send(own if asked else None)
+        number = self._number_to_send(micro_batches, own, count)
+        if number is not None or len(self.queue.waiting) >= self.job.log.every:
+            self.queue.send(number)
         self._step(micro_batches, own)
         self.step += 1
         self.observer.stop()
@@ -66,12 +65,20 @@ class BaseEngine(Engine):
     def _count_own(self, micro_batches: Iterable[MicroBatch]) -> int:
         return sum(count_targets(self.loss, micro_batch) for micro_batch in micro_batches)
 
+    def _number_to_send(
+        self, micro_batches: Sequence[MicroBatch], own: int, count: int | None
+    ) -> int | None:
+        """Return the number that the ranks must tell one another in this step, None: there is none.
+
+        It is that of this rank's targets, unless the plan tells the count of all."""
+        return own if count is None else None
+
     def _count_all(self) -> int:
         """Return how many targets the losses of all ranks will count in this step.
 
         It waits for what the others sent, where the plan does not tell it."""
         if self._count is None:
-            self._count = self.queue.count()
+            self._count = sum(self.queue.sent())
         return self._count
 
     def results(self, wait: bool = True) -> list[StepResult]:

@@ -14,7 +14,7 @@ from torch import nn
 from ..data.loader import MicroBatch
 from ..job.errors import RunError
 from ..job.schema import Job
-from ..launch.exchange import gather_objects, gather_rows
+from ..launch.exchange import gather_objects
 from ..launch.placement import Placement
 from ..models.layers import Layers
 from ..models.losses import Loss
@@ -23,6 +23,7 @@ from .base import BaseEngine
 from .optimizer import (
     LossScale,
     build_optimizer,
+    length,
     no_decay_names,
     read_learning_rate,
     set_learning_rate,
@@ -34,6 +35,8 @@ from .state import copy_of_state, copy_state, named_tensors, num_held
 from .step_queue import LocalRow, StartedStep, StepRow, make_row, step_result
 from .tally import Tally
 
+UNREAD = 1000  # merges whose drift may wait on the device
+
 
 class ReplicaEngine(BaseEngine):
     """Trains replicas of a model, each on its own share of the global batch.
@@ -42,8 +45,6 @@ class ReplicaEngine(BaseEngine):
     parameters and floating-point buffers are averaged. Each replica is weighted by the samples it
     saw since the last merge (federated averaging, McMahan et al. 2017,
     https://arxiv.org/abs/1602.05629)."""
-
-    counts_all = False
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class ReplicaEngine(BaseEngine):
         if replicas > 1:
             self.shares = tuple(range(replicas))
         self.seen = [0] * replicas  # samples of each replica here since the last merge
+        self.merges: list[tuple[int, torch.Tensor]] = []  # steps and drifts that are not read yet
         self.drift: list[dict[str, float]] = []
 
     def _step(self, micro_batches: Sequence[MicroBatch], own: int) -> None:
@@ -85,10 +87,22 @@ class ReplicaEngine(BaseEngine):
             rows.append(self._step_replica(i, part, own if each == len(micro_batches) else None))
             self.seen[i] += rows[-1].samples
         self._note_step(rows, scale)
+        if self._merges():
+            self._merge()
+
+    def _merges(self) -> bool:
+        """Tell whether the replicas are merged after this step."""
         done = self.step + 1
         last = done == self.job.train.steps
-        if self.merge_every and (last or done % self.merge_every == 0):
-            self._merge()
+        return bool(self.merge_every) and (last or done % (self.merge_every or 1) == 0)
+
+    def _number_to_send(
+        self, micro_batches: Sequence[MicroBatch], own: int, count: int | None
+    ) -> int | None:
+        """Before a merge the ranks tell one another how many samples they saw since the last."""
+        if not self._merges() or len(self.models) > 1:
+            return None
+        return self.seen[0] + sum(micro_batch.ids.shape[0] for micro_batch in micro_batches)
 
     def _step_replica(
         self, i: int, micro_batches: Sequence[MicroBatch], count: int | None
@@ -115,24 +129,21 @@ class ReplicaEngine(BaseEngine):
         """Replace every replica by their weighted mean, and note how far each was from it.
         This goes bucket by bucket: all at once would take the memory of two more copies."""
         groups, weights = [_merged_tensors(model) for model in self.models], self._weights()
-        square, apart = 0.0, [0.0] * len(groups)
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        square, apart = zero, [zero] * len(groups)
         for bucket in _buckets(groups[0]):
             flats = [torch.cat([tensors[i].reshape(-1) for i in bucket]) for tensors in groups]
             mean = self._mean(flats, weights)
-            square += _square(mean)
+            square = square + length(mean).square()
             for k, (tensors, flat) in enumerate(zip(groups, flats, strict=True)):
-                apart[k] += _square(flat - mean)
+                apart[k] = apart[k] + length(flat - mean).square()
                 pieces = mean.split([tensors[i].numel() for i in bucket])
                 for i, piece in zip(bucket, pieces, strict=True):
                     tensors[i].copy_(piece.view_as(tensors[i]))
-        self._note_drift([math.sqrt(a / square) for a in apart])
+        self.merges.append((self.step, (torch.stack(apart) / square).sqrt()))
+        if len(self.merges) == UNREAD:
+            self._read_drift()
         self.seen = [0] * len(self.seen)
-
-    def _weights(self) -> list[float]:
-        """Return the weight of each replica here: its samples over the mean; collective."""
-        every = [n for row in gather_rows(self.seen) for n in row]
-        # Around 1, divided at the end: equal shares then lose nothing to a rounded 1/3.
-        return [n * len(every) / sum(every) for n in self.seen]
 
     def _mean(self, flats: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
         """Return the mean over all replicas; collective.
@@ -142,17 +153,26 @@ class ReplicaEngine(BaseEngine):
             dist.all_reduce(mean)
         return mean / self.layout.dp
 
-    def _note_drift(self, away: Sequence[float]) -> None:
-        """Note the distances of all replicas from their mean, relative to the mean's length.
-        `away` has those of this process's replicas."""
-        every = away if len(away) > 1 else [row[0] for row in gather_rows(away)]
-        self.drift.append(
-            {
-                "step": self.step,
-                "max_relative_drift": max(every),
-                "mean_relative_drift": sum(every) / len(every),
-            }
-        )
+    def _weights(self) -> list[float]:
+        """Return the weight of each replica here: its samples over the mean."""
+        every = self.seen if len(self.seen) > 1 else self.queue.sent()
+        # Around 1, divided at the end: equal shares then lose nothing to a rounded 1/3.
+        return [n * len(every) / sum(every) for n in self.seen]
+
+    def _read_drift(self) -> None:
+        """Read how far all replicas were from their mean, relative to its length; collective."""
+        mine = [tensor.tolist() for _, tensor in self.merges]
+        ranks = gather_objects(mine)
+        for i, (step, _) in enumerate(self.merges):
+            every = [away for rank in ranks for away in rank[i]]
+            self.drift.append(
+                {
+                    "step": step,
+                    "max_relative_drift": max(every),
+                    "mean_relative_drift": sum(every) / len(every),
+                }
+            )
+        self.merges = []
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
         self._require_merged()
@@ -183,6 +203,7 @@ class ReplicaEngine(BaseEngine):
         receipt = self._add_ledger(receipt, Stepped.plain(self.optimizers[0], self.gradients))
         if self.merge_every is None:
             return receipt
+        self._read_drift()
         merges = {
             "merge_every": self.merge_every,
             "merges": len(self.drift),
@@ -210,11 +231,6 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
         buckets[-1].append(i)
         room -= tensor.numel()
     return buckets
-
-
-def _square(values: torch.Tensor) -> float:
-    """Return the squared length, summed in float64."""
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def _merged_tensors(model: nn.Module) -> list[torch.Tensor]:

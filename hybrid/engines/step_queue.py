@@ -2,7 +2,8 @@
 
 A rank's numbers are one row of float64. All rows that wait are gathered by one asynchronous
 collective when the next step begins, together with the number of targets that the rank has in this
-step, where the plan does not tell it. Nothing waits for it but who reads it."""
+step, where the plan does not tell it (or of samples, where replicas are merged). Nothing waits for
+it but who reads it."""
 
 import dataclasses
 import math
@@ -97,22 +98,22 @@ def make_row(
 
 def _float64(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
-        return value if value.dtype == torch.float64 else value.to(torch.float64)
+        return value.to(device, torch.float64)
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
 class _Gathering:
     """Is one list of numbers of each rank, on its way to all ranks.
 
-    rows: this rank's. count: a last number, None: there is none."""
+    rows: this rank's. last: one more number, None: there is none."""
 
-    def __init__(self, rows: list[LocalRow], count: int | None, device: torch.device) -> None:
-        self.rows, self.count, self.device = rows, count, device
+    def __init__(self, rows: list[LocalRow], last: int | None, device: torch.device) -> None:
+        self.rows, self.last, self.device = rows, last, device
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         if self.size > 1:
             parts = [row.to_tensor(device) for row in rows]
-            if count is not None:
-                parts.append(torch.full((1,), count, dtype=torch.float64, device=device))
+            if last is not None:
+                parts.append(torch.full((1,), last, dtype=torch.float64, device=device))
             mine = parts[0] if len(parts) == 1 else torch.cat(parts)
             self.table = mine.new_empty(self.size * len(mine))
             self.work = dist.all_gather_into_tensor(self.table, mine, async_op=True)
@@ -121,7 +122,7 @@ class _Gathering:
         """Return each rank's numbers, once they are there."""
         if self.size == 1:
             numbers = [number for row in self.rows for number in row.read(self.device)]
-            return [numbers if self.count is None else [*numbers, self.count]]
+            return [numbers if self.last is None else [*numbers, self.last]]
         self.work.wait()
         numbers, each = self.table.tolist(), len(self.table) // self.size
         return [numbers[i * each : (i + 1) * each] for i in range(self.size)]
@@ -139,16 +140,16 @@ class StepQueue:
         """Take the numbers of a step."""
         self.waiting.append(step)
 
-    def send(self, count: int | None = None) -> None:
-        """Send what waits, and this rank's number of targets in the coming step; collective."""
-        if self.waiting or count is not None:
+    def send(self, number: int | None = None) -> None:
+        """Send what waits, and one more number, such as of targets in this step; collective."""
+        if self.waiting or number is not None:
             rows = [row for step in self.waiting for row in step.rows]
-            self.travelling.append((_Gathering(rows, count, self.device), self.waiting))
+            self.travelling.append((_Gathering(rows, number, self.device), self.waiting))
             self.waiting = []
 
-    def count(self) -> int:
-        """Return the sum over the ranks of the counts that were sent last."""
-        return int(sum(numbers[-1] for numbers in self.travelling[-1][0].read()))
+    def sent(self) -> list[int]:
+        """Return each rank's number that was sent last, once it is there."""
+        return [int(numbers[-1]) for numbers in self.travelling[-1][0].read()]
 
     def take(self) -> Iterator[tuple[StartedStep, list[StepRow]]]:
         """Yield each step that was sent, with the rows of all ranks, in the order of the ranks."""
