@@ -143,6 +143,18 @@ def test_a_fork_that_may_not_use_the_gpu_starts_afresh(
     assert "fresh True" in log
 
 
+def test_forks_draw_other_numbers(tmp_path: Path) -> None:
+    """As processes do that are started afresh, where nobody has seeded numpy or Python."""
+    (tmp_path / "draw.py").write_text(
+        "import random, numpy; print(random.random(), numpy.random.rand())"
+    )
+    with warm_ranks():
+        program = [sys.executable, str(tmp_path / "draw.py")]
+        run_ranks(3, [], tmp_path, program=program, modules=["numpy.random", "random"])
+    drawn = [(tmp_path / "logs" / f"rank{i}.log").read_text().split() for i in range(3)]
+    assert len({numbers[0] for numbers in drawn}) == len({numbers[1] for numbers in drawn}) == 3
+
+
 def test_many_runs_leave_nothing(tell: list[str], tmp_path: Path) -> None:
     os.environ["MARK"] = ""
     try:

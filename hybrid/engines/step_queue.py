@@ -8,7 +8,7 @@ it but who reads it."""
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -103,29 +103,62 @@ def _float64(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
 
 
 class _Gathering:
-    """Is one list of numbers of each rank, on its way to all ranks.
+    """Is one list of numbers of each rank, on its way to all ranks and to this host.
 
     rows: this rank's. last: one more number, None: there is none."""
 
     def __init__(self, rows: list[LocalRow], last: int | None, device: torch.device) -> None:
         self.rows, self.last, self.device = rows, last, device
         self.size = dist.get_world_size() if dist.is_initialized() else 1
+        self.work: Any = None
+        if self.size == 1 and device.type == "cpu":
+            return  # the numbers are here
+        parts = [row.to_tensor(device) for row in rows]
+        if last is not None:
+            parts.append(torch.full((1,), last, dtype=torch.float64, device=device))
+        self.table = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.size > 1:
-            parts = [row.to_tensor(device) for row in rows]
-            if last is not None:
-                parts.append(torch.full((1,), last, dtype=torch.float64, device=device))
-            mine = parts[0] if len(parts) == 1 else torch.cat(parts)
-            self.table = mine.new_empty(self.size * len(mine))
+            mine, self.table = self.table, self.table.new_empty(self.size * len(self.table))
             self.work = dist.all_gather_into_tensor(self.table, mine, async_op=True)
+        if device.type == "cuda":
+            self.copy = _HostCopy(self.table, self.work)
 
     def read(self) -> list[list[float]]:
         """Return each rank's numbers, once they are there."""
-        if self.size == 1:
+        if self.size == 1 and self.device.type == "cpu":
             numbers = [number for row in self.rows for number in row.read(self.device)]
             return [numbers if self.last is None else [*numbers, self.last]]
-        self.work.wait()
-        numbers, each = self.table.tolist(), len(self.table) // self.size
+        if self.device.type == "cuda":
+            numbers = self.copy.read()
+        else:
+            self.work.wait()
+            numbers = self.table.tolist()
+        each = len(numbers) // self.size
         return [numbers[i * each : (i + 1) * each] for i in range(self.size)]
+
+
+class _HostCopy:
+    """Copies a GPU's tensor to the host beside the work that comes after it.
+
+    A plain copy would wait for all that the next step has put on the GPU by then."""
+
+    def __init__(self, tensor: torch.Tensor, work: Any) -> None:
+        self.tensor = tensor  # it must live until it is copied
+        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            if work is not None:
+                work.wait()  # this stream waits, the host does not
+            self.host.copy_(tensor, non_blocking=True)
+            self.done = torch.cuda.Event()
+            self.done.record()
+
+    def read(self) -> list[float]:
+        """Return the numbers, once they are copied."""
+        self.done.synchronize()
+        numbers: list[float] = self.host.tolist()
+        return numbers
 
 
 class StepQueue:

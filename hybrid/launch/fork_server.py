@@ -132,6 +132,8 @@ def _become_rank(request: dict[str, Any], server: int, words: int) -> None:
     if reason := _why_not_forked():
         print(f"hybrid: this rank starts afresh: {reason}", file=sys.stderr)
         os.execv(sys.executable, [sys.executable, *command])
+    if numpy_random := sys.modules.get("numpy.random"):
+        numpy_random.seed()  # else all ranks would draw the same; Python's own module does this
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # OpenMP has read it before
 
