@@ -21,8 +21,8 @@ PERIOD_S = 1.0  # between signs of life
 PATIENCE_S = 2.0  # for another rank's report of a failure
 _CAUSE = "hybrid/cause"
 # The files in which a rank waits for others: in a collective, in a backward pass that starts some,
-# or in this file, when it has waited in vain.
-_WAITING = ("torch/distributed/", "torch/autograd/", "deepspeed/comm/", "launch/heartbeat.py")
+# for the numbers of a step.
+_WAITING = ("torch/distributed/", "torch/autograd/", "deepspeed/comm/", "engines/step_queue.py")
 # Errors with these words say that a peer is gone or did not come: an effect, never the first cause.
 PEER_LOSS_MESSAGES = (
     "closed by peer",
@@ -31,6 +31,7 @@ PEER_LOSS_MESSAGES = (
     "Socket closed",
     "Connection was likely closed",
     "Timed out waiting",
+    "Application timeout caused pair closure",  # gloo: another collective had timed out
     "Connection refused",
     "did not start within",
 )
@@ -98,8 +99,9 @@ class Heartbeat:
     def _beat(self) -> None:
         while True:
             self._beats += 1
-            line = _line_of(threading.main_thread().ident)
-            sign = {"beat": self._beats, "host": self.host, "where": self.doing(), "line": line}
+            line, waits = _line_of(threading.main_thread().ident)
+            sign = {"beat": self._beats, "host": self.host, "where": self.doing()}
+            sign |= {"line": line, "waits": waits}
             try:
                 self.store.set(f"hybrid/alive/{self.rank}", json.dumps(sign))
             except RuntimeError:
@@ -118,7 +120,7 @@ class Heartbeat:
 
     def _signs(self) -> list[dict[str, Any]]:
         keys = [f"hybrid/alive/{rank}" for rank in range(self.world_size)]
-        none = {"beat": 0, "host": "its host", "where": "starting", "line": ""}
+        none = {"beat": 0, "host": "its host", "where": "starting", "line": "", "waits": False}
         return [json.loads(self.store.get(k)) if self.store.check([k]) else none for k in keys]
 
     def _silent_rank(self) -> Cause | None:
@@ -134,7 +136,7 @@ class Heartbeat:
     def _stuck_rank(self) -> Cause | None:
         """Find a rank that lives but does not wait for others as the rest do."""
         for rank, sign in enumerate(self._signs()):
-            if rank != self.rank and not any(words in sign["line"] for words in _WAITING):
+            if rank != self.rank and not sign["waits"]:
                 message = f"it did not join the others, and is at {sign['line']}"
                 return Cause(rank, sign["host"], message, sign["where"])
         return None
@@ -156,9 +158,16 @@ def _bounded(ask: Callable[[], T | None], otherwise: T | None) -> T | None:
     return answers[0] if answers else otherwise
 
 
-def _line_of(thread: int | None) -> str:
-    """Return the line that a thread executes, as FILE:LINE FUNCTION."""
+def _line_of(thread: int | None) -> tuple[str, bool]:
+    """Return the line that a thread executes, as FILE:LINE FUNCTION, and whether it waits there.
+
+    A rank that has waited in vain asks for the cause, in a function of this file further up."""
     frame = sys._current_frames().get(thread or 0)
     if frame is None:
-        return "no line"
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"
+        return "no line", False
+    line = f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"
+    waits = any(words in line for words in _WAITING)
+    while frame and not waits:
+        waits = frame.f_code.co_filename == __file__
+        frame = frame.f_back
+    return line, waits
