@@ -1,0 +1,127 @@
+"""Lists the rows of each strategy, and lets them take turns in one process."""
+
+import collections
+import contextlib
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from .driven import Driven, Within
+from .workloads import LOG_EVERY, Workload
+
+FILES = {"zero1": "zero", "zero2": "zero", "zero3": "zero", "2d": "two_d"}  # unlike their names
+STATES = ("PartialState", "AcceleratorState", "GradientState")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Names one row: its module, and the row that its losses and its cost are held against.
+
+    kind: raw, hybrid or peer. loading: see `Workload`. reads: its steps read their loss and
+    gradient norm. plain: the hand-written loop with the same data that reads nothing, against which
+    calls are counted. period: the steps after which its calls repeat."""
+
+    name: str
+    module: str
+    base: str
+    kind: str
+    loading: str = ""
+    reads: bool = False
+    plain: str = "raw"
+    period: int = 1
+
+
+def rows_of(strategy: str, more: list[str]) -> list[Row]:
+    """List the rows of a strategy; `more` are modules with a `make` of their own."""
+    raw, here = f"{__package__}.{FILES.get(strategy, strategy)}", __package__
+    engine, loop = f"{here}.hybrid_engine", f"{here}.hybrid_loop"
+    data: dict[str, Any] = {"loading": "index", "plain": "raw_loads"}
+    loader: dict[str, Any] = {"loading": "dataloader", "plain": "raw_dataloader"}
+    return [
+        Row("raw", raw, "raw", "raw"),
+        Row("raw_again", raw, "raw", "raw"),
+        Row("raw_reads", raw, "raw", "raw", reads=True),
+        Row("raw_loads", raw, "raw_loads", "raw", **data),
+        Row("raw_dataloader", raw, "raw_loads", "raw", **loader),
+        Row("engine", engine, "raw", "hybrid", period=LOG_EVERY),
+        Row("engine_reads", engine, "raw_reads", "hybrid", reads=True),
+        Row("loop", loop, "raw_loads", "hybrid", **data, period=LOG_EVERY),
+        Row("loop_reads", loop, "raw_loads", "hybrid", **data, reads=True),
+        Row("accelerate", f"{here}.accelerate_loop", "raw", "peer"),
+        Row("fabric", f"{here}.fabric", "raw", "peer"),
+        Row("trainer", f"{here}.trainer", "raw_dataloader", "peer", **loader),
+        Row("torch_pipelining", f"{here}.torch_pipelining", "raw", "peer"),
+        *(Row(module, module, "raw", "peer") for module in more),
+    ]
+
+
+class Skipped(Exception):
+    """Says why a row cannot run here, which is no failure."""
+
+
+class Turn:
+    """Runs one row, with what processes share kept apart from other rows.
+
+    Accelerate has one state for all its objects, and it and hybrid set environment variables: each
+    row finds them as it left them, and none at first."""
+
+    def __init__(self, row: Row, workload: Workload) -> None:
+        self.row = row
+        self.workload = dataclasses.replace(workload, loading=row.loading)
+        self._states: dict[str, dict[str, Any]] = collections.defaultdict(dict)
+        self._environment = dict(os.environ)
+        self._step: Any = None
+
+    def build(self) -> None:
+        """Make the row's model, optimizer and loop; raises Skipped where it cannot run."""
+        with self._apart():
+            try:
+                module = importlib.import_module(self.row.module)
+            except ImportError as error:
+                if self.row.kind != "peer":
+                    raise
+                raise Skipped(f"not installed: {error}") from None
+            strategies = getattr(module, "STRATEGIES", (self.workload.strategy,))
+            if self.workload.strategy not in strategies:
+                raise Skipped("does not offer this strategy here")
+            self._step = module.make(self.workload, self.row.reads)
+
+    def run(self, steps: int, within: Within | None = None) -> list[Any]:
+        """Make so many steps in a context, and return what they returned."""
+        within = within or contextlib.nullcontext()
+        with self._apart():
+            if isinstance(self._step, Driven):
+                return self._step.run(steps, within)
+            step = self._step
+            with within:
+                return [step() for _ in range(steps)]
+
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        others = dict(os.environ)
+        _set_environment(self._environment)
+        for name, state in _accelerate_states().items():
+            state.clear()
+            state.update(self._states[name])
+        try:
+            yield
+        finally:
+            self._states.update((n, dict(state)) for n, state in _accelerate_states().items())
+            self._environment = dict(os.environ)
+            _set_environment(others)
+
+
+def _accelerate_states() -> dict[str, dict[str, Any]]:
+    module = sys.modules.get("accelerate.state")
+    return {name: getattr(module, name)._shared_state for name in STATES} if module else {}
+
+
+def _set_environment(wanted: dict[str, str]) -> None:
+    for key in os.environ.keys() - wanted.keys():
+        del os.environ[key]
+    for key, value in wanted.items():
+        if os.environ.get(key) != value:
+            os.environ[key] = value
