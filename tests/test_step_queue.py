@@ -196,3 +196,27 @@ def test_a_buffer_that_changes_later_is_named(tmp_path: Path) -> None:
         run("ddp", tmp_path / "told", model=model)
     record = run("ddp", tmp_path, model=model, strategy__ddp={"broadcast_buffers": "always"})
     assert calls(record, "broadcast") == 1
+
+
+def with_dropout() -> Any:
+    """A model that computes otherwise in an evaluation."""
+    torch.manual_seed(0)
+    return [nn.Linear(32, 24), nn.Dropout(0.5), nn.Linear(24, 10)], cross_entropy
+
+
+def test_training_goes_on_as_before_after_an_evaluation(tmp_path: Path) -> None:
+    result = hybrid.compare(
+        small_job(model={"name": "tests.test_step_queue:with_dropout"}, train__eval_every=2),
+        ["ddp", "zero1", "zero3", "pipeline"],
+        nproc=2,
+        out=tmp_path,
+    )
+    assert result.ok
+    losses = [step.loss for step in result.strategies["single"].steps]
+    still = hybrid.compare(
+        small_job(model={"name": "tests.test_step_queue:with_dropout"}),
+        ["single"],
+        nproc=1,
+        out=tmp_path,
+    )
+    assert [step.loss for step in still.strategies["single"].steps] == losses

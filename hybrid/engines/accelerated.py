@@ -60,8 +60,7 @@ class AcceleratedEngine(BaseEngine):
 
     def _step(self, micro_batches: Sequence[MicroBatch], own: int) -> None:
         tally = Tally(self.device)
-        if not self.model.training:
-            self.model.train()
+        self._set_training(self.model)
         set_learning_rate(self.optimizer, learning_rate(self.job, self.step))
         scale = self._loss_scale()
         self._accumulate(micro_batches, tally)

@@ -40,6 +40,7 @@ class BaseEngine(Engine):
         self.layout, self.device = placement.layout, placement.device
         self.shares: tuple[int, ...] = (placement.dp_rank,)
         self.step = 0  # optimizer steps done
+        self.training = False  # the model is in the mode for training
         self.digests: tuple[str, ...] = ()  # each rank's samples in the first step
         self.gradients = ""  # the dtypes of the gradients in the first step
         self.queue = StepQueue(self.device)
@@ -105,6 +106,15 @@ class BaseEngine(Engine):
         with sample_seeds(self.job, self.step, place, micro_batch.ids, rows):
             return tally.add(self.loss, model(micro_batch.input), micro_batch)
 
+    def _set_training(self, *models: nn.Module) -> None:
+        """Put models back into the mode for training, which takes a walk through all modules.
+
+        A model's own `training` does not tell: DeepSpeed's engine never changes its."""
+        if not self.training:
+            for model in models:
+                model.train()
+            self.training = True
+
     def _backward_by(self, loss_sum: torch.Tensor, factor: float, scale: LossScale) -> None:
         """Add the gradients of `factor * loss_sum`, without an operation for the product."""
         if self._factor is None or self._factor[0] != (factor, loss_sum.dtype):
@@ -167,6 +177,7 @@ class BaseEngine(Engine):
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
         tally = Tally(self.device)
         self.model.eval()
+        self.training = False
         for micro_batch in itertools.chain.from_iterable(batches):
             micro_batch = on_device(micro_batch, self.device)
             tally.add(self.loss, self.model(micro_batch.input), micro_batch, score=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..job.errors import RunError
 from ..job.schema import Job
 from ..launch.ops_cache import remove_stale_locks, set_ops_folder
 from ..launch.placement import OWN, Placement
@@ -131,11 +132,16 @@ def loss_scale(optimizer: Any) -> float:
     return float(getattr(optimizer, "loss_scale", 1.0))
 
 
-def norm_or_overflow(optimizer: Any, norm: torch.Tensor | float) -> torch.Tensor | float:
+def norm_or_overflow(optimizer: Any, norm: torch.Tensor | float | None) -> torch.Tensor | float:
     """Return DeepSpeed's gradient norm, infinite where an fp16 gradient overflowed.
 
-    Only fp16's optimizers look for overflows; the host reads nothing from a device elsewhere."""
-    return math.inf if optimizer.overflow else norm
+    Only fp16's optimizers look for overflows; the host reads nothing from a device elsewhere.
+    Raises RunError where a DeepSpeed file has switched the norm off."""
+    if optimizer.overflow:
+        return math.inf
+    if norm is None:
+        raise RunError("DeepSpeed has taken no gradient norm: its configuration switches it off")
+    return norm
 
 
 def fp32_partitions(optimizer: Any) -> list[torch.Tensor]:

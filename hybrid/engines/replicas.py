@@ -81,6 +81,7 @@ class ReplicaEngine(BaseEngine):
     def _step(self, micro_batches: Sequence[MicroBatch], own: int) -> None:
         """Make one step of each replica alone, by the mean loss over its own targets."""
         each, scale = len(micro_batches) // len(self.models), self.scales[0].value
+        self._set_training(*self.models)
         rows = []
         for i in range(len(self.models)):
             part = micro_batches[i * each : (i + 1) * each]
@@ -110,8 +111,6 @@ class ReplicaEngine(BaseEngine):
         model, optimizer, scale = self.models[i], self.optimizers[i], self.scales[i]
         tally = Tally(self.device)
         count = self._count_own(micro_batches) if count is None else count
-        if not model.training:
-            model.train()
         for k, micro_batch in enumerate(micro_batches):
             loss_sum = self._forward(model, micro_batch, (self.shares[i], k, 0), tally)
             self._backward_by(loss_sum, 1 / max(1, count), scale)
