@@ -224,3 +224,17 @@ def test_engines_leave_decay_out_where_the_job_says_so(strategy: str) -> None:
     torch.testing.assert_close(after["1.up.weight"], expected, rtol=1e-6, atol=0)
     engine.close()
     cleanup()
+
+
+@pytest.mark.parametrize(
+    "shape", [(500, 700), (65, 384), (30_000, 2), (3, 100_003), (7,), (100_000,), (12, 13, 14)]
+)
+def test_the_norm_of_any_shape_is_that_in_float64(shape: tuple[int, ...]) -> None:
+    from hybrid.engines.optimizer import length
+
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 1e-3
+    other = torch.full((5,), 0.1)
+    whole = torch.cat((numbers.flatten(), other)).double().square().sum().sqrt()
+    assert float(length(numbers, other)) == pytest.approx(float(whole), rel=5e-8)
+    assert float(length(numbers.T if numbers.dim() == 2 else numbers)) < float(whole)
+    assert float(length(torch.empty(0, 64))) == float(length()) == 0

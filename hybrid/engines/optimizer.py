@@ -102,6 +102,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 BLOCK = 2**12  # elements that are summed in fp32
+ROWS = range(32, 4 * BLOCK)  # lengths of rows that are blocks themselves
 
 
 def norm_of(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
@@ -118,6 +119,9 @@ def length(*tensors: torch.Tensor) -> torch.Tensor:
     """Return the norm of all elements together, float64 [], as `norm_of` says."""
     small, blocks = [], []
     for tensor in tensors:
+        if tensor.dim() == 2 and tensor.shape[1] in ROWS:
+            blocks.append(torch.linalg.vector_norm(tensor, dim=1))
+            continue
         cut = tensor.numel() // BLOCK * BLOCK
         if cut:
             tensor = tensor.reshape(-1)
