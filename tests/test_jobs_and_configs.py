@@ -77,7 +77,12 @@ def requirements() -> list[Requirement]:
 
 @pytest.mark.parametrize("needed", requirements(), ids=lambda needed: needed.name)
 def test_the_installed_release_is_in_the_range_asked_for(needed: Requirement) -> None:
-    if needed.name in ("mlxtend", "plotly", "mypy", "lightning-fabric"):  # not every machine has the extras
+    if needed.name in (
+        "mlxtend",
+        "plotly",
+        "mypy",
+        "lightning-fabric",
+    ):  # not every machine has the extras
         pytest.importorskip(needed.name.replace("-", "_"))
     assert needed.specifier.contains(version(needed.name), prereleases=True)
 
