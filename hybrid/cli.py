@@ -68,7 +68,7 @@ def compare(
     names = [n.strip() for n in strategies.split(",")] if strategies else list(registry.NAMES)
     watcher = Progress()
     try:
-        result = compare_strategies(loaded, names, nproc, out, watcher, fresh_ranks=fresh_ranks)
+        result = compare_strategies(loaded, names, nproc, out, watcher, None, fresh_ranks)
     finally:
         watcher.close()
     if json:
