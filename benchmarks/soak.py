@@ -22,10 +22,11 @@ import psutil
 
 import hybrid
 from hybrid.launch.warm import warm_process, warm_ranks
-from hybrid.measure.machine import describe_machine
 from hybrid.training.check import check_job
 from hybrid.training.progress import Watcher
 from hybrid.training.run import launch
+
+from .machine import summarise_machine
 
 STRATEGIES = ("fsdp", "zero3", "2d")
 TRIVIAL: dict[str, Any] = {
@@ -158,12 +159,10 @@ def markdown(found: dict[str, Any]) -> str:
         for r in found["soaks"]
     ]
     first, last = found["often"]["after_a_tenth"], found["often"]["at_the_end"]
-    machine = found["machine"]
     lines = [
         "# What grows over very many steps and comparisons",
         "",
-        f"`{found['command']}`, commit {machine['commit']}; {machine['processor']}, "
-        f"{machine['cores']} cores, Python {machine['python']}, {machine['packages']}.",
+        f"`{found['command']}`: {found['machine']}.",
         "",
         "| job | strategy, ranks | steps | MiB of a rank | its growth | CPU ms a step and rank | "
         "its growth | spread of hundredths | minutes |",
@@ -198,10 +197,9 @@ def main() -> None:
             for strategy in STRATEGIES
         ]
         often = compare_often(given.comparisons, given.out)
-    machine = describe_machine()
     found = {
         "command": "python -m benchmarks.soak " + " ".join(sys.argv[1:]),
-        "machine": machine,
+        "machine": summarise_machine(),
         "soaks": soaks,
         "often": often,
     }

@@ -16,24 +16,32 @@ class ConstantBuffers:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.before = {n: b.detach().clone() for n, b in model.module.named_buffers()}
-        self.versions: dict[str, int] = {}
+        # What is constant: its name, where its module holds it, the tensor, its version.
+        self.constant: list[tuple[str, dict[str, Any], str, torch.Tensor, int]] = []
 
     def after_step(self, step: int) -> None:
         """Look at the buffers; collective after the first step.
 
         Raises RunError where a buffer changes that did not in the first step: ranks would then
         compute with different ones."""
-        buffers = dict(self.model.module.named_buffers()) if self.before or self.versions else {}
         if self.before:
+            buffers = dict(self.model.module.named_buffers())
             changed = any(not torch.equal(self.before[n], b) for n, b in buffers.items())
             if not any(gather_objects(changed)):
                 self.model.broadcast_buffers = False
-                self.versions = {n: b._version for n, b in buffers.items()}
+                self.constant = [self._place(name, tensor) for name, tensor in buffers.items()]
             self.before = {}
-        for name, version in self.versions.items():
-            if buffers[name]._version != version:
+        for name, held, key, tensor, version in self.constant:
+            if held[key] is not tensor or tensor._version != version:
                 raise RunError(
                     f"step {step}: the buffer {name} changed, which it did not in the first step, "
                     "so that ddp no longer sends it from rank 0; set "
                     "strategy.ddp.broadcast_buffers = 'always'"
                 )
+
+    def _place(
+        self, name: str, tensor: torch.Tensor
+    ) -> tuple[str, dict[str, Any], str, torch.Tensor, int]:
+        """Note where a buffer is held, so that no later step walks through all modules."""
+        path, _, key = name.rpartition(".")
+        return name, self.model.module.get_submodule(path)._buffers, key, tensor, tensor._version

@@ -10,6 +10,7 @@ import numpy
 import torch
 
 from ..data.loader import MicroBatch
+from ..data.permutation import FIRST, GOLDEN, SECOND
 from ..job.errors import RunError
 from ..launch.exchange import gather_rows
 from ..models.losses import IGNORED_TARGET, Loss
@@ -63,11 +64,11 @@ def hash_ids(ids: torch.Tensor, salt: torch.Tensor | None = None) -> int:
     The sum is the same for any order and any split of `ids` (int64 [n]). The hash is splitmix64
     (Steele, Lea and Flood 2014)."""
     z = ids.cpu().numpy().astype(numpy.uint64)
-    z *= _U(0x9E3779B97F4A7C15)
+    z *= _U(GOLDEN)
     if salt is not None:
         z += salt.cpu().numpy().astype(numpy.uint64) * _U(0xD1B54A32D192ED03)
     z += _U(1)
-    for shift, factor in ((_U(30), _U(0xBF58476D1CE4E5B9)), (_U(27), _U(0x94D049BB133111EB))):
+    for shift, factor in ((_U(30), _U(FIRST)), (_U(27), _U(SECOND))):
         z ^= z >> shift
         z *= factor
     z ^= z >> _U(31)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from ..data.targets import IGNORED_TARGET
+
 Loss = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | int]]
-IGNORED_TARGET = -100  # torch's own default for targets that do not count
 
 
 def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from .protocol import Engine, Layers, Loss
 
 name = "ddp"
 summary = "replicas; gradients averaged every step; hooks none, bf16, fp16, powersgd"
-modules = ("accelerate", "hybrid.engines.accelerated", "hybrid.engines.accelerator")
+modules = ("accelerate", "hybrid.engines.accelerated")
 
 
 def layout(job: Job, nproc: int) -> Layout:

@@ -16,7 +16,7 @@ from .protocol import Engine, Layers, Loss
 
 name = "fsdp"
 summary = "everything sharded (FSDP2); `reshard_after_forward`; replicate x shard"
-modules = ("accelerate", "hybrid.engines.accelerated", "hybrid.engines.accelerator")
+modules = ("accelerate", "hybrid.engines.accelerated")
 
 
 def layout(job: Job, nproc: int) -> Layout:
