@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 Kind = Literal["job", "unsupported", "error"]  # of a failure: whose fault it is
 Status = Literal["running", "ok", "failed", "not_possible"]
+ParityState = Literal["equal", "not_equal", "not_compared", "not_decided"]
 T = TypeVar("T")
 
 
@@ -158,8 +159,10 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """Holds the verdict on one strategy.
+    """Holds the verdict on one strategy; `ok` is true of the state "equal" alone.
 
+    A run is "not_compared" where it or its reference has no result, and "not_decided" where the
+    reference does not repeat and no run of it can be trusted.
     `excused` lists steps past the tolerance where a control run, the reference with its batches
     summed in another order, differs by at least a quarter as much."""
 
@@ -171,6 +174,32 @@ class Parity:
     reference: str = "single"
     max_grad_norm_diff: float | None = None
     excused: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    state: ParityState = "not_compared"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceFault:
+    """Says where a run of the reference was off, which did not repeat its own bits.
+
+    `size` is the relative difference from its other runs at that `step` (None: after the last one)
+    and in that `quantity`. `runs` are the labels of the runs of the reference that were off."""
+
+    step: int | None
+    quantity: str
+    size: float | None
+    runs: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """Names the equal runs that cost least; None where no run has that figure.
+
+    `fastest` by samples a second, `least_memory` by the greatest peak of a rank, `fewest_bytes` by
+    the greatest number of bytes that a rank sends in a step, of the runs with several ranks."""
+
+    fastest: str | None = None
+    least_memory: str | None = None
+    fewest_bytes: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +207,7 @@ class Comparison:
     """Holds one job under several strategies: `compare.json`.
 
     `controls` are further records that the verdict used: the one-process emulation of `local_sgd`,
-    and `single` in other summing orders."""
+    `single` in other summing orders, and further runs of a reference that was in doubt."""
 
     job: dict[str, Any]
     machine: dict[str, Any]
@@ -187,6 +216,8 @@ class Comparison:
     parity: dict[str, Parity]
     ok: bool
     controls: dict[str, Record] = dataclasses.field(default_factory=dict)
+    reference_fault: ReferenceFault | None = None
+    best: Best = dataclasses.field(default_factory=Best)
 
 
 def to_dict(value: Any) -> dict[str, Any]:

@@ -86,6 +86,7 @@ def compare_runs(
         reference=name,
         max_grad_norm_diff=_greatest(relative(a.grad_norm, b.grad_norm) for a, b in steps),
         excused=excused,
+        state="equal" if first is None else "not_equal",
     )
 
 

@@ -42,7 +42,9 @@ def judge_run(
     hook = job.strategy.ddp.comm_hook if name == "ddp" else "none"
     record, allowed = runs[name], tolerance(job.train.precision, hook)
     if name == reference:
-        return Parity(record.status == "ok", 0.0, 0.0, tolerance(job.train.precision))
+        known_good = record.status == "ok"
+        state = "equal" if known_good else "not_compared"
+        return Parity(known_good, 0.0, 0.0, tolerance(job.train.precision), state=state)
     undecided = Parity(False, None, None, allowed)
     if record.status != "ok":
         return undecided
