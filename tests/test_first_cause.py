@@ -242,3 +242,15 @@ def test_without_a_folder_a_rank_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     leave_error(ValueError("x"), here())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_without_room_for_a_thread_still_tells_its_cause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from hybrid.launch import heartbeat
+
+    def start(self: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(heartbeat.threading.Thread, "start", start)
+    assert heartbeat._bounded(lambda: "told", None) == "told"

@@ -153,8 +153,12 @@ def _bounded(ask: Callable[[], T | None], otherwise: T | None) -> T | None:
             answers.append(ask())
 
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(2 * PATIENCE_S + 4 * PERIOD_S)
+    try:
+        thread.start()
+    except RuntimeError:  # memory has run out, and a thread's stack finds no room
+        work()
+    else:
+        thread.join(2 * PATIENCE_S + 4 * PERIOD_S)
     return answers[0] if answers else otherwise
 
 
