@@ -4,8 +4,8 @@ model trained by a loop that uses nothing of this project."""
 from __future__ import annotations
 
 import json
-import socket
-import sys
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from hybrid.engines.layers import prepare_layers
 from hybrid.engines.optimizer import no_decay_names
 from hybrid.job.file import load_job
 from hybrid.launch.local import run_ranks
+from hybrid.launch.warm import warm_ranks
 from hybrid.models import build_model
 from hybrid.models.dropout import Dropout
+from hybrid.strategies import registry
 from tests.conftest import ROOT
 from tests.workloads import sentences
 
@@ -29,6 +31,7 @@ FAMILIES = (
     *("gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2"),
     *("gpt_neox", "mixtral", "gpt_oss"),
 )
+MODULES = [family.removesuffix("_text") for family in FAMILIES]
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +79,6 @@ def plain_loop(folder: Path) -> list[tuple[float, float]]:
     return found
 
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def write_job(folder: Path, file: Path) -> Path:
     """A job on one full batch in two micro-batches a rank."""
     job: dict[str, Any] = {
@@ -114,19 +110,31 @@ def test_what_lies_outside_the_decoder_layers_is_not_forgotten(folders: dict[str
     assert [m.place for m in dropouts if isinstance(m, Dropout)] == list(range(len(dropouts)))
 
 
+@pytest.fixture(scope="module")
+def imported_once() -> Iterator[list[str]]:
+    """A warm process of this file's own, and what it imports: the families' modules."""
+    with warm_ranks(fresh=True), warm_ranks():
+        yield [f"transformers.models.{family}.modeling_{family}" for family in MODULES]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("strategy", NPROC)
 def test_families_agree_with_plain_transformers(
-    strategy: str, folders: dict[str, Path], plain: dict[str, Any], tmp_path: Path
+    strategy: str,
+    family: str,
+    folders: dict[str, Path],
+    plain: dict[str, Any],
+    imported_once: list[str],
+    tmp_path: Path,
 ) -> None:
-    files = {name: write_job(f, tmp_path / f"{name}.json") for name, f in folders.items()}
-    jobs = [f"{free_port()}:{file}" for file in files.values()]
-    worker = [sys.executable, "-m", "tests._families_worker"]
-    run_ranks(NPROC[strategy], [strategy, str(tmp_path), *jobs], tmp_path, program=worker)
-    for family in FAMILIES:
-        record = records.read(records.Record, tmp_path / family / "record.json")
-        assert record.receipt and record.receipt.engaged
-        pairs = list(zip(record.steps, plain[family], strict=True))
-        loss = max(abs(step.loss - want) / want for step, (want, _) in pairs)
-        norm = max(abs((step.grad_norm or 0) - want) / want for step, (_, want) in pairs)
-        assert loss < 1e-6 and norm < 1e-4, (family, loss, norm)
+    arguments = ["train", str(write_job(folders[family], tmp_path / "job.json"))]
+    arguments += ["--strategy", strategy, "--out", str(tmp_path), "--parent", str(os.getpid())]
+    modules = [*imported_once, *registry.modules(strategy)]
+    run_ranks(NPROC[strategy], arguments, tmp_path, modules=modules)
+    record = records.read(records.Record, tmp_path / "record.json")
+    assert record.receipt and record.receipt.engaged
+    pairs = list(zip(record.steps, plain[family], strict=True))
+    loss = max(abs(step.loss - want) / want for step, (want, _) in pairs)
+    norm = max(abs((step.grad_norm or 0) - want) / want for step, (_, want) in pairs)
+    assert loss < 1e-6 and norm < 1e-4, (loss, norm)
