@@ -6,6 +6,7 @@
 | `Unsupported` | nobody: this strategy cannot run this job here | 2 |
 | `ModuleNotFoundError` | the machine lacks a package | 3 |
 | `RunError`, `StartError`, `PeerFailed`, `RunFailed` | the run itself failed | 1 |
+| `CheckFailed` | the job's own code raised while it was tried out | 1 |
 
 The module needs no torch."""
 
@@ -36,6 +37,10 @@ class StartError(RuntimeError):
 
 class PeerFailed(RuntimeError):
     """Ends this rank because another one failed; the message names that rank."""
+
+
+class CheckFailed(RuntimeError):
+    """Says that a job's own code raised while the job was checked; its traceback is on stderr."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +79,7 @@ def exit_status(error: BaseException) -> int | None:
         return 1 if error.failure.kind == "error" else 2
     if isinstance(error, ModuleNotFoundError) and error.name != "hybrid":
         return 3
-    return 1 if isinstance(error, PeerFailed) else None
+    return 1 if isinstance(error, (PeerFailed, CheckFailed)) else None
 
 
 def first_line(error: BaseException) -> str:

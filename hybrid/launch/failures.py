@@ -190,7 +190,7 @@ def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
         else:
             log = (logs / f"rank{rank}.log").read_text(errors="replace")
             tail = "\n".join(log.splitlines()[-TAIL_LINES:])
-            message = f"{_how_it_ended(code)} ({_where(logs, rank)})"
+            message = f"{how_it_ended(code)} ({_where(logs, rank)})"
             found.append((False, seen, Failure(rank, message, tail)))
     return min(found, key=lambda f: f[:2])[2]
 
@@ -201,7 +201,7 @@ def _where(logs: Path, rank: int) -> str:
     return path.read_text().strip() if path.exists() else "starting"
 
 
-def _how_it_ended(code: int) -> str:
+def how_it_ended(code: int) -> str:
     """Say in words what a rank's exit code means."""
     if code >= 0:
         return f"exited with {code}"

@@ -55,7 +55,7 @@ def run_ranks(
             ranks.append(_start(program, arguments, variables, log, modules))
         _wait(ranks, logs, on_poll)
     finally:
-        _end_all(ranks)
+        end(ranks)
 
 
 def _start(
@@ -132,8 +132,8 @@ def _await_cause(ranks: Ranks, logs: Path, seen: float) -> Failure:
             return failure
 
 
-def _end_all(ranks: Ranks) -> None:
-    """End every rank with its process group: SIGTERM first, then SIGKILL."""
+def end(ranks: Sequence[Started]) -> None:
+    """End every process with its process group: SIGTERM first, then SIGKILL."""
     for rank in ranks:
         _signal(rank, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_S

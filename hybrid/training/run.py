@@ -20,7 +20,8 @@ from ..launch.threads import set_num_threads
 from ..launch.warm import warm_ranks
 from ..records import Record
 from ..strategies import registry
-from .check import check_job, print_warnings
+from .apart import check_apart
+from .check import print_warnings
 from .folder import begin_run, end_run
 from .progress import Progress, Watcher
 
@@ -67,7 +68,7 @@ def run_job(
 
 def _launch_checked(job: Job, strategy: str, out: Path, nproc: int | None) -> Record:
     """Check the job, then start its ranks and show their progress."""
-    checked = check_job(job)
+    checked = check_apart(job)
     remove_stale_locks()
     layout, warnings = registry.plan(
         checked.job, strategy, nproc or default_nproc(job), checked.summary

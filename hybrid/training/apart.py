@@ -1,0 +1,117 @@
+"""Checks a job in a process of its own, so that the process that starts the ranks needs no torch.
+
+That process is a fork of the warm one, which imports torch for the ranks in any case. What it
+prints appears on stderr. Where torch is imported already, or ranks start afresh, nothing is gained,
+and this process checks the job itself.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from .. import records
+from ..job.errors import CheckFailed, JobError, kind_of
+from ..job.file import load_job, to_dict
+from ..job.schema import Job
+from ..launch.failures import how_it_ended
+from ..launch.local import end
+from ..launch.warm import Rank, ServerGone, WarmProcess, warm_process
+from ..stages.checks import ModelSummary
+from .check import CheckedJob, check_job
+
+POLL_S = 0.02
+MODULES = ("hybrid.models", "hybrid.data", "hybrid.stages.shapes")  # torch comes with them
+
+
+def check_apart(job: Job) -> CheckedJob:
+    """Return what `check_job` does, and raise what it raises; CheckFailed for any other error."""
+    warm = None if "torch" in sys.modules else warm_process()
+    if warm is None:
+        return check_job(job)
+    with contextlib.ExitStack() as files:
+        # Files without a name, which the child opens by this process's descriptors: none is left.
+        asked, answer, log = (_nameless_file(files, name) for name in ("job", "answer", "log"))
+        os.write(asked, json.dumps(to_dict(job)).encode())
+        try:
+            child = _start(warm, asked, answer, log)
+        except ServerGone:
+            return check_job(job)
+        code = _follow(child, log)
+        said = os.pread(answer, os.fstat(answer).st_size, 0)
+    if code or not said:
+        raise CheckFailed(f"the process that checks the job {how_it_ended(code)}")
+    return _read(json.loads(said))
+
+
+def _nameless_file(files: contextlib.ExitStack, name: str) -> int:
+    descriptor = os.memfd_create(name)
+    files.callback(os.close, descriptor)
+    return descriptor
+
+
+def _path(descriptor: int) -> Path:
+    return Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+
+
+def _start(warm: WarmProcess, asked: int, answer: int, log: int) -> Rank:
+    variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    program, arguments = ["-m", __name__], [str(_path(asked)), str(_path(answer))]
+    return warm.fork(program, arguments, variables, _path(log), MODULES)
+
+
+def _follow(child: Rank, log: int) -> int:
+    """Wait for the child, print what it prints meanwhile, and return its exit code."""
+    try:
+        while (code := child.poll()) is None:
+            _relay(log)
+            time.sleep(POLL_S)
+        return code
+    finally:
+        end([child])
+        _relay(log)
+
+
+def _relay(log: int) -> None:
+    """Print what has come to the log; the descriptor's own position is what was printed."""
+    while text := os.read(log, 2**16):
+        sys.stderr.write(text.decode(errors="replace"))
+    sys.stderr.flush()
+
+
+def _read(answer: dict[str, Any]) -> CheckedJob:
+    """Return the result, or raise the error that the child met."""
+    if error := answer.get("error"):
+        if error["kind"] == "job":
+            raise JobError(error["message"])
+        if error["kind"] == "missing":
+            raise ModuleNotFoundError(error["message"], name=error["name"])
+        raise CheckFailed(error["message"])
+    summary = records.from_dict(ModelSummary, answer["summary"])
+    return CheckedJob(load_job(answer["job"]), summary)
+
+
+def main() -> None:
+    """Check the job in the file of the first argument, and write the answer into the second."""
+    answer: dict[str, Any]
+    try:
+        checked = check_job(load_job(json.loads(Path(sys.argv[1]).read_text())))
+        answer = {"job": to_dict(checked.job), "summary": records.to_dict(checked.summary)}
+    except Exception as error:
+        kind, message = kind_of(error), str(error)
+        if isinstance(error, ModuleNotFoundError):
+            answer = {"error": {"kind": "missing", "message": message, "name": error.name}}
+        else:
+            if kind == "error":
+                traceback.print_exc()
+                message = f"checking the job: {type(error).__name__}: {message}"
+            answer = {"error": {"kind": kind, "message": message}}
+    Path(sys.argv[2]).write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
