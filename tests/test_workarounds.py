@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import hybrid
 from tests.conftest import ROOT
@@ -124,6 +125,21 @@ def test_deepspeed_still_loses_small_biases_in_bf16() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
     )
     assert done.stdout.split()[-2:] == ["False", "True"], done.stdout + done.stderr
+
+
+def test_deepspeed_still_cannot_set_whole_masters_of_sizes_that_do_not_divide() -> None:
+    """hybrid/engines/deepspeed_setup.py::_set_master"""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Optimizer
+
+    part = torch.zeros(5)  # the second of two ranks has the last 4 of 9 numbers, and one of padding
+    fake = SimpleNamespace(
+        _get_fp32_opt_state_partition=lambda *_, **__: (part, 0),
+        _get_param_partition_rank=lambda _: 1,
+        _swappable_optimizer_subgroup=lambda _: False,
+    )
+    parameter = SimpleNamespace(requires_grad=True, ds_numel=9)
+    with pytest.raises(RuntimeError, match="exceeds dimension size"):
+        Optimizer.set_full_hp_param(fake, torch.zeros(9), parameter)
 
 
 def test_deepspeed_still_clips_stages_by_the_first_one_s_norm(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class AcceleratedEngine(BaseEngine):
         self.accelerator, self.model, self.optimizer, self.observer, self.buffers = prepared
         self.inspect, self.gather, self.scatter = inspect, gather, scatter
         self.num_held = num_held(self.model)
-        self.scale = LossScale(job, self.device)
+        self.scale = LossScale(job, self.device, averaged_over=self.layout.dp)
         self._reduces = True  # FSDP2 reduces gradients in the coming backward pass
         self.constant: ConstantBuffers | None = None
         wrapped = isinstance(self.model, DistributedDataParallel)
@@ -94,8 +94,8 @@ class AcceleratedEngine(BaseEngine):
 
     def _backward(self, loss_sum: torch.Tensor, micro_batches: int) -> None:
         """Add the gradients of the mean loss over all ranks' targets."""
-        # The reduction averages over ranks: undo that.
-        self._backward_by(loss_sum, self.layout.dp / max(1, self._count_all()), self.scale)
+        # The reduction averages over ranks: the factor, or under fp16 `unscale`, undoes that.
+        self._backward_by(loss_sum, self.scale.loss_factor / max(1, self._count_all()), self.scale)
 
     def _update(self) -> torch.Tensor | float:
         """Clip, step, and return what `_clip_gradients` does."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..job.errors import RunError
@@ -164,10 +165,8 @@ def restore_fp32_masters(model: nn.Module, precision: str) -> Callable[[], None]
     start = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
 
     def restore() -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
-
         for parameter, value in start.items():
-            safe_set_full_fp32_param(parameter, value.to(parameter.device))
+            _set_master(parameter, value)
         start.clear()
 
     return restore
@@ -188,8 +187,24 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 def set_masters(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
     """Put full values into the fp32 master weights of those tensors that are trained."""
-    from deepspeed.utils import safe_set_full_fp32_param
-
     for name, tensor in tensors.items():
         if tensor.requires_grad:
-            safe_set_full_fp32_param(tensor, state[name].to(tensor.device, torch.float32))
+            _set_master(tensor, state[name])
+
+
+def _set_master(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Put a whole value into a parameter's fp32 master weight, of which this rank has a part.
+
+    DeepSpeed's own function for whole values fails under ZeRO-3 where the size does not divide: it
+    leaves out the padding of the last rank's part (0.19.8)."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    value = value.to(parameter.device, torch.float32)
+    if not hasattr(parameter, "ds_id"):
+        safe_set_full_fp32_param(parameter, value)
+        return
+    size = parameter.ds_tensor.numel()
+    start = size * dist.get_rank(parameter.ds_process_group)
+    part = value.flatten()[start : start + size]
+    padding = size - part.numel()
+    safe_set_local_fp32_param(parameter, torch.nn.functional.pad(part, (0, padding)))

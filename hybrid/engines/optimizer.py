@@ -162,13 +162,29 @@ def clip(parameters: Iterable[nn.Parameter], norm: torch.Tensor, limit: float) -
 
 
 class LossScale(torch.amp.GradScaler):
-    """Scales the loss under fp16; otherwise it changes nothing."""
+    """Scales the loss under fp16; otherwise it changes nothing.
 
-    unscale = torch.amp.GradScaler.unscale_  # before gradients are measured and clipped
+    averaged_over: the ranks over which a reduction averages gradients that are to be summed. Under
+    fp16 they are multiplied by that number after it: a loss so much larger would overflow sooner
+    than that of one process."""
 
-    def __init__(self, job: Job, device: torch.device) -> None:
+    def __init__(self, job: Job, device: torch.device, averaged_over: int = 1) -> None:
         fp16 = job.train.precision == "fp16"
         super().__init__(device.type, INITIAL_SCALE, growth_interval=GROWTH_STEPS, enabled=fp16)
+        self.averaged_over = averaged_over
+
+    @property
+    def loss_factor(self) -> int:
+        """Return what the loss is multiplied by so that averaged gradients are the sum."""
+        return 1 if self.is_enabled() else self.averaged_over
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give gradients their size, before they are measured and clipped."""
+        self.unscale_(optimizer)
+        if self.averaged_over > 1:
+            for parameter in parameters_of(optimizer):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.averaged_over)
 
     @property
     def value(self) -> float:
