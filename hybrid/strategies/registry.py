@@ -50,6 +50,12 @@ def modules(name: str) -> list[str]:
     return [*EVERY_RANK, *getattr(get(name), "modules", ())]
 
 
+def engine(name: str) -> str:
+    """Return what does a strategy's work: one of `hybrid.engines`, or a user's own module."""
+    own = [module for module in modules(name) if module not in EVERY_RANK]
+    return next((module for module in own if module.startswith("hybrid.engines.")), name)
+
+
 def check_settings(job: Job, names: Sequence[str]) -> None:
     """Check what can be known before the model is made; imports no torch.
 
@@ -110,7 +116,9 @@ def open_engine(
     from ..engines.layers import prepare_layers
     from ..launch.process_group import hide_accelerate_configuration, join_process_group
     from ..models.layers import Layers
+    from ..models.vector_functions import call_vector_functions_once
 
+    call_vector_functions_once()
     layers = layers if isinstance(layers, Layers) else Layers(layers)
     summary = ModelSummary(layers.sizes(), layers.cut_problem)
     placement = place(job, strategy, placement or find_placement())

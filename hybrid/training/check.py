@@ -33,8 +33,10 @@ def check_job(job: Job, data: Data | None = None) -> CheckedJob:
     data: the train and test sets, where the caller has made them already. Raises JobError where the
     job is wrong, and ModuleNotFoundError where a tracker's package is missing."""
     from ..data import build_data
+    from ..models.vector_functions import call_vector_functions_once
     from ..stages.shapes import boundaries, input_problem
 
+    call_vector_functions_once()
     check_trackers(job.log.trackers)
     layers = _build_layers(job)
     train_set, _ = data or build_data(job)

@@ -17,6 +17,7 @@ from ..job.errors import JobError
 from ..job.file import load_job
 from ..job.schema import Job
 from ..models import build_model
+from ..models.vector_functions import call_vector_functions_once
 from .folder import CHECKPOINTS
 
 FINAL = Path(CHECKPOINTS, "final")
@@ -38,6 +39,7 @@ def generate(
     only. The same arguments give the same text on one machine. Raises JobError where an argument or
     the folder is wrong."""
     _check(num_tokens, temperature, seed, top_k)
+    call_vector_functions_once()
     job = _load_job(run)
     tokenizer = _load_tokenizer(job)
     model = _load_model(run, job)

@@ -31,6 +31,7 @@ from ..launch.process_group import cleanup, join_process_group, restored_environ
 from ..measure.clock import Instruments, StepCost
 from ..measure.machine import describe_machine
 from ..models.shared import build_shared
+from ..models.vector_functions import call_vector_functions_once
 from ..records import EvalResult, Record, StepEval, StepRecord, Weights
 from ..strategies import registry
 from .check import check_on_rank_0, print_warnings
@@ -117,14 +118,6 @@ def _train(
         return run.go()
     finally:
         instruments.close()
-
-
-def call_vector_functions_once() -> None:
-    """Call one of torch's vector functions on one thread, before several threads can.
-
-    If two threads make the first call together, MKL 2024.2 answers it wrongly on Intel CPUs with
-    AVX-512, by 1e-4 in fp32 (pytorch#188792)."""
-    torch.tanh(torch.zeros(1))
 
 
 @dataclasses.dataclass
