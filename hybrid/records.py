@@ -163,8 +163,11 @@ class Parity:
 
     A run is "not_compared" where it or its reference has no result, and "not_decided" where the
     reference does not repeat and no run of it can be trusted.
-    `excused` lists steps past the tolerance where a control run, the reference with its batches
-    summed in another order, differs by at least a quarter as much."""
+    `excused` lists what is past the tolerance where control runs, the reference with its batches
+    summed in other orders, are apart from one another by at least a quarter as much: `step`,
+    `quantity`, `difference`, `control` (their spread), `tensors` (how many, for final weights),
+    `kink` (the spread came within one step). `refused` names controls that left the reference in
+    the exact steps and so excuse nothing."""
 
     ok: bool
     max_loss_diff: float | None
@@ -175,6 +178,7 @@ class Parity:
     max_grad_norm_diff: float | None = None
     excused: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     state: ParityState = "not_compared"
+    refused: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

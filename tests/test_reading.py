@@ -22,7 +22,9 @@ import hybrid
 from hybrid import records
 from hybrid.cli import app
 from hybrid.comparison import session
-from hybrid.comparison.parity import SAME_START, SHARE_OF_CONTROL, Run, compare_runs
+from hybrid.comparison.differences import SAME_START, STEP_QUANTITIES, Run
+from hybrid.comparison.noise import SHARE_OF_NOISE
+from hybrid.comparison.reference import name_suspect
 from hybrid.comparison.tolerances import EXACT_STEPS, HOOK_TOLERANCES, TOLERANCES, tolerance
 from hybrid.comparison.verdict import CONTROL_MICRO_BATCHES
 from hybrid.job.errors import Failure, RunFailed, exit_status, first_line
@@ -147,15 +149,13 @@ def test_evidence_and_refusals_are_in_the_code(wrong: Made) -> None:
 
 
 def test_quantities_are_all_that_can_differ() -> None:
-    loops = [n.iter for n in ast.walk(PARITY) if isinstance(n, ast.For)]
-    found = {s for loop in loops if isinstance(loop, ast.Tuple) for s in strings(loop)}
+    found = set(STEP_QUANTITIES)
     for node in ast.walk(PARITY):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "_Found":
-            what = node.args[1]
-            if not isinstance(what, ast.Name):  # the loop's
-                found.add(" ".join(strings(what)) + "NAME" * isinstance(what, ast.JoinedStr))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "Found":
+            quantity = " ".join(strings(node.args[1]))
+            found.add(quantity + " of NAME" * quantity.endswith("weights"))
     table = rows(section("Parity").split("The tolerances")[0])[1:]
-    assert {q for row in table for q in spans(row[0])} == found
+    assert {q for row in table for q in spans(row[0])} == found - {""}
 
 
 def test_tolerances_are_the_codes() -> None:
@@ -175,12 +175,9 @@ def test_tolerances_are_the_codes() -> None:
 
 def test_other_constants_are_the_codes() -> None:
     assert SAME_START == 1e-9 and "may differ by 1e-9" in TEXT
-    assert SHARE_OF_CONTROL == 0.25 and "at least a quarter as much" in flat(TEXT)
-    assert CONTROL_MICRO_BATCHES == (
-        1,
-        3,
-        7,
-    ) and "in 1, 3 and 7 micro-batches" in flat(TEXT)
+    assert SHARE_OF_NOISE == 0.25 and "at least a quarter as much" in flat(TEXT)
+    assert CONTROL_MICRO_BATCHES == (1, 3, 7, 2, 5, 11)
+    assert "in 1, 3 and 7 micro-batches (or 2, 5 and 11," in flat(TEXT)
     assert f"over {UNLIKE_STEPS} times the median. The first {WARMUP_STEPS} st" in flat(TEXT)
     assert tuple(spans(section("The precision ledger"))[: len(KINDS)]) == KINDS
 
@@ -206,15 +203,29 @@ def causes() -> list[str]:
         *(first_updates(_1=10.0, _2=by) for by in (10.0, 5.0)),
     ]
     found = [made.first(run)[2] for run in runs]
-    short = made.make_run(steps=made.make_run().record.steps[:10])
-    last = Run(short.record, made.with_weights("1.bias", 2.0).weights)
-    late = compare_runs(last, short, "single", FP32, made.FACTORS).first_difference
-    return [str(cause) for cause in (*found, late and late.likely_cause)]
+    wrong, right = made.at_steps(range(30, made.STEPS), loss=1.001), made.make_run()
+    parity = made.verdict(right, right, right, right, reference=wrong)
+    pair = dict.fromkeys(("ddp", "pipeline"), made.verdict(right, reference=wrong))
+    suspect = name_suspect(pair, "single", str, lambda name: right, made.rule())
+    found += [
+        p.first_difference.likely_cause for p in (parity, suspect["ddp"]) if p.first_difference
+    ]
+    found.append(made.first(made.with_weights("1.bias", 2.0))[2])
+    found.append(made.first(made.at_steps(every, loss=2.0, grad_norm=2.0))[2])
+    found.append(made.first(with_still_bias())[2])
+    return [str(cause) for cause in found]
+
+
+def with_still_bias() -> Run:
+    """A run whose first step does not move one bias."""
+    after = {**made.make_weights().after_first_step, "1.bias": made.START["1.bias"]}
+    steps = made.at_steps(range(1, made.STEPS), loss=1.1).record.steps
+    return made.make_run(weights=Weights(made.START, after), steps=steps)
 
 
 def test_likely_causes_are_those_that_the_code_names() -> None:
     templates = [row[0].strip("`") for row in rows(section("Likely causes"))[1:]]
-    patterns = [re.sub(r"\b(N|NAMES|LAYERS|HOW)\b", ".+", re.escape(t)) for t in templates]
+    patterns = [re.sub(r"\b(N|NAME|NAMES|LAYERS|HOW)\b", ".+", re.escape(t)) for t in templates]
     used = set()
     for cause in causes():
         matches = {n for n, pattern in enumerate(patterns) if re.fullmatch(pattern, cause)}
@@ -270,8 +281,8 @@ def test_commands_are_the_command_lines(wrong: Made, monkeypatch: pytest.MonkeyP
     named = {*re.findall(r"\bhybrid ([a-z]+)(?! JOB\w)\b", text)}
     assert named == {"compare", "doctor"} <= group.commands.keys()
     options = {o for p in group.commands["compare"].params for o in p.opts}
-    used = set(re.findall(r"(?<![\w-])--[a-z]+", text))
-    assert {"--out", "--json", "--set", "--nproc"} == used <= options
+    used = set(re.findall(r"(?<![\w-])--[a-z-]+", text))
+    assert {"--out", "--json", "--set", "--nproc", "--strict-reference"} == used <= options
     overrides = re.findall(r"--set ([\w.]+=\w+)", text)
     assert len(overrides) == 3 and load_job(JOBS / "mlp.toml", overrides)
 

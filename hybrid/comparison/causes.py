@@ -1,49 +1,72 @@
 """Finds what would explain a difference between two runs; names a cause only if figures fit it."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
 from ..records import Record
-from .tolerances import EXACT_STEPS
+from .differences import Found, relative
+
+SAME_RATIO = 0.01  # relative; ratios nearer than this are the same number
+SAME_UPDATE = 1e-3  # relative; first updates farther apart than this are different ones
+SMALL_UPDATE = 1e-6  # relative to the tensor; what is smaller tells nothing of an update
 
 
-def likely_cause(
-    run: Record,
-    reference: Record,
-    quantity: str,
-    factors: Mapping[str, int],
-    exact_steps: int = EXACT_STEPS["fp32"],
-) -> str | None:
-    """Return what would explain a difference that begins in `quantity`; None if nothing fits."""
-    if quantity.startswith("initial weights"):
-        return "other initial weights"
-    if quantity in ("samples", "sample_digest"):
-        return "other samples in the batch"
-    if quantity == "lr":
-        return "another learning-rate schedule"
-    if quantity.startswith("weights of ") and len(reference.steps) <= exact_steps:
-        return (
-            "all steps agree: either the last update, or rounding, which AdamW enlarges where a "
-            f"gradient is near zero; a run of more than {exact_steps} steps measures which"
-        )
-    if quantity not in ("loss", "grad_norm") or not run.steps or not reference.steps:
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """Holds what is known of a job, by which a cause is found.
+
+    factors: the numbers by which a wrong scale would be off, by their names (micro-batches, ...).
+    loss_tolerance: relative."""
+
+    factors: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    loss_tolerance: float = 1e-6
+
+
+def likely_cause(run: Record, reference: Record, found: Found, facts: Facts) -> str | None:
+    """Return what would explain a difference; None if nothing fits."""
+    known = {
+        "initial weights": "other initial weights",
+        "samples": "other samples in the batch",
+        "sample_digest": "other samples in the batch",
+        "lr": "another learning-rate schedule",
+    }
+    if found.quantity in known:
+        return known[found.quantity]
+    if not run.steps or not reference.steps:
         return None
-    got, expected = run.steps[0].grad_norm, reference.steps[0].grad_norm
-    scale = got and expected and _explain_ratio(got / expected, factors)
-    if scale:
+    if found.quantity in ("loss", "grad_norm"):
+        return _explain_scale(run, reference, facts) or _explain_updates(run, reference)
+    if found.quantity == "weights":
+        return _explain_updates(run, reference) or _explain_end(run, reference, facts)
+    return None
+
+
+def _explain_scale(run: Record, reference: Record, facts: Facts) -> str | None:
+    """Name a factor by which all gradients are off.
+
+    The loss of the first step comes before any update: it must be right, or off by the same."""
+    mine, theirs = run.steps[0], reference.steps[0]
+    if not (mine.grad_norm and theirs.grad_norm and theirs.loss):
+        return None
+    scale = _explain_ratio(mine.grad_norm / theirs.grad_norm, facts.factors)
+    if scale is None:
+        return None
+    if relative(mine.loss, theirs.loss) <= facts.loss_tolerance:
         return f"gradients {scale}"
-    return _explain_updates(run, reference)
+    same = _explain_ratio(mine.loss / theirs.loss, facts.factors) == scale
+    return f"loss and gradients {scale}" if same else None
 
 
 def _explain_ratio(ratio: float, factors: Mapping[str, int]) -> str | None:
-    """Describe a ratio that is, within 1 %, one of the factors, their product or an inverse."""
+    """Describe a ratio that is one of the factors, their product or an inverse."""
     several = {name: value for name, value in factors.items() if value > 1}
     products = several | {" x ".join(several): math.prod(several.values())}
     for inverse in (False, True):
         names = [
             name
             for name, value in products.items()
-            if value > 1 and abs(ratio * (value if inverse else 1 / value) - 1) < 0.01
+            if value > 1 and abs(ratio * (value if inverse else 1 / value) - 1) < SAME_RATIO
         ]
         if names:
             way = "small: divided twice by" if inverse else "large: not divided by"
@@ -54,14 +77,17 @@ def _explain_ratio(ratio: float, factors: Mapping[str, int]) -> str | None:
 
 def _explain_updates(run: Record, reference: Record) -> str | None:
     """Describe which tensors' first updates differ from the reference's, and in which stage."""
+    if still := _explain_still(run, reference):
+        return still
     ratios = _update_ratios(run, reference)
-    off = {name: r for name, r in ratios.items() if abs(r - 1) > 1e-3}
+    off = {name: r for name, r in ratios.items() if abs(r - 1) > SAME_UPDATE}
     if not off:
         return None
     low, high = min(off.values()), max(off.values())
-    alike = f" {low:.4g} times the reference's" if high - low < 0.01 * abs(high) else " different"
+    same = high - low < SAME_RATIO * abs(high)
+    alike = f" {low:.4g} times the reference's" if same else " different"
     if len(off) == len(ratios):
-        return f"every first update is{alike}: another learning rate" if "times" in alike else None
+        return f"every first update is{alike}: another learning rate" if same else None
     evidence = run.receipt.evidence if run.receipt else {}
     cut = zip(
         evidence.get("layers_by_stage", []), evidence.get("tensors_by_stage", []), strict=True
@@ -73,7 +99,41 @@ def _explain_updates(run: Record, reference: Record) -> str | None:
                 "such as by another learning rate there"
             )
     few = [*sorted(off)[:3], *(["..."] if len(off) > 3 else [])]
-    return f"only {len(off)} tensors ({', '.join(few)}): their first update is{alike}"
+    count = f"{len(off)} tensors" if len(off) > 1 else "1 tensor"
+    whose = "their" if len(off) > 1 else "its"
+    return f"only {count} ({', '.join(few)}): {whose} first update is{alike}"
+
+
+def _explain_still(run: Record, reference: Record) -> str | None:
+    """Name the parameters whose first step moves them in one run and not at all in the other."""
+    if run.weights is None or reference.weights is None:
+        return None
+    moved = [
+        {n for n, after in w.after_first_step.items() if after != w.initial.get(n)}
+        for w in (run.weights, reference.weights)
+    ]
+    for names, here, there in (
+        (moved[0] - moved[1], "in the reference", "here"),
+        (moved[1] - moved[0], "here", "in the reference"),
+    ):
+        if names:
+            few = ", ".join([*sorted(names)[:3], *(["..."] if len(names) > 3 else [])])
+            have = "has" if len(names) == 1 else "have"
+            return (
+                f"{few} {have} no first update {here}, and one {there}: such as a parameter that "
+                "the loss does not use, and that weight decay moves in one of them"
+            )
+    return None
+
+
+def _explain_end(run: Record, reference: Record, facts: Facts) -> str | None:
+    """Say what can be when all steps agree and the final weights do not."""
+    if any(
+        relative(a.loss, b.loss) > facts.loss_tolerance
+        for a, b in zip(run.steps, reference.steps, strict=False)
+    ):
+        return None
+    return "all steps agree: the last update is another one"
 
 
 def _update_ratios(run: Record, reference: Record) -> dict[str, float]:
@@ -85,6 +145,6 @@ def _update_ratios(run: Record, reference: Record) -> dict[str, float]:
     ratios = {}
     for name, after in theirs.after_first_step.items():
         expected = after - theirs.initial[name]
-        if name in mine.after_first_step and abs(expected) > 1e-6 * abs(after):
+        if name in mine.after_first_step and abs(expected) > SMALL_UPDATE * abs(after):
             ratios[name] = (mine.after_first_step[name] - mine.initial[name]) / expected
     return ratios

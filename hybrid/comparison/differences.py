@@ -1,0 +1,142 @@
+"""Lists where two runs differ by more than a tolerance, in the order in which it happened."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..records import EvalResult, Record
+
+SAME_START = 1e-9  # float64 projections of equal fp32 weights, summed in another order
+STEP_QUANTITIES = ("samples", "sample_digest", "lr", "loss", "grad_norm")
+SAME_NUMBER = 1e-12  # relative; of learning rates, which every run computes alike
+Arrays = Mapping[str, Any]  # numpy arrays by name
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Holds a record and its final weights, as numpy arrays by name."""
+
+    record: Record
+    weights: Arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Holds one difference; `size` is relative, or a share of all targets for `eval correct`.
+
+    step: None after the last one. tensor: the name, where the quantity is of one tensor."""
+
+    step: int | None
+    quantity: str
+    got: Any
+    expected: Any
+    size: float
+    tensor: str | None = None
+
+    @property
+    def title(self) -> str:
+        """Return the quantity with the name of its tensor."""
+        return f"{self.quantity} of {self.tensor}" if self.tensor else self.quantity
+
+
+def relative(got: float | None, expected: float | None) -> float:
+    """Return |a-b|/|b|, 0 where both are equal, infinity where one is missing or NaN."""
+    if got == expected:
+        return 0.0
+    if got is None or expected is None:
+        return math.inf
+    size = abs(got - expected) / abs(expected) if expected else math.inf
+    return math.inf if math.isnan(size) else size
+
+
+def greatest(values: Iterable[float]) -> float | None:
+    """Return the greatest difference; None where there are none, or one is infinite."""
+    worst = max(values, default=math.inf)
+    return worst if math.isfinite(worst) else None
+
+
+def scale_of(tensor: Any, floor: float) -> float:
+    """Return what differences in a tensor are relative to: its greatest magnitude, or `floor`."""
+    return max(float(abs(tensor).max()) if tensor.size else 0.0, floor)
+
+
+def weight_differences(got: Arrays, expected: Arrays, floor: float = 0.0) -> list[Found]:
+    """Compare final weights tensor by tensor, and list every difference, the greatest first.
+
+    A size is the greatest |a-b| of a tensor over `scale_of` it."""
+    found = []
+    for name in sorted(got.keys() | expected.keys()):
+        if name not in got or name not in expected or got[name].shape != expected[name].shape:
+            mine, theirs = (
+                str(list(w[name].shape)) if name in w else None for w in (got, expected)
+            )
+            found.append(Found(None, "weights", mine, theirs, math.inf, name))
+            continue
+        mine, theirs = got[name].astype("float64"), expected[name].astype("float64")
+        apart = abs(mine - theirs)
+        if not apart.size or not (apart.any() or (apart != apart).any()):
+            continue
+        place = int(apart.argmax())  # of the first NaN, if there is one
+        away, scale = float(apart.flat[place]), scale_of(theirs, floor)
+        values = float(mine.flat[place]), float(theirs.flat[place])
+        found.append(Found(None, "weights", *values, relative(scale + away, scale), name))
+    return sorted(found, key=lambda one: -one.size)
+
+
+def differences(
+    run: Run, reference: Run, tolerance: Mapping[str, float], floor: float = 0.0
+) -> list[Found]:
+    """List everything past its tolerance, in the order in which it happened.
+
+    floor: see `scale_of`."""
+    found = _start_differences(run.record, reference.record)
+    for got, expected in zip(run.record.steps, reference.record.steps, strict=False):
+        for quantity in STEP_QUANTITIES:
+            a, b = getattr(got, quantity), getattr(expected, quantity)
+            size = float(a != b) if isinstance(a, str) else relative(a, b)
+            if size > tolerance.get(quantity, SAME_NUMBER):
+                found.append(Found(got.step, quantity, a, b, size))
+    if len(run.record.steps) != len(reference.record.steps):
+        counts = len(run.record.steps), len(reference.record.steps)
+        found.append(Found(min(counts), "steps", *counts, math.inf))
+    weights = weight_differences(run.weights, reference.weights, floor)
+    found += [one for one in weights if one.size > tolerance["weights"]]
+    return found + _eval_differences(run.record, reference.record, tolerance)
+
+
+def _start_differences(run: Record, reference: Record) -> list[Found]:
+    if run.weights is None or reference.weights is None:
+        return []
+    mine, theirs = run.weights.initial, reference.weights.initial
+    return [
+        Found(0, "initial weights", mine.get(name), value, math.inf, name)
+        for name, value in theirs.items()
+        if name not in mine or relative(mine[name], value) > SAME_START
+    ]
+
+
+def _eval_differences(
+    run: Record, reference: Record, tolerance: Mapping[str, float]
+) -> list[Found]:
+    got, expected = run.eval, reference.eval
+    if expected is None:
+        return []
+    if got is None:
+        return [Found(None, "eval", None, expected.loss, math.inf)]
+    found = []
+    if got.samples != expected.samples:
+        found.append(Found(None, "eval samples", got.samples, expected.samples, math.inf))
+    size = relative(got.loss, expected.loss)
+    if size > tolerance["eval_loss"]:
+        found.append(Found(None, "eval loss", got.loss, expected.loss, size))
+    away = share_apart(got, expected)
+    if away > tolerance["correct"] or (got.correct is None) != (expected.correct is None):
+        found.append(Found(None, "eval correct", got.correct, expected.correct, away))
+    return found
+
+
+def share_apart(got: EvalResult, expected: EvalResult) -> float:
+    """Return the difference in the numbers of correct predictions, as a share of all targets."""
+    total = expected.targets or expected.samples
+    return abs((got.correct or 0) - (expected.correct or 0)) / total

@@ -1,0 +1,134 @@
+"""Measures how far rounding alone moves a run, by controls: the reference in other summing orders.
+
+The noise is the spread of the controls among themselves. The reference is not in it, since it may
+be the one that is wrong."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .differences import Found, Run, differences, scale_of
+
+SHARE_OF_NOISE = 0.25  # the controls must spread by at least this part of a difference
+KINK = 10.0  # a spread that grows so many times in one step comes from a kink, such as relu's at 0
+ROUNDED = ("loss", "grad_norm", "weights", "eval loss", "eval correct")  # what rounding can move
+
+
+def can_be_rounding(found: Found, exact_steps: int) -> bool:
+    """Tell whether rounding could explain a difference; in the exact steps it never does."""
+    early = found.step is not None and found.step < exact_steps
+    return found.quantity in ROUNDED and math.isfinite(found.size) and not early
+
+
+@dataclasses.dataclass(frozen=True)
+class Excuse:
+    """Says that rounding explains a difference.
+
+    spread: of the controls, relative as the difference is. kink: it came in one step. words_of: the
+    controls without any one of which there would be no excuse."""
+
+    spread: float
+    kink: bool
+    words_of: tuple[str, ...]
+
+
+class Noise:
+    """Holds the controls of one reference that agree with it in the exact steps.
+
+    Others excuse nothing, and are in `refused`."""
+
+    def __init__(
+        self,
+        reference: Run,
+        controls: Mapping[str, Run],
+        tolerance: Mapping[str, float],
+        exact_steps: int,
+        floor: float = 0.0,
+    ) -> None:
+        self.reference, self.exact_steps, self.floor = reference, exact_steps, floor
+        bad = {
+            name
+            for name, control in controls.items()
+            for found in differences(control, reference, tolerance, floor)
+            if found.quantity not in ROUNDED
+            or (found.step is not None and found.step < exact_steps)
+        }
+        self.refused = sorted(bad)
+        self.controls = {name: run for name, run in controls.items() if name not in bad}
+        self._by_step = functools.lru_cache(maxsize=None)(self._spreads_by_step)
+
+    def excuse(self, found: Found) -> Excuse | None:
+        """Return why rounding explains a difference; None where it does not."""
+        if not can_be_rounding(found, self.exact_steps):
+            return None
+        needed, everyone = SHARE_OF_NOISE * found.size, tuple(self.controls)
+        spread = self.spread(found, everyone)
+        if not needed <= spread < math.inf:
+            return None
+        without = {name: tuple(n for n in everyone if n != name) for name in everyone}
+        words_of = tuple(n for n, rest in without.items() if self.spread(found, rest) < needed)
+        return Excuse(spread, self._kinks(found, everyone), words_of)
+
+    def spread(self, found: Found, names: tuple[str, ...]) -> float:
+        """Return how far these controls are apart at the place of a difference.
+
+        At a step it is the greatest up to there, since controls can meet by chance at any one."""
+        if found.step is not None:
+            return max(self._by_step(found.quantity, names)[: found.step + 1], default=0.0)
+        runs = [self.controls[name] for name in names]
+        if found.quantity == "weights":
+            name = found.tensor or ""
+            tensors = [run.weights[name].astype("float64") for run in runs]
+            return _spread(tensors, scale_of(self.reference.weights[name], self.floor))
+        expected = self.reference.record.eval
+        results = [run.record.eval for run in runs]
+        if expected is None or None in results:
+            return 0.0
+        if found.quantity == "eval loss":
+            return _spread([r.loss for r in results if r], abs(expected.loss))
+        total = expected.targets or expected.samples
+        return _spread([r.correct or 0 for r in results if r], total)
+
+    def _kinks(self, found: Found, names: tuple[str, ...]) -> bool:
+        """Tell whether the spread that excuses a difference at a step came within one step."""
+        if found.step is None:
+            return False
+        spreads = self._by_step(found.quantity, names)[: found.step + 1]
+        first = next(i for i, s in enumerate(spreads) if s >= SHARE_OF_NOISE * found.size)
+        return first > 0 and spreads[first] > KINK * max(spreads[:first])
+
+    def _spreads_by_step(self, quantity: str, names: tuple[str, ...]) -> list[float]:
+        """Return the controls' spread at each step of the reference."""
+        runs, spreads = [self.controls[name].record.steps for name in names], []
+        for i, step in enumerate(self.reference.record.steps):
+            values = [getattr(steps[i], quantity) for steps in runs if i < len(steps)]
+            expected = getattr(step, quantity)
+            usable = expected is not None and None not in values
+            spreads.append(_spread(values, abs(expected)) if usable else 0.0)
+        return spreads
+
+    def against_reference(self, found: Found) -> bool:
+        """Tell whether run and controls agree with one another, and not with the reference.
+
+        Then it is the reference that is off there."""
+        if found.step is None or found.quantity not in ("loss", "grad_norm"):
+            return False
+        records = [self.reference.record, *(run.record for run in self.controls.values())]
+        expected, *values = (getattr(r.steps[found.step], found.quantity) for r in records)
+        if len(values) < 2 or None in (expected, found.got, *values):
+            return False
+        away = min(abs(value - expected) for value in values)
+        return max(abs(value - found.got) for value in values) < SHARE_OF_NOISE * away
+
+
+def _spread(values: Sequence[Any], scale: float) -> float:
+    """Return the greatest difference between any two values or tensors, relative to `scale`."""
+    import numpy
+
+    if len(values) < 2 or not scale:
+        return 0.0
+    apart = functools.reduce(numpy.maximum, values) - functools.reduce(numpy.minimum, values)
+    most = float(numpy.max(apart, initial=0.0))
+    return most / scale if math.isfinite(most) else 0.0
