@@ -249,7 +249,7 @@ def test_a_rank_without_room_for_a_thread_still_tells_its_cause(
 ) -> None:
     from hybrid.launch import heartbeat
 
-    def start(self: Any) -> None:
+    def start(self: object) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(heartbeat.threading.Thread, "start", start)
