@@ -1,6 +1,7 @@
 """This module turns sample ids into the micro-batches that an engine trains on."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,8 +45,9 @@ def load_micro_batch(
     numbers = torch.from_numpy(numpy.array(ids, dtype=numpy.int64))
     if not (inputs or targets):
         return MicroBatch(None, None, numbers, count)
-    base, places = find_base(samples, [*ids, *[0] * padding])
-    loaded = _select(base, places, inputs, targets)
+    base, places = find_base(samples, [*ids, *[0] * padding] if padding else ids)
+    index = numbers if places is ids else torch.from_numpy(numpy.array(places, dtype=numpy.int64))
+    loaded = _select(base, index, inputs, targets)
     if loaded is None:
         loaded = _collate(_read_rows(base, places, padding), inputs, targets)
     return MicroBatch(*loaded, numbers, count)
@@ -56,8 +58,13 @@ def reader_of(samples: Any) -> type:
 
     A derived class may read others than its base's `__getitems__` gives. Nor is a set asked that
     hands on what it lacks to another set, which it may change sample by sample."""
+    return _reader(type(samples))
+
+
+@functools.lru_cache(maxsize=64)
+def _reader(kind: type) -> type:
     ways = {"__getitem__", "__getitems__"}
-    return next((c for c in type(samples).__mro__ if ways & vars(c).keys()), object)
+    return next((c for c in kind.__mro__ if ways & vars(c).keys()), object)
 
 
 def find_base(samples: Any, ids: list[int]) -> tuple[Any, list[int]]:
@@ -68,18 +75,19 @@ def find_base(samples: Any, ids: list[int]) -> tuple[Any, list[int]]:
     return samples, ids
 
 
-def _select(base: Any, places: list[int], inputs: bool, targets: bool) -> tuple[Any, Any] | None:
+def _select(base: Any, index: torch.Tensor, inputs: bool, targets: bool) -> tuple[Any, Any] | None:
     """Takes the rows out of a set of two plain tensors at once; None where the set is another one.
 
-    `default_collate` makes the same of single rows, one by one."""
+    `default_collate` makes the same of single rows, one by one. index: the places, int64 [n]."""
     if reader_of(base) is not TensorDataset:
         return None
-    if not all(type(t) is torch.Tensor and t.layout is torch.strided for t in base.tensors):
+    for tensor in base.tensors:
+        if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
+            return None
+    # Negative places are huge as unsigned ones; the set itself counts those from the end, or says
+    # what is not there.
+    if index.numpy().view(numpy.uint64).max(initial=0) >= len(base):
         return None
-    numbers = numpy.array(places, dtype=numpy.int64)
-    if ((numbers < 0) | (numbers >= len(base))).any():
-        return None  # the set itself counts from the end, or says what is not there
-    index = torch.from_numpy(numbers)
     first, second = base.tensors  # another number of them is an error, as it is of single rows
     return (
         first.index_select(0, index.to(first.device)) if inputs else None,

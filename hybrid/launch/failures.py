@@ -6,7 +6,7 @@ needs no torch."""
 
 import dataclasses
 import json
-import os
+import mmap
 import re
 import resource
 import signal
@@ -22,7 +22,7 @@ from ..job.schema import Job
 from .heartbeat import Cause, Heartbeat, is_peer_loss
 from .placement import Placement
 
-_WIDTH = 80  # characters in `logs/rankN.where`
+_WIDTH = 80  # bytes in `logs/rankN.where`
 TAIL_LINES = 20  # of a log, where a rank left nothing else
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # in the RuntimeError that torch raises on a full host
 
@@ -39,18 +39,20 @@ class RankStatus:
         self.parameters: int | None = None
         self.held: int | None = None
         self.peers: Heartbeat | None = None
-        self._file = -1
+        self._shown: mmap.mmap | None = None  # the file, written without a system call
         if logs:
             logs.mkdir(parents=True, exist_ok=True)
-            path = logs / f"rank{placement.rank}.where"
-            self._file = os.open(path, os.O_CREAT | os.O_WRONLY)
+            with (logs / f"rank{placement.rank}.where").open("wb+") as file:
+                file.truncate(_WIDTH)
+                self._shown = mmap.mmap(file.fileno(), _WIDTH)
         self.set("starting")
 
     def set(self, doing: str) -> None:
         """Set what this rank does from now on."""
         self.doing = doing
-        if self._file >= 0:
-            os.pwrite(self._file, f"{doing:{_WIDTH}}"[:_WIDTH].encode(), 0)  # covers the old text
+        if self._shown:
+            # It covers the old text, also where a character takes several bytes.
+            self._shown[:] = doing.encode()[:_WIDTH].ljust(_WIDTH)
 
     def start_heartbeat(self, placement: Placement) -> None:
         """Start to write signs of life to the store where the ranks met, if they did."""
@@ -61,8 +63,8 @@ class RankStatus:
         """Stop the signs of life and close the status file."""
         if self.peers:
             self.peers.stop()
-        if self._file >= 0:
-            os.close(self._file)
+        if self._shown:
+            self._shown.close()
 
 
 def leave_error(error: BaseException, status: RankStatus) -> Cause | None:
@@ -198,7 +200,7 @@ def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
 def _where(logs: Path, rank: int) -> str:
     """Return what a rank said last that it was doing."""
     path = logs / f"rank{rank}.where"
-    return path.read_text().strip() if path.exists() else "starting"
+    return path.read_text(errors="replace").strip() if path.exists() else "starting"
 
 
 def how_it_ended(code: int) -> str:

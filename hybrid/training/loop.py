@@ -214,8 +214,11 @@ class _Run:
 
     def _note_steps(self, wait: bool = True) -> None:
         """Note the steps whose numbers have come; `wait`: all that have been made."""
-        for result in self.engine.results(wait):
-            self._note(self.steps.count, result)
+        try:
+            for result in self.engine.results(wait):
+                self._note(self.steps.count, result)
+        finally:
+            self.steps.write()
 
     def _note(self, step: int, result: StepResult) -> None:
         norm = result.grad_norm

@@ -20,7 +20,8 @@ class StepLog:
         self.count = 0
         self.most_targets = 0  # of any step
         self._here, self._kept = here, list[StepRecord]()
-        self._file = (out / "steps.jsonl").open("a+", buffering=1) if out else None  # whole lines
+        self._file = (out / "steps.jsonl").open("a+") if out else None
+        self._lines = list[str]()  # not written yet
 
     def add(self, record: StepRecord, figures: Mapping[str, Any]) -> dict[str, Any]:
         """Take the next step and return its line: the record, and what the step took."""
@@ -28,13 +29,21 @@ class StepLog:
         self.most_targets = max(self.most_targets, record.targets or 0)
         line = vars(record) | dict(figures)
         if self._file:
-            self._file.write(json.dumps(line) + "\n")
+            self._lines.append(json.dumps(line) + "\n")
         elif self._here:
             self._kept.append(record)
         return line
 
+    def write(self) -> None:
+        """Write the lines that have been added, all of them whole."""
+        if self._file and self._lines:
+            self._file.write("".join(self._lines))
+            self._file.flush()
+            self._lines = []
+
     def all(self) -> list[StepRecord]:
         """Return the records of all steps, on every rank; collective."""
+        self.write()
         if self._file:
             self._file.seek(0)
             names = StepRecord.__dataclass_fields__
