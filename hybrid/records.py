@@ -144,6 +144,7 @@ class Record:
     drift: list[dict[str, float]] | None = None
     evals: list[StepEval] = dataclasses.field(default_factory=list)
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    variant_of: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +176,8 @@ class Parity:
     max_grad_norm_diff: float | None = None
     excused: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     state: ParityState = "not_compared"
+    reason: str | None = None
+    refused: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ..strategies import registry
 from ..training.check import CheckedJob, check_job, print_warnings
 from ..training.progress import Watcher
 from ..training.run import Program, default_nproc, launch
+from .best import find_best
 from .parity import Run
 from .verdict import judge_run
 
@@ -111,6 +112,7 @@ class _Session:
             parity=parity,
             ok=all(found.ok for found in parity.values()),
             controls=self.controls,
+            best=find_best(self.runs, parity),
         )
         report.write(result, self.out)
         return result
