@@ -104,6 +104,7 @@ def test_the_worked_example_is_what_is_printed(wrong: Made) -> None:
     assert printed.startswith("Not equal: ddp from step 0 (grad_norm); 2 of 3 strategies equal, 1")
     assert f"not possible here. {heads} single reference 1" in printed
     said = verdict(wrong.result)
+    assert wrong.result.best.fastest in ("single", "local_sgd")  # not ddp, which is wrong
     assert said.headline.startswith("Not equal: ddp from step 0 (grad_norm)")
     told = re.escape(standings(wrong.result)["ddp"].problem)
     digits = re.sub(r"(\d\\\.\d{4})\d+", r"\1\\d+", told)  # ranks sum in another order

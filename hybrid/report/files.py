@@ -103,7 +103,7 @@ def _describe_run(comparison: Comparison, name: str, standing: Standing) -> dict
         "trusted": not standing.reason,
         "cut": whole if len(" ".join(whole.split())) > LONGEST else "",
         "sentences": tell_receipt(evidence or {}),
-        "evidence": evidence,
+        "evidence": evidence and {k: v for k, v in evidence.items() if k != "precision"},
         "environment": own,
         "excused": dict(enumerate(map(format_excused, parity.excused), 1)) if parity else {},
         "memory": {} if standing.reason else describe_memory(record),

@@ -47,7 +47,7 @@ def format_value(value: Any) -> str:
         return ", ".join(f"{key} {format_value(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list | tuple):
         more = [f"\N{HORIZONTAL ELLIPSIS} {len(value)} in all"] if len(value) > 6 else []
-        return f"({', '.join([*map(format_value, value[:6]), *more])})"
+        return f"({', '.join([*map(format_value, value[:6]), *more])})" if value else "none"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     return f"{value:.6g}".replace("e-0", "e-") if isinstance(value, float) else str(value)

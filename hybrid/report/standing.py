@@ -85,7 +85,7 @@ def _standing_of(comparison: Comparison, name: str) -> Standing:
     if parity and parity.ok:
         return Standing(name, AT_PROXY if parity.reference == PROXY else "equal")
     if parity and parity.state == "not_decided":
-        why = f"the reference {parity.reference} does not repeat its own result"
+        why = f"no run of the reference {parity.reference} can be trusted"
         return Standing(name, "not decided", why)
     if parity and (parity.first_difference or parity.state == "not_equal"):
         return _describe_difference(name, parity)
