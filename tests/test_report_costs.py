@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from hybrid import report
 from hybrid.comparison.best import find_best
@@ -198,3 +200,13 @@ def test_words() -> None:
     assert [count(1, "step"), count(2000, "step"), count(4, "process")] == [
         *("1 step", "2,000 steps", "4 processes"),
     ]
+
+
+def test_the_table_fits_80_columns() -> None:
+    impossible = Record("pipeline", "not_possible", "no")
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(report.console_table(break_run(make_ranked(), impossible, None)))
+    lines = console.export_text().splitlines()
+    heads = next(n for n, line in enumerate(lines) if line.startswith("strategy"))
+    assert [line.split()[0] for line in lines[heads + 1 :][:5]] == [*make_ranked().strategies]
+    assert "not possible" in lines[heads + 4]

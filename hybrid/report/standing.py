@@ -89,14 +89,15 @@ def _standing_of(comparison: Comparison, name: str) -> Standing:
         return Standing(name, "not decided", why)
     if parity and (parity.first_difference or parity.state == "not_equal"):
         return _describe_difference(name, parity)
-    why = parity.reason if parity and parity.reason else _find_missing(comparison, name)
-    return Standing(name, "not compared", why)
+    return Standing(name, "not compared", _find_missing(comparison, name))
 
 
 def _find_missing(comparison: Comparison, name: str) -> str:
-    """Say why there is no verdict on a run that ended well."""
-    reference = comparison.strategies.get(comparison.reference)
-    if reference is None or reference.status != "ok":
+    """Say why there is no verdict on a run that ended well.
+
+    What became of the reference is not repeated here, since its own problem tells it."""
+    reference, parity = comparison.strategies.get(comparison.reference), comparison.parity.get(name)
+    if comparison.reference != PROXY and (reference is None or reference.status != "ok"):
         status = reference.status if reference else "missing"
         ends = {"failed": "failed", "running": "did not finish", "missing": "is missing"}
         how = ends.get(status, "is not possible here")
@@ -104,7 +105,7 @@ def _find_missing(comparison: Comparison, name: str) -> str:
     for label, run in comparison.controls.items():
         if label.startswith(f"{name}_") and run.status != "ok":
             return f"its reference {label} failed: {run.reason or 'no reason was recorded'}"
-    return "no verdict was recorded"
+    return (parity and parity.reason) or "no verdict was recorded"
 
 
 def _describe_difference(name: str, parity: Parity) -> Standing:

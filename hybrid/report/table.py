@@ -29,6 +29,7 @@ COSTS = ("speedup", "peak memory", "bytes sent", "step ms")  # after the speed
 RESULTS = ("test result", "loss diff", "weight diff")
 FLUSH_LEFT = (*IDENTITY, "layout")  # the figures are flush right
 LEFT_TO_THE_FILES = ("step ms", "loss diff", "weight diff", "layout")  # 80 columns are enough so
+IN_80_COLUMNS = {"test result": "test"}
 TONES = {"good": "bold green", "bad": "bold red", "warning": "bold yellow"}
 
 
@@ -125,7 +126,8 @@ def console_table(comparison: Comparison) -> Table:
     table.caption_justify = "left"
     shown = [head for head in make_headers(comparison) if head not in LEFT_TO_THE_FILES]
     for head in shown:
-        table.add_column(head, justify="left" if head in FLUSH_LEFT else "right", overflow="fold")
+        name = IN_80_COLUMNS.get(head, head)
+        table.add_column(name, justify="left" if head in FLUSH_LEFT else "right", overflow="fold")
     for row in build_rows(comparison).values():
         table.add_row(*(Text(row[head]) for head in shown))
     return table
