@@ -126,5 +126,5 @@ def test_workflow_tests_a_model_of_one_s_own(tmp_path: Path) -> None:
     (tmp_path / "my_package" / "data.py").write_text(DATA)
     shutil.copy(LAUNCH / "ci" / "smoke.toml", tmp_path)
     said = run_at_once([steps["Compare"]["run"]], tmp_path, environment(tmp_path))
-    assert "Equal: ddp, fsdp computed what single did" in said
+    assert "ddp, fsdp computed what single did" in said
     assert (tmp_path / steps["Keep the page"]["with"]["path"] / "report.html").exists()

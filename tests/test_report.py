@@ -17,11 +17,12 @@ from hybrid import records, report
 from hybrid.records import Comm, Comparison, Difference, EvalResult, Memory, Parity, Receipt, Record
 from hybrid.records import StepRecord as Step
 from hybrid.records import Throughput as Pace
+from hybrid.report.costs import format_pace
 from hybrid.report.formats import DASH, format_bytes, format_diff, format_layout
 from hybrid.report.plots import Curves, bars, curves
-from hybrid.report.table import format_pace
 
-COSTS = ("7,777", "8.88", "9.99 MiB", "6.66 KiB")  # what `make_run` costs, as it is printed
+COSTS = ("7,777", "9.99 MiB", "6.66 KiB", "8.88")  # what `make_run` costs, as it is printed
+COST_COLUMNS = (2, 4, 5, 6)  # the speedup stands between the first two
 STEPS = 30
 JOB = {
     **{key: {"name": key} for key in ("model", "data", "optimizer")},
@@ -49,7 +50,8 @@ def make_run(name: str, bend: float = 0.0) -> Record:
 
 
 def make_parity(diff: float = 1e-7, ok: bool = True, first: Difference | None = None) -> Parity:
-    return Parity(ok, diff, 2 * diff, {"loss": 1e-6, "weights": 1e-5}, first)
+    allowed = {"loss": 1e-6, "grad_norm": 1e-4, "weights": 1e-5}
+    return Parity(ok, diff, 2 * diff, allowed, first, state="equal" if ok else "not_equal")
 
 
 def make_comparison(*names: str) -> Comparison:
@@ -121,10 +123,13 @@ class Page(HTMLParser):
 @pytest.mark.parametrize(
     ("comparison", "start"),
     [
-        (make_comparison("ddp", "fsdp"), "Equal: ddp, fsdp computed what single did."),
-        (unequal(), "Not equal: zero2 from step 10 (loss)."),
-        (failed(), "Failed: zero3."),
-        (not_possible(), "Equal: ddp computed what single did."),
+        (make_comparison("ddp", "fsdp"), "Both strategies equal."),
+        (
+            unequal(),
+            "Not equal: zero2 from step 10 (loss); 1 of 2 strategies equal.",
+        ),
+        (failed(), "Failed: zero3; 1 of 2 strategies equal."),
+        (not_possible(), "Equal: ddp computed what single did, 1 not possible here."),
         (make_comparison(), "Nothing compared: only single ran."),
     ],
 )
@@ -151,8 +156,10 @@ def test_nothing_agrees_with_a_reference_that_failed() -> None:
     run = dataclasses.replace(make_run("single"), status="failed", reason="no memory")
     comparison = break_run(make_comparison("ddp"), run, None)
     text = report.markdown(comparison := dataclasses.replace(comparison, parity={}))
-    assert console_lines(comparison)[0].startswith("Failed: the reference single")
-    assert text.startswith("**Failed: the reference single gave nothing to compare with.**")
+    assert console_lines(comparison)[0].startswith("Not compared: the reference single failed.")
+    assert text.startswith("**Not compared: the reference single failed.**")
+    assert "ddp was not compared: the reference single failed" in text
+    assert "differs from" not in text and "leaves single" not in text
     assert not any(cost in text for cost in COSTS)
 
 
@@ -174,9 +181,10 @@ def unproved(receipt: Receipt | None) -> Comparison:
 )
 def test_no_cost_without_parity(comparison: Comparison, name: str) -> None:
     rows = {row[0]: row for row in table_rows(report.markdown(comparison))}
-    assert rows["ddp"][-4:] == list(COSTS)
-    assert rows[name][-4:] == [DASH] * 4
-    assert any(detail.startswith(f"{name} ") for detail in report.verdict(comparison).details)
+    assert [rows["ddp"][n] for n in COST_COLUMNS] == list(COSTS)
+    assert [rows[name][n] for n in COST_COLUMNS] == [DASH] * 4
+    said = report.verdict(comparison)
+    assert any(text.startswith(f"{name} ") for text in (*said.details, *said.notes))
     assert [set(drawn.rows) for drawn in bars(comparison)] == [{"single", "ddp"}] * 3
     lines = console_lines(comparison)
     line = next(line for line in lines if re.match(rf"\W*{name} .*{DASH}", line))
@@ -196,26 +204,25 @@ def test_page_loads_nothing_and_names_what_it_shows() -> None:
     assert (source.count("Plotly.newPlot("), source.count("<div class=bars>")) == (2, 3)
     own = re.sub(r"<script[^>]*>.*?</script>", "", source, flags=re.DOTALL)
     assert not re.search(r"https?:|@import|url\(", own)
-    assert (source.count('scope="col"'), source.count('scope="row"')) == (10, 3)
+    assert (source.count('scope="col"'), source.count('scope="row"')) == (11, 3)
     assert source.count("<figure><h2>") == source.count("<figcaption>") == 5
 
 
 def test_a_run_that_did_not_finish_is_a_failure() -> None:
-    for name in ("ddp", "single"):
+    for name, start in (("ddp", "Failed: ddp; 1 of 2"), ("single", "Not compared: the reference")):
         run = dataclasses.replace(make_run(name), status="running")
         comparison = break_run(make_comparison("ddp", "fsdp"), run, None)
         assert not report.verdict(comparison).ok
         texts = [Page(report.html(comparison)).text, report.markdown(comparison)]
         texts.append(" ".join(console_lines(comparison)))
-        assert all("Failed: " in text for text in texts)
-    assert f"{name} did not finish" in texts[0]
+        assert all(start in text and "it did not finish" in text for text in texts)
 
 
 def test_markdown_table_is_well_formed() -> None:
     for comparison in (make_comparison("ddp", "a|b"), unequal(), failed(), not_possible()):
         header, rule, *rows = table_rows(report.markdown(comparison))
         assert len(rows) == len(comparison.strategies)
-        assert {len(row) for row in (header, rule, *rows)} == {10}
+        assert {len(row) for row in (header, rule, *rows)} == {11}
         assert all(re.fullmatch("-+:?", cell) for cell in rule)
 
 

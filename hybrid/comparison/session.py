@@ -20,6 +20,7 @@ from ..training.apart import check_apart
 from ..training.check import CheckedJob, print_warnings
 from ..training.progress import Watcher
 from ..training.run import Program, default_nproc, launch
+from .best import find_best
 from .differences import Run
 from .reference import describe_fault, name_suspect, settle
 from .verdict import EMULATION, judge_run, rule_of
@@ -119,6 +120,7 @@ class _Session:
             ok=all(found.ok for found in parity.values()),
             controls=self.controls,
             reference_fault=fault,
+            best=find_best(self.runs, parity),
         )
         report.write(result, self.out)
         return result

@@ -1,10 +1,11 @@
-"""Describes what a figure must be quoted with: host, processor, versions, commit. No torch."""
+"""Describes what a figure must be quoted with: date, host, processor, versions. No torch."""
 
 import os
 import platform
 import socket
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "numpy", "hybrid
 def describe_machine() -> dict[str, Any]:
     """Describe this machine and this process, as `machine` and `environment` in the records."""
     return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "system": platform.platform(),
         "processor": _processor(),

@@ -10,19 +10,16 @@ from typing import Any
 
 from .. import records
 from ..records import Comparison
+from .costs import join_best, tell_best, tell_sharing
+from .excuses import format_excused
 from .formats import format_value
+from .overview import tell_job, tell_tool
 from .plots import Curves, bars, curves
 from .precision import compare_precision
-from .table import (
-    IDENTITY,
-    build_rows,
-    describe_memory,
-    find_meaning,
-    make_headers,
-    make_legend,
-    tell_progress,
-)
-from .verdict import Standing, format_excused, standings, trusted_runs, verdict
+from .receipts import tell_receipt
+from .standing import Standing, standings, trusted_runs
+from .table import FLUSH_LEFT, build_rows, describe_memory, make_headers, make_legend
+from .verdict import LONGEST, verdict
 
 
 def write(comparison: Comparison, out: Path) -> list[Path]:
@@ -46,10 +43,15 @@ def html(comparison: Comparison) -> str:
     memories = [run.memory for run in trusted_runs(comparison).values() if run.memory]
     values = {
         **_describe(comparison),
-        "meaning": find_meaning(comparison),
+        "best": tell_best(comparison),
+        "sharing": tell_sharing(comparison),
+        "precision": compare_precision(comparison),
+        "runs": [_describe_run(comparison, *found) for found in standings(comparison).items()],
         "instruments": sorted({memory.how for memory in memories}),
         "curves": _draw(curves(comparison)),
         "bars": bars(comparison),
+        "job": comparison.job,
+        "machine": comparison.machine,
     }
     return _render("report.html.j2", values, autoescape=True)
 
@@ -76,33 +78,35 @@ def _escape_markdown(text: str) -> str:
 
 
 def _describe(comparison: Comparison) -> dict[str, Any]:
-    """Return what compare.md and report.html both tell, as plain data without markup."""
+    """Return what compare.md and the top of report.html tell, as plain data without markup."""
     return {
         "verdict": verdict(comparison),
+        "overview": [tell_job(comparison), tell_tool(comparison)],
+        "summary": " ".join(filter(None, [join_best(comparison), tell_sharing(comparison)])),
         "headers": make_headers(comparison),
-        "flush_left": IDENTITY,
+        "flush_left": FLUSH_LEFT,
         "rows": list(build_rows(comparison).values()),
         "legend": make_legend(comparison),
-        "precision": compare_precision(comparison),
-        "progress": tell_progress(comparison),
-        "runs": [_describe_run(comparison, *found) for found in standings(comparison).items()],
-        "job": comparison.job,
-        "machine": comparison.machine,
     }
 
 
 def _describe_run(comparison: Comparison, name: str, standing: Standing) -> dict[str, Any]:
     """Return the standing of a run, its receipt and, where it may be shown, its memory."""
     record, parity = comparison.strategies[name], comparison.parity.get(name)
+    evidence = record.receipt.evidence if record.receipt else None
+    machine, environment = comparison.machine, record.environment
+    own = {key: value for key, value in environment.items() if machine.get(key) != value}
+    whole = standing.problem
     return {
         "name": name,
         "state": standing.state,
-        "problem": standing.problem,
-        "evidence": record.receipt.evidence if record.receipt else None,
-        "num_steps": len(record.steps),
-        "environment": record.environment,
+        "trusted": not standing.reason,
+        "cut": whole if len(" ".join(whole.split())) > LONGEST else "",
+        "sentences": tell_receipt(evidence or {}),
+        "evidence": evidence and {k: v for k, v in evidence.items() if k != "precision"},
+        "environment": own,
         "excused": dict(enumerate(map(format_excused, parity.excused), 1)) if parity else {},
-        "memory": {} if standing.problem else describe_memory(record),
+        "memory": {} if standing.reason else describe_memory(record),
     }
 
 

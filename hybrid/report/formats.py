@@ -1,6 +1,6 @@
 """This module formats numbers, sizes and JSON values for readers, always as plain text."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 DASH = "\N{EM DASH}"
@@ -14,6 +14,11 @@ def format_diff(value: float | None) -> str:
 def format_number(value: float) -> str:
     """Format with three digits or, from 100 on, with all whole digits: 0.0123, 2.30, 12,345."""
     return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
+def format_ratio(value: float) -> str:
+    """Format how many times as large something is, with two digits below 1: 0.29x, 2.35x, 12.3x."""
+    return f"{value:.2g}x" if value < 0.995 else f"{format_number(value)}x"
 
 
 def format_bytes(value: float) -> str:
@@ -42,10 +47,21 @@ def format_value(value: Any) -> str:
         return ", ".join(f"{key} {format_value(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list | tuple):
         more = [f"\N{HORIZONTAL ELLIPSIS} {len(value)} in all"] if len(value) > 6 else []
-        return f"({', '.join([*map(format_value, value[:6]), *more])})"
+        return f"({', '.join([*map(format_value, value[:6]), *more])})" if value else "none"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     return f"{value:.6g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
+
+
+def join_words(words: Sequence[str]) -> str:
+    """Join words as a sentence lists them: 'a', 'a and b', 'a, b and c'."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def count(number: int, noun: str) -> str:
+    """Write a number with its noun: '1 step', '2,000 steps', '3 processes'."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def group_names(pairs: Iterable[tuple[str, Any]]) -> dict[Any, str]:

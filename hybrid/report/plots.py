@@ -1,26 +1,38 @@
 """This module prepares what report.html draws: curves as dicts in plotly's format, bars as rows.
 
-It does not import plotly. Names in a figure are escaped here, since plotly reads a small HTML of
-its own in any text. Texts in `Bars` are plain."""
+A colour stands for a run, the same one in every plot. Bars have names beside them and no colours,
+and red and green are the verdict's alone. The module does not import plotly. Names in a figure are
+escaped here, since plotly reads a small HTML of its own in any text. Texts in `Bars` are plain."""
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from ..records import Comparison, Parity, Record
+from ..records import Comm, Comparison, Parity, Record
+from .costs import Meaning, find_meaning
 from .formats import format_bytes, format_diff
-from .table import Meaning, build_rows, find_meaning
-from .verdict import standings, trusted_runs
+from .standing import Standing, standings, trusted_runs
+from .table import build_rows
 
-GREY, RED, CLEAR = "#868e99", "#d6453d", "rgba(0,0,0,0)"
-# These eight hues work on white and on black. Dashes and symbols help readers who see no colours.
-COLOURS = ("#2f7ed8", "#e08a00", "#0f9d76", "#d1549b", "#8a63d2", "#c8501e", "#23a6c4", "#8f9a1c")
+GREY, CLEAR = "#868e99", "rgba(0,0,0,0)"
+# These hues work on white and on black, none is red or green. Dashes and symbols help readers who
+# see no colours. The strategies of this project have the same one in every comparison.
+COLOURS = {
+    "ddp": "#2f7ed8",
+    "local_sgd": "#e08a00",
+    "fsdp": "#8a63d2",
+    "zero1": "#23a6c4",
+    "zero2": "#d1549b",
+    "zero3": "#a0703c",
+    "pipeline": "#5561e0",
+    "2d": "#b09a00",
+}
 DASHES = ("solid", "dash", "dot", "longdash", "dashdot")
+SHOWN_PART = 0.01  # of a bar: smaller ones are told to those alone who rest on them
 SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up", "triangle-down", "star")
 
-Piece = tuple[str, float, str]  # of a bar: what it is, its length, its colour
+Piece = tuple[str, float]  # of a bar: what it is, its length
 Lines = list[list[Piece]]  # bars one below the other, each of pieces laid end to end
 Points = Sequence[tuple[float, float]]
 Styles = dict[str, dict[str, Any]]
@@ -33,20 +45,25 @@ class Curves(NamedTuple):
     figure: dict[str, Any]
 
 
-class Bars(NamedTuple):
-    """Holds for each run the figure as text and its bars.
+class Row(NamedTuple):
+    """Holds a run's figure as text, its bars, and what the figure is made of."""
 
-    `key` says what those colours mean that do not stand for a run."""
+    text: str
+    lines: Lines
+    parts: str = ""
+
+
+class Bars(NamedTuple):
+    """Holds a row for each run that has the cost."""
 
     title: str
-    rows: dict[str, tuple[str, Lines]]
-    key: Mapping[str, str]
+    rows: dict[str, Row]
 
     @property
     def longest(self) -> float:
         """Return the length of the longest bar, which takes the whole width."""
-        bars = [line for _, lines in self.rows.values() for line in lines]
-        return max(sum(length for _, length, _ in bar) for bar in bars) or 1
+        bars = [line for row in self.rows.values() for line in row.lines]
+        return max(sum(length for _, length in bar) for bar in bars) or 1
 
 
 def curves(comparison: Comparison) -> list[Curves]:
@@ -67,44 +84,54 @@ def curves(comparison: Comparison) -> list[Curves]:
 
 def bars(comparison: Comparison) -> list[Bars]:
     """Return a chart of each cost that was measured, with the runs whose costs may be shown."""
-    runs, styles = trusted_runs(comparison), _make_styles(comparison)
-    meaning, table = find_meaning(comparison), build_rows(comparison)
-    comms = [run.comm for run in runs.values() if run.comm]
-    sent = {op for comm in comms for op, by in comm.by_op.items() if any(by["sent_bytes"])}
-    ops = dict(zip(sorted(sent), itertools.cycle(COLOURS), strict=False))
-    drawn = {
-        name: _draw_costs(run, meaning, styles[name]["line"]["color"], ops)
-        for name, run in runs.items()
-    }
-    charts: list[tuple[str, str, Mapping[str, str]]] = [
-        (f"{meaning.unit.capitalize()} per second", f"{meaning.unit}/s", {}),
-        ("Peak memory", "peak memory", {}),
-        ("Bytes sent a step", "bytes sent", ops),
+    runs, table = trusted_runs(comparison), build_rows(comparison)
+    meaning = find_meaning(comparison.strategies)
+    drawn = {name: _draw_costs(run, meaning) for name, run in runs.items()}
+    charts = [
+        (f"{meaning.unit.capitalize()} per second", f"{meaning.unit}/s"),
+        ("Peak memory", "peak memory"),
+        ("Bytes sent a step", "bytes sent"),
     ]
     found = [
-        Bars(title, {n: (table[n][at], d[at]) for n, d in drawn.items() if at in d}, key)
-        for title, at, key in charts
+        Bars(title, {n: Row(table[n][at], *d[at]) for n, d in drawn.items() if at in d})
+        for title, at in charts
     ]
     return [chart for chart in found if chart.rows]
 
 
-def _draw_costs(
-    run: Record, meaning: Meaning, colour: str, ops: Mapping[str, str]
-) -> dict[str, Lines]:
-    """Return the bars of a run by the column of the table that has the figure."""
-    drawn: dict[str, Lines] = {}
+def _draw_costs(run: Record, meaning: Meaning) -> dict[str, tuple[Lines, str]]:
+    """Return the bars of a run and their parts, by the column of the table that has the figure."""
+    drawn: dict[str, tuple[Lines, str]] = {}
     if run.throughput:
-        median = ("median step", meaning.find_rate(run.throughput), colour)
-        drawn[f"{meaning.unit}/s"] = [[median]]
+        median = ("median step", meaning.find_rate(run.throughput))
+        drawn[f"{meaning.unit}/s"] = ([[median]], "")
     if run.memory:
         peaks = enumerate(meaning.find_peaks(run.memory))
-        drawn["peak memory"] = [[(f"rank {n}: {format_bytes(p)}", p, colour)] for n, p in peaks]
+        drawn["peak memory"] = ([[(f"rank {n}: {format_bytes(p)}", p)] for n, p in peaks], "")
     if run.comm:
-        rank = run.comm.bytes_per_step.index(max(run.comm.bytes_per_step))
-        sent = [(op, by["sent_bytes"][rank]) for op, by in sorted(run.comm.by_op.items())]
-        pieces = [(f"{op}: {format_bytes(n)}", n, ops[op]) for op, n in sent if op in ops]
-        drawn["bytes sent"] = [pieces]
+        pieces = _find_sent(run.comm)
+        parts = [f"{op} {format_bytes(size)}" for op, size in pieces]
+        titles = [(text, size) for text, (_, size) in zip(parts, pieces, strict=True)]
+        least = SHOWN_PART * sum(size for _, size in pieces)
+        large = [text for text, size in titles if size >= least]
+        drawn["bytes sent"] = ([titles], ", ".join(large))
     return drawn
+
+
+def _find_sent(comm: Comm) -> list[Piece]:
+    """Return the operations of the rank that sends most, the greatest first."""
+    rank = comm.bytes_per_step.index(max(comm.bytes_per_step))
+    sent = [(op, by["sent_bytes"][rank]) for op, by in comm.by_op.items()]
+    return sorted(((op, size) for op, size in sent if size), key=lambda piece: -piece[1])
+
+
+def _choose_colours(names: Sequence[str]) -> dict[str, str]:
+    """Give each run a colour: a strategy its own, and any other run one that is still free."""
+    taken = {name: COLOURS[name] for name in names if name in COLOURS}
+    hues = list(COLOURS.values())
+    free = [hue for hue in hues if hue not in taken.values()] or hues
+    others = [name for name in names if name not in COLOURS]
+    return taken | {name: free[n % len(free)] for n, name in enumerate(others)}
 
 
 def _make_styles(comparison: Comparison) -> Styles:
@@ -114,17 +141,25 @@ def _make_styles(comparison: Comparison) -> Styles:
     reference, found = comparison.reference, standings(comparison)
     line: dict[str, Any] = {"color": GREY, "width": 6}
     styles = {reference: {"name": escape(reference), "line": line, "marker": {"color": GREY}}}
-    others = [(name, standing) for name, standing in found.items() if name != reference]
-    for n, (name, (state, problem, _)) in enumerate(others):
-        parity, colour, label = comparison.parity.get(name), COLOURS[n % len(COLOURS)], name
+    others = [standing for name, standing in found.items() if name != reference]
+    colours = _choose_colours([standing.name for standing in others])
+    for n, standing in enumerate(others):
+        colour = colours[standing.name]
         line = {"color": colour, "width": 2, "dash": DASHES[n % len(DASHES)]}
-        if problem:
-            label = f"{name} ({state})"
-        elif parity and parity.reference != reference:
-            label = f"{name} (as {parity.reference})"
         marker = {"color": colour, "symbol": SYMBOLS[n % len(SYMBOLS)]}
-        styles[name] = {"name": escape(label), "line": line, "marker": marker}
+        label = escape(_label(standing, comparison))
+        styles[standing.name] = {"name": label, "line": line, "marker": marker}
     return styles
+
+
+def _label(standing: Standing, comparison: Comparison) -> str:
+    """Return a run's name with its standing, or with the record that it is compared with."""
+    parity = comparison.parity.get(standing.name)
+    if standing.reason:
+        return f"{standing.name} ({standing.state})"
+    if parity and parity.reference != comparison.reference:
+        return f"{standing.name} (as {parity.reference})"
+    return standing.name
 
 
 def _layout(title: str, hovermode: str = "x unified", **y: Any) -> dict[str, Any]:
@@ -167,9 +202,13 @@ def _draw_differences(comparison: Comparison, styles: Styles) -> Curves:
     Dots do not hide one another as lines up and down do. A log axis has no zero, so 'equal' is a
     line of its own, a decade below all."""
     known = {**comparison.controls, **comparison.strategies}
-    parity = {name: p for name, p in comparison.parity.items() if name != comparison.reference}
+    parity = {
+        name: p
+        for name, p in comparison.parity.items()
+        if name != comparison.reference and p.reference in known
+    }
     found = {n: _relative_differences(known[n], known[p.reference]) for n, p in parity.items()}
-    limits = sorted({p.tolerance["loss"] for p in parity.values()})
+    limits = sorted({p.tolerance["loss"] for p in parity.values() if "loss" in p.tolerance})
     values = [value for points in found.values() for _, value in points if value] + limits
     low = math.floor(math.log10(min(values, default=1)))
     high = math.ceil(math.log10(max(values, default=1)))
@@ -203,5 +242,5 @@ def _draw_dots(
 
 def _draw_limit(limit: float) -> dict[str, Any]:
     place = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit, "y1": limit}
-    label = {"text": f"tolerance {format_diff(limit)}", "textposition": "start"}
-    return {**place, "line": {"color": RED, "width": 1.5, "dash": "dash"}, "label": label}
+    label = {"text": f"tolerance {format_diff(limit)}", "textposition": "end"}
+    return {**place, "line": {"color": GREY, "width": 1.5, "dash": "dash"}, "label": label}
