@@ -1,7 +1,6 @@
 """This module turns sample ids into the micro-batches that an engine trains on."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,13 +57,8 @@ def reader_of(samples: Any) -> type:
 
     A derived class may read others than its base's `__getitems__` gives. Nor is a set asked that
     hands on what it lacks to another set, which it may change sample by sample."""
-    return _reader(type(samples))
-
-
-@functools.lru_cache(maxsize=64)
-def _reader(kind: type) -> type:
     ways = {"__getitem__", "__getitems__"}
-    return next((c for c in kind.__mro__ if ways & vars(c).keys()), object)
+    return next((c for c in type(samples).__mro__ if ways & vars(c).keys()), object)
 
 
 def find_base(samples: Any, ids: list[int]) -> tuple[Any, list[int]]:

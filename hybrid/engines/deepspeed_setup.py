@@ -192,7 +192,7 @@ def set_masters(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.T
             _set_master(tensor, state[name])
 
 
-def _set_master(parameter: torch.Tensor, value: torch.Tensor) -> None:
+def _set_master(parameter: Any, value: torch.Tensor) -> None:
     """Put a whole value into a parameter's fp32 master weight, of which this rank has a part.
 
     DeepSpeed's own function for whole values fails under ZeRO-3 where the size does not divide: it

@@ -35,7 +35,7 @@ from ..models.vector_functions import call_vector_functions_once
 from ..records import EvalResult, Record, StepEval, StepRecord, Weights
 from ..strategies import registry
 from .check import check_on_rank_0, print_warnings
-from .evaluation import evaluate, step_batches
+from .evaluation import evaluate, make_loader
 from .folder import CHECKPOINTS, begin_run, end_run
 from .projection import project
 from .step_log import StepLog
@@ -193,13 +193,14 @@ class _Run:
         total, every = job.train.steps or 0, job.train.eval_every
         period = min(total, registry.steps_between_syncs(job, self.strategy))
         known = targets_per_sample(self.train_set)
+        loader = make_loader(plan, engine, self.train_set, known)
         first: dict[str, float] = {}
         for step in range(total):
             if every and step % every == 0:
                 self._note_steps()
                 self._evaluate()
             self.status.set(f"in step {step}")
-            batches = step_batches(plan, engine, self.train_set, step, known)
+            batches = loader.step(step)
             count = None if known is None else known * plan.batch_size(step)
             with self.instruments.step(step):
                 engine.start_step(batches, count)

@@ -1,0 +1,102 @@
+"""Loads one process's micro-batches step by step; small ones for several steps at once."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import TensorDataset
+
+from .batches import BatchPlan
+from .loader import MicroBatch, find_base, load_micro_batch, reader_of
+
+AHEAD_BYTES = 2**16  # of inputs and targets that are loaded at once
+AHEAD_STEPS = 64
+ALIGNMENT = 64  # bytes; torch aligns what it allocates so, and MKL's results can depend on it
+
+
+@dataclasses.dataclass
+class StepLoader:
+    """Loads the micro-batches of the shares that a process has.
+
+    size: rows to which each micro-batch is padded, None: none. known: targets of each sample, where
+    the set tells it. See `load_micro_batch` for the rest. Where samples are rows of two small
+    tensors, the calls of a step take longer than the copying, so several steps are loaded at once
+    and each gets a view."""
+
+    plan: BatchPlan
+    samples: Sequence[Any]
+    shares: Sequence[int]
+    size: int | None = None
+    inputs: bool = True
+    targets: bool = True
+    known: int | None = None
+
+    def __post_init__(self) -> None:
+        self._ahead: dict[int, list[MicroBatch]] = {}
+        self._steps = self._steps_at_once()
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """Return the micro-batches of one step, share after share."""
+        if self._steps == 1:
+            return [self._load(ids) for ids in self._ids(step)]
+        if step not in self._ahead:
+            self._ahead = self._load_ahead(step)
+        return self._ahead.pop(step)
+
+    def _ids(self, step: int) -> list[list[int]]:
+        return [ids for share in self.shares for ids in self.plan.micro_batch_ids(step, share)]
+
+    def _load(self, ids: list[int]) -> MicroBatch:
+        return load_micro_batch(
+            self.samples,
+            ids,
+            self.size,
+            inputs=self.inputs,
+            targets=self.targets,
+            targets_per_sample=self.known,
+        )
+
+    def _steps_at_once(self) -> int:
+        """Return how many steps fit; 1 where the set is of another kind, or its rows are larger."""
+        base, _ = find_base(self.samples, [])
+        if reader_of(base) is not TensorDataset or self.size is not None:
+            return 1
+        parts = base.tensors
+        if not all(type(t) is torch.Tensor and t.device.type == "cpu" and t.dim() for t in parts):
+            return 1
+        rows = [t[:1].numel() * t.element_size() for t in parts]
+        batch = -(-self.plan.global_batch // self.plan.shares) * len(self.shares)
+        return max(1, min(AHEAD_STEPS, AHEAD_BYTES // max(1, sum(rows) * batch)))
+
+    def _load_ahead(self, step: int) -> dict[int, list[MicroBatch]]:
+        """Load some steps as views of one large micro-batch.
+
+        From the first time on that a micro-batch of them is empty, or that its rows would not begin
+        where torch begins what it allocates, each is loaded alone."""
+        steps = {s: self._ids(s) for s in range(step, step + self._steps)}
+        sizes = [len(ids) for every in steps.values() for ids in every]
+        whole = self._load([i for every in steps.values() for ids in every for i in ids])
+        if 0 in sizes or not (_is_aligned(whole.input, sizes) and _is_aligned(whole.target, sizes)):
+            self._steps = 1
+            return {step: [self._load(ids) for ids in steps[step]]}
+        pieces = zip(
+            _split(whole.input, sizes),
+            _split(whole.target, sizes),
+            whole.ids.split(sizes),
+            [None if self.known is None else self.known * size for size in sizes],
+            strict=True,
+        )
+        return {s: [MicroBatch(*next(pieces)) for _ in every] for s, every in steps.items()}
+
+
+def _is_aligned(tensor: torch.Tensor | None, sizes: Sequence[int]) -> bool:
+    """Tell whether pieces of so many rows begin at aligned addresses; only floats need to."""
+    if tensor is None or not tensor.is_floating_point():
+        return True
+    row = tensor[:1].numel() * tensor.element_size()
+    return all(size * row % ALIGNMENT == 0 for size in sizes[:-1])
+
+
+def _split(tensor: torch.Tensor | None, sizes: list[int]) -> Sequence[torch.Tensor | None]:
+    return [None] * len(sizes) if tensor is None else tensor.split(sizes)
