@@ -22,6 +22,13 @@ app = typer.Typer(
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job: a TOML file.")]
 Out = Annotated[Path, typer.Option(file_okay=False, metavar="DIR", help="Folder for the results.")]
 
+CompareOut = Annotated[
+    Path | None,
+    typer.Option(
+        file_okay=False, metavar="DIR", help="Folder for the results. Left out: out/compare."
+    ),
+]
+
 
 def _processes(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
@@ -50,25 +57,35 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 def compare(
     job: JobFile,
     strategies: Annotated[
-        str | None, typer.Option(help="Comma-separated names. Left out: all.")
+        str | None,
+        typer.Option(help="Comma-separated names, of the job's variants too. Left out: all."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Hold the runs against this one. Left out: single."),
     ] = None,
     nproc: Nproc = None,
-    out: Out = Path("out/compare"),
+    out: CompareOut = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="auto|DIR", help="Keep the runs in OUT, or in DIR, that ended well."),
+    ] = None,
     overrides: Overrides = None,
     fresh_ranks: FreshRanks = False,
     json: Json = False,
 ) -> None:
-    """Run the job under each strategy and hold every run against `single`."""
+    """Run the job under each strategy and hold every run against one, such as `single`."""
     from . import records
     from .comparison.session import compare as compare_strategies
-    from .strategies import registry
     from .training.progress import Progress
 
-    loaded = _load(job, overrides)
-    names = [n.strip() for n in strategies.split(",")] if strategies else list(registry.NAMES)
+    loaded, out = _load(job, overrides), _choose_folder(out, resume)
+    names = [n.strip() for n in strategies.split(",")] if strategies else None
     watcher = Progress()
     try:
-        result = compare_strategies(loaded, names, nproc, out, watcher, None, fresh_ranks)
+        result = compare_strategies(
+            loaded, names, nproc, out, watcher, None, fresh_ranks, reference, resume is not None
+        )
     finally:
         watcher.close()
     if json:
@@ -177,6 +194,18 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
     check_model_name(job.model.name)
     check_name("data", job.data.name, SOURCES)
     return job
+
+
+def _choose_folder(out: Path | None, resume: str | None) -> Path:
+    """Return the folder of a comparison, which `--resume` may name too."""
+    if resume is None or resume == "auto":
+        return out or Path("out/compare")
+    folder = Path(resume)
+    if out not in (None, folder):
+        raise typer.BadParameter(f"--out {out}: valid with --resume {resume}: the same, or none")
+    if not (folder / "session.json").is_file():
+        raise typer.BadParameter(f"--resume {resume}: holds no comparison: no session.json")
+    return folder
 
 
 def _print_table(result: Any) -> None:

@@ -127,7 +127,10 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Records one run of one strategy: `record.json`."""
+    """Records one run of one strategy: `record.json`.
+
+    `strategy` is the name that was asked for; where that is a variant's, `variant_of` is the
+    strategy whose variant it is."""
 
     strategy: str
     status: Status
@@ -144,6 +147,7 @@ class Record:
     drift: list[dict[str, float]] | None = None
     evals: list[StepEval] = dataclasses.field(default_factory=list)
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    variant_of: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +165,9 @@ class Difference:
 class Parity:
     """Holds the verdict on one strategy; `ok` is true of the state "equal" alone.
 
-    A run is "not_compared" where it or its reference has no result, and "not_decided" where the
-    reference does not repeat and no run of it can be trusted.
+    A run is "not_compared" where it or its reference has no result, which `reason` explains, and
+    "not_decided" where the reference does not repeat and no run of it can be trusted. `reference`
+    is "proxy" where a small job proved the strategies equal and this one is the real job.
     `excused` lists steps past the tolerance where a control run, the reference with its batches
     summed in another order, differs by at least a quarter as much."""
 
@@ -175,6 +180,7 @@ class Parity:
     max_grad_norm_diff: float | None = None
     excused: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     state: ParityState = "not_compared"
+    reason: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

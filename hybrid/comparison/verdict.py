@@ -8,18 +8,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..job.schema import Job
-from ..records import Parity, Record
+from ..records import Parity, ParityState, Record
 from .parity import Run, compare_runs
 from .tolerances import EXACT_STEPS, tolerance
 
-EMULATION = "local_sgd_emulation"
+EMULATION = "_emulation"  # after the name of a run of local SGD
 # Control runs cut each batch into these numbers of micro-batches, which reorders the same sums.
 CONTROL_MICRO_BATCHES = (1, 3, 7)
 
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """Names a further run in one process that a verdict needs: `strategy` with other settings."""
+    """Names a further run that a verdict needs: a strategy or variant with other settings."""
 
     label: str
     strategy: str
@@ -37,35 +37,47 @@ def judge_run(
     """Return the verdict on the run `name`, or the control runs that are missing for it.
 
     The run is compared with `runs[reference]`; local SGD is compared with its emulation in one
-    process, which is a control. load: returns the run or control of a label with its final weights.
-    """
-    hook = job.strategy.ddp.comm_hook if name == "ddp" else "none"
-    record, allowed = runs[name], tolerance(job.train.precision, hook)
+    process, which is a control. job: with the settings of `name`, if that is a variant. load:
+    returns the run or control of a label with its final weights."""
+    record, strategy = runs[name], runs[name].variant_of or name
+    allowed = _allowed(job, strategy)
     if name == reference:
-        known_good = record.status == "ok"
-        state = "equal" if known_good else "not_compared"
-        return Parity(known_good, 0.0, 0.0, tolerance(job.train.precision), state=state)
+        good = record.status == "ok"
+        state: ParityState = "equal" if good else "not_compared"
+        return Parity(good, 0.0, 0.0, tolerance(job.train.precision), state=state)
     undecided = Parity(False, None, None, allowed)
     if record.status != "ok":
         return undecided
     against, changes, known = reference, {}, runs
-    if name == "local_sgd":
-        against, changes, known = EMULATION, {"emulate_replicas": record.layout["dp"]}, controls
+    if strategy == "local_sgd":
+        against, known = name + EMULATION, controls
+        changes = {"emulate_replicas": record.layout["dp"]}
         if against not in controls:
-            return [Control(EMULATION, name, changes)]
+            return [Control(against, name, changes)]
     if known[against].status != "ok":
         return undecided
     run, expected, exact = load(name), load(against), EXACT_STEPS[job.train.precision]
-    factors = {"micro-batches": job.micro_batches(name), "data-parallel ranks": record.layout["dp"]}
+    factors = _factors(job, strategy, record)
     strict = compare_runs(run, expected, against, allowed, factors, (), exact)
     late = strict.first_difference
     if late is None or (late.step is not None and late.step < exact):
         return strict
-    wanted = _summing_orders(against, known[against].strategy, changes)
+    wanted = _summing_orders(against, name if changes else reference, changes)
     if missing := [control for control in wanted if control.label not in controls]:
         return missing
     usable = [load(c.label) for c in wanted if controls[c.label].status == "ok"]
     return compare_runs(run, expected, against, allowed, factors, usable, exact)
+
+
+def _allowed(job: Job, strategy: str) -> dict[str, float]:
+    hook = job.strategy.ddp.comm_hook if strategy == "ddp" else "none"
+    return tolerance(job.train.precision, hook)
+
+
+def _factors(job: Job, strategy: str, record: Record) -> dict[str, int]:
+    """Return the numbers by which a wrong scale would be off."""
+    ranks = record.layout["dp"]
+    return {"micro-batches": job.micro_batches(strategy), "data-parallel ranks": ranks}
 
 
 def _summing_orders(against: str, strategy: str, changes: dict[str, Any]) -> list[Control]:

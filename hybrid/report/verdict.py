@@ -11,7 +11,8 @@ from ..records import Comparison, Parity, Record
 from .formats import format_diff, group_names
 
 BROKEN = ("not equal", "failed", "not proved", "not compared")  # the gravest first
-STATES = (*BROKEN, "equal", "not possible")
+AT_PROXY = "equal at the proxy size"  # by a small job that was compared in place of this one
+STATES = (*BROKEN, "equal", AT_PROXY, "not possible")
 
 
 class Standing(NamedTuple):
@@ -59,9 +60,13 @@ def _standing_of(comparison: Comparison, name: str) -> Standing:
         return Standing("not proved", problem)
     if name == comparison.reference:
         return Standing("reference")
-    if parity is None:
-        return Standing("not compared", f"{name} was not compared with {comparison.reference}")
-    return Standing("equal") if parity.ok else _describe_difference(name, parity)
+    if parity is None or parity.state == "not_compared":
+        because = f": {parity.reason}" if parity and parity.reason else ""
+        problem = f"{name} was not compared with {comparison.reference}{because}"
+        return Standing("not compared", problem)
+    if parity.ok:
+        return Standing(AT_PROXY if parity.reference == "proxy" else "equal")
+    return _describe_difference(name, parity)
 
 
 def _describe_difference(name: str, parity: Parity) -> Standing:
@@ -83,10 +88,13 @@ def verdict(comparison: Comparison) -> Verdict:
     found, reference = standings(comparison), comparison.reference
     states = {state: [n for n in found if found[n].state == state] for state in STATES}
     broken = {state: names for state, names in states.items() if names and state in BROKEN}
-    held = reference in found and not found[reference].problem
-    equal = {name: comparison.parity[name] for name in states["equal"]}
+    held = reference == "proxy" or (reference in found and not found[reference].problem)
+    equal = {name: comparison.parity[name] for name in states["equal"] + states[AT_PROXY]}
     pairs = group_names((name, parity.reference) for name, parity in equal.items())
-    agree = "; ".join(f"{names} computed what {other} did" for other, names in pairs.items())
+    agree = "; ".join(
+        f"{AT_PROXY}: {names}" if other == "proxy" else f"{names} computed what {other} did"
+        for other, names in pairs.items()
+    )
     if not held:
         headline = f"failed: the reference {reference} gave nothing to compare with"
     elif broken:
@@ -95,7 +103,8 @@ def verdict(comparison: Comparison) -> Verdict:
     elif not comparison.ok:
         headline = "not equal: the comparison did not hold; compare.json has the figures"
     else:
-        headline = f"equal: {agree}" if equal else f"nothing compared: only {reference} ran"
+        plain = agree if reference == "proxy" else f"equal: {agree}"
+        headline = plain if equal else f"nothing compared: only {reference} ran"
     problems = {n: f"{shorten(run.problem, 400, placeholder=' ...')}." for n, run in found.items()}
     details = [problems[name] for names in broken.values() for name in names]
     details += [f"Equal: {agree}."] if broken and equal else []
