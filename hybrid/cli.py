@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .endings import explain, say
+
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
@@ -245,50 +247,12 @@ def main() -> None:
     try:
         status = app(standalone_mode=False)
         if status == 130:  # typer catches Ctrl-C and prints nothing
-            status = _say("interrupted", status)
+            status = say("interrupted", status)
     except _USAGE_ERROR as error:
-        status = _say(error.format_message(), 2)
+        status = say(error.format_message(), 2)
     except (KeyboardInterrupt, typer.Abort):
-        status = _say("interrupted", 130)
+        status = say("interrupted", 130)
     except Exception as error:
-        status = _explain(error)
+        status = explain(error)
     _stdout.flush()
     sys.exit(status or 0)
-
-
-def _explain(error: Exception) -> int:
-    """Print what an error means, unless another process prints it, and return the exit status.
-
-    Raises the error again where only its traceback explains it."""
-    from .job.errors import PeerFailed, RunFailed, exit_status
-
-    status = exit_status(error)
-    if status is None:
-        raise error
-    if isinstance(error, PeerFailed) or (status == 2 and _is_said_by_another_rank()):
-        return status  # `leave_error` knows the first cause and has printed it
-    if isinstance(error, RunFailed) and status == 2:
-        return _say(error.failure.message, status)
-    if isinstance(error, RunFailed):
-        print(f"hybrid: {error}\n{error.failure.details}", file=sys.stderr)
-        return status
-    return _say(str(error), status)
-
-
-def _is_said_by_another_rank() -> bool:
-    """Tell whether another rank prints this mistake, since the first rank of each host does."""
-    from .job.errors import JobError
-    from .launch.placement import find_placement
-
-    try:
-        here = find_placement("--parent" in sys.argv)
-    except JobError:  # the mistake is the launcher's own
-        return False
-    return here.under_foreign_launcher and here.local_rank > 0
-
-
-def _say(message: str, status: int) -> int:
-    line = " ".join(message.split())
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    print(f"hybrid: {shown}", file=sys.stderr)
-    return status

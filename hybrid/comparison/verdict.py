@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..job.schema import Job
-from ..records import Parity, ParityState, Record
+from ..records import Parity, Record
 from .parity import Run, compare_runs
 from .tolerances import EXACT_STEPS, tolerance
 
@@ -41,13 +41,11 @@ def judge_run(
     returns the run or control of a label with its final weights."""
     record, strategy = runs[name], runs[name].variant_of or name
     allowed = _allowed(job, strategy)
-    if name == reference:
-        good = record.status == "ok"
-        state: ParityState = "equal" if good else "not_compared"
-        return Parity(good, 0.0, 0.0, tolerance(job.train.precision), state=state)
     undecided = Parity(False, None, None, allowed)
     if record.status != "ok":
         return undecided
+    if name == reference:
+        return Parity(True, 0.0, 0.0, allowed, state="equal")
     against, changes, known = reference, {}, runs
     if strategy == "local_sgd":
         against, known = name + EMULATION, controls
