@@ -39,10 +39,9 @@ class Selection:
 def select(job: Job, strategies: Sequence[str] | None, reference: str | None) -> Selection:
     """Return the runs that are asked for; without `strategies`, all and all variants of the job.
 
-    Raises JobError if a name is unknown, or if nothing can be held against `reference`."""
-    asked = list(strategies or (*registry.NAMES, *job.variant))
+    Raises JobError if `reference` does not compute what the others do."""
+    asked = (*registry.NAMES, *job.variant) if strategies is None else strategies
     names = tuple(dict.fromkeys([reference or SINGLE, *asked]))
-    registry.check_settings(job, names)
     if reference and not computes_the_same(job, reference):
         raise JobError(
             f"--reference {reference!r}: does not compute what the others do; valid: a strategy "

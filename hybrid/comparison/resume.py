@@ -63,8 +63,12 @@ def _list_keys(session: Mapping[str, Any], variants: Collection[str]) -> dict[st
     return dict(flatten({**session, "job": {**job, "variant": kept}}))
 
 
-def find_run(folder: Path, job: Job, name: str, world_size: int) -> Record | None:
-    """Return the record of a run in `folder` if it is the one that would run now, else None."""
+def find_run(
+    folder: Path, job: Job, name: str, world_size: int, session: Mapping[str, Any]
+) -> Record | None:
+    """Return the record of a run in `folder` if it is the one that would run now, else None.
+
+    session: what `describe_session` returned for the comparison."""
     try:
         record = records.read(Record, folder / "record.json")
         ran = json.loads((folder / "job.json").read_text())
@@ -72,7 +76,7 @@ def find_run(folder: Path, job: Job, name: str, world_size: int) -> Record | Non
         return None
     same = record.strategy == name and record.world_size == world_size
     same = same and _of_run(ran, name) == _of_run(to_dict(job), name)
-    same = same and record.environment.get("packages") == describe_machine()["packages"]
+    same = same and record.environment.get("packages") == session["machine"]["packages"]
     file = record.weights.file if record.weights else None
     whole = record.status == "ok" and file is not None and (folder / file).exists()
     return record if same and whole else None

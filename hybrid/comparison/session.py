@@ -26,6 +26,7 @@ from .parity import Run
 from .proxied import explain_unproved, judge_by_proxy
 from .references import PROXY, Selection, find_reference, select
 from .resume import begin_session, check_session, describe_session, find_run
+from .tolerances import tolerance
 from .verdict import EMULATION, judge_run
 
 
@@ -51,23 +52,26 @@ def compare(
     compared first, in `out/proxy`."""
     selection = select(job, strategies, reference)
     print_warnings(warnings_of(job, selection.names))
+    registry.check_settings(job, selection.names)
     nproc = nproc or max(default_nproc(resolve(job, name).job) for name in selection.names)
     small, options = make_proxy(job), (nproc, watcher or Watcher(), program, resume)
+    prover = _Session(small, selection, Path(out) / PROXY, *options, "proxy/") if small else None
     session = _Session(job, selection.by_proxy() if small else selection, Path(out), *options)
-    prover = _Session(small, selection, Path(out) / PROXY, *options) if small else None
     remove_stale_locks()
     with warm_ranks(fresh_ranks):
         return session.run(prover)
 
 
-def _plan(checked: CheckedJob, names: Sequence[str], nproc: int) -> dict[str, Layout | str]:
+def _plan(
+    checked: CheckedJob, names: Sequence[str], nproc: int, title: str
+) -> dict[str, Layout | str]:
     """Find the layout of each strategy, or why it cannot run here, and print the warnings."""
     layouts: dict[str, Layout | str] = {}
     warnings: list[str] = []
     for name in names:
         try:
             layouts[name], found = registry.plan(checked.job, name, nproc, checked.summary)
-            warnings += [f"{name}: {line}" for line in found]
+            warnings += [f"{title}{name}: {line}" for line in found]
         except LayoutError as error:
             raise JobError(f"{error} (--nproc {nproc})") from None
         except Unsupported as error:
@@ -88,14 +92,18 @@ class _Session:
         watcher: Watcher,
         program: Program | None,
         resume: bool,
+        title: str = "",
     ) -> None:
-        """Check the job and what the folder holds; raises JobError, and changes nothing there."""
+        """Check the job and what the folder holds; raises JobError, and changes nothing there.
+
+        title: what stands before the runs' names where they are shown."""
         checked = check_job(job)
         every = checked.job.log.model_copy(update={"every": 1})  # parity looks at every step
         self.asked, self.job = job, checked.job.model_copy(update={"log": every})
         self.selection, self.reference = selection, selection.reference
-        self.layouts = _plan(checked, selection.names, nproc)
-        self.out, self.watcher, self.program, self.resume = out, watcher, program, resume
+        self.layouts = _plan(checked, selection.names, nproc, title)
+        self.out, self.watcher, self.program = out, watcher, program
+        self.resume, self.title = resume, title
         self.description = describe_session(job, nproc)
         if resume:
             check_session(out, self.description)
@@ -123,24 +131,25 @@ class _Session:
 
     def run_planned(self, name: str, layout: Layout | str) -> None:
         """Run one strategy; where it cannot run, `layout` is a text that says why."""
-        unproved = explain_unproved(name, self.proved) if self.proved else None
-        if isinstance(layout, str) or unproved:
-            record = unproved or Record(name, "not_possible", str(layout))
-            record = self._marked(record)
-            records.write(record, self.out / name / "record.json")
-            self.watcher.finished(name, record)
-        else:
-            record = self._run(name, self.job, name, layout.world_size)
-        self.runs[name] = record
+        record = explain_unproved(name, self.proved) if self.proved else None
+        if isinstance(layout, str):
+            record = Record(name, "not_possible", layout)
+        elif record is None:
+            self.runs[name] = self._run(name, self.job, name, layout.world_size)
+            return
+        self.runs[name] = record = self._marked(record)
+        records.write(record, self.out / name / "record.json")
+        self.watcher.finished(self.title + name, record)
 
     def _run(self, label: str, job: Job, name: str, nproc: int) -> Record:
         """Launch one run in `out/label`, unless it is there and may be kept."""
         folder = self.out / label
-        if self.resume and (kept := find_run(folder, job, name, nproc)):
-            self.watcher.kept(label, kept)
+        if self.resume and (kept := find_run(folder, job, name, nproc, self.description)):
+            self.watcher.kept(self.title + label, kept)
             return kept
+        shown = self.title + label
         try:
-            return launch(job, name, nproc, folder, self.watcher, label, self.program)
+            return launch(job, name, nproc, folder, self.watcher, shown, self.program)
         except RunFailed as error:
             if error.failure.kind == "job":
                 raise JobError(error.failure.message) from None
@@ -202,7 +211,7 @@ class _Session:
             if isinstance(found, Parity):
                 return self._with_reason(name, found)
             if self.interrupted:
-                return Parity(False, None, None, {}, reference=self.reference, reason="interrupted")
+                return self._interrupted()
             for control in found:
                 self.controls[control.label] = self._run_control(
                     control.label, control.strategy, control.changes
@@ -210,8 +219,12 @@ class _Session:
 
     def _judge_by_proxy(self, name: str) -> Parity:
         if self.proved is None:
-            return Parity(False, None, None, {}, reference=PROXY, reason="interrupted")
+            return self._interrupted()
         return judge_by_proxy(self.job, name, self.runs, self.proved)
+
+    def _interrupted(self) -> Parity:
+        allowed = tolerance(self.job.train.precision)
+        return Parity(False, None, None, allowed, reference=self.reference, reason="interrupted")
 
     def _with_reason(self, name: str, found: Parity) -> Parity:
         """Add why a run is not compared: it, or what it would be held against, has no result."""
@@ -222,7 +235,8 @@ class _Session:
             emulation = name + EMULATION
             against = emulation if emulation in self.controls else self.reference
             reference = self.controls.get(against) or self.runs[against]
-            reason = f"the reference {against} failed: {reference.reason}"
+            how = "failed" if reference.status == "failed" else "is not possible here"
+            reason = f"the reference {against} {how}: {reference.reason}"
         return dataclasses.replace(found, reference=self.reference, reason=reason)
 
     def _load(self, label: str) -> Run:
