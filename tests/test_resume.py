@@ -121,41 +121,36 @@ def hybrid_torch() -> str:
     return str(describe_machine()["packages"]["torch"])
 
 
-def start_compare(out: Path, *words: str, steps: int) -> subprocess.Popen[str]:
-    """`hybrid compare` of the small job under zero1, in the background."""
+def start_compare(out: Path, steps: int) -> subprocess.Popen[str]:
+    """`hybrid compare` of the small job under ddp, in the background."""
     out.mkdir(exist_ok=True)
     records.write(to_dict(small_job(train__steps=steps)), out / "small.json")
     command = ["compare", str(out / "small.json"), "--strategies", "ddp", "--out", str(out)]
     return subprocess.Popen(
-        [sys.executable, "-m", "hybrid", *command, "--nproc", "2", *words],
+        [sys.executable, "-m", "hybrid", *command, "--nproc", "2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_command_interrupted_and_resumed(number: int, status: int, tmp_path: Path) -> None:
+def test_the_command_ended_and_resumed(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run = start_compare(out, steps=400)
+    run = start_compare(out, steps=300)
     wait_for_steps(out / "ddp", 2)
-    run.send_signal(number)
-    _, stderr = run.communicate(timeout=30)
-    assert run.returncode == status, stderr
+    run.send_signal(signal.SIGTERM)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 143, stderr
     found = states(records.read(Comparison, out / "compare.json"))
     assert found == {"single": "equal", "ddp": "not_compared"}
-    if number == signal.SIGTERM:
-        return
     begun = (out / "single" / "record.json").stat().st_mtime_ns
-    words = ["compare", str(out / "small.json"), "--strategies", "ddp", "--resume"]
-    done = hybrid_command(*words, str(out), "--nproc", "3")
-    assert done.returncode == 2 and "--resume: nproc = 3" in done.stderr
-    done = hybrid_command(*words, str(out), "--nproc", "2", "--json")
+    words = ["compare", str(out / "small.json"), "--strategies", "ddp", "--nproc", "2"]
+    done = hybrid_command(*words, "--resume", str(out), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["parity"]["ddp"]["state"] == "equal"
     assert (out / "single" / "record.json").stat().st_mtime_ns == begun, "it ran again"
+    assert "single: step 300/300" in done.stderr and ", kept" in done.stderr
 
 
 def test_resume_names_a_comparison(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import hybrid
 from hybrid import records
 from hybrid.job.errors import JobError
 from hybrid.job.file import load_job, make_proxy, to_dict
-from hybrid.job.schema import Job, Strategies
+from hybrid.job.schema import Parallel, Strategies
 from hybrid.job.variants import DEGREES, STRATEGIES, resolve, warnings_of
 from hybrid.layout import LayoutError
 from hybrid.records import Record
@@ -33,7 +33,7 @@ def refusal(**changes: Any) -> str:
 
 def test_the_job_knows_every_strategy() -> None:
     assert registry.NAMES == STRATEGIES
-    assert tuple(Job.model_fields["parallel"].default.model_fields) == DEGREES
+    assert tuple(Parallel.model_fields) == DEGREES
 
 
 def test_a_variant_is_its_strategy_with_other_settings() -> None:
@@ -79,8 +79,8 @@ def test_a_strategy_of_ones_own_has_variants_too() -> None:
         ({"x": {"strategy": "dpd"}}, "variant.x.strategy = 'dpd': unknown; valid: single, ddp"),
         ({"x": {"strategy": 3}}, "variant.x.strategy = 3: "),
         (
-            {"x": {"strategy": "fsdp", "reshard": False}},
-            "variant.x.reshard: unknown key; did you mean 'reshard_after_forward'? valid: strategy",
+            {"x": {"strategy": "fsdp", "reshard_after": False}},
+            "variant.x.reshard_after: unknown key; did you mean 'reshard_after_forward'? valid: ",
         ),
         (
             {"x": KEEP | {"reshard_after_forward": 0}},
@@ -182,6 +182,8 @@ def test_train_takes_a_variant(tmp_path: Path) -> None:
     record = json.loads(done.stdout)
     assert (record["strategy"], record["variant_of"]) == ("keep", "fsdp")
     assert set(record["receipt"]["evidence"]["reshard_after_forward"]) == {False}
-    wrong = hybrid_command(*words, "--strategy", "kep")
-    assert wrong.returncode == 2 and "'kep': unknown; valid: single" in wrong.stderr
-    assert wrong.stderr.strip().endswith("package.module, keep")
+
+
+def test_an_unknown_name_lists_the_variants_too() -> None:
+    with pytest.raises(JobError, match=r"'kep': unknown; valid: single, .*package\.module, keep$"):
+        registry.check_settings(small_job(variant={"keep": KEEP}), ["single", "kep"])

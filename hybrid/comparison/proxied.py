@@ -39,5 +39,6 @@ def judge_by_proxy(job: Job, name: str, runs: Mapping[str, Record], proved: Comp
         return small
     choice = resolve(job, name)
     found = judge_run(choice.job, name, runs, first, {}, lambda label: Run(runs[label], {}))
-    differs = isinstance(found, Parity) and found.state == "not_equal"
-    return found if differs else small
+    if isinstance(found, Parity) and found.state == "not_equal":
+        return found
+    return small

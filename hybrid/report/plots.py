@@ -167,7 +167,11 @@ def _draw_differences(comparison: Comparison, styles: Styles) -> Curves:
     Dots do not hide one another as lines up and down do. A log axis has no zero, so 'equal' is a
     line of its own, a decade below all."""
     known = {**comparison.controls, **comparison.strategies}
-    parity = {name: p for name, p in comparison.parity.items() if name != comparison.reference}
+    parity = {
+        name: p
+        for name, p in comparison.parity.items()
+        if name != comparison.reference and p.reference in known
+    }
     found = {n: _relative_differences(known[n], known[p.reference]) for n, p in parity.items()}
     limits = sorted({p.tolerance["loss"] for p in parity.values()})
     values = [value for points in found.values() for _, value in points if value] + limits

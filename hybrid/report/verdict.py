@@ -60,8 +60,8 @@ def _standing_of(comparison: Comparison, name: str) -> Standing:
         return Standing("not proved", problem)
     if name == comparison.reference:
         return Standing("reference")
-    if parity is None or parity.state == "not_compared":
-        because = f": {parity.reason}" if parity and parity.reason else ""
+    if parity is None or (parity.reason and not parity.ok):
+        because = f": {parity.reason}" if parity else ""
         problem = f"{name} was not compared with {comparison.reference}{because}"
         return Standing("not compared", problem)
     if parity.ok:
