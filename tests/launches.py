@@ -31,6 +31,7 @@ class Launches:
         self.out, self.made = out, list[str]()
         self.ends: dict[str, BaseException] = {}  # by the folder of the run
         self.losses: dict[str, float] = {}
+        self.late: dict[str, float] = {}  # the loss from step 25 on
 
     def __call__(
         self, job: Job, name: str, nproc: int, out: Path, watcher: Any, *more: Any
@@ -43,7 +44,8 @@ class Launches:
             end_run(out, choice, nproc, error)
             raise error
         loss = self.losses.get(folder, 2.0)
-        steps = [StepRecord(n, loss, 1.0, 0.1, 24, "0a") for n in range(job.train.steps or 0)]
+        losses = [loss] * 25 + [self.late.get(folder, loss)] * 25
+        steps = [StepRecord(n, losses[n], 1.0, 0.1, 24, "0a") for n in range(job.train.steps or 0)]
         file = out / "checkpoints" / "final" / "weights.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({"w": numpy.ones(3, dtype="float32")}, file)

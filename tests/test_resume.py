@@ -76,6 +76,17 @@ def test_a_resumed_comparison_makes_only_what_is_missing(launches: Launches) -> 
     assert compare(launches, names).ok and len(launches.made) == 6, "without --resume all run"
 
 
+def test_what_another_comparison_left_is_not_kept(launches: Launches) -> None:
+    compare(launches, job=small_job(train__steps=5))
+    launches.ends["ddp"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        compare(launches)
+    assert states(written(launches))["fsdp"] == "not_compared"
+    launches.ends.clear()
+    launches.made.clear()
+    assert compare(launches, resume=True).ok and launches.made == NAMES
+
+
 def test_a_variant_may_be_added_and_a_run_must_be_whole(launches: Launches) -> None:
     compare(launches)
     (launches.out / "fsdp" / "checkpoints" / "final" / "weights.safetensors").unlink()

@@ -17,7 +17,8 @@ from hybrid.job.variants import DEGREES, STRATEGIES, resolve, warnings_of
 from hybrid.layout import LayoutError
 from hybrid.records import Record
 from hybrid.strategies import registry
-from tests.conftest import SMALL, hybrid_command, small_job
+from hybrid.training.run import run_job
+from tests.conftest import SMALL, small_job
 from tests.test_settings import evidence
 
 KEEP = {"strategy": "fsdp", "reshard_after_forward": False}
@@ -175,13 +176,13 @@ def test_variants_run_beside_their_strategies(tmp_path: Path) -> None:
 
 
 def test_train_takes_a_variant(tmp_path: Path) -> None:
-    (tmp_path / "job.json").write_text(json.dumps(SMALL | {"variant": {"keep": KEEP}}))
-    words = ["train", str(tmp_path / "job.json"), "--nproc", "2", "--out", str(tmp_path / "out")]
-    done = hybrid_command(*words, "--strategy", "keep", "--json")
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)
-    assert (record["strategy"], record["variant_of"]) == ("keep", "fsdp")
-    assert set(record["receipt"]["evidence"]["reshard_after_forward"]) == {False}
+    job = small_job(variant={"keep": KEEP, "cut": {"strategy": "single", "micro_batches": 3}})
+    record = run_job(job, "keep", tmp_path, nproc=2)
+    assert record is not None and (record.strategy, record.variant_of) == ("keep", "fsdp")
+    assert set(evidence(record)["reshard_after_forward"]) == {False}
+    assert load_job(tmp_path / "job.json").variant.keys() == job.variant.keys(), "it runs again"
+    alone = hybrid.train(job, "cut")
+    assert (alone.strategy, alone.variant_of, alone.world_size) == ("cut", "single", 1)
 
 
 def test_an_unknown_name_lists_the_variants_too() -> None:
