@@ -271,7 +271,7 @@ def test_commands_are_the_command_lines(wrong: Made, monkeypatch: pytest.MonkeyP
     assert named == {"compare", "doctor"} <= group.commands.keys()
     options = {o for p in group.commands["compare"].params for o in p.opts}
     used = set(re.findall(r"(?<![\w-])--[a-z]+", text))
-    assert {"--out", "--json", "--set", "--nproc"} == used <= options
+    assert {"--out", "--json", "--set", "--nproc", "--reference"} == used <= options
     overrides = re.findall(r"--set ([\w.]+=\w+)", text)
     assert len(overrides) == 3 and load_job(JOBS / "mlp.toml", overrides)
 
