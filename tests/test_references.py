@@ -36,7 +36,8 @@ def test_without_names_all_strategies_and_variants_run(launches: Launches) -> No
 def test_another_reference(launches: Launches) -> None:
     result = compare(launches, reference="fsdp")
     assert list(result.strategies) == ["fsdp", "ddp", "zero1"] and result.ok
-    assert result.reference == "fsdp" and result.parity["ddp"].reference == "fsdp"
+    assert result.reference == "fsdp"
+    assert {parity.reference for parity in result.parity.values()} == {"fsdp"}
 
 
 def test_controls_of_another_reference_are_runs_of_it(launches: Launches) -> None:
@@ -46,7 +47,7 @@ def test_controls_of_another_reference_are_runs_of_it(launches: Launches) -> Non
     assert states(result)["ddp"] == "not_equal" and states(result)["zero1"] == "equal"
     assert result.controls, "a late difference may be rounding"
     for label, run in result.controls.items():
-        assert label.startswith("keep_cut_") and (run.strategy, run.world_size) == ("fsdp", 2)
+        assert label.startswith("keep_cut_") and (run.strategy, run.world_size) == ("keep", 2)
 
 
 @pytest.mark.parametrize("reference", ["local_sgd", "rounded"])
@@ -77,7 +78,7 @@ def test_the_first_run_that_fits_takes_the_place_of_a_reference_that_does_not(
     result = compare(launches, ["local_sgd", *NAMES])
     assert result.reference == "ddp" and result.parity["fsdp"].reference == "ddp"
     assert result.strategies["single"].status == "not_possible" and "single" not in result.parity
-    assert "does not fit here: rank 0 on" in str(result.strategies["single"].reason)
+    assert "out of memory" in str(result.strategies["single"].reason)
     assert result.ok and result.parity["local_sgd"].reference == "local_sgd_emulation"
     left = records.read(Record, launches.out / "single" / "record.json")
     assert left.status == "not_possible"

@@ -55,10 +55,11 @@ def compare(
     registry.check_settings(job, selection.names)
     nproc = nproc or max(default_nproc(resolve(job, name).job) for name in selection.names)
     small, options = make_proxy(job), (nproc, watcher or Watcher(), program, resume)
-    prover = _Session(small, selection, Path(out) / PROXY, *options, "proxy/") if small else None
-    session = _Session(job, selection.by_proxy() if small else selection, Path(out), *options)
-    remove_stale_locks()
     with warm_ranks(fresh_ranks):
+        folder = Path(out)
+        prover = _Session(small, selection, folder / PROXY, *options, "proxy/") if small else None
+        session = _Session(job, selection.by_proxy() if small else selection, folder, *options)
+        remove_stale_locks()
         return session.run(prover)
 
 
@@ -157,10 +158,9 @@ class _Session:
 
     def _run_control(self, label: str, name: str, changes: Mapping[str, Any]) -> Record:
         """Launch a run under a strategy or variant with these changes in its settings."""
-        choice = resolve(self.job, name)
-        job = with_settings(choice.job, choice.strategy, dict(changes))
+        job = with_settings(self.job, name, dict(changes))
         alone = "emulate_replicas" in changes
-        return self._run(label, job, choice.strategy, 1 if alone else self.runs[name].world_size)
+        return self._run(label, job, name, 1 if alone else self.runs[name].world_size)
 
     def _name_the_rest(self) -> None:
         """Note what has not run, since the comparison was interrupted."""
@@ -197,8 +197,7 @@ class _Session:
         wanted = self.selection.reference
         self.reference = find_reference(self.job, self.selection, self.runs, self.has_proxy)
         if wanted != self.reference and self.runs[wanted].status == "failed":
-            reason = f"does not fit here: {self.runs[wanted].reason}"
-            record = dataclasses.replace(self.runs[wanted], status="not_possible", reason=reason)
+            record = dataclasses.replace(self.runs[wanted], status="not_possible")
             records.write(record, self.out / wanted / "record.json")
             self.runs[wanted] = record
 

@@ -45,7 +45,7 @@ def judge_run(
     if record.status != "ok":
         return undecided
     if name == reference:
-        return Parity(True, 0.0, 0.0, allowed, state="equal")
+        return Parity(True, 0.0, 0.0, allowed, reference=reference, state="equal")
     against, changes, known = reference, {}, runs
     if strategy == "local_sgd":
         against, known = name + EMULATION, controls
@@ -60,7 +60,7 @@ def judge_run(
     late = strict.first_difference
     if late is None or (late.step is not None and late.step < exact):
         return strict
-    wanted = _summing_orders(against, name if changes else reference, changes)
+    wanted = _summing_orders(against, known[against].strategy, changes)
     if missing := [control for control in wanted if control.label not in controls]:
         return missing
     usable = [load(c.label) for c in wanted if controls[c.label].status == "ok"]

@@ -24,7 +24,7 @@ DEGREES = tuple(key for key in Variant.model_fields if key != "strategy")
 READ_DEGREES = {"fsdp": ("replicate", "shard"), "2d": ("pp", "dp")}  # the others have one axis
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 # A comparison's folder has folders of these names for its own runs: controls, the small job.
-_TAKEN = re.compile(r"proxy|.*_(cut_\d+|emulation|again_?\d*)")
+_TAKEN = re.compile(r"proxy|.*_(cut_\d+|emulation|again|third)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +49,22 @@ def resolve(job: Job, name: str) -> Choice:
     if variant is None:
         return Choice(name, name, job)
     degrees = {key: value for key in DEGREES if (value := getattr(variant, key)) is not None}
-    changed = with_settings(job, variant.strategy, variant.model_extra or {})
+    changed = _with_section(job, variant.strategy, variant.model_extra or {})
     parallel = job.parallel.model_copy(update=degrees)
     changed = changed.model_copy(update={"parallel": parallel, "variant": {}})
     return Choice(name, variant.strategy, changed)
 
 
-def with_settings(job: Job, strategy: str, changes: dict[str, Any]) -> Job:
-    """Return the job with these changes in one strategy's section; raises pydantic's error."""
+def with_settings(job: Job, name: str, changes: dict[str, Any]) -> Job:
+    """Return the job with these changes in the settings of a strategy or variant."""
+    if name not in job.variant:
+        return _with_section(job, name, changes)
+    changed = job.variant[name].model_copy(update=changes)
+    return job.model_copy(update={"variant": {**job.variant, name: changed}})
+
+
+def _with_section(job: Job, strategy: str, changes: dict[str, Any]) -> Job:
+    """Return the job with changes in one strategy's section; raises pydantic's ValidationError."""
     if not changes:
         return job
     section = job.settings(strategy)
@@ -91,7 +99,7 @@ def _check_settings(job: Job, variant: Variant, field: str) -> None:
             valid = ", ".join(("strategy", *read, *settings.model_fields))
             raise JobError(f"{field}.{key}: has no effect under {strategy}; valid: {valid}")
     try:
-        with_settings(job, strategy, variant.model_extra or {})
+        _with_section(job, strategy, variant.model_extra or {})
     except ValidationError as error:
         said = describe(error, settings, f"{field}.", ("strategy", *read))
         raise JobError(said) from None
