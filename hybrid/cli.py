@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .endings import explain, say
+from .launch.endings import explain, say
 
 app = typer.Typer(
     add_completion=False,

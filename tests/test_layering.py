@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 # one order of all packages, written in rows. Files of one package may import each other.
 ROWS = """
 __init__ __main__
-cli endings doctor
+cli doctor
 comparison training report
 strategies
 engines checkpoint

@@ -7,7 +7,7 @@ def explain(error: Exception) -> int:
     """Print what an error means, unless another process prints it, and return the exit status.
 
     Raises the error again where only its traceback explains it."""
-    from .job.errors import PeerFailed, RunFailed, exit_status
+    from ..job.errors import PeerFailed, RunFailed, exit_status
 
     status = exit_status(error)
     if status is None:
@@ -24,8 +24,8 @@ def explain(error: Exception) -> int:
 
 def _is_said_by_another_rank() -> bool:
     """Tell whether another rank prints this mistake, since the first rank of each host does."""
-    from .job.errors import JobError
-    from .launch.placement import find_placement
+    from ..job.errors import JobError
+    from .placement import find_placement
 
     try:
         here = find_placement("--parent" in sys.argv)
