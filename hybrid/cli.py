@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .launch.endings import explain, say
+
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
@@ -21,6 +23,13 @@ app = typer.Typer(
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job: a TOML file.")]
 Out = Annotated[Path, typer.Option(file_okay=False, metavar="DIR", help="Folder for the results.")]
+
+CompareOut = Annotated[
+    Path | None,
+    typer.Option(
+        file_okay=False, metavar="DIR", help="Folder for the results. Left out: out/compare."
+    ),
+]
 
 
 def _processes(text: str) -> int:
@@ -50,10 +59,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 def compare(
     job: JobFile,
     strategies: Annotated[
-        str | None, typer.Option(help="Comma-separated names. Left out: all.")
+        str | None,
+        typer.Option(help="Comma-separated names, of the job's variants too. Left out: all."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Hold the runs against this one. Left out: single."),
     ] = None,
     nproc: Nproc = None,
-    out: Out = Path("out/compare"),
+    out: CompareOut = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="auto|DIR", help="Keep the runs in OUT, or in DIR, that ended well."),
+    ] = None,
     overrides: Overrides = None,
     fresh_ranks: FreshRanks = False,
     strict_reference: Annotated[
@@ -61,17 +79,18 @@ def compare(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Run the job under each strategy and hold every run against `single`."""
+    """Run the job under each strategy and hold every run against one, such as `single`."""
     from . import records
     from .comparison.session import compare as compare_strategies
-    from .strategies import registry
     from .training.progress import Progress
 
-    loaded = _load(job, overrides)
-    names = [n.strip() for n in strategies.split(",")] if strategies else list(registry.NAMES)
+    loaded, out = _load(job, overrides), _choose_folder(out, resume)
+    names = [n.strip() for n in strategies.split(",")] if strategies else None
     watcher = Progress()
     try:
-        result = compare_strategies(loaded, names, nproc, out, watcher, None, fresh_ranks)
+        result = compare_strategies(
+            loaded, names, nproc, out, watcher, None, fresh_ranks, reference, resume is not None
+        )
     finally:
         watcher.close()
     if json:
@@ -183,6 +202,18 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
     return job
 
 
+def _choose_folder(out: Path | None, resume: str | None) -> Path:
+    """Return the folder of a comparison, which `--resume` may name too."""
+    if resume is None or resume == "auto":
+        return out or Path("out/compare")
+    folder = Path(resume)
+    if out not in (None, folder):
+        raise typer.BadParameter(f"--out {out}: valid with --resume {resume}: the same, or none")
+    if not (folder / "session.json").is_file():
+        raise typer.BadParameter(f"--resume {resume}: holds no comparison: no session.json")
+    return folder
+
+
 def _print_table(result: Any) -> None:
     from rich.console import Console
 
@@ -220,50 +251,12 @@ def main() -> None:
     try:
         status = app(standalone_mode=False)
         if status == 130:  # typer catches Ctrl-C and prints nothing
-            status = _say("interrupted", status)
+            status = say("interrupted", status)
     except _USAGE_ERROR as error:
-        status = _say(error.format_message(), 2)
+        status = say(error.format_message(), 2)
     except (KeyboardInterrupt, typer.Abort):
-        status = _say("interrupted", 130)
+        status = say("interrupted", 130)
     except Exception as error:
-        status = _explain(error)
+        status = explain(error)
     _stdout.flush()
     sys.exit(status or 0)
-
-
-def _explain(error: Exception) -> int:
-    """Print what an error means, unless another process prints it, and return the exit status.
-
-    Raises the error again where only its traceback explains it."""
-    from .job.errors import PeerFailed, RunFailed, exit_status
-
-    status = exit_status(error)
-    if status is None:
-        raise error
-    if isinstance(error, PeerFailed) or (status == 2 and _is_said_by_another_rank()):
-        return status  # `leave_error` knows the first cause and has printed it
-    if isinstance(error, RunFailed) and status == 2:
-        return _say(error.failure.message, status)
-    if isinstance(error, RunFailed):
-        print(f"hybrid: {error}\n{error.failure.details}", file=sys.stderr)
-        return status
-    return _say(str(error), status)
-
-
-def _is_said_by_another_rank() -> bool:
-    """Tell whether another rank prints this mistake, since the first rank of each host does."""
-    from .job.errors import JobError
-    from .launch.placement import find_placement
-
-    try:
-        here = find_placement("--parent" in sys.argv)
-    except JobError:  # the mistake is the launcher's own
-        return False
-    return here.under_foreign_launcher and here.local_rank > 0
-
-
-def _say(message: str, status: int) -> int:
-    line = " ".join(message.split())
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    print(f"hybrid: {shown}", file=sys.stderr)
-    return status

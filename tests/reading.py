@@ -47,4 +47,4 @@ def find(value: Any, path: Sequence[str]) -> bool:
 
 
 SOURCES = [ast.parse(file.read_text()) for file in (ROOT / "hybrid").rglob("*.py")]
-PARITY = parsed(*(f"comparison/{n}.py" for n in ("differences", "parity", "causes", "reference")))
+PARITY = parsed(*(f"comparison/{n}.py" for n in ("differences", "parity", "causes", "doubts")))

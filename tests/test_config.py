@@ -45,7 +45,7 @@ KINDS = {  # every field of the job, by the kind of value it takes
         *("model.name", "data.name"),
         *(f"strategy.{name}.ds_config" for name in ("zero1", "zero2", "zero3", "pipeline", "2d")),
     ],
-    "section": ["model.options", "data.options"],
+    "section": ["model.options", "data.options", "variant", "proxy"],
     "choice": [
         *("optimizer.name", "schedule.name", "train.precision"),
         *("strategy.ddp.comm_hook", "strategy.ddp.broadcast_buffers", "strategy.2d.zero_stage"),

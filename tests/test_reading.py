@@ -23,8 +23,8 @@ from hybrid import records
 from hybrid.cli import app
 from hybrid.comparison import session
 from hybrid.comparison.differences import SAME_START, STEP_QUANTITIES, Run
+from hybrid.comparison.doubts import name_suspect
 from hybrid.comparison.noise import SHARE_OF_NOISE
-from hybrid.comparison.reference import name_suspect
 from hybrid.comparison.tolerances import EXACT_STEPS, HOOK_TOLERANCES, TOLERANCES, tolerance
 from hybrid.comparison.verdict import CONTROL_MICRO_BATCHES
 from hybrid.job.errors import Failure, RunFailed, exit_status, first_line
@@ -285,7 +285,11 @@ def test_commands_are_the_command_lines(wrong: Made, monkeypatch: pytest.MonkeyP
     assert named == {"compare", "doctor"} <= group.commands.keys()
     options = {o for p in group.commands["compare"].params for o in p.opts}
     used = set(re.findall(r"(?<![\w-])--[a-z-]+", text))
-    assert {"--out", "--json", "--set", "--nproc", "--strict-reference"} == used <= options
+    assert (
+        {"--out", "--json", "--set", "--nproc", "--reference", "--strict-reference"}
+        == used
+        <= options
+    )
     overrides = re.findall(r"--set ([\w.]+=\w+)", text)
     assert len(overrides) == 3 and load_job(JOBS / "mlp.toml", overrides)
 

@@ -11,8 +11,8 @@ import pytest
 import hybrid
 from hybrid.comparison import session
 from hybrid.comparison.differences import Run
+from hybrid.comparison.doubts import name_suspect, settle
 from hybrid.comparison.parity import compare_runs
-from hybrid.comparison.reference import name_suspect, settle
 from hybrid.comparison.repeats import Trusted, find_trusted
 from hybrid.launch.local import Program
 from hybrid.records import Parity, Record

@@ -1,15 +1,18 @@
 """Runs one job under several strategies, one after another, and judges each run. No torch here.
 
-`compare` writes OUT/STRATEGY/..., OUT/compare.json, OUT/compare.md and OUT/report.html."""
+`compare` writes OUT/STRATEGY/..., OUT/compare.json, OUT/compare.md and OUT/report.html, and
+OUT/session.json, by which an interrupted comparison is resumed."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import records, report
 from ..job.errors import JobError, RunFailed, Unsupported
-from ..job.file import to_dict
+from ..job.file import make_proxy, to_dict
 from ..job.schema import Job
+from ..job.variants import resolve, warnings_of, with_settings
 from ..launch.ops_cache import remove_stale_locks
 from ..launch.warm import warm_ranks
 from ..layout import Layout, LayoutError
@@ -22,50 +25,57 @@ from ..training.progress import Watcher
 from ..training.run import Program, default_nproc, launch
 from .best import find_best
 from .differences import Run
-from .reference import describe_fault, name_suspect, settle
+from .doubts import describe_fault, name_suspect, settle
+from .proxied import explain_unproved, judge_by_proxy
+from .references import PROXY, Selection, find_reference, select
+from .resume import begin_session, check_session, describe_session, find_run
+from .tolerances import tolerance
 from .verdict import EMULATION, judge_run, rule_of
-
-REFERENCE = "single"
 
 
 def compare(
     job: Job,
-    strategies: Sequence[str] = registry.NAMES,
+    strategies: Sequence[str] | None = None,
     nproc: int | None = None,
     out: Path | str = "out/compare",
     watcher: Watcher | None = None,
     program: Program | None = None,
     fresh_ranks: bool = False,
+    reference: str | None = None,
+    resume: bool = False,
 ) -> Comparison:
-    """Run the job under each strategy on `nproc` processes, and compare each run with `single`.
+    """Run the job under each strategy on `nproc` processes, and compare each run with `reference`.
 
-    nproc: left out, the product of the degrees in `job.parallel`, or 2. program: the command that
-    starts a rank. fresh_ranks: start each rank afresh; left out, all are forked from one process.
-    Raises JobError before any process starts. A run that fails raises nothing: its record is in the
-    result."""
-    print_warnings(job.warnings())
-    registry.check_settings(job, strategies)
-    names = [REFERENCE, *(s for s in dict.fromkeys(strategies) if s != REFERENCE)]
+    strategies: names of strategies and of the job's variants; left out, all of them. nproc: left
+    out, the product of the degrees in `job.parallel` or in a variant, or 2. program: the command
+    that starts a rank. fresh_ranks: start each rank afresh; left out, all are forked from one
+    process. reference: left out, `single`, or the first run that can stand in where that cannot
+    run. resume: keep the runs that `out` holds already. Raises JobError before any process starts.
+    A run that fails raises nothing: its record is in the result. Where the job has a proxy, that is
+    compared first, in `out/proxy`."""
+    selection = select(job, strategies, reference)
+    print_warnings(warnings_of(job, selection.names))
+    registry.check_settings(job, selection.names)
+    nproc = nproc or max(default_nproc(resolve(job, name).job) for name in selection.names)
+    small, options = make_proxy(job), (nproc, watcher or Watcher(), program, resume)
     with warm_ranks(fresh_ranks):
-        checked = check_apart(job)
+        folder = Path(out)
+        prover = _Session(small, selection, folder / PROXY, *options, "proxy/") if small else None
+        session = _Session(job, selection.by_proxy() if small else selection, folder, *options)
         remove_stale_locks()
-        layouts = _plan(checked, names, nproc or default_nproc(job))
-        every = checked.job.log.model_copy(update={"every": 1})  # parity looks at every step
-        job_of_runs = checked.job.model_copy(update={"log": every})
-        session = _Session(job_of_runs, Path(out), watcher or Watcher(), program)
-        for name, layout in layouts.items():
-            session.run_planned(name, layout)
-        return session.finish(job)
+        return session.run(prover)
 
 
-def _plan(checked: CheckedJob, names: Sequence[str], nproc: int) -> dict[str, Layout | str]:
+def _plan(
+    checked: CheckedJob, names: Sequence[str], nproc: int, title: str
+) -> dict[str, Layout | str]:
     """Find the layout of each strategy, or why it cannot run here, and print the warnings."""
     layouts: dict[str, Layout | str] = {}
     warnings: list[str] = []
     for name in names:
         try:
             layouts[name], found = registry.plan(checked.job, name, nproc, checked.summary)
-            warnings += [f"{name}: {line}" for line in found]
+            warnings += [f"{title}{name}: {line}" for line in found]
         except LayoutError as error:
             raise JobError(f"{error} (--nproc {nproc})") from None
         except Unsupported as error:
@@ -77,47 +87,116 @@ def _plan(checked: CheckedJob, names: Sequence[str], nproc: int) -> dict[str, La
 class _Session:
     """Holds the runs of one comparison and the folder in which they lie."""
 
-    def __init__(self, job: Job, out: Path, watcher: Watcher, program: Program | None) -> None:
-        self.job, self.out, self.watcher, self.program = job, out, watcher, program
+    def __init__(
+        self,
+        job: Job,
+        selection: Selection,
+        out: Path,
+        nproc: int,
+        watcher: Watcher,
+        program: Program | None,
+        resume: bool,
+        title: str = "",
+    ) -> None:
+        """Check the job and what the folder holds; raises JobError, and changes nothing there.
+
+        title: what stands before the runs' names where they are shown."""
+        checked = check_apart(job)
+        every = checked.job.log.model_copy(update={"every": 1})  # parity looks at every step
+        self.asked, self.job = job, checked.job.model_copy(update={"log": every})
+        self.selection, self.reference = selection, selection.reference
+        self.layouts = _plan(checked, selection.names, nproc, title)
+        self.out, self.watcher, self.program = out, watcher, program
+        self.resume, self.title = resume, title
+        self.description = describe_session(job, nproc)
+        if resume:
+            check_session(out, self.description)
         self.runs: dict[str, Record] = {}
         self.controls: dict[str, Record] = {}
+        self.proved: Comparison | None = None
+        self.has_proxy = self.interrupted = False
+
+    def run(self, prover: "_Session | None" = None) -> Comparison:
+        """Run what is asked for and judge it; `prover` compares the small job before.
+
+        Where the user interrupts this, what there is so far is judged and written."""
+        begin_session(self.out, self.description)
+        self.has_proxy = prover is not None
+        try:
+            self.proved = prover.run() if prover else None
+            for name, layout in self.layouts.items():
+                self.run_planned(name, layout)
+            return self.finish()
+        except (KeyboardInterrupt, SystemExit):
+            self.interrupted = True
+            self._name_the_rest()
+            self.finish()
+            raise
 
     def run_planned(self, name: str, layout: Layout | str) -> None:
         """Run one strategy; where it cannot run, `layout` is a text that says why."""
+        record = explain_unproved(name, self.proved) if self.proved else None
         if isinstance(layout, str):
             record = Record(name, "not_possible", layout)
-            records.write(record, self.out / name / "record.json")
-            self.watcher.finished(name, record)
-        else:
-            record = self._run(name, name, layout.world_size, {})
-        self.runs[name] = record
+        elif record is None:
+            self.runs[name] = self._run(name, self.job, name, layout.world_size)
+            return
+        self.runs[name] = record = self._marked(record)
+        records.write(record, self.out / name / "record.json")
+        self.watcher.finished(self.title + name, record)
 
-    def _run(self, label: str, strategy: str, nproc: int, changes: dict[str, Any]) -> Record:
-        """Launch one run in `out/label`, with these changes in its strategy's settings."""
-        job, folder = _with_settings(self.job, strategy, changes), self.out / label
+    def _run(self, label: str, job: Job, name: str, nproc: int) -> Record:
+        """Launch one run in `out/label`, unless it is there and may be kept."""
+        folder = self.out / label
+        if self.resume and (kept := find_run(folder, job, name, nproc, self.description)):
+            self.watcher.kept(self.title + label, kept)
+            return kept
+        shown = self.title + label
         try:
-            return launch(job, strategy, nproc, folder, self.watcher, label, self.program)
+            return launch(job, name, nproc, folder, self.watcher, shown, self.program)
         except RunFailed as error:
             if error.failure.kind == "job":
                 raise JobError(error.failure.message) from None
             return records.read(Record, folder / "record.json")
 
-    def finish(self, job: Job) -> Comparison:
+    def _run_control(self, label: str, name: str, changes: Mapping[str, Any]) -> Record:
+        """Launch a run under a strategy or variant with these changes in its settings."""
+        job = with_settings(self.job, name, dict(changes))
+        alone = "emulate_replicas" in changes
+        return self._run(label, job, name, 1 if alone else self.runs[name].world_size)
+
+    def _name_the_rest(self) -> None:
+        """Note what has not run, since the comparison was interrupted."""
+        for name, layout in self.layouts.items():
+            record = Record(name, "failed", "interrupted")
+            if isinstance(layout, str):
+                record = Record(name, "not_possible", layout)
+            self.runs.setdefault(name, self._marked(record))
+
+    def _marked(self, record: Record) -> Record:
+        """Return the record of a run that was not launched with the strategy of a variant."""
+        variant_of = resolve(self.job, record.strategy).variant_of
+        return dataclasses.replace(record, variant_of=variant_of)
+
+    def finish(self) -> Comparison:
         """Judge every run, after the control runs that this needs, and write the comparison."""
+        self._settle_reference()
         possible = [name for name, record in self.runs.items() if record.status != "not_possible"]
         parity = {name: self._judge(name) for name in possible}
-        fault = self._settle(REFERENCE) or self._settle(EMULATION)
+        labels = [self.reference, *(n for n in self.controls if n.endswith(EMULATION))]
+        fault = next((found for label in labels if (found := self._settle(label))), None)
         if fault:
             parity = {name: self._judge(name) for name in possible}
-        rule = rule_of(self.job, REFERENCE, self.runs)
-        parity = name_suspect(parity, REFERENCE, registry.engine, self._load, rule)
+        if self.reference != PROXY:
+            rule = rule_of(self.job, self.reference, self.runs)
+            parity = name_suspect(parity, self.reference, self._engine_of, self._load, rule)
         result = Comparison(
-            job=to_dict(job),
+            job=to_dict(self.asked),
             machine=describe_machine(),
-            reference=REFERENCE,
+            reference=self.reference,
             strategies=self.runs,
             parity=parity,
-            ok=all(found.ok for found in parity.values()),
+            ok=all(found.ok for found in parity.values()) and not self.interrupted,
             controls=self.controls,
             reference_fault=fault,
             best=find_best(self.runs, parity),
@@ -125,15 +204,32 @@ class _Session:
         report.write(result, self.out)
         return result
 
+    def _settle_reference(self) -> None:
+        """Find what the runs are held against; a reference that lacks memory is not possible."""
+        wanted = self.selection.reference
+        self.reference = find_reference(self.job, self.selection, self.runs, self.has_proxy)
+        if wanted != self.reference and self.runs[wanted].status == "failed":
+            record = dataclasses.replace(self.runs[wanted], status="not_possible")
+            records.write(record, self.out / wanted / "record.json")
+            self.runs[wanted] = record
+
     def _judge(self, name: str) -> Parity:
+        if self.reference == PROXY:
+            return self._judge_by_proxy(name)
+        job = resolve(self.job, name).job
         while True:
-            found = judge_run(self.job, name, self.runs, REFERENCE, self.controls, self._load)
+            found = judge_run(job, name, self.runs, self.reference, self.controls, self._load)
             if isinstance(found, Parity):
-                return found
+                return self._with_reason(name, found)
+            if self.interrupted:
+                return self._interrupted()
             for control in found:
-                self.controls[control.label] = self._run(
-                    control.label, control.strategy, 1, control.changes
+                self.controls[control.label] = self._run_control(
+                    control.label, control.strategy, control.changes
                 )
+
+    def _engine_of(self, name: str) -> str:
+        return registry.engine(resolve(self.job, name).strategy)
 
     def _settle(self, label: str) -> ReferenceFault | None:
         """Put a run of a reference that repeats itself in the place of one that was off."""
@@ -145,6 +241,28 @@ class _Session:
             print_warnings([describe_fault(fault)])
         return fault
 
+    def _judge_by_proxy(self, name: str) -> Parity:
+        if self.proved is None:
+            return self._interrupted()
+        return judge_by_proxy(self.job, name, self.runs, self.proved)
+
+    def _interrupted(self) -> Parity:
+        allowed = tolerance(self.job.train.precision)
+        return Parity(False, None, None, allowed, reference=self.reference, reason="interrupted")
+
+    def _with_reason(self, name: str, found: Parity) -> Parity:
+        """Add why a run is not compared: it, or what it would be held against, has no result."""
+        if found.state != "not_compared":
+            return found
+        reason = self.runs[name].reason
+        if self.runs[name].status == "ok":
+            emulation = name + EMULATION
+            against = emulation if emulation in self.controls else self.reference
+            reference = self.controls.get(against) or self.runs[against]
+            how = "failed" if reference.status == "failed" else "is not possible here"
+            reason = f"the reference {against} {how}: {reference.reason}"
+        return dataclasses.replace(found, reference=self.reference, reason=reason)
+
     def _load(self, label: str) -> Run:
         from safetensors.numpy import load_file
 
@@ -153,14 +271,3 @@ class _Session:
         if not file:
             raise ValueError(f"{label}: the record names no weights")
         return Run(record, load_file(self.out / label / file))
-
-
-def _with_settings(job: Job, strategy: str, changes: dict[str, Any]) -> Job:
-    """Return the job with these changes in one strategy's section.
-
-    Only control runs have changes, under `single` and `local_sgd`."""
-    if not changes:
-        return job
-    section = job.settings(strategy).model_copy(update=changes)
-    strategies = job.strategy.model_copy(update={strategy: section})
-    return job.model_copy(update={"strategy": strategies})

@@ -16,7 +16,7 @@ from .parity import Rule, compare_runs, words_needed
 from .repeats import AGAIN, find_trusted, repeats_its_bits
 from .tolerances import EXACT_STEPS, rounding_floor, tolerance
 
-EMULATION = "local_sgd_emulation"
+EMULATION = "_emulation"  # after the name of a run of local SGD
 # Control runs cut each batch into these numbers of micro-batches, which reorders the same sums. The
 # later ones run where the first do not spread so far: a kink, such as relu's at 0, shows by chance.
 CONTROL_MICRO_BATCHES = (1, 3, 7, 2, 5, 11)
@@ -26,7 +26,7 @@ LARGEST_KINK = 1e-2  # relative; a larger difference is not looked for in furthe
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """Names a further run in one process that a verdict needs: `strategy` with other settings."""
+    """Names a further run that a verdict needs: a strategy or variant with other settings."""
 
     label: str
     strategy: str
@@ -67,19 +67,20 @@ def judge_run(
     """Return the verdict on the run `name`, or the further runs that are missing for it.
 
     The run is compared with `runs[reference]`; local SGD is compared with its emulation in one
-    process, which is a control. load: returns the run or control of a label with its final weights.
-    """
-    record, allowed = runs[name], tolerance(job.train.precision, _hook(job, name))
+    process, which is a control. job: with the settings of `name`, if that is a variant. load:
+    returns the run or control of a label with its final weights."""
+    record, strategy = runs[name], runs[name].variant_of or name
+    allowed = tolerance(job.train.precision, _hook(job, strategy))
     undecided = Parity(False, None, None, allowed)
     if record.status != "ok":
         return undecided
     if name == reference:
-        return Parity(True, 0.0, 0.0, allowed, state="equal")
+        return Parity(True, 0.0, 0.0, allowed, reference=reference, state="equal")
     against, changes = reference, dict[str, Any]()
-    if name == "local_sgd":
-        against, changes = EMULATION, {"emulate_replicas": record.layout["dp"]}
+    if strategy == "local_sgd":
+        against, changes = name + EMULATION, {"emulate_replicas": record.layout["dp"]}
         if against not in controls:
-            return [Control(EMULATION, name, changes)]
+            return [Control(against, name, changes)]
     case = _Case(job, name, runs, against, changes, controls, load)
     if case.known[against].status != "ok":
         return undecided
@@ -95,9 +96,10 @@ def rule_of(job: Job, against: str, known: Mapping[str, Record], name: str | Non
     """Return by how much a run may differ from the reference `against`, in `known` as the run is.
 
     name: of the run; left out, the rule is that for two runs of the reference."""
-    allowed, factors = tolerance(job.train.precision, _hook(job, name)), dict[str, int]()
+    strategy = (known[name].variant_of or name) if name else against
+    allowed, factors = tolerance(job.train.precision, _hook(job, strategy)), dict[str, int]()
     if name:
-        factors["micro-batches"] = job.micro_batches(name)
+        factors["micro-batches"] = job.micro_batches(strategy)
         factors["data-parallel ranks"] = known[name].layout["dp"]
     floor = rounding_floor(job, known[against].steps)
     facts = Facts(factors, allowed["loss"])
@@ -113,13 +115,13 @@ def _other_overflows(case: _Case) -> Control | None:
     pairs = zip(record.steps, expected.steps, strict=False)
     if all(mine.skipped == theirs.skipped for mine, theirs in pairs):
         return None
-    pieces = record.layout["dp"] * case.job.micro_batches(case.name)
+    pieces = record.layout["dp"] * case.job.micro_batches(record.variant_of or case.name)
     return case.control(f"{case.against}_cut_{pieces}", micro_batches=pieces)
 
 
-def _hook(job: Job, name: str | None) -> str:
+def _hook(job: Job, strategy: str) -> str:
     """Return the communication hook of a strategy."""
-    return job.strategy.ddp.comm_hook if name == "ddp" else "none"
+    return job.strategy.ddp.comm_hook if strategy == "ddp" else "none"
 
 
 def _judge(case: _Case, rule: Rule) -> Parity | list[Control]:
@@ -188,7 +190,8 @@ def _summing_orders(case: _Case) -> list[Control]:
     A cut into as many pieces as the reference's own, or into more than there are samples, is no
     other order."""
     share = case.job.train.global_batch // case.changes.get("emulate_replicas", 1)
-    strategy = case.known[case.against].strategy
+    reference = case.known[case.against]
+    strategy = reference.variant_of or reference.strategy
     own = case.changes.get("micro_batches", case.job.micro_batches(strategy))
     seen = {min(own, share)}
     found = []

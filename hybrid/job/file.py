@@ -4,22 +4,24 @@
 
 Every error is one line."""
 
-import difflib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from .errors import JobError
-from .reading import parse, read_json, read_text, show, show_key
+from .messages import describe
+from .reading import parse, read_json, read_text, show_key
 from .schema import Job
+from .variants import check_variants
 
 MAX_TOML_BYTES = 2**16
 # tomllib's time and memory grow with the square of a dotted key's parts: 8 s, 3 GB for 30,000.
 _LONG_KEY = re.compile(r"""(?:(?<![\w"'-])[\w"'-]++[ \t]*+\.[ \t]*+){100}""")
+NOT_BY_PROXY = ("optimizer.name", "train.precision")  # what is proved of one holds for no other
 _INSTEAD = {"train.steps": "epochs", "train.epochs": "steps"}
 
 
@@ -40,12 +42,47 @@ def load_job(
     else:
         data, where = _read(Path(source)), str(source)
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(_parse_pair, overrides)
+    job = _make_job(data, pairs, where)
+    make_proxy(job, where)  # an error in it shows now
+    return job
+
+
+def make_proxy(job: Job, where: str = "job") -> Job | None:
+    """Return the small job that `[proxy]` makes of a job, None where it has no such section.
+
+    where: what errors begin with. Raises JobError if there can be no such job, or if it would not
+    show what the real one does."""
+    if not job.proxy:
+        return None
+    data = to_dict(job)
+    overrides = dict(flatten(data.pop("proxy")))
+    for key in overrides:
+        if key in NOT_BY_PROXY or key.partition(".")[0] == "proxy":
+            valid = "fewer layers, less width, less data, fewer steps"
+            raise JobError(
+                f"{where}: proxy.{key}: a proxy computes as the job does; valid: {valid}"
+            )
+    return _make_job(data, overrides.items(), f"{where}: [proxy]")
+
+
+def _make_job(data: dict[str, Any], pairs: Iterable[tuple[str, Any]], where: str) -> Job:
     for key, value in pairs:
         _assign(data, key, value)
     try:
-        return Job.model_validate(data)
+        job = Job.model_validate(data)
     except ValidationError as error:
-        raise JobError(f"{where}: {_one_line(error)}") from None
+        raise JobError(f"{where}: {describe(error, Job)}") from None
+    check_variants(job, where)
+    return job
+
+
+def flatten(section: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
+    """List the values in a section of sections by their dotted keys."""
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{start}{key}.")
+        else:
+            yield f"{start}{key}", value
 
 
 def _copy(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,39 +129,3 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(data, dict):
             raise JobError(f"--set {key}: {parent} holds a value, not a section")
     data[last] = value
-
-
-def _one_line(error: ValidationError) -> str:
-    """Write the first error of a validation as `field = value: what is wrong; what is valid`."""
-    errors = error.errors(include_url=False)
-    first = min(errors, key=lambda e: e["type"] == "missing")  # missing keys come last
-    field, valid = _locate(first["loc"])
-    if first["type"] == "extra_forbidden":
-        unknown = str(first["loc"][-1])
-        near = difflib.get_close_matches(unknown[:100], valid, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        where = ".".join(filter(None, (field, show_key(unknown))))
-        return f"{where}: unknown key; {hint}valid: {', '.join(valid)}"
-    if first["type"] == "missing":
-        return f"{field}: missing; it has no default"
-    shown = "" if first["type"] == "value_error" else f" = {show(first['input'])}"
-    messages = dict.fromkeys(e["msg"] for e in errors if _locate(e["loc"])[0] == field)
-    return f"{field}{shown}: {'; or '.join(messages).replace('Value error, ', '')}"
-
-
-def _locate(loc: Sequence[int | str]) -> tuple[str, list[str]]:
-    """Return the dotted field of a pydantic location, and the keys that are valid in its section.
-
-    A union appends the names of its members to the location: these are left out."""
-    section: type[BaseModel] = Job
-    names: list[str] = []
-    for name in map(str, loc):
-        fields = {f.alias or n: f for n, f in section.model_fields.items()}
-        if name not in fields:
-            break
-        names.append(name)
-        kind = fields[name].annotation
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-            break
-        section = kind
-    return ".".join(names), [f.alias or n for n, f in section.model_fields.items()]

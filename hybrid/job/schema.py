@@ -218,6 +218,20 @@ class Strategies(_Section):
     two_d: TwoD = Field(default=TwoD(), alias="2d")
 
 
+class Variant(_Section):
+    """Makes a strategy with other settings a row of its own in a comparison: [variant.NAME].
+
+    Besides these keys it takes those of [strategy.STRATEGY], which `hybrid.job.variants` checks."""
+
+    model_config = ConfigDict(extra="allow")
+
+    strategy: str
+    pp: Positive | None = None  # degrees, in place of those in [parallel]
+    dp: Positive | None = None
+    replicate: Positive | None = None
+    shard: Positive | None = None
+
+
 class Job(_Section):
     """Holds one job: the same model, data, optimizer and evaluation under every strategy."""
 
@@ -230,6 +244,9 @@ class Job(_Section):
     launch: Launch = Launch()
     parallel: Parallel = Parallel()
     strategy: Strategies = Strategies()
+    variant: dict[str, Variant] = {}
+    # Overrides that make a small job of this one, where `single` cannot hold the model.
+    proxy: Options = {}
 
     def settings(self, strategy: str) -> StrategySettings:
         """Return the section of one strategy, or the defaults if it has no section."""

@@ -22,6 +22,7 @@ from ..job.schema import Job
 from .heartbeat import Cause, Heartbeat, is_peer_loss
 from .placement import Placement
 
+OUT_OF_MEMORY = "out of memory"  # how what memory ran out for is described, and told again
 _WIDTH = 80  # bytes in `logs/rankN.where`
 TAIL_LINES = 20  # of a log, where a rank left nothing else
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # in the RuntimeError that torch raises on a full host
@@ -127,11 +128,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or CPU_ALLOCATOR in str(error)
 
 
+def is_for_memory(reason: str) -> bool:
+    """Tell whether the reason of a failed run is one that `describe_out_of_memory` wrote."""
+    return f": {OUT_OF_MEMORY} " in reason
+
+
 def describe_out_of_memory(error: BaseException, status: RankStatus) -> str:
     """Say in one line where memory ran out, what training needs, the limits, what needs less."""
     asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
     parts = [
-        f"out of memory {status.doing}",
+        f"{OUT_OF_MEMORY} {status.doing}",
         f"could not allocate {asked[1]}" if asked else "",
         _needs(status),
         *_limits(error),

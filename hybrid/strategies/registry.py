@@ -12,9 +12,10 @@ from ..engines.protocol import Engine
 from ..job.errors import JobError
 from ..job.imports import import_module
 from ..job.schema import Job
+from ..job.variants import resolve
 from ..launch.accelerate_env import check_configuration
 from ..launch.placement import Placement, find_placement
-from ..layout import Layout
+from ..layout import Layout, LayoutError
 from ..stages.checks import ModelSummary
 from . import protocol
 from .protocol import REQUIRED, Strategy
@@ -29,15 +30,15 @@ EVERY_RANK = ("hybrid.cli", "hybrid.training.run", "hybrid.training.loop", "hybr
 _FILES = {"zero1": "zero", "zero2": "zero", "zero3": "zero", "2d": "two_d"}  # unlike their names
 
 
-def get(name: str) -> Strategy:
+def get(name: str, variants: Sequence[str] = ()) -> Strategy:
     """Return the strategy of a name, or a user's own by its module.
-    Raises JobError, which lists the valid names, if there is none."""
+    Raises JobError, which lists the valid names and those of `variants`, if there is none."""
     if name in NAMES:
         module = importlib.import_module(f".{_FILES.get(name, name)}", __package__)
         return cast(Strategy, getattr(module, name, module))  # `zero` holds three
     if not all(part.isidentifier() for part in name.split(".")) or "." not in name:
-        valid = ", ".join(NAMES)
-        raise JobError(f"strategy = {name!r}: unknown; valid: {valid}, package.module")
+        valid = ", ".join((*NAMES, "package.module", *variants))
+        raise JobError(f"strategy = {name!r}: unknown; valid: {valid}")
     module = import_module(f"strategy = {name!r}", name)
     missing = [part for part in REQUIRED if not hasattr(module, part)]
     if missing:
@@ -59,18 +60,30 @@ def engine(name: str) -> str:
 def check_settings(job: Job, names: Sequence[str]) -> None:
     """Check what can be known before the model is made; imports no torch.
 
-    Raises JobError if there is no strategy of a name, or if its section of the job names a file
-    that is wrong."""
+    names: of strategies, and of the job's variants. Raises JobError if there is no strategy of a
+    name, or if its section of the job names a file that is wrong."""
     for name in names:
-        get(name)
-        check_ds_config(job, name)
+        choice = resolve(job, name)
+        try:
+            get(choice.strategy, tuple(job.variant))
+            check_ds_config(choice.job, choice.strategy)
+        except JobError as error:
+            if choice.variant_of:
+                raise JobError(f"variant.{name}: {error}") from None
+            raise
 
 
 def plan(job: Job, name: str, nproc: int, summary: ModelSummary) -> tuple[Layout, list[str]]:
-    """Return the layout of a strategy on `nproc` processes, checked for this job, and warnings.
+    """Return the layout of a strategy or variant on `nproc` processes, checked, and warnings.
     Raises Unsupported, LayoutError or JobError; starts nothing."""
-    layout = get(name).layout(job, nproc)
-    return layout, _check(job, name, layout, summary)
+    choice = resolve(job, name)
+    try:
+        layout = get(choice.strategy).layout(choice.job, nproc)
+        return layout, _check(choice.job, choice.strategy, layout, summary)
+    except (JobError, LayoutError) as error:
+        if choice.variant_of:
+            raise type(error)(f"variant.{name}: {error}") from None
+        raise
 
 
 def _check(job: Job, name: str, layout: Layout, summary: ModelSummary) -> list[str]:
@@ -89,6 +102,8 @@ def place(job: Job, strategy: str, placement: Placement) -> Placement:
 
     Raises JobError or LayoutError if the job cannot run on so many, or if accelerate's
     configuration contradicts the job."""
+    choice = resolve(job, strategy)
+    job, strategy = choice.job, choice.strategy
     check_configuration(job, strategy)
     layout = get(strategy).layout(job, placement.world_size)
     if layout.world_size != placement.world_size > 1:
@@ -119,6 +134,8 @@ def open_engine(
     from ..models.vector_functions import call_vector_functions_once
 
     call_vector_functions_once()
+    choice = resolve(job, strategy)
+    job, strategy = choice.job, choice.strategy
     layers = layers if isinstance(layers, Layers) else Layers(layers)
     summary = ModelSummary(layers.sizes(), layers.cut_problem)
     placement = place(job, strategy, placement or find_placement())

@@ -10,23 +10,25 @@ from .. import records
 from ..job.errors import RunFailed, first_line, kind_of
 from ..job.file import to_dict
 from ..job.schema import Job
+from ..job.variants import Choice
 from ..records import Record, Status
 
 CHECKPOINTS = "checkpoints"
 
 
-def begin_run(out: Path, job: Job, strategy: str) -> Path:
+def begin_run(out: Path, job: Job, choice: Choice) -> Path:
     """Remove what an earlier run left in `out`, and return the path of the new `job.json` there.
-    The new `record.json` says `running`."""
+    The new `record.json` says `running`. job: the one that `choice` was resolved in."""
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     (out / "steps.jsonl").unlink(missing_ok=True)
-    records.write(Record(strategy, "running"), out / "record.json")
+    record = Record(choice.name, "running", variant_of=choice.variant_of)
+    records.write(record, out / "record.json")
     records.write(to_dict(job), out / "job.json")
     return out / "job.json"
 
 
-def end_run(out: Path, strategy: str, world_size: int, error: BaseException) -> Record:
+def end_run(out: Path, choice: Choice, world_size: int, error: BaseException) -> Record:
     """Write and return the record of a run that ended with this error."""
     kind = error.failure.kind if isinstance(error, RunFailed) else kind_of(error)
     status: Status = "not_possible" if kind == "unsupported" else "failed"
@@ -36,6 +38,7 @@ def end_run(out: Path, strategy: str, world_size: int, error: BaseException) -> 
         reason = "interrupted"
     else:
         reason = first_line(error)
-    record = Record(strategy, status, reason, world_size=world_size)
+    variant_of = choice.variant_of
+    record = Record(choice.name, status, reason, world_size=world_size, variant_of=variant_of)
     records.write(record, out / "record.json")
     return record

@@ -24,6 +24,7 @@ from ..engines.protocol import Engine, StepResult, extend_receipt
 from ..job.errors import PeerFailed, RunError
 from ..job.file import to_dict
 from ..job.schema import Job, resolve_lengths
+from ..job.variants import Choice, resolve
 from ..launch.exchange import gather_objects
 from ..launch.failures import RankStatus, leave_error
 from ..launch.placement import OWN, Placement, find_placement
@@ -54,28 +55,28 @@ def train(
 ) -> Record:
     """Train the job under one strategy in this process, and return the record on every rank.
 
-    placement: this process's rank; left out, it is found from a launcher's variables, and without
-    these the process is alone. Rank 0 also writes `out/job.json`, `out/record.json`,
-    `out/steps.jsonl` and `out/checkpoints/final/`. Raises JobError or Unsupported where the job
-    cannot run, RunError where the run is not what was asked for, PeerFailed where another rank
-    failed first."""
+    strategy: its name, or that of a variant in the job. placement: this process's rank; left out,
+    it is found from a launcher's variables, and without these the process is alone. Rank 0 also
+    writes `out/job.json`, `out/record.json`, `out/steps.jsonl` and `out/checkpoints/final/`. Raises
+    JobError or Unsupported where the job cannot run, RunError where the run is not what was asked
+    for, PeerFailed where another rank failed first."""
     if placement is None:
         placement = find_placement()
         print_warnings(job.warnings() if placement.rank == 0 else [])
-    out = Path(out) if out else None
+    out, choice = Path(out) if out else None, resolve(job, strategy)
     status = RankStatus(job, placement, out / "logs" if out else None)
     folder = out if placement.rank == 0 else None
     recorded = folder if placement.launcher != OWN else None  # else `launch` begins and ends it
     try:
         if recorded:
-            begin_run(recorded, job, strategy)
-        return _train(job, strategy, placement, folder, on_step, status)
+            begin_run(recorded, job, choice)
+        return _train(choice, placement, folder, on_step, status)
     except BaseException as error:
         # This comes before `cleanup`, which can wait for a peer that is gone.
         cause = leave_error(error, status)
         failure = error if cause is None else PeerFailed(cause.describe())
         if recorded:
-            end_run(recorded, strategy, placement.world_size, failure)
+            end_run(recorded, choice, placement.world_size, failure)
         if failure is not error:
             raise failure from error
         raise
@@ -85,14 +86,14 @@ def train(
 
 
 def _train(
-    job: Job,
-    strategy: str,
+    choice: Choice,
     placement: Placement,
     out: Path | None,
     on_step: OnStep | None,
     status: RankStatus,
 ) -> Record:
     call_vector_functions_once()
+    job, strategy = choice.job, choice.strategy
     placement = registry.place(job, strategy, placement)
     if placement.world_size > 1:
         placement = join_process_group(placement, job.launch)
@@ -114,7 +115,7 @@ def _train(
             engine = registry.open_engine(job, strategy, layers, loss, placement)
             del layers
         status.held = engine.num_held
-        run = _Run(job, strategy, engine, instruments, placement, out, on_step, status, *data)
+        run = _Run(job, choice, engine, instruments, placement, out, on_step, status, *data)
         return run.go()
     finally:
         instruments.close()
@@ -125,7 +126,7 @@ class _Run:
     """Holds one run in progress: the steps so far, and where they are written."""
 
     job: Job
-    strategy: str
+    choice: Choice
     engine: Engine
     instruments: Instruments
     placement: Placement
@@ -150,7 +151,8 @@ class _Run:
         result = self._evaluate()
         file = self._save()
         record = Record(
-            strategy=self.strategy,
+            strategy=self.choice.name,
+            variant_of=self.choice.variant_of,
             status="ok",
             world_size=self.placement.world_size,
             layout=self.engine.layout.to_dict(),
@@ -169,7 +171,7 @@ class _Run:
         self.engine.close()
         if self.out:
             print_warnings(
-                f"{self.strategy}: {name} is not counted: its bytes are not in the figures"
+                f"{self.choice.name}: {name} is not counted: its bytes are not in the figures"
                 for name in (record.comm.not_counted if record.comm else [])
             )
             self.trackers.finish()
@@ -188,10 +190,10 @@ class _Run:
     def _train_steps(self) -> dict[str, float]:
         """Take all optimizer steps; return the weights' projections after the first period."""
         job, engine = self.job, self.engine
-        sizes = job.train.global_batch, engine.layout.dp, job.micro_batches(self.strategy)
+        sizes = job.train.global_batch, engine.layout.dp, job.micro_batches(self.choice.strategy)
         plan = BatchPlan(len(self.train_set), *sizes, job.train.seed)
         total, every = job.train.steps or 0, job.train.eval_every
-        period = min(total, registry.steps_between_syncs(job, self.strategy))
+        period = min(total, registry.steps_between_syncs(job, self.choice.strategy))
         known = targets_per_sample(self.train_set)
         loader = make_loader(plan, engine, self.train_set, known)
         first: dict[str, float] = {}
@@ -248,7 +250,7 @@ class _Run:
 
     def _evaluate(self) -> EvalResult:
         self.status.set(f"in the evaluation after {self.steps.count} steps")
-        micro_batches = self.job.micro_batches(self.strategy)
+        micro_batches = self.job.micro_batches(self.choice.strategy)
         result = evaluate(self.engine, self.test_set, self.job, micro_batches)
         self.evals.append(StepEval(self.steps.count, result))
         if self.out:
@@ -275,7 +277,7 @@ class _Run:
             receipt = records.Receipt(False, receipt.evidence, reason)
         receipt = extend_receipt(receipt, *compile_evidence(self.job))
         if not receipt.engaged:
-            raise RunError(f"receipt refused: {self.strategy} was asked for; {receipt.reason}")
+            raise RunError(f"receipt refused: {self.choice.name} was asked for; {receipt.reason}")
         return receipt
 
     def _save(self) -> str | None:
@@ -283,6 +285,6 @@ class _Run:
         state = self.engine.state()
         if not self.out:
             return None
-        about = {"step": self.steps.count, "strategy": self.strategy}
+        about = {"step": self.steps.count, "strategy": self.choice.name}
         path = save_weights(state, self.out / CHECKPOINTS / "final", about)
         return str(path.relative_to(self.out))

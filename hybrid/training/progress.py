@@ -75,6 +75,9 @@ class Watcher:
     def finished(self, name: str, record: Record) -> None:
         """Note that a run has ended, with this record."""
 
+    def kept(self, name: str, record: Record) -> None:
+        """Note that a run is not made again, since it has ended before with this record."""
+
 
 class Progress(Watcher):
     """Shows the runs of `hybrid compare` and `hybrid train`.
@@ -133,6 +136,12 @@ class Progress(Watcher):
             line = f"{name}: {row.words}"
         self.rows[name] = row
         self._show(line)
+
+    def kept(self, name: str, record: Record) -> None:
+        """Show the run's figures, without the time that it took."""
+        row = self.rows[name] = summary_row(record, 0.0)
+        row.numbers["ETA"] = "kept"
+        self._show(f"{name}: {plain_line(row)}")
 
     def close(self) -> None:
         """Stop the live table and leave the terminal as it was."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from .. import records
 from ..job.errors import JobError, RunFailed
 from ..job.schema import Job
+from ..job.variants import resolve, warnings_of
 from ..launch.accelerate_env import check_started
 from ..launch.local import PROGRAM, Program, run_ranks
 from ..launch.logs import redirect_output
@@ -36,13 +37,14 @@ def run_job(
 ) -> Record | None:
     """Run a job once, on the ranks of a launcher or on `nproc` processes that this one starts.
 
-    parent: the process id of the `hybrid` that started this rank. fresh_ranks: start each rank
-    afresh; left out, all are forked from one process. Returns the record in the process
-    that shows it, None in the others. Raises JobError, Unsupported, RunFailed or the run's error.
+    strategy: its name, or that of a variant in the job. parent: the process id of the `hybrid` that
+    started this rank. fresh_ranks: start each rank afresh; left out, all are forked from one
+    process. Returns the record in the process that shows it, None in the others. Raises JobError,
+    Unsupported, RunFailed or the run's error.
     """
     placement = find_placement(started_by_hybrid=parent is not None)
     if placement.rank == 0 and parent is None:
-        print_warnings(job.warnings())
+        print_warnings(warnings_of(job, [strategy]))
     registry.check_settings(job, [strategy])
     if placement.launcher is None:
         with warm_ranks(fresh_ranks):
@@ -68,14 +70,15 @@ def run_job(
 
 def _launch_checked(job: Job, strategy: str, out: Path, nproc: int | None) -> Record:
     """Check the job, then start its ranks and show their progress."""
-    checked = check_apart(job)
+    checked, choice = check_apart(job), resolve(job, strategy)
     remove_stale_locks()
     layout, warnings = registry.plan(
-        checked.job, strategy, nproc or default_nproc(job), checked.summary
+        checked.job, strategy, nproc or default_nproc(choice.job), checked.summary
     )
     check_started(layout.world_size)
     print_warnings(f"{strategy}: {line}" for line in warnings)
-    emulating = strategy == "local_sgd" and job.strategy.local_sgd.emulate_replicas
+    replicas = choice.job.strategy.local_sgd.emulate_replicas
+    emulating = choice.strategy == "local_sgd" and replicas
     watcher = Progress()
     try:
         return launch(checked.job, strategy, 1 if emulating else layout.world_size, out, watcher)
@@ -97,17 +100,17 @@ def launch(
     label: the run's name for the watcher, if it is not the strategy's. program: the command that
     starts a rank, `PROGRAM` if it is left out. Raises RunFailed with the first cause; the record
     then says `failed` or `not_possible`."""
-    label = label or strategy
+    label, choice = label or strategy, resolve(job, strategy)
     watcher.started(label, job.train.steps or 0, out)
-    file = begin_run(out, job, strategy)
+    file = begin_run(out, job, choice)
     arguments = ["train", str(file), "--strategy", strategy, "--out", str(out)]
     arguments += ["--parent", str(os.getpid())]
     try:
-        modules = registry.modules(strategy)
+        modules = registry.modules(choice.strategy)
         run_ranks(nproc, arguments, out, watcher.poll, program or PROGRAM, modules)
         record = records.read(Record, out / "record.json")
     except BaseException as error:
-        record = end_run(out, strategy, nproc, error)
+        record = end_run(out, choice, nproc, error)
         if isinstance(error, RunFailed):
             watcher.finished(label, record)
         raise

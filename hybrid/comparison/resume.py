@@ -1,0 +1,88 @@
+"""Keeps the runs of a comparison that was interrupted, if they are what would run now. No torch.
+
+`OUT/session.json` says what the comparison in a folder was asked for. A run is kept if it ended
+well, on as many processes, from the same job and with the same releases."""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import records
+from ..job.errors import JobError
+from ..job.file import flatten, to_dict
+from ..job.reading import read_json, show
+from ..job.schema import Job
+from ..measure.machine import describe_machine
+from ..records import Record
+
+SESSION = "session.json"
+RESULTS = ("compare.json", "compare.md", "report.html")
+MACHINE = ("processor", "cores", "python", "packages", "commit")  # what figures depend on
+
+
+def describe_session(job: Job, nproc: int) -> dict[str, Any]:
+    """Return what `session.json` says: the job, the processes, the machine and the releases."""
+    machine = describe_machine()
+    return {"job": to_dict(job), "nproc": nproc, "machine": {key: machine[key] for key in MACHINE}}
+
+
+def begin_session(out: Path, asked: Mapping[str, Any]) -> None:
+    """Write `session.json`, and remove the results of an earlier comparison in this folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
+    records.write(asked, out / SESSION)
+
+
+def check_session(out: Path, asked: Mapping[str, Any]) -> None:
+    """Raise JobError, which names the first key that differs, if `out` holds another comparison.
+
+    A variant that only one of the two has does not matter: it is a row of its own. Without a
+    `session.json` there is nothing to differ from."""
+    if not (out / SESSION).exists():
+        return
+    before = read_json(out / SESSION, f"--resume: {out / SESSION}")
+    try:
+        shared = before["job"]["variant"].keys() & asked["job"]["variant"].keys()
+        then, now = _list_keys(before, shared), _list_keys(asked, shared)
+    except (KeyError, TypeError, AttributeError):
+        raise JobError(f"--resume: {out / SESSION} does not describe a comparison") from None
+    for key in (*now, *then):
+        if then.get(key) != now.get(key):
+            raise JobError(
+                f"--resume: {key.removeprefix('job.')} = {show(now.get(key))}, and the comparison "
+                f"in {out} has {show(then.get(key))}; valid: the same, or another --out"
+            )
+
+
+def _list_keys(session: Mapping[str, Any], variants: Collection[str]) -> dict[str, Any]:
+    """List what a session says by dotted keys, with these variants of its job alone."""
+    job = session["job"]
+    kept = {name: section for name, section in job["variant"].items() if name in variants}
+    return dict(flatten({**session, "job": {**job, "variant": kept}}))
+
+
+def find_run(
+    folder: Path, job: Job, name: str, world_size: int, session: Mapping[str, Any]
+) -> Record | None:
+    """Return the record of a run in `folder` if it is the one that would run now, else None.
+
+    session: what `describe_session` returned for the comparison."""
+    try:
+        record = records.read(Record, folder / "record.json")
+        ran = json.loads((folder / "job.json").read_text())
+    except (OSError, ValueError):
+        return None
+    same = record.strategy == name and record.world_size == world_size
+    same = same and _of_run(ran, name) == _of_run(to_dict(job), name)
+    same = same and record.environment.get("packages") == session["machine"]["packages"]
+    file = record.weights.file if record.weights else None
+    whole = record.status == "ok" and file is not None and (folder / file).exists()
+    return record if same and whole else None
+
+
+def _of_run(job: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return what a run under one name depends on: no other variant, and no proxy."""
+    found = {key: value for key, value in job.items() if key not in ("variant", "proxy")}
+    return found | {"variant": job.get("variant", {}).get(name)}
