@@ -20,7 +20,7 @@ from hybrid.records import EvalResult, Record, StepRecord, Weights
 from hybrid.strategies import registry
 
 
-@pytest.mark.parametrize("seed", [1, 3])
+@pytest.mark.parametrize("seed", [29, 32])
 def test_right_jobs_are_called_equal(seed: int, tmp_path: Path) -> None:
     row = campaign.run_job(seed, tmp_path)
     assert row["outcome"] == "equal", page.line(row)
@@ -29,7 +29,7 @@ def test_right_jobs_are_called_equal(seed: int, tmp_path: Path) -> None:
     json.dumps(row)
 
 
-@pytest.mark.parametrize("seed", [1, 18])
+@pytest.mark.parametrize("seed", [57, 82])
 def test_planted_faults_are_caught(seed: int, tmp_path: Path) -> None:
     row = campaign.run_fault(seed, tmp_path)
     assert row["outcome"] == "caught", page.line(row)

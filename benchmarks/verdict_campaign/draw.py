@@ -8,12 +8,13 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from .kinds import KINDS, Fault
+from .kinds import KINDS, Fault, Kind
 
 ALL = ("ddp", "local_sgd", "fsdp", "zero1", "zero2", "zero3", "pipeline", "2d")
 WITHOUT_DEEPSPEED = ("ddp", "local_sgd", "fsdp")  # DeepSpeed refuses fp16 on most CPUs
 CLIPS_ELSEWHERE = ("pipeline", "2d", "zero1")  # in bf16, by a function that no fault replaces
 HERE = __package__
+OWN = {"gpt": "gpt"}  # families that are hybrid's own, by their names in a job
 EARLY_STEPS = 20  # a fault after these stands where controls may excuse a difference in fp32
 
 
@@ -84,34 +85,25 @@ def draw_fault(seed: int) -> DrawnFault:
     name = list(KINDS)[seed % len(KINDS)]
     kind = KINDS[name]
     strategy = draw.choice([s for s in ALL if kind.strategies is None or s in kind.strategies])
-    steps = draw.choice([5, 12, 12, 30, 40])
-    precision = draw.choices(["fp32", "bf16"], [7, 3])[0]
-    if kind.fp32_only or (kind.clips and strategy in CLIPS_ELSEWHERE):
-        precision = "fp32"
-    train = {
-        "global_batch": draw.choice([16, 18, 20, 24]),
-        "micro_batches": draw.choice([2, 3] if kind.micro_batches else [1, 2]),
-        "steps": steps,
-        "precision": precision,
-        "clip_norm": 0.1 if kind.clips else 0.0,
-        "seed": seed,
-    }
+    train = _train_of_fault(draw, kind, strategy) | {"seed": seed}
     optimizer = _optimizer(draw, wild=False) | dict(kind.optimizer)
     if kind.optimizer.get("name") == "adamw":
         optimizer |= {"lr": 1e-3}
         optimizer.pop("momentum", None)
     dropout = 0.2 if kind.dropout else 0.0
     sections = {
-        **_model_and_data(draw, seed, dropout, ("perceptron", "transformer")),
+        **_model_and_data(draw, seed, dropout, ("perceptron", "transformer", "gpt")),
         "optimizer": optimizer,
         "train": train,
         "strategy": {"local_sgd": {"sync_every": draw.choice([1, 2])}},
     }
+    # A short last batch would leave micro-batches empty, in which a fault changes nothing.
+    sections["data"]["options"]["samples"] = train["global_batch"] * draw.randint(2, 5)
     nproc = 4 if strategy == "2d" else 2
     fault = Fault(
         kind=name,
         strategy=strategy,
-        step=_step(draw, steps, kind.first_step, kind.last_step),
+        step=_step(draw, kind, train["steps"]),
         once=draw.random() < 0.5,
         size=draw.choice(kind.sizes),
         tensor=draw.randrange(100),
@@ -119,11 +111,25 @@ def draw_fault(seed: int) -> DrawnFault:
     return DrawnFault(DrawnJob(seed, sections, (strategy,), nproc), fault)
 
 
-def _step(draw: random.Random, steps: int, first: int, last: int) -> int:
-    """Draw an early step, the last one, or one late enough that controls may excuse it.
+def _train_of_fault(draw: random.Random, kind: Kind, strategy: str) -> dict[str, Any]:
+    """Draw steps, batch and precision such that the kind of fault can act."""
+    precision = draw.choices(["fp32", "bf16"], [7, 3])[0]
+    if kind.fp32_only or (kind.clips and strategy in CLIPS_ELSEWHERE):
+        precision = "fp32"
+    return {
+        "global_batch": draw.choice([16, 18, 20, 24]),
+        "micro_batches": draw.choice([2, 3] if kind.micro_batches else [1, 2]),
+        "steps": draw.choice([5, 12, 12, 30, 40]),
+        "precision": precision,
+        "clip_norm": 0.1 if kind.clips else 0.0,
+    }
 
-    last: the last step that is possible, counted from the end of the run as a list's index."""
-    end = steps + last
+
+def _step(draw: random.Random, kind: Kind, steps: int) -> int:
+    """Draw an early step, the last one, or one late enough that controls may excuse it."""
+    if kind.step is not None:
+        return kind.step % steps
+    first, end = kind.first_step, steps + kind.last_step
     places = [first, draw.randint(first, end), end]
     if end > EARLY_STEPS:
         places += [draw.randint(EARLY_STEPS + 1, end)] * 2
@@ -139,7 +145,7 @@ def _model_and_data(
     model, data, name = FAMILIES[family](draw, dropout)
     data |= {"samples": samples, "seed": seed}
     return {
-        "model": {"name": f"{HERE}.models:{family}", "options": model},
+        "model": {"name": OWN.get(family, f"{HERE}.models:{family}"), "options": model},
         "data": {"name": f"{HERE}.samples:{name}", "options": data},
     }
 
@@ -188,6 +194,13 @@ def _transformer(draw: random.Random, dropout: float) -> tuple[dict[str, Any], d
     return model, data, "tokens"
 
 
+def _gpt(draw: random.Random, dropout: float) -> tuple[dict[str, Any], dict[str, Any], str]:
+    model, data, name = _transformer(draw, dropout)
+    del model["activation"]
+    positions = draw.choice(["rope", "learned"])
+    return model | {"context": model.pop("tokens"), "positions": positions}, data, name
+
+
 def _bag(draw: random.Random, dropout: float) -> tuple[dict[str, Any], dict[str, Any], str]:
     loss, classes = _target(draw)
     vocabulary, outputs = draw.choice([17, 61, 101]), draw.choice([3, 10])
@@ -202,6 +215,7 @@ FAMILIES = {
     "residual": _residual,
     "convolution": _convolution,
     "transformer": _transformer,
+    "gpt": _gpt,
     "bag": _bag,
 }
 
