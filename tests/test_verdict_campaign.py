@@ -85,19 +85,26 @@ def _finished(loss: float, weight: float) -> FinishedRun:
 
 
 @pytest.mark.parametrize(
-    ("loss", "weight", "visible"),
+    ("precision", "loss", "weight", "visible"),
     [
-        (2.0, 1.0, False),
-        (2.0 * (1 + 7e-7), 1.0, False),  # below what sums in fp32 round
-        (2.0 * (1 + 3e-6), 1.0, True),
-        (2.0, 1 + 3e-5, False),  # below four times what the right run is off
-        (2.0, 1 + 6e-5, True),
+        ("fp32", 1.0, 1.0, False),
+        ("fp32", 1 + 7e-7, 1.0, False),  # below what sums in fp32 round
+        ("fp32", 1 + 3e-6, 1.0, True),
+        ("fp32", 1.0, 1 + 3e-5, False),  # below four times what the right run is off
+        ("fp32", 1.0, 1 + 6e-5, True),
+        ("bf16", 1 + 7e-4, 1.0, False),
+        ("bf16", 1 + 2e-3, 1.0, True),
+        ("bf16", 1.0, 1 + 3e-4, False),  # an update of 0.1, rounded by 0.004
+        ("bf16", 1.0, 1 + 5e-4, True),
     ],
 )
-def test_an_effect_is_visible_above_rounding(loss: float, weight: float, visible: bool) -> None:
+def test_an_effect_is_visible_above_rounding(
+    precision: str, loss: float, weight: float, visible: bool
+) -> None:
     right, reference = _finished(2.0, 1.0), _finished(2.0, 1 + 1e-5)
     start = {"w": numpy.array([0.9, 0.4], "float32")}
-    found = measure_effect(_finished(loss, weight), right, reference, start, "fp32")
+    faulty = _finished(2.0 * loss, weight)
+    found = measure_effect(faulty, right, reference, start, precision)
     assert (found.visible > 1) == visible, found
 
 
@@ -141,3 +148,22 @@ def test_the_page_names_what_was_wrong() -> None:
         section = text.partition(f"## {title}\n")[2].partition("\n## ")[0]
         assert section.strip().startswith(f"- {seed} "), section
     assert "loss of step 3, 1.5 for 1.25" in text
+
+
+@pytest.mark.parametrize(
+    ("verdicts_found", "outcome"),
+    [
+        (["equal", "equal", "not possible"], "equal"),
+        (["equal", "equal", "not_equal"], "alarm"),
+        (["equal", "equal", "not_decided"], "alarm"),
+        (["equal", "failed", "diverged"], "alarm"),
+        (["not_compared", "equal"], "alarm"),
+        (["diverged", "diverged"], "diverged"),
+        (["equal", "not possible"], "nothing ran"),
+    ],
+)
+def test_a_right_job_with_any_other_verdict_is_an_alarm(
+    verdicts_found: list[str], outcome: str
+) -> None:
+    named = {str(i): verdict for i, verdict in enumerate(verdicts_found)}
+    assert campaign._outcome(named) == outcome

@@ -15,9 +15,11 @@ from typing import Any
 from hybrid import records
 from hybrid.records import Record
 
-# Relative differences of a loss, a norm or an update that rounding makes with no help: 16 times
-# fp32's unit roundoff, since a sum has many terms, and once that of bf16 (2**-8).
+# Relative differences of a norm or an update that rounding makes with no help: 16 times fp32's unit
+# roundoff, since a sum has many terms, and once that of bf16 (2**-8). A loss is summed in fp32, and
+# is the mean of so many outputs that the rounding of bf16's evens out in part.
 ROUNDING = {"fp32": 1e-6, "bf16": 4e-3}
+ROUNDING_OF_LOSS = {"fp32": 1e-6, "bf16": 1e-3}
 # An effect counts as visible from this many times what rounding was seen to do there. A single
 # right run shows rounding at one draw, and another draw may be some times as large.
 MARGIN = 4.0
@@ -65,7 +67,7 @@ def measure_effect(
 ) -> Effect:
     """Return where the fault shows most against rounding; start: the weights before training."""
     sizes, noise = _distances(faulty, right), _so_far(_distances(right, reference))
-    least = _least(right, start, ROUNDING[precision])
+    least = _least(right, start, precision)
     found = []
     for place, size in sizes.items():
         rounding = max(MARGIN * noise.get(place, 0.0), least[place[0], _tensor(place)])
@@ -79,13 +81,14 @@ def _tensor(place: Place) -> str | None:
 
 
 def _least(
-    right: FinishedRun, start: Mapping[str, Any], rounding: float
+    right: FinishedRun, start: Mapping[str, Any], precision: str
 ) -> dict[tuple[str, str | None], float]:
     """Return the least rounding by quantity, and for weights by tensor: that of its update."""
+    rounding, of_loss = ROUNDING[precision], ROUNDING_OF_LOSS[precision]
     least: dict[tuple[str, str | None], float] = {
-        ("loss", None): rounding,
+        ("loss", None): of_loss,
         ("grad_norm", None): rounding,
-        ("eval loss", None): rounding,
+        ("eval loss", None): of_loss,
         ("initial weights", None): START,
     }
     for name, value in right.weights.items():
