@@ -95,7 +95,7 @@ def draw_fault(seed: int) -> DrawnFault:
         **_model_and_data(draw, seed, dropout, ("perceptron", "transformer", "gpt")),
         "optimizer": optimizer,
         "train": train,
-        "strategy": {"local_sgd": {"sync_every": draw.choice([1, 2])}},
+        "strategy": {"local_sgd": {"sync_every": draw.choice([1] if kind.merges else [1, 2])}},
     }
     # A short last batch would leave micro-batches empty, in which a fault changes nothing.
     sections["data"]["options"]["samples"] = train["global_batch"] * draw.randint(2, 5)

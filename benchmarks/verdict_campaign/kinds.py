@@ -41,6 +41,7 @@ class Kind:
     step: int | None = None
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     micro_batches: bool = False  # several
+    merges: bool = False  # after each step
     clips: bool = False
     dropout: bool = False
     fp32_only: bool = False
@@ -73,5 +74,5 @@ KINDS = {
     "last_step_not_made": Kind("the last update is not made", step=-1),
     "gradient_rounded": Kind("fp32 gradients are rounded to bf16 before a step", fp32_only=True),
     "state_lost": Kind("the optimizer's moments are set to zero", optimizer=ADAM, first_step=1),
-    "merge_incomplete": Kind("one tensor is left out of the average", ("local_sgd",)),
+    "merge_incomplete": Kind("one tensor is left out of the average", ("local_sgd",), merges=True),
 }
