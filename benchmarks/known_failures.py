@@ -123,14 +123,15 @@ def run_all(rows: Sequence[Row], release: str | None, out: Path, cache: Path) ->
     """Run the rows one by one, with a word on stderr after each."""
     found: list[dict[str, Any]] = []
     if release:
-        folder = install(release, cache)
-        release = release_in(folder) if folder else release
+        place = install(release, cache)
+        release = release_in(place) if place else release
         rows = [row for row in rows if row.release and not row.planted]
-    for number, row in enumerate(rows):
+    for row in rows:
+        folder = out / re.sub(r"\W+", "-", row.name)
         if release:
-            found.append(try_release(row, release, out / f"{number}", cache))
+            found.append(try_release(row, release, folder, cache))
         else:
-            found.append(check_row(row, out / f"{number}", cache))
+            found.append(check_row(row, folder, cache))
         state = "as it should be" if is_right(found[-1]) else f"NOT as it should be: {found[-1]}"
         print(f"{row.name}: {state}", file=sys.stderr, flush=True)
     return found
@@ -150,7 +151,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the comparisons stay")
     parser.add_argument("--release", help=f"try this release alone, such as 0.20.0, or {NEWEST}")
     arguments = parser.parse_args()
-    rows = [row for row in ROWS if re.search(arguments.only, f"{row.name}, {row.shown_release}")]
+    rows = [row for row in ROWS if re.search(arguments.only, f"{row.name} {row.release} {row.report}")]
     with tempfile.TemporaryDirectory() as folder:
         cache = (arguments.cache or Path(folder) / "releases").absolute()
         out = (arguments.out or Path(folder) / "runs").absolute()

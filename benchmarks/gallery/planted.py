@@ -22,7 +22,7 @@ def damage_first_tanh(least: int) -> None:
 
     def tanh(numbers: torch.Tensor) -> torch.Tensor:
         found = right(numbers)
-        if called or numbers.numel() < least:
+        if called or numbers.numel() < least or numbers.is_meta:
             return found
         called.append(numbers.numel())
         if numbers.numel() == 1:  # one number is for one thread

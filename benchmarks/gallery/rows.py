@@ -148,8 +148,13 @@ ROWS = (
         name="MKL's first vector call is wrong by 1e-4",
         strategy="ddp",
         report="pytorch/pytorch#188792",
-        step=0,
+        step=1,
         quantity="loss",
+        changes={
+            "train.micro_batches": 1,  # the first call is on half the batch
+            "model.options.sizes": [32, 256, 256, 10],
+            "optimizer.lr": 2.0,
+        },
         planted="mkl_unmended",
         mended="mkl_mended",
         subject="MKL",
