@@ -31,7 +31,7 @@ from .machine import summarise_machine
 
 def check_row(row: Row, out: Path, cache: Path) -> dict[str, Any]:
     """Run a row's job with the failure and without it, and return its object of the result."""
-    bad = _try(row, row.release, row.planted, out / "bad", cache)
+    bad = _try(row, row.release, row.planted or row.adapter, out / "bad", cache)
     good = _try(row, row.good if row.release else None, row.mended, out / "good", cache)
     in_place = (bad.step, bad.quantity) == (row.step, row.quantity)
     named = row.cause is None or row.cause in (bad.likely_cause or "")
@@ -151,7 +151,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the comparisons stay")
     parser.add_argument("--release", help=f"try this release alone, such as 0.20.0, or {NEWEST}")
     arguments = parser.parse_args()
-    rows = [row for row in ROWS if re.search(arguments.only, f"{row.name} {row.release} {row.report}")]
+    rows = [
+        row for row in ROWS if re.search(arguments.only, f"{row.name} {row.release} {row.report}")
+    ]
     with tempfile.TemporaryDirectory() as folder:
         cache = (arguments.cache or Path(folder) / "releases").absolute()
         out = (arguments.out or Path(folder) / "runs").absolute()

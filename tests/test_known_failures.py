@@ -21,6 +21,7 @@ from hybrid.strategies import registry
 from tests.conftest import ROOT, small_job
 
 FIRST = Difference(0, "grad_norm", 4.0, 1.0, "gradients 4 times too large")
+DISAGREE = "rank 1 has gradient norm 0.4, rank 0 has 0.3: what all ranks share was not reduced"
 REFUSED = "rank 0: receipt refused: fsdp was asked for; not so: every parameter is a DTensor"
 
 
@@ -60,6 +61,14 @@ def comparison(parity: Parity | None, record: Record | None = None) -> dict[str,
             comparison(Parity(False, None, None, {}), Record("s", "failed", REFUSED)),
             True,
             (None, "receipt"),
+            None,
+        ),
+        (
+            comparison(
+                Parity(False, None, None, {}), Record("s", "failed", f"{DISAGREE} (in step 2)")
+            ),
+            True,
+            (2, "grad_norm"),
             None,
         ),
         (

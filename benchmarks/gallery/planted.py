@@ -48,9 +48,19 @@ def mkl_mended() -> None:
     damage_first_tanh(least=1)
 
 
+def bf16_without_overflow() -> None:
+    """Give the bf16 optimizer of DeepSpeed 0.18 the attribute that later ones have.
+
+    This is no failure: it lets the old release run under this project."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    BF16_Optimizer.overflow = False
+
+
 FAILURES: dict[str, Callable[[], None]] = {
     "mkl_unmended": mkl_unmended,
     "mkl_mended": mkl_mended,
+    "bf16_without_overflow": bf16_without_overflow,
     "deepspeed_clips_alone": faulty.deepspeed_clips_alone,
     "fsdp_falls_back": faulty.fsdp_falls_back,
 }

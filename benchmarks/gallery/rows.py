@@ -24,7 +24,8 @@ class Row(NamedTuple):
     """One failure.
 
     release: of DeepSpeed, `good` one that does not have it; None where another package has it, and
-    then `planted` (benchmarks/gallery/planted.py) shows it, and `mended` does not. step, quantity:
+    then `planted` (benchmarks/gallery/planted.py) shows it, and `mended` does not. adapter: what of
+    that file lets an old release run under this project. step, quantity:
     where a comparison must find it. cause: what its likely cause must name. report: where it is
     reported. changes: of `JOB`, "a.b" to a value."""
 
@@ -38,6 +39,7 @@ class Row(NamedTuple):
     good: str | None = GOOD
     planted: str | None = None
     mended: str | None = None
+    adapter: str | None = None
     subject: str = "DeepSpeed"
     cause: str | None = None
 
@@ -99,6 +101,8 @@ ROWS = (
         quantity="grad_norm",
         changes={"train.precision": "bf16"},
         release="0.18.9",
+        adapter="bf16_without_overflow",
+        cause="what all ranks share was not reduced over all of them",
     ),
     Row(
         name="bf16 without ZeRO never zeroes its gradients",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,23 +36,34 @@ class Outcome(NamedTuple):
 
 
 REFUSED = "receipt refused: "
+# What a run says of itself where its ranks disagree on a number that all of them share.
+DISAGREE = re.compile(
+    r"rank \d+ has (?P<what>gradient norm|learning rate) (?P<got>\S+), rank 0 has (?P<first>\S+): "
+    r"(?P<cause>.*) \(in step (?P<step>\d+)\)"
+)
+QUANTITIES = {"gradient norm": "grad_norm", "learning rate": "lr"}
 
 
 def read_outcome(comparison: dict[str, Any], strategy: str) -> Outcome:
     """Return what a comparison (the object of compare.json) says about one strategy.
 
-    A run that failed of something else than its receipt is no alarm but a problem: a crash proves
-    nothing about what was computed."""
+    A run that refused itself is an alarm: by its receipt, or because its ranks disagree on a number
+    (`got`, and `expected` on rank 0). A run that failed of something else is none but a problem: a
+    crash proves nothing about what was computed."""
     record, verdict = comparison["strategies"][strategy], comparison["parity"].get(strategy)
     reason = record.get("reason") or ""
-    environment = record.get("environment") or {}
+    # A run that failed has no environment in its record.
     about = {
-        "deepspeed": environment.get("packages", {}).get("deepspeed"),
-        "known_bad_allowed": environment.get("known_bad_allowed"),
+        "deepspeed": comparison["machine"].get("packages", {}).get("deepspeed"),
+        "known_bad_allowed": comparison["job"].get("launch", {}).get("allow_known_bad"),
     }
     if record["status"] == "failed" and REFUSED in reason:
         cause = reason.partition("; ")[2] or reason
         return Outcome(True, None, "receipt", "refused", "engaged", cause, None, **about)
+    if record["status"] == "failed" and (found := DISAGREE.search(reason)):
+        values = float(found["got"]), float(found["first"])
+        what = QUANTITIES[found["what"]]
+        return Outcome(True, int(found["step"]), what, *values, found["cause"], None, **about)
     if record["status"] != "ok" or verdict is None:
         return Outcome(False, problem=f"{record['status']}: {reason}", **about)
     if verdict["state"] not in ("equal", "not_equal"):
