@@ -142,15 +142,20 @@ def is_right(row: dict[str, Any]) -> bool:
     return row["ok"] if "ok" in row else row["caught"] and row["control_ok"]
 
 
-def main() -> None:
-    """Run the rows that are asked for, and print the result."""
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.known_failures")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--only", default="", metavar="REGEX", help="rows whose name this finds")
     parser.add_argument("--cache", type=Path, help="where releases stay for the next time")
     parser.add_argument("--out", type=Path, help="where the comparisons stay")
     parser.add_argument("--release", help=f"try this release alone, such as 0.20.0, or {NEWEST}")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Run the rows that are asked for, and print the result."""
+    arguments = make_parser().parse_args()
     rows = [
         row for row in ROWS if re.search(arguments.only, f"{row.name} {row.release} {row.report}")
     ]
