@@ -52,6 +52,9 @@ FreshRanks = Annotated[
     bool,
     typer.Option("--fresh-ranks", help="Start each rank afresh, not by a fork of one process."),
 ]
+KnownBad = Annotated[
+    bool, typer.Option("--allow-known-bad", help="Run releases that are known to train wrongly.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
@@ -77,6 +80,7 @@ def compare(
     strict_reference: Annotated[
         bool, typer.Option(help="Exit with 1 where the reference did not repeat itself.")
     ] = False,
+    allow_known_bad: KnownBad = False,
     json: Json = False,
 ) -> None:
     """Run the job under each strategy and hold every run against one, such as `single`."""
@@ -84,7 +88,7 @@ def compare(
     from .comparison.session import compare as compare_strategies
     from .training.progress import Progress
 
-    loaded, out = _load(job, overrides), _choose_folder(out, resume)
+    loaded, out = _load(job, overrides, allow_known_bad), _choose_folder(out, resume)
     names = [n.strip() for n in strategies.split(",")] if strategies else None
     watcher = Progress()
     try:
@@ -110,6 +114,7 @@ def train(
     out: Out = Path("out/train"),
     overrides: Overrides = None,
     fresh_ranks: FreshRanks = False,
+    allow_known_bad: KnownBad = False,
     json: Json = False,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -117,7 +122,8 @@ def train(
     from . import records
     from .training.run import run_job
 
-    record = run_job(_load(job, overrides), strategy, out, nproc, parent, fresh_ranks)
+    loaded = _load(job, overrides, allow_known_bad)
+    record = run_job(loaded, strategy, out, nproc, parent, fresh_ranks)
     if record is None:
         return
     if json:
@@ -190,13 +196,14 @@ def doctor(
     raise typer.Exit(run_on_files(files, to) if files else run(self_test, to))
 
 
-def _load(path: Path, overrides: list[str] | None) -> Any:
+def _load(path: Path, overrides: list[str] | None, allow_known_bad: bool = False) -> Any:
     from .data import SOURCES
     from .job.file import load_job
     from .job.imports import check_name
     from .models import check_model_name
 
-    job = load_job(path, overrides or [])
+    allowed = ["launch.allow_known_bad=true"] if allow_known_bad else []
+    job = load_job(path, [*(overrides or []), *allowed])
     check_model_name(job.model.name)
     check_name("data", job.data.name, SOURCES)
     return job

@@ -14,11 +14,11 @@ from hybrid import load_job
 from hybrid.engines.deepspeed_config import OWNED_BY_JOB, load_ds_config
 from hybrid.job.errors import JobError, Unsupported
 from hybrid.job.file import to_dict
+from hybrid.job.known_bad import check_release
 from hybrid.job.schema import resolve_lengths
-from hybrid.stages.checks import check_release
 from hybrid.stages.partition import partition
 from hybrid.training.check import check_job
-from tests.conftest import JOBS, ROOT
+from tests.conftest import JOBS, ROOT, small_job
 
 SHIPPED_JOBS = sorted(path.name for path in JOBS.glob("*.toml"))
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -95,12 +95,12 @@ def test_the_range_of_deepspeed_begins_where_pipelines_are_right() -> None:
 @pytest.mark.parametrize("release", ["0.19.2", "0.18.9", "0.9.5", "0.19.2+cu128"])
 def test_a_deepspeed_with_wrong_gradients_is_refused(release: str) -> None:
     with pytest.raises(Unsupported, match=r"0\.19\.3 or later is needed"):
-        check_release(release)
+        check_release(small_job(), "pipeline", release)
 
 
 @pytest.mark.parametrize("release", ["0.19.3", "0.19.8+cpu", "0.19.10", "0.20.0", "1.0.0"])
 def test_a_deepspeed_with_right_gradients_is_taken(release: str) -> None:
-    check_release(release)
+    assert check_release(small_job(), "pipeline", release) == []
 
 
 def test_a_uniform_cut_leaves_no_stage_without_parameters() -> None:

@@ -16,9 +16,9 @@ from hybrid import records
 from hybrid.engines.schedule import learning_rate
 from hybrid.job.errors import JobError, RunError, Unsupported
 from hybrid.job.file import to_dict
+from hybrid.job.known_bad import check_release
 from hybrid.measure import traffic
 from hybrid.models.mlp import mlp
-from hybrid.stages.checks import check_release
 from tests.conftest import ROOT, SMALL, hybrid_command, small_job
 from tests.test_failures import start_train, wait_for_steps
 
@@ -145,10 +145,10 @@ def test_a_rate_past_the_last_step_stays_at_its_lowest(name: str) -> None:
 
 def test_a_release_candidate_of_deepspeed_is_compared_like_any_release() -> None:
     for fine in ("0.19.3", "0.20.0rc1", "0.19.9+cpu", "0.19.3.post1"):
-        check_release(fine)
+        assert check_release(small_job(), "pipeline", fine) == []
     for wrong in ("0.19.3rc1", "0.19.2", "0.18.9.dev4"):
         with pytest.raises(Unsupported, match=r"wrong gradients.*0\.19\.3 or later"):
-            check_release(wrong)
+            check_release(small_job(), "2d", wrong)
 
 
 def test_a_collective_that_the_counter_does_not_know_is_not_counted(

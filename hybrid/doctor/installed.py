@@ -15,15 +15,15 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from ..job.errors import JobError
+from ..job.known_bad import FIRST_RIGHT_PIPELINE
 from ..launch.ops_cache import package_version
-from ..stages.checks import FIRST_RIGHT_DEEPSPEED
 from .files import check_file
 from .finding import Finding, warn_if
 
 # The first good release, and what was wrong before.
 KNOWN_WRONG = {
     "deepspeed": (
-        FIRST_RIGHT_DEEPSPEED,
+        FIRST_RIGHT_PIPELINE,
         "pipelines that accumulate train on wrong gradients (deepspeedai/DeepSpeed#7773, #8152)",
     ),
     "torch": (Version("2.10"), "torch.load has known holes even with weights_only=True"),

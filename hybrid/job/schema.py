@@ -133,10 +133,14 @@ class Log(_Section):
 
 
 class Launch(_Section):
-    """Sets after how many seconds a run gives up."""
+    """Sets after how many seconds a run gives up, and which releases may run.
+
+    allow_known_bad: runs a release of DeepSpeed that is known to train wrongly, which is otherwise
+    refused."""
 
     start_timeout_s: Seconds = 60  # on ranks that do not start or meet
     collective_timeout_s: Seconds = 300  # on a rank that others wait for in a collective
+    allow_known_bad: bool = False
 
 
 class StrategySettings(_Section):

@@ -8,18 +8,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from importlib.metadata import version
-
-from packaging.version import Version
 
 from ..job.errors import Unsupported
+from ..job.known_bad import check_release
 from ..job.schema import Job, Pipeline
 from ..layout import Layout, make_ranges, micro_batch_size
 from .partition import best_cut, cut_groups, partition, weigh
 
-# Earlier releases scale gradients wrongly with more than one micro-batch
-# (deepspeedai/DeepSpeed#7773 and #8152, corrected by #8154).
-FIRST_RIGHT_DEEPSPEED = Version("0.19.3")
 ROWS = "rows"  # in a shape: the axis of the samples of a micro-batch
 HEAVY = 1.5  # least ratio of the heaviest stage's parameters to their mean that gives a warning
 WASTE = 0.1  # share of a step's rows that may be padding without a warning
@@ -42,7 +37,7 @@ def check_stages(name: str, job: Job, layout: Layout, summary: ModelSummary) -> 
 
     Raises Unsupported for a model that cannot be cut so, or a DeepSpeed that trains pipelines
     wrongly, and JobError for a partition that does not fit."""
-    check_release(version("deepspeed"))
+    known_bad = check_release(job, name)
     if summary.cut_problem:
         raise Unsupported(summary.cut_problem)
     settings = job.settings(name)
@@ -52,16 +47,7 @@ def check_stages(name: str, job: Job, layout: Layout, summary: ModelSummary) -> 
     found = check_pipeline(name, job, layout, parts, sizes, summary.boundaries)
     if found.problems:
         raise Unsupported(found.problems[0])
-    return found.warnings
-
-
-def check_release(deepspeed: str) -> None:
-    """Raise Unsupported for a DeepSpeed known to compute wrong pipeline gradients."""
-    if Version(deepspeed) < FIRST_RIGHT_DEEPSPEED:
-        raise Unsupported(
-            f"deepspeed {deepspeed} trains pipelines on wrong gradients when it accumulates "
-            f"(deepspeedai/DeepSpeed#8152); {FIRST_RIGHT_DEEPSPEED} or later is needed"
-        )
+    return [*known_bad, *found.warnings]
 
 
 @dataclasses.dataclass(frozen=True)

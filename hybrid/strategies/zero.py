@@ -4,6 +4,7 @@ Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054."""
 import dataclasses
 
 from ..engines.deepspeed_config import check_fp16
+from ..job.known_bad import check_release
 from ..job.schema import Job
 from ..launch.placement import Placement
 from ..layout import Layout
@@ -28,9 +29,9 @@ class ZeroStrategy:
         return Layout(dp=nproc, shard=nproc)
 
     def check(self, job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
-        """Refuse fp16 where DeepSpeed does."""
+        """Refuse fp16 where DeepSpeed does, and a DeepSpeed that trains this stage wrongly."""
         check_fp16(job)
-        return []
+        return check_release(job, self.name)
 
     def build(self, job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
         """Put the model under this stage."""

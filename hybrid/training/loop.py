@@ -166,7 +166,8 @@ class _Run:
             drift=receipt.evidence.get("drift"),
             evals=self.evals,
             environment=describe_machine()
-            | {"threads_per_rank": torch.get_num_threads(), "data": data},
+            | {"threads_per_rank": torch.get_num_threads(), "data": data}
+            | {"known_bad_allowed": self.job.launch.allow_known_bad},
         )
         self.engine.close()
         if self.out:
