@@ -142,6 +142,27 @@ def test_deepspeed_still_cannot_set_whole_masters_of_sizes_that_do_not_divide() 
         Optimizer.set_full_hp_param(fake, torch.zeros(9), parameter)
 
 
+def test_fused_adamw_still_rounds_by_where_a_number_lies() -> None:
+    """hybrid/engines/optimizer.py::build_optimizer, `ties`"""
+
+    def step(first: int, last: int, fused: bool) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(1)
+        start, *gradients = (torch.randn(1000, generator=draw) for _ in range(25))
+        parameter = torch.nn.Parameter(0.02 * start[first:last])
+        optimizer = torch.optim.AdamW([parameter], lr=1e-3, fused=fused)
+        for gradient in gradients:
+            parameter.grad = gradient[first:last].clone()
+            optimizer.step()
+        return parameter.detach()
+
+    differ = {}
+    for fused in (True, False):
+        whole = step(0, 1000, fused)
+        cuts = [(3, 40), (7, 508), (990, 993), *((n, n + 5) for n in range(0, 900, 50))]
+        differ[fused] = any(not torch.equal(step(a, b, fused), whole[a:b]) for a, b in cuts)
+    assert differ == {True: True, False: False}
+
+
 def test_deepspeed_still_clips_stages_by_the_first_one_s_norm(tmp_path: Path) -> None:
     """hybrid/engines/pipeline_deepspeed.py::StageEngine._clip"""
     result = compare_with("deepspeed_clips_alone", "pipeline", tmp_path, train__clip_norm=0.05)

@@ -91,7 +91,8 @@ class StageEngine(BaseEngine):
         own.register_forward_pre_hook(self._seed)
         self.buffers = names_of(own.buffers())
         parameters = self.assignment.parameters(own)
-        optimizer = build_optimizer(self.job, parameters, no_decay, num_groups)
+        ties = self.assignment.has_ties
+        optimizer = build_optimizer(self.job, parameters, no_decay, num_groups, ties)
         if self.zero_stage == 0:
             # In fp32 without ZeRO, DeepSpeed 0.19 takes the norm of the first stage alone, clips
             # stages differently and reports None. So clipping is done here, over all stages.

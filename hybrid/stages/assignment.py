@@ -40,6 +40,11 @@ class StageAssignment:
         self._bare = [i for i in self.part if not any(True for _ in layers[i].parameters())]
         self._tied_sets = sorted({tuple(held) for held in stages.values() if len(held) > 1})
 
+    @property
+    def has_ties(self) -> bool:
+        """Tell whether several stages hold a copy of one parameter."""
+        return bool(self._tied_sets)
+
     def tied(self) -> list[tuple[nn.Parameter, Any, bool]]:
         """Return this rank's tied parameters, each with its group and whether this stage is first.
 
