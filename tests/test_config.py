@@ -30,6 +30,8 @@ KINDS = {  # every field of the job, by the kind of value it takes
         *(f"strategy.{name}.micro_batches" for name in NAMES),
         *("strategy.ddp.powersgd_rank", "strategy.ddp.bucket_cap_mb"),
         "strategy.local_sgd.emulate_replicas",
+        "strategy.local_sgd.move_weights",
+        "strategy.single.move_weights",
         *("launch.start_timeout_s", "launch.collective_timeout_s", "log.every"),
     ],
     "whole": ["train.seed", "train.eval_every", "schedule.warmup_steps"],

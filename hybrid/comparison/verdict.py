@@ -21,6 +21,7 @@ EMULATION = "_emulation"  # after the name of a run of local SGD
 # later ones run where the first do not spread so far: a kink, such as relu's at 0, shows by chance.
 CONTROL_MICRO_BATCHES = (1, 3, 7, 2, 5, 11)
 NUM_CONTROLS = 3
+KINDS = {"cut": "micro_batches", "moved": "move_weights"}  # of controls: the setting of each
 LARGEST_KINK = 1e-2  # relative; a larger difference is not looked for in further controls
 
 
@@ -145,19 +146,19 @@ def _judge_with_controls(
     case: _Case, rule: Rule, run: Run, expected: Run
 ) -> Parity | list[Control]:
     """Return the verdict with controls, or those that are missing."""
-    wanted, usable = _summing_orders(case), dict[str, Run]()
+    wanted, usable = _list_controls(case), dict[str, Run]()
     for control in wanted:
         if control.label not in case.controls:
             return [control]
         if case.controls[control.label].status == "ok":
             usable[control.label] = case.load(control.label)
-        if len(usable) < NUM_CONTROLS:
+        if len(usable) < min(NUM_CONTROLS, len(wanted)):
             continue
         verdict = compare_runs(run, expected, case.against, rule, usable)
         if verdict.ok:
             return verdict
         words = words_needed(run, expected, rule, usable)
-        again = [case.control(f"{label}{AGAIN}", **_cut(label)) for label in words]
+        again = [case.control(f"{label}{AGAIN}", **_changes_of(label)) for label in words]
         if missing := [one for one in again if one.label not in case.controls]:
             return missing
         repeated = [label for label in words if repeats_its_bits(label, case.controls, case.load)]
@@ -179,25 +180,27 @@ def _judge_reference(case: _Case, rule: Rule, verdict: Parity) -> Parity | list[
     return verdict
 
 
-def _cut(label: str) -> dict[str, int]:
+def _changes_of(label: str) -> dict[str, int]:
     """Return the setting of the control of that label."""
-    return {"micro_batches": int(label.rpartition("_")[2])}
+    _, kind, number = label.rsplit("_", 2)
+    return {KINDS[kind]: int(number)}
 
 
-def _summing_orders(case: _Case) -> list[Control]:
+def _list_controls(case: _Case) -> list[Control]:
     """List the controls that show how far rounding goes: the same sums in other orders.
 
     A cut into as many pieces as the reference's own, or into more than there are samples, is no
-    other order."""
-    share = case.job.train.global_batch // case.changes.get("emulate_replicas", 1)
+    other order. Where too few are left, weights are moved by one rounding after the first step."""
     reference = case.known[case.against]
     strategy = reference.variant_of or reference.strategy
+    share = -(-case.job.train.global_batch // case.changes.get("emulate_replicas", 1))
     own = case.changes.get("micro_batches", case.job.micro_batches(strategy))
-    seen = {min(own, share)}
-    found = []
+    labels, seen = [], {min(own, share)}
     for cut in CONTROL_MICRO_BATCHES:
-        pieces = min(cut, share)
-        if pieces not in seen:
-            seen.add(pieces)
-            found.append(case.control(f"{case.against}_cut_{cut}", micro_batches=cut))
-    return found
+        if min(cut, share) not in seen:
+            seen.add(min(cut, share))
+            labels.append(f"{case.against}_cut_{cut}")
+    if strategy in ("single", "local_sgd"):
+        few = range(1, NUM_CONTROLS + 1 - len(labels))
+        labels += [f"{case.against}_moved_{seed}" for seed in few]
+    return [case.control(label, **_changes_of(label)) for label in labels]

@@ -35,6 +35,7 @@ from .state import copy_of_state, copy_state, named_tensors, num_held
 from .step_queue import LocalRow, StartedStep, StepRow, make_row, step_result
 from .tally import Tally
 
+ROUNDING = 2.0**-23  # of an fp32 number, relative
 UNREAD = 1000  # merges whose drift may wait on the device
 
 
@@ -44,7 +45,7 @@ class ReplicaEngine(BaseEngine):
     Every `merge_every` optimizer steps (None: never), and once more after the last step, their
     parameters and floating-point buffers are averaged. Each replica is weighted by the samples it
     saw since the last merge (federated averaging, McMahan et al. 2017,
-    https://arxiv.org/abs/1602.05629)."""
+    https://arxiv.org/abs/1602.05629). moved: see `_move_weights`."""
 
     def __init__(
         self,
@@ -54,9 +55,10 @@ class ReplicaEngine(BaseEngine):
         loss: Loss,
         merge_every: int | None = None,
         replicas: int = 1,
+        moved: int | None = None,
     ) -> None:
         super().__init__(job, placement, loss)
-        self.merge_every = merge_every
+        self.merge_every, self.moved = merge_every, moved
         self.observer = Observer(layers)
         no_decay = no_decay_names(layers, job.optimizer.no_decay)
         first = layers.whole().to(self.device)
@@ -90,6 +92,20 @@ class ReplicaEngine(BaseEngine):
         self._note_step(rows, scale)
         if self._merges():
             self._merge()
+        if self.moved is not None and self.step == 0:
+            self._move_weights(self.moved)
+
+    @torch.no_grad()
+    def _move_weights(self, seed: int) -> None:
+        """Move each weight by one rounding up or down, alike in all replicas.
+
+        A control does this where its sums have no other orders: all that follows rounds
+        otherwise."""
+        for model in self.models:
+            draw = torch.Generator().manual_seed(seed)
+            for parameter in model.parameters():
+                signs = torch.randint(0, 2, parameter.shape, generator=draw).mul_(2).sub_(1)
+                parameter.mul_(1 + signs.to(parameter.device) * ROUNDING)
 
     def _merges(self) -> bool:
         """Tell whether the replicas are merged after this step."""

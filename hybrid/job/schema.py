@@ -149,6 +149,13 @@ class StrategySettings(_Section):
     micro_batches: Positive | None = None  # overrides [train]
 
 
+class Single(StrategySettings):
+    """Sets what `hybrid compare` needs of a control."""
+
+    # After the first step each weight moves by one rounding, up or down as this seed draws it.
+    move_weights: Positive | None = None
+
+
 class Ddp(StrategySettings):
     """Sets how gradients travel, and buffers.
 
@@ -167,6 +174,7 @@ class LocalSgd(StrategySettings):
     sync_every: Positive | Literal["epoch"] = "epoch"  # local steps between two averages
     # One process plays that many ranks in turn: `hybrid compare` holds a real run against it.
     emulate_replicas: Positive | None = None
+    move_weights: Positive | None = None  # as of `single`; for an emulation alone
 
 
 class Fsdp(StrategySettings):
@@ -211,7 +219,7 @@ class TwoD(Pipeline):
 class Strategies(_Section):
     """Holds the settings of each strategy: [strategy.NAME]."""
 
-    single: StrategySettings = StrategySettings()
+    single: Single = Single()
     ddp: Ddp = Ddp()
     local_sgd: LocalSgd = LocalSgd()
     fsdp: Fsdp = Fsdp()

@@ -19,6 +19,8 @@ def layout(job: Job, nproc: int) -> Layout:
     replicas = job.strategy.local_sgd.emulate_replicas
     if replicas and nproc != 1:
         raise Unsupported(f"emulate_replicas = {replicas} runs in one process, not in {nproc}")
+    if job.strategy.local_sgd.move_weights and not replicas:
+        raise JobError("strategy.local_sgd.move_weights: is for emulate_replicas alone")
     return Layout(dp=replicas or nproc, replicate=replicas or nproc)
 
 
@@ -34,5 +36,6 @@ def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
     """Make this rank's replica, or all of them in an emulation."""
     from ..engines.replicas import ReplicaEngine
 
-    replicas = job.strategy.local_sgd.emulate_replicas or 1
-    return ReplicaEngine(job, placement, layers, loss, steps_between_syncs(job), replicas)
+    settings = job.strategy.local_sgd
+    every, replicas = steps_between_syncs(job), settings.emulate_replicas or 1
+    return ReplicaEngine(job, placement, layers, loss, every, replicas, settings.move_weights)

@@ -18,4 +18,5 @@ def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
     """Make one replica that trains on all samples."""
     from ..engines.replicas import ReplicaEngine
 
-    return ReplicaEngine(job, placement, layers, loss)
+    moved = job.strategy.single.move_weights
+    return ReplicaEngine(job, placement, layers, loss, moved=moved)
