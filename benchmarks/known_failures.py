@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -27,7 +28,6 @@ from .gallery.releases import NEWEST, InstallError, install, release_in
 from .gallery.rows import ROWS, Row
 from .gallery.running import Outcome, run_row
 from .machine import summarise_machine
-
 
 NOTES = """
 - A release of DeepSpeed is installed by pip in a folder of its own, which is first on PYTHONPATH.
@@ -73,7 +73,7 @@ def describe_control(row: Row) -> str:
 def _try(row: Row, release: str | None, planted: str | None, out: Path, cache: Path) -> Outcome:
     try:
         return run_row(row, release, planted, out, cache)
-    except (InstallError, OSError, TimeoutError) as error:
+    except (InstallError, OSError, subprocess.SubprocessError) as error:
         return Outcome(False, problem=str(error))
 
 
