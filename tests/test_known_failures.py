@@ -161,6 +161,7 @@ def test_the_flag_lifts_the_gate_and_stands_in_the_record(tmp_path: Path) -> Non
         assert hybrid.train(job, "single").environment["known_bad_allowed"] is allow
 
 
+@pytest.mark.slow
 def test_the_command_catches_a_failure_of_the_installed_release(tmp_path: Path) -> None:
     (row,) = (row for row in ROWS if "8068" in row.report)
     outcome = running.run_row(row, None, None, tmp_path, tmp_path / "releases")
