@@ -42,6 +42,7 @@ KINDS = {  # every field of the job, by the kind of value it takes
     "bool": [
         *("train.activation_checkpointing", "train.compile"),
         *("strategy.fsdp.reshard_after_forward", "strategy.zero2.reduce_once"),
+        "launch.allow_known_bad",
     ],
     "text": [
         *("model.name", "data.name"),

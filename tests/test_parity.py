@@ -167,6 +167,28 @@ def test_a_parameter_that_only_one_run_moves_is_named() -> None:
     assert said.startswith("1.bias has no first update here, and one in the reference"), said
 
 
+@pytest.mark.parametrize(
+    ("clip_norm", "ratio", "why"),
+    [
+        (0.0, 10.0, "another learning rate"),
+        (0.0, 1 / 1.5, "clipped at a norm of 1, as DeepSpeed does"),  # the norm is 1.5
+        (0.0, 1 / 1.6, "another learning rate"),
+        (1.0, 1.25, "clipped by a norm that is 0.8 of the whole one"),
+        (1.0, 0.8, "another learning rate"),
+        (2.0, 1.25, "another learning rate"),
+    ],
+)
+def test_updates_that_are_all_off_alike_may_be_clipped(
+    clip_norm: float, ratio: float, why: str
+) -> None:
+    steps = at_steps(range(1, STEPS), loss=1.1).record.steps
+    run = make_run(weights=make_weights(dict.fromkeys(NAMES, ratio)), steps=steps)
+    facts = Facts(FACTORS, clip_norm=clip_norm)
+    found = compare_runs(run, make_run(), "single", dataclasses.replace(rule(), facts=facts))
+    assert found.first_difference is not None
+    assert f"times the reference's: {why}" in str(found.first_difference.likely_cause)
+
+
 def test_an_update_counts_as_another_from_both_sides() -> None:
     steps = at_steps(range(1, STEPS), loss=1.1).record.steps
     for by, named in ((1 + 0.9 * SAME_UPDATE, False), (1 + 1.1 * SAME_UPDATE, True)):

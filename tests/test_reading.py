@@ -6,6 +6,7 @@ The comparisons run in this process, on one rank: one with faults planted, one t
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import shlex
 import typing
@@ -22,9 +23,11 @@ import hybrid
 from hybrid import records
 from hybrid.cli import app
 from hybrid.comparison import session
+from hybrid.comparison.causes import Facts
 from hybrid.comparison.differences import SAME_START, STEP_QUANTITIES, Run
 from hybrid.comparison.doubts import name_suspect
 from hybrid.comparison.noise import SHARE_OF_NOISE
+from hybrid.comparison.parity import compare_runs
 from hybrid.comparison.tolerances import EXACT_STEPS, HOOK_TOLERANCES, TOLERANCES, tolerance
 from hybrid.comparison.verdict import CONTROL_MICRO_BATCHES
 from hybrid.job.errors import Failure, RunFailed, exit_status, first_line
@@ -216,6 +219,11 @@ def causes() -> list[str]:
     found.append(made.first(made.with_weights("1.bias", 2.0))[2])
     found.append(made.first(made.at_steps(every, loss=2.0, grad_norm=2.0))[2])
     found.append(made.first(with_still_bias())[2])
+    for clip_norm, ratio in ((1.0, 1.25), (0.0, 1 / 1.5)):
+        run, facts = first_updates(_=ratio), Facts(clip_norm=clip_norm)
+        rule = dataclasses.replace(made.rule(), facts=facts)
+        clipped = compare_runs(run, made.make_run(), "single", rule).first_difference
+        found.append(clipped and clipped.likely_cause)
     return [str(cause) for cause in found]
 
 

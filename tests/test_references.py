@@ -47,7 +47,10 @@ def test_controls_of_another_reference_are_runs_of_it(launches: Launches) -> Non
     assert states(result)["ddp"] == "not_equal" and states(result)["zero1"] == "equal"
     assert result.controls, "a late difference may be rounding"
     for label, run in result.controls.items():
-        assert label.startswith(("keep_cut_", "keep_again")) and (run.strategy, run.world_size) == ("keep", 2)
+        assert label.startswith(("keep_cut_", "keep_again")) and (run.strategy, run.world_size) == (
+            "keep",
+            2,
+        )
 
 
 @pytest.mark.parametrize("reference", ["local_sgd", "rounded"])

@@ -17,10 +17,11 @@ class Facts:
     """Holds what is known of a job, by which a cause is found.
 
     factors: the numbers by which a wrong scale would be off, by their names (micro-batches, ...).
-    loss_tolerance: relative."""
+    loss_tolerance: relative. clip_norm: at which gradients are clipped, 0: they are not."""
 
     factors: Mapping[str, int] = dataclasses.field(default_factory=dict)
     loss_tolerance: float = 1e-6
+    clip_norm: float = 0.0
 
 
 def likely_cause(run: Record, reference: Record, found: Found, facts: Facts) -> str | None:
@@ -36,9 +37,9 @@ def likely_cause(run: Record, reference: Record, found: Found, facts: Facts) -> 
     if not run.steps or not reference.steps:
         return None
     if found.quantity in ("loss", "grad_norm"):
-        return _explain_scale(run, reference, facts) or _explain_updates(run, reference)
+        return _explain_scale(run, reference, facts) or _explain_updates(run, reference, facts)
     if found.quantity == "weights":
-        return _explain_updates(run, reference) or _explain_end(run, reference, facts)
+        return _explain_updates(run, reference, facts) or _explain_end(run, reference, facts)
     return None
 
 
@@ -75,7 +76,7 @@ def _explain_ratio(ratio: float, factors: Mapping[str, int]) -> str | None:
     return None
 
 
-def _explain_updates(run: Record, reference: Record) -> str | None:
+def _explain_updates(run: Record, reference: Record, facts: Facts) -> str | None:
     """Describe which tensors' first updates differ from the reference's, and in which stage."""
     if still := _explain_still(run, reference):
         return still
@@ -87,7 +88,8 @@ def _explain_updates(run: Record, reference: Record) -> str | None:
     same = high - low < SAME_RATIO * abs(high)
     alike = f" {low:.4g} times the reference's" if same else " different"
     if len(off) == len(ratios):
-        return f"every first update is{alike}: another learning rate" if same else None
+        why = _explain_all_updates(low, reference, facts)
+        return f"every first update is{alike}: {why}" if same else None
     evidence = run.receipt.evidence if run.receipt else {}
     cut = zip(
         evidence.get("layers_by_stage", []), evidence.get("tensors_by_stage", []), strict=True
@@ -102,6 +104,17 @@ def _explain_updates(run: Record, reference: Record) -> str | None:
     count = f"{len(off)} tensors" if len(off) > 1 else "1 tensor"
     whose = "their" if len(off) > 1 else "its"
     return f"only {count} ({', '.join(few)}): {whose} first update is{alike}"
+
+
+def _explain_all_updates(ratio: float, reference: Record, facts: Facts) -> str:
+    """Say what makes every first update `ratio` times as large, while the gradient norms agree."""
+    norm, clip = reference.steps[0].grad_norm or 0.0, facts.clip_norm
+    clips = 0 < clip < norm
+    if clips and ratio > 1:
+        return f"clipped by a norm that is {1 / ratio:.3g} of the whole one, such as a part's"
+    if not clips and ratio < 1 and abs(ratio * norm - 1) < SAME_RATIO:
+        return "clipped at a norm of 1, as DeepSpeed does where its configuration does not say"
+    return "another learning rate"
 
 
 def _explain_still(run: Record, reference: Record) -> str | None:

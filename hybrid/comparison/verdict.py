@@ -103,7 +103,7 @@ def rule_of(job: Job, against: str, known: Mapping[str, Record], name: str | Non
         factors["micro-batches"] = job.micro_batches(strategy)
         factors["data-parallel ranks"] = known[name].layout["dp"]
     floor = rounding_floor(job, known[against].steps)
-    facts = Facts(factors, allowed["loss"])
+    facts = Facts(factors, allowed["loss"], job.train.clip_norm)
     return Rule(allowed, EXACT_STEPS[job.train.precision], floor, facts)
 
 
