@@ -55,26 +55,29 @@ FreshRanks = Annotated[
 KnownBad = Annotated[
     bool, typer.Option("--allow-known-bad", help="Run releases that are known to train wrongly.")
 ]
+Names = Annotated[
+    str | None,
+    typer.Option(help="Comma-separated names, of the job's variants too. Left out: all."),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Hold the runs against this one. Left out: single."),
+]
+Resume = Annotated[
+    str | None,
+    typer.Option(metavar="auto|DIR", help="Keep the runs in OUT, or in DIR, that ended well."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
 @app.command()
 def compare(
     job: JobFile,
-    strategies: Annotated[
-        str | None,
-        typer.Option(help="Comma-separated names, of the job's variants too. Left out: all."),
-    ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Hold the runs against this one. Left out: single."),
-    ] = None,
+    strategies: Names = None,
+    reference: Reference = None,
     nproc: Nproc = None,
     out: CompareOut = None,
-    resume: Annotated[
-        str | None,
-        typer.Option(metavar="auto|DIR", help="Keep the runs in OUT, or in DIR, that ended well."),
-    ] = None,
+    resume: Resume = None,
     overrides: Overrides = None,
     fresh_ranks: FreshRanks = False,
     strict_reference: Annotated[

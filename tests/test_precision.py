@@ -18,7 +18,6 @@ from hybrid.engines.precision import DTYPES, check_ledger, plain_name, round_at_
 from hybrid.job.errors import RunError
 from hybrid.models import build_model
 from hybrid.models.losses import cross_entropy
-from tests.conftest import small_job
 from tests.workloads import points
 
 LOW = ["bf16", "fp16"]
@@ -291,22 +290,3 @@ def test_a_loss_that_is_not_finite_ends_the_run(precision: str) -> None:
     job = steep_job(train__precision=precision, optimizer=wild, train__steps=16)
     with pytest.raises(RunError, match=r"loss (inf|nan).*: not finite"):
         hybrid.train(job, "single")
-
-
-@pytest.mark.slow
-def test_ranks_overflow_where_one_process_does(tmp_path: Path) -> None:
-    """The last batch of an epoch has one sample, whose gradient is not divided, and overflows."""
-    job = small_job(train__precision="fp16", train__global_batch=33, train__steps=9)
-    result = hybrid.compare(job, ["ddp", "fsdp"], 4, tmp_path)
-    assert result.ok, result.parity
-    for name, record in result.strategies.items():
-        assert [step.step for step in record.steps if step.skipped] == [3], name
-    assert result.parity["ddp"].reference == "single"
-
-
-@pytest.mark.slow
-def test_zero3_in_bf16_takes_sizes_that_do_not_divide(tmp_path: Path) -> None:
-    odd = {"name": "mlp", "options": {"sizes": [32, 9, 7, 10]}}
-    job = small_job(train__precision="bf16", train__steps=3, model=odd)
-    result = hybrid.compare(job, ["zero3"], 4, tmp_path)
-    assert result.ok, result.parity

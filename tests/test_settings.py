@@ -127,3 +127,22 @@ def test_batches_and_tests_that_do_not_divide(tmp_path: Path) -> None:
         assert [s.samples for s in record.steps] == [25, 25, 25, 25, 7, 25, 25, 25, 25, 7, 25]
         assert record.eval is not None and record.eval.samples == 37
         assert record.eval.prediction_digest == result.strategies["single"].eval.prediction_digest
+
+
+@pytest.mark.slow
+def test_ranks_overflow_where_one_process_does(tmp_path: Path) -> None:
+    """The last batch of an epoch has one sample, whose gradient is not divided, and overflows."""
+    job = small_job(train__precision="fp16", train__global_batch=33, train__steps=9)
+    result = hybrid.compare(job, ["ddp", "fsdp"], 4, tmp_path)
+    assert result.ok, result.parity
+    for name, record in result.strategies.items():
+        assert [step.step for step in record.steps if step.skipped] == [3], name
+    assert result.parity["ddp"].reference == "single"
+
+
+@pytest.mark.slow
+def test_zero3_in_bf16_takes_sizes_that_do_not_divide(tmp_path: Path) -> None:
+    odd = {"name": "mlp", "options": {"sizes": [32, 9, 7, 10]}}
+    job = small_job(train__precision="bf16", train__steps=3, model=odd)
+    result = hybrid.compare(job, ["zero3"], 4, tmp_path)
+    assert result.ok, result.parity

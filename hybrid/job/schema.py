@@ -150,10 +150,9 @@ class StrategySettings(_Section):
 
 
 class Single(StrategySettings):
-    """Sets what `hybrid compare` needs of a control."""
+    """Sets what a control of `hybrid compare` needs."""
 
-    # After the first step each weight moves by one rounding, up or down as this seed draws it.
-    move_weights: Positive | None = None
+    move_weights: Positive | None = None  # by a rounding after step 0; the seed of the directions
 
 
 class Ddp(StrategySettings):
@@ -172,8 +171,7 @@ class LocalSgd(StrategySettings):
     """Sets how often the ranks' parameters are averaged."""
 
     sync_every: Positive | Literal["epoch"] = "epoch"  # local steps between two averages
-    # One process plays that many ranks in turn: `hybrid compare` holds a real run against it.
-    emulate_replicas: Positive | None = None
+    emulate_replicas: Positive | None = None  # one process plays that many ranks in turn
     move_weights: Positive | None = None  # as of `single`; for an emulation alone
 
 
@@ -257,8 +255,7 @@ class Job(_Section):
     parallel: Parallel = Parallel()
     strategy: Strategies = Strategies()
     variant: dict[str, Variant] = {}
-    # Overrides that make a small job of this one, where `single` cannot hold the model.
-    proxy: Options = {}
+    proxy: Options = {}  # overrides that make a small job of this one
 
     def settings(self, strategy: str) -> StrategySettings:
         """Return the section of one strategy, or the defaults if it has no section."""
