@@ -140,3 +140,20 @@ def test_updates_off_everywhere_or_across_stages_are_no_stage() -> None:
     assert "another learning rate" in str(first(everywhere)[2])
     across = make_weights({"1.bias": 10.0, "2.bias": 10.0})
     assert "only 2 tensors (1.bias, 2.bias)" in str(first(make_run(weights=across, steps=steps))[2])
+
+
+@pytest.mark.parametrize(
+    ("norms", "named"),
+    [
+        ((1.5, 2.2, 2.9, 3.4), True),
+        ((1.5, 2.2, 2.1, 3.4), False),  # it does not grow
+        ((1.5, 3.1, 3.3, 3.4), False),  # more than two gradients of 1.5
+        ((1.6, 2.2, 2.9, 3.4), False),  # the first one is off
+    ],
+)
+def test_gradients_that_add_up_over_steps_are_named(norms: tuple[float, ...], named: bool) -> None:
+    steps = list(make_run().record.steps)
+    for n, norm in enumerate(norms):
+        steps[n] = dataclasses.replace(steps[n], grad_norm=norm)
+    said = str(first(make_run(steps=steps))[2])
+    assert ("they are not zeroed" in said) is named, said

@@ -47,6 +47,11 @@ def causes() -> list[str]:
     found.append(made.first(made.with_weights("1.bias", 2.0))[2])
     found.append(made.first(made.at_steps(every, loss=2.0, grad_norm=2.0))[2])
     found.append(made.first(with_still_bias())[2])
+    steps = [
+        dataclasses.replace(step, grad_norm=1.5 + 0.1 * min(n, 5))
+        for n, step in enumerate(right.record.steps)
+    ]
+    found.append(made.first(made.make_run(steps=steps))[2])
     for clip_norm, ratio in ((1.0, 1.25), (0.0, 1 / 1.5)):
         run, facts = first_updates(_=ratio), Facts(clip_norm=clip_norm)
         rule = dataclasses.replace(made.rule(), facts=facts)

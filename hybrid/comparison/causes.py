@@ -1,6 +1,7 @@
 """Finds what would explain a difference between two runs; names a cause only if figures fit it."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -37,7 +38,11 @@ def likely_cause(run: Record, reference: Record, found: Found, facts: Facts) -> 
     if not run.steps or not reference.steps:
         return None
     if found.quantity in ("loss", "grad_norm"):
-        return _explain_scale(run, reference, facts) or _explain_updates(run, reference, facts)
+        return (
+            _explain_scale(run, reference, facts)
+            or _explain_updates(run, reference, facts)
+            or _explain_growth(run, reference, facts)
+        )
     if found.quantity == "weights":
         return _explain_updates(run, reference, facts) or _explain_end(run, reference, facts)
     return None
@@ -136,6 +141,24 @@ def _explain_still(run: Record, reference: Record) -> str | None:
                 f"{few} {have} no first update {here}, and one {there}: such as a parameter that "
                 "the loss does not use, and that weight decay moves in one of them"
             )
+    return None
+
+
+def _explain_growth(run: Record, reference: Record, facts: Facts) -> str | None:
+    """Name gradients that add up over steps: the first one is right, and norms grow from then on.
+
+    The loss of the second step comes before that shows. Its norm is at most the sum of two."""
+    pairs = list(zip(run.steps[:4], reference.steps[:4], strict=False))
+    if len(pairs) < 3 or any(not (a.grad_norm and b.grad_norm) for a, b in pairs):
+        return None
+    if any(relative(a.loss, b.loss) > facts.loss_tolerance for a, b in pairs[:2]):
+        return None
+    norms = [(a.grad_norm or 0.0, b.grad_norm or 0.0) for a, b in pairs]
+    ratios = [a / b for a, b in norms]
+    grows = all(later > sooner for sooner, later in itertools.pairwise(ratios))
+    begins = abs(ratios[0] - 1) < SAME_RATIO < ratios[1] - 1
+    if begins and grows and norms[1][0] <= norms[0][1] + norms[1][1]:
+        return "gradients of earlier steps are still there: they are not zeroed"
     return None
 
 
