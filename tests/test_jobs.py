@@ -29,11 +29,11 @@ def hold(status: int, result: dict[str, Any], not_possible: set[str]) -> None:
     assert status == 0 and result["ok"]
 
 
-@pytest.mark.parametrize(("nproc", "epochs", "accuracy"), [(2, 1, 0.8), (3, 1, 0.8), (4, 3, 0.9)])
+@pytest.mark.parametrize(("nproc", "epochs", "accuracy"), [(2, 3, 0.9), (3, 1, 0.8), (4, 1, 0.8)])
 def test_mnist_under_every_strategy(
     nproc: int, epochs: int, accuracy: float, tmp_path: Path
 ) -> None:
-    """Whole on four processes, one epoch of it on fewer."""
+    """Whole on two processes, one epoch of it on more."""
     job = [str(JOBS / "mnist.toml"), "--set", f"train.epochs={epochs}"]
     status, result = compare_by_command(tmp_path, *job, "--nproc", str(nproc))
     hold(status, result, not_possible=set() if nproc == 4 else {"2d"})
@@ -67,12 +67,13 @@ def check_costs(result: dict[str, Any], nproc: int) -> None:
 
 
 def test_the_document_s_linear_model_cannot_be_cut(tmp_path: Path) -> None:
-    status, result = compare_by_command(tmp_path, str(JOBS / "linear.toml"), "--nproc", "4")
+    job = [str(JOBS / "linear.toml"), "--set", "train.epochs=4"]
+    status, result = compare_by_command(tmp_path, *job, "--nproc", "4")
     hold(status, result, not_possible={"pipeline", "2d"})
     for name in ("pipeline", "2d"):
         assert "the model has 1 layer" in result["strategies"][name]["reason"]
     record = result["strategies"]["local_sgd"]
-    assert [d["step"] for d in record["drift"]] == list(range(9, 100, 10)), "once an epoch"
+    assert [d["step"] for d in record["drift"]] == list(range(9, 40, 10)), "once an epoch"
     assert result["parity"]["local_sgd"]["reference"] == "local_sgd_emulation"
 
 

@@ -101,7 +101,7 @@ class _Session:
         """Check the job and what the folder holds; raises JobError, and changes nothing there.
 
         title: what stands before the runs' names where they are shown."""
-        checked = check_apart(job)
+        checked = check_apart(job, registry.modules(resolve(job, selection.names[0]).strategy))
         every = checked.job.log.model_copy(update={"every": 1})  # parity looks at every step
         self.asked, self.job = job, checked.job.model_copy(update={"log": every})
         self.selection, self.reference = selection, selection.reference

@@ -60,6 +60,8 @@ def _serve(control: socket.socket, words: int) -> dict[str, Any]:
                 os._exit(0)
             request = json.loads(message)
             _import(request["modules"])
+            if "program" not in request:
+                continue
             server, child = os.getpid(), _fork()
             if child == 0:
                 control.close()

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 from .fork_server import MESSAGE_BYTES
 
@@ -93,8 +94,7 @@ class WarmProcess:
             "modules": list(modules),
         }
         try:
-            with contextlib.suppress(BrokenPipeError):
-                self.socket.send(json.dumps(request).encode())
+            self._send(request)
             while (answer := self._receive()) is not None:
                 if "code" not in answer:
                     self.codes[answer["pid"]] = None
@@ -103,6 +103,14 @@ class WarmProcess:
             self.process.kill()
             raise
         raise ServerGone
+
+    def prepare(self, modules: Sequence[str]) -> None:
+        """Import modules that ranks will need, and do not wait for it."""
+        self._send({"modules": list(modules)})
+
+    def _send(self, request: Mapping[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # `fork` sees that the process is gone
+            self.socket.send(json.dumps(request).encode())
 
     def look(self) -> None:
         """Take the exit codes that have come since the last look."""
@@ -123,13 +131,10 @@ class WarmProcess:
         return None
 
     def close(self) -> None:
-        """End the process. Its ranks must have ended."""
+        """End the process, which may still import. Its ranks must have ended."""
         self.socket.close()
-        try:
-            self.process.wait(1)
-        except subprocess.TimeoutExpired:  # it still imports
-            self.process.kill()
-            self.process.wait()
+        self.process.kill()
+        self.process.wait()
 
 
 def wait_policy() -> str:

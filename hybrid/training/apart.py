@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ POLL_S = 0.02
 MODULES = ("hybrid.models", "hybrid.data", "hybrid.stages.shapes")  # torch comes with them
 
 
-def check_apart(job: Job) -> CheckedJob:
-    """Return what `check_job` does, and raise what it raises; CheckFailed for any other error."""
+def check_apart(job: Job, modules: Sequence[str]) -> CheckedJob:
+    """Return what `check_job` does, and raise what it raises; CheckFailed for any other error.
+
+    modules: of the ranks that start next, which the warm process imports meanwhile."""
     warm = None if "torch" in sys.modules else warm_process()
     if warm is None:
         return check_job(job)
@@ -39,6 +42,7 @@ def check_apart(job: Job) -> CheckedJob:
         os.write(asked, json.dumps(to_dict(job)).encode())
         try:
             child = _start(warm, asked, answer, log)
+            warm.prepare(modules)
         except ServerGone:
             return check_job(job)
         code = _follow(child, log)

@@ -70,7 +70,8 @@ def run_job(
 
 def _launch_checked(job: Job, strategy: str, out: Path, nproc: int | None) -> Record:
     """Check the job, then start its ranks and show their progress."""
-    checked, choice = check_apart(job), resolve(job, strategy)
+    choice = resolve(job, strategy)
+    checked = check_apart(job, registry.modules(choice.strategy))
     remove_stale_locks()
     layout, warnings = registry.plan(
         checked.job, strategy, nproc or default_nproc(choice.job), checked.summary
