@@ -142,3 +142,26 @@ def test_a_spread_of_tensors_is_the_greatest_of_any_two() -> None:
     three = [numpy.array([0.0, 1.0]), numpy.array([0.5, 1.0]), numpy.array([0.2, 3.0])]
     assert _spread(three, 4.0) == 0.5 and _spread(three[:1], 4.0) == 0.0
     assert _spread([1.0, float("nan")], 1.0) == 0.0
+
+
+def few_weights(count: int, by: float) -> Run:
+    """A run that is off in so many weights of a large tensor."""
+    tensor = numpy.ones(100, dtype="float32")
+    tensor[:count] += by
+    return Run(RIGHT.record, {**RIGHT.weights, "large": tensor})
+
+
+def test_a_few_weights_that_fell_to_the_other_side_are_excused() -> None:
+    """All controls agree there; elsewhere a few of them are as far apart."""
+    reference, run = few_weights(0, 0.0), few_weights(1, 0.01)
+    agreed = [few_weights(0, 0.0) for _ in range(3)]
+    assert not verdict(run, *agreed, reference=reference).ok
+    controls = [few_weights(0, 0.0), *(with_large("0.bias", by) for by in (1.01, 0.99))]
+    assert verdict(run, *controls, reference=reference, repeated=ALL).ok
+    assert not verdict(few_weights(40, 0.01), *controls, reference=reference, repeated=ALL).ok
+    assert not verdict(few_weights(1, 0.2), *controls, reference=reference, repeated=ALL).ok
+
+
+def with_large(name: str, by: float) -> Run:
+    run = with_weights(name, by)
+    return Run(run.record, {**run.weights, "large": few_weights(0, 0.0).weights["large"]})

@@ -25,7 +25,8 @@ class Run:
 class Found:
     """Holds one difference; `size` is relative, or a share of all targets for `eval correct`.
 
-    step: None after the last one. tensor: the name, where the quantity is of one tensor."""
+    step: None after the last one. tensor: the name, where the quantity is of one tensor. elements:
+    how many of a tensor's are past the tolerance."""
 
     step: int | None
     quantity: str
@@ -33,6 +34,7 @@ class Found:
     expected: Any
     size: float
     tensor: str | None = None
+    elements: int = 0
 
     @property
     def title(self) -> str:
@@ -61,10 +63,13 @@ def scale_of(tensor: Any, floor: float) -> float:
     return max(float(abs(tensor).max()) if tensor.size else 0.0, floor)
 
 
-def weight_differences(got: Arrays, expected: Arrays, floor: float = 0.0) -> list[Found]:
+def weight_differences(
+    got: Arrays, expected: Arrays, floor: float = 0.0, tolerance: float = 0.0
+) -> list[Found]:
     """Compare final weights tensor by tensor, and list every difference, the greatest first.
 
-    A size is the greatest |a-b| of a tensor over `scale_of` it."""
+    A size is the greatest |a-b| of a tensor over `scale_of` it. Those up to the tolerance are left
+    out."""
     found = []
     for name in sorted(got.keys() | expected.keys()):
         if name not in got or name not in expected or got[name].shape != expected[name].shape:
@@ -79,8 +84,11 @@ def weight_differences(got: Arrays, expected: Arrays, floor: float = 0.0) -> lis
             continue
         place = int(apart.argmax())  # of the first NaN, if there is one
         away, scale = float(apart.flat[place]), scale_of(theirs, floor)
-        values = float(mine.flat[place]), float(theirs.flat[place])
-        found.append(Found(None, "weights", *values, relative(scale + away, scale), name))
+        size, got_value = relative(scale + away, scale), float(mine.flat[place])
+        if size > tolerance:
+            elements = int((apart > tolerance * scale).sum())
+            value = float(theirs.flat[place])
+            found.append(Found(None, "weights", got_value, value, size, name, elements))
     return sorted(found, key=lambda one: -one.size)
 
 
@@ -100,8 +108,7 @@ def differences(
     if len(run.record.steps) != len(reference.record.steps):
         counts = len(run.record.steps), len(reference.record.steps)
         found.append(Found(min(counts), "steps", *counts, math.inf))
-    weights = weight_differences(run.weights, reference.weights, floor)
-    found += [one for one in weights if one.size > tolerance["weights"]]
+    found += weight_differences(run.weights, reference.weights, floor, tolerance["weights"])
     return found + _eval_differences(run.record, reference.record, tolerance)
 
 

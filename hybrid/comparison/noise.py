@@ -5,6 +5,7 @@ be the one that is wrong."""
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from .differences import Found, Run, differences, scale_of
 
 SHARE_OF_NOISE = 0.25  # the controls must spread by at least this part of a difference
+RARE = 0.05  # of a tensor's weights, at most, can have fallen to the other side by chance
 KINK = 10.0  # a spread that grows so many times in one step comes from a kink, such as relu's at 0
 ROUNDED = ("loss", "grad_norm", "weights", "eval loss", "eval correct")  # what rounding can move
 
@@ -48,6 +50,7 @@ class Noise:
         floor: float = 0.0,
     ) -> None:
         self.reference, self.exact_steps, self.floor = reference, exact_steps, floor
+        self.tolerance = tolerance["weights"]
         bad = {
             name
             for name, control in controls.items()
@@ -58,18 +61,55 @@ class Noise:
         self.refused = sorted(bad)
         self.controls = {name: run for name, run in controls.items() if name not in bad}
         self._by_step = functools.lru_cache(maxsize=None)(self._spreads_by_step)
+        self._pooled = functools.lru_cache(maxsize=None)(self._pool)
 
     def excuse(self, found: Found) -> Excuse | None:
         """Return why rounding explains a difference; None where it does not."""
         if not can_be_rounding(found, self.exact_steps):
             return None
-        needed, everyone = SHARE_OF_NOISE * found.size, tuple(self.controls)
-        spread = self.spread(found, everyone)
-        if not needed <= spread < math.inf:
+        everyone = tuple(self.controls)
+        spread = self._excusing_spread(found, everyone)
+        if spread is None:
             return None
         without = {name: tuple(n for n in everyone if n != name) for name in everyone}
-        words_of = tuple(n for n, rest in without.items() if self.spread(found, rest) < needed)
-        return Excuse(spread, self._kinks(found, everyone), words_of)
+        words_of = [n for n, rest in without.items() if self._excusing_spread(found, rest) is None]
+        return Excuse(spread, self._kinks(found, everyone), tuple(words_of))
+
+    def _excusing_spread(self, found: Found, names: tuple[str, ...]) -> float | None:
+        """Return the spread of these controls, if it excuses a difference.
+
+        A few weights of a tensor can be apart though all controls agree there. Adam moves a weight
+        by its rate, whose sign is chance where the gradient is nothing but rounding: the reference
+        may be the one that fell to the other side. Such weights are as rare, and as far apart, as
+        they are between the controls in all tensors together."""
+        needed = SHARE_OF_NOISE * found.size
+        spread = self.spread(found, names)
+        if needed <= spread < math.inf:
+            return spread
+        if found.quantity != "weights" or len(names) < 2:
+            return None
+        tensor = self.reference.weights[found.tensor or ""]
+        farthest, share = self._pooled(names)
+        spread = farthest / scale_of(tensor, self.floor)
+        most = max(1.0, share / SHARE_OF_NOISE * tensor.size)
+        few = found.elements <= min(most, RARE * tensor.size)
+        return spread if few and needed <= spread < math.inf else None
+
+    def _pool(self, names: tuple[str, ...]) -> tuple[float, float]:
+        """Return how far any two controls are apart in any weight, and in what share of all weights
+        they are apart by more than the tolerance."""
+        farthest, share, tensors = 0.0, 0.0, self.reference.weights
+        total = sum(tensor.size for tensor in tensors.values())
+        for one, other in itertools.combinations(names, 2):
+            count = 0
+            for name, tensor in tensors.items():
+                mine, theirs = (self.controls[n].weights[name] for n in (one, other))
+                apart = abs(mine.astype("float64") - theirs.astype("float64"))
+                if tensor.size:
+                    farthest = max(farthest, float(apart.max()))
+                count += int((apart > self.tolerance * scale_of(tensor, self.floor)).sum())
+            share = max(share, count / max(1, total))
+        return farthest, share
 
     def spread(self, found: Found, names: tuple[str, ...]) -> float:
         """Return how far these controls are apart at the place of a difference.
