@@ -26,8 +26,8 @@ from tests.workloads import sentences
 pytestmark = pytest.mark.slow
 
 STEPS, WARMUP, LR, CLIP, DECAY = 24, 4, 0.003, 1.0, 0.1
-# In bf16 AdamW enlarges the rounding of a bias's gradient: over 40 seeds a weight differs by 0.13 in
-# the median, and with this one by more than 0.25. Controls show that it is rounding.
+# In bf16 AdamW enlarges the rounding of a bias's gradient: over 40 seeds a weight differs by 0.13
+# in the median, and with this one by more than 0.25. Controls show that it is rounding.
 SEED = 5
 SIZES: dict[str, Any] = dict(num_layers=3, width=32, num_heads=4, context=16, vocab_size=61)
 GPT = SIZES | {"dropout": 0.1}

@@ -6,7 +6,7 @@ import numpy
 import pytest
 
 from hybrid.comparison.differences import Run
-from hybrid.comparison.noise import KINK, SHARE_OF_NOISE
+from hybrid.comparison.noise import KINK, LENIENT, SHARE_OF_NOISE
 from hybrid.comparison.parity import compare_runs
 from hybrid.comparison.tolerances import EXACT_STEPS
 
@@ -70,6 +70,9 @@ def test_a_control_that_leaves_the_reference_in_the_exact_steps_excuses_nothing(
     assert not found.ok and found.refused == ["c0"]
     assert not verdict(wrong, off, off, RIGHT, RIGHT).ok
     assert verdict(wrong, *spread(20, "loss", 0.001)).refused == []
+    for by, refused in ((0.9, []), (1.1, ["c0"])):
+        near = at_steps(range(40), loss=1 + by * LENIENT * 1e-6)
+        assert verdict(wrong, near, RIGHT, RIGHT).refused == refused, by
     assert verdict(wrong, *spread(19, "loss", 0.001)).refused == ["c1", "c2"]
 
 

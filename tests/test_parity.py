@@ -195,6 +195,14 @@ def test_the_start_counts_from_its_tolerance_on() -> None:
         assert verdict(make_run(weights=moved)).ok is ok, by
 
 
+def test_a_small_loss_is_compared_on_the_scale_of_the_first_one() -> None:
+    """A quarter of 2.0 is 0.5: a loss of 0.1 may differ by 5e-7."""
+    small = at_steps([30], loss=0.1 / (2.0 - 30 / 40))
+    for by, ok in ((1 + 0.9 * 5e-6, True), (1 + 1.1 * 5e-6, False)):
+        run = at_steps([30], loss=by * 0.1 / (2.0 - 30 / 40))
+        assert verdict(run, reference=small).ok is ok, by
+
+
 def test_rates_count_from_their_tolerance_on() -> None:
     assert verdict(at_steps([5], lr=1 + 0.9 * SAME_NUMBER)).ok
     assert not verdict(at_steps([5], lr=1 + 1.2 * SAME_NUMBER)).ok
@@ -208,7 +216,7 @@ def test_each_tolerance_holds_from_both_sides(precision: str, quantity: str) -> 
         if quantity == "weights":
             run = with_weights("1.weight", 1 + by)
         elif quantity == "eval_loss":
-            run = make_run(eval=dataclasses.replace(EVAL, loss=EVAL.loss * (1 + by)))
+            run = make_run(eval=dataclasses.replace(EVAL, loss=EVAL.loss * (1 + by)))  # 0.5
         elif quantity == "correct":
             correct = EVAL.correct - (math.floor if ok else math.ceil)(by * EVAL.samples)
             run = make_run(eval=dataclasses.replace(EVAL, correct=correct))

@@ -9,6 +9,7 @@ from ..records import EvalResult, Record
 
 SAME_START = 1e-9  # float64 projections of equal fp32 weights, summed in another order
 STEP_QUANTITIES = ("samples", "sample_digest", "lr", "loss", "grad_norm")
+SHARE_OF_FIRST_LOSS = 0.25  # a smaller loss is compared on the scale of this part of the first one
 SAME_NUMBER = 1e-12  # relative; of learning rates, which every run computes alike
 Arrays = Mapping[str, Any]  # numpy arrays by name
 
@@ -50,6 +51,24 @@ def relative(got: float | None, expected: float | None) -> float:
         return math.inf
     size = abs(got - expected) / abs(expected) if expected else math.inf
     return math.inf if math.isnan(size) else size
+
+
+def scale_at(quantity: str, expected: float, first_loss: float) -> float:
+    """Return what a difference in a number is relative to: itself, or a part of the first loss.
+
+    A loss is a difference of logits, which do not shrink with it: that is what is rounded."""
+    floor = SHARE_OF_FIRST_LOSS * abs(first_loss) if quantity.endswith("loss") else 0.0
+    return max(abs(expected), floor)
+
+
+def _size(quantity: str, got: Any, expected: Any, first_loss: float) -> float:
+    """Return the size of a difference between two numbers or texts."""
+    if isinstance(got, str):
+        return float(got != expected)
+    size = relative(got, expected)
+    if not 0 < size < math.inf:
+        return size
+    return abs(got - expected) / scale_at(quantity, expected, first_loss)
 
 
 def greatest(values: Iterable[float]) -> float | None:
@@ -102,7 +121,7 @@ def differences(
     for got, expected in zip(run.record.steps, reference.record.steps, strict=False):
         for quantity in STEP_QUANTITIES:
             a, b = getattr(got, quantity), getattr(expected, quantity)
-            size = float(a != b) if isinstance(a, str) else relative(a, b)
+            size = _size(quantity, a, b, reference.record.steps[0].loss)
             if size > tolerance.get(quantity, SAME_NUMBER):
                 found.append(Found(got.step, quantity, a, b, size))
     if len(run.record.steps) != len(reference.record.steps):
@@ -134,7 +153,8 @@ def _eval_differences(
     found = []
     if got.samples != expected.samples:
         found.append(Found(None, "eval samples", got.samples, expected.samples, math.inf))
-    size = relative(got.loss, expected.loss)
+    first = reference.steps[0].loss if reference.steps else 0.0
+    size = _size("eval loss", got.loss, expected.loss, first)
     if size > tolerance["eval_loss"]:
         found.append(Found(None, "eval loss", got.loss, expected.loss, size))
     away = share_apart(got, expected)

@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .differences import Found, Run, differences, scale_of
+from .differences import Found, Run, differences, scale_at, scale_of
 
 SHARE_OF_NOISE = 0.25  # the controls must spread by at least this part of a difference
+LENIENT = 4.0  # times the tolerance: how far a control may be from the reference in the exact steps
 RARE = 0.05  # of a tensor's weights, at most, can have fallen to the other side by chance
 KINK = 10.0  # a spread that grows so many times in one step comes from a kink, such as relu's at 0
 ROUNDED = ("loss", "grad_norm", "weights", "eval loss", "eval correct")  # what rounding can move
@@ -22,6 +23,12 @@ def can_be_rounding(found: Found, exact_steps: int) -> bool:
     """Tell whether rounding could explain a difference; in the exact steps it never does."""
     early = found.step is not None and found.step < exact_steps
     return found.quantity in ROUNDED and math.isfinite(found.size) and not early
+
+
+def _is_near(found: Found, tolerance: Mapping[str, float]) -> bool:
+    """Tell whether a control is near enough to the reference in a step where nothing excuses it."""
+    near = LENIENT * tolerance.get(found.quantity, 0.0)
+    return can_be_rounding(found, 0) and found.size <= near
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +62,7 @@ class Noise:
             name
             for name, control in controls.items()
             for found in differences(control, reference, tolerance, floor)
-            if found.quantity not in ROUNDED
-            or (found.step is not None and found.step < exact_steps)
+            if not (can_be_rounding(found, exact_steps) or _is_near(found, tolerance))
         }
         self.refused = sorted(bad)
         self.controls = {name: run for name, run in controls.items() if name not in bad}
@@ -96,8 +102,9 @@ class Noise:
         return spread if few and needed <= spread < math.inf else None
 
     def _pool(self, names: tuple[str, ...]) -> tuple[float, float]:
-        """Return how far any two controls are apart in any weight, and in what share of all weights
-        they are apart by more than the tolerance."""
+        """Return how far two controls are apart in any weight, and the share of such weights.
+
+        The share is of all weights, of those that are apart by more than the tolerance."""
         farthest, share, tensors = 0.0, 0.0, self.reference.weights
         total = sum(tensor.size for tensor in tensors.values())
         for one, other in itertools.combinations(names, 2):
@@ -127,9 +134,15 @@ class Noise:
         if expected is None or None in results:
             return 0.0
         if found.quantity == "eval loss":
-            return _spread([r.loss for r in results if r], abs(expected.loss))
+            scale = scale_at("eval loss", expected.loss, self._first_loss)
+            return _spread([r.loss for r in results if r], scale)
         total = expected.targets or expected.samples
         return _spread([r.correct or 0 for r in results if r], total)
+
+    @property
+    def _first_loss(self) -> float:
+        steps = self.reference.record.steps
+        return steps[0].loss if steps else 0.0
 
     def _kinks(self, found: Found, names: tuple[str, ...]) -> bool:
         """Tell whether the spread that excuses a difference at a step came within one step."""
@@ -146,7 +159,8 @@ class Noise:
             values = [getattr(steps[i], quantity) for steps in runs if i < len(steps)]
             expected = getattr(step, quantity)
             usable = expected is not None and None not in values
-            spreads.append(_spread(values, abs(expected)) if usable else 0.0)
+            scale = scale_at(quantity, expected, self._first_loss) if usable else 0.0
+            spreads.append(_spread(values, scale) if usable else 0.0)
         return spreads
 
     def against_reference(self, found: Found) -> bool:

@@ -4,13 +4,14 @@
 makes those and calls it again. None is asked for whose result could not change the verdict."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..job.schema import Job
 from ..records import Parity, Record
 from .causes import Facts
-from .differences import Run, differences
+from .differences import Found, Run, differences, relative
 from .noise import ROUNDED, can_be_rounding
 from .parity import Rule, compare_runs, words_needed
 from .repeats import AGAIN, find_trusted, repeats_its_bits
@@ -21,7 +22,7 @@ EMULATION = "_emulation"  # after the name of a run of local SGD
 # later ones run where the first do not spread so far: a kink, such as relu's at 0, shows by chance.
 CONTROL_MICRO_BATCHES = (1, 3, 7, 2, 5, 11)
 NUM_CONTROLS = 3
-KINDS = {"cut": "micro_batches", "moved": "move_weights"}  # of controls: the setting of each
+GROWTH = 10.0  # by which rounding can grow at most from what it was before a step
 LARGEST_KINK = 1e-2  # relative; a larger difference is not looked for in further controls
 
 
@@ -38,13 +39,15 @@ class Control:
 class _Case:
     """Holds what one verdict is about: the run, what it is compared with, and further runs.
 
-    against: the label of the reference; known: the records in which it is found."""
+    root: the label of the reference; changes: its settings. against: the label of what is compared
+    with: the reference, or that run of it that is cut as the run is."""
 
     job: Job
     name: str
     runs: Mapping[str, Record]
-    against: str
+    root: str
     changes: dict[str, Any]
+    against: str
     controls: Mapping[str, Record]
     load: Callable[[str], Run]
 
@@ -52,9 +55,13 @@ class _Case:
     def known(self) -> Mapping[str, Record]:
         return {**self.controls, **self.runs}
 
+    @property
+    def reference_strategy(self) -> str:
+        return self.known[self.root].variant_of or self.known[self.root].strategy
+
     def control(self, label: str, **changes: Any) -> Control:
         """Name a further run like the reference, with these changes."""
-        return Control(label, self.known[self.against].strategy, self.changes | changes)
+        return Control(label, self.known[self.root].strategy, self.changes | changes)
 
 
 def judge_run(
@@ -82,15 +89,10 @@ def judge_run(
         against, changes = name + EMULATION, {"emulate_replicas": record.layout["dp"]}
         if against not in controls:
             return [Control(against, name, changes)]
-    case = _Case(job, name, runs, against, changes, controls, load)
+    case = _Case(job, name, runs, against, changes, against, controls, load)
     if case.known[against].status != "ok":
         return undecided
-    if cut := _other_overflows(case):
-        if cut.label not in controls:
-            return [cut]
-        if controls[cut.label].status == "ok":
-            case = dataclasses.replace(case, against=cut.label, changes=cut.changes)
-    return _judge(case, rule_of(job, case.against, case.known, name))
+    return _judge(case, rule_of(job, against, case.known, name))
 
 
 def rule_of(job: Job, against: str, known: Mapping[str, Record], name: str | None = None) -> Rule:
@@ -107,39 +109,82 @@ def rule_of(job: Job, against: str, known: Mapping[str, Record], name: str | Non
     return Rule(allowed, EXACT_STEPS[job.train.precision], floor, facts)
 
 
-def _other_overflows(case: _Case) -> Control | None:
-    """Return the reference cut as the run is, if gradients overflow in other steps; only in fp16.
-
-    An fp16 gradient is summed over a micro-batch, and a larger one overflows where a smaller one
-    does not. Such a step is skipped, in one run alone."""
-    record, expected = case.runs[case.name], case.known[case.against]
-    pairs = zip(record.steps, expected.steps, strict=False)
-    if all(mine.skipped == theirs.skipped for mine, theirs in pairs):
-        return None
-    pieces = record.layout["dp"] * case.job.micro_batches(record.variant_of or case.name)
-    return case.control(f"{case.against}_cut_{pieces}", micro_batches=pieces)
-
-
 def _hook(job: Job, strategy: str) -> str:
     """Return the communication hook of a strategy."""
     return job.strategy.ddp.comm_hook if strategy == "ddp" else "none"
 
 
 def _judge(case: _Case, rule: Rule) -> Parity | list[Control]:
-    """Compare strictly, then with controls, then with a reference that was seen to repeat."""
-    run, expected = case.load(case.name), case.load(case.against)
+    """Compare strictly, then with the reference cut alike, with controls, with its second run."""
+    run, expected = case.load(case.name), case.load(case.root)
     found = differences(run, expected, rule.tolerance, rule.floor)
-    verdict = compare_runs(run, expected, case.against, rule)
+    verdict = compare_runs(run, expected, case.root, rule)
     if not found:
         return verdict
-    if all(can_be_rounding(one, rule.exact_steps) for one in found):
-        judged = _judge_with_controls(case, rule, run, expected)
-        if isinstance(judged, list) or judged.ok:
-            return judged
-        verdict = judged
+    cases = [case]
+    if cut := _cut_alike(case, found):
+        if cut.label not in case.known:
+            return [cut]
+        if _rounds_apart(case, cut.label, rule):
+            cases.insert(0, dataclasses.replace(case, against=cut.label))
+            alike = compare_runs(run, case.load(cut.label), cut.label, rule)
+            if alike.ok:
+                return _judge_reference(case, rule, alike)
+    for one in cases:
+        expected = case.load(one.against)
+        apart = differences(run, expected, rule.tolerance, rule.floor)
+        if all(can_be_rounding(other, rule.exact_steps) for other in apart):
+            judged = _judge_with_controls(one, rule, run, expected)
+            if isinstance(judged, list) or judged.ok:
+                return judged
+            verdict = judged
     if found[0].quantity not in (*ROUNDED, "initial weights"):
         return verdict  # no rounding and no fault of arithmetic does that
     return _judge_reference(case, rule, verdict)
+
+
+def _rounds_apart(case: _Case, label: str, rule: Rule) -> bool:
+    """Tell whether rounding alone can be what parts a run of the reference from the reference.
+
+    In bf16 and fp16 they agree in the exact steps, but for overflows. In fp32 rounding grows from
+    step to step, and a fault jumps."""
+    if case.known[label].status != "ok":
+        return False
+    one, other = case.load(label), case.load(case.root)
+    apart = differences(one, other, rule.tolerance, rule.floor)
+    if case.job.train.precision != "fp32":
+        exact = rule.exact_steps
+        return all(can_be_rounding(found, exact) or found.size == math.inf for found in apart)
+    if not all(can_be_rounding(found, 1) for found in apart):
+        return False
+    for quantity in ("loss", "grad_norm"):
+        most = rule.tolerance[quantity] / 4
+        for mine, theirs in zip(one.record.steps, other.record.steps, strict=False):
+            size = relative(getattr(mine, quantity), getattr(theirs, quantity))
+            if size > GROWTH * most:
+                return False
+            most = max(most, size)
+    return True
+
+
+def _cut_alike(case: _Case, found: Sequence[Found]) -> Control | None:
+    """Return `single` cut into as many micro-batches as all ranks of the run have together.
+
+    Gradients are rounded once for each micro-batch, to few bits in bf16, and overflow in fp16 by
+    its size, so that run rounds nearly as this one does. None: it is no other cut, or what was
+    found is neither rounding nor an overflow."""
+    record = case.runs[case.name]
+    steps = zip(record.steps, case.known[case.root].steps, strict=False)
+    overflows = any(mine.skipped != theirs.skipped for mine, theirs in steps)
+    rounded = found[0].quantity in ROUNDED and found[0].size <= LARGEST_KINK
+    late = all(can_be_rounding(one, 1) for one in found)
+    if case.reference_strategy != "single" or not (overflows or rounded or late):
+        return None
+    pieces = record.layout["dp"] * case.job.micro_batches(record.variant_of or case.name)
+    batch = case.job.train.global_batch
+    if min(pieces, batch) == min(case.job.micro_batches("single"), batch):
+        return None
+    return case.control(f"{case.root}_cut_{pieces}", micro_batches=pieces)
 
 
 def _judge_with_controls(
@@ -148,9 +193,9 @@ def _judge_with_controls(
     """Return the verdict with controls, or those that are missing."""
     wanted, usable = _list_controls(case), dict[str, Run]()
     for control in wanted:
-        if control.label not in case.controls:
+        if control.label not in case.known:
             return [control]
-        if case.controls[control.label].status == "ok":
+        if case.known[control.label].status == "ok":
             usable[control.label] = case.load(control.label)
         if len(usable) < min(NUM_CONTROLS, len(wanted)):
             continue
@@ -158,10 +203,11 @@ def _judge_with_controls(
         if verdict.ok:
             return verdict
         words = words_needed(run, expected, rule, usable)
-        again = [case.control(f"{label}{AGAIN}", **_changes_of(label)) for label in words]
-        if missing := [one for one in again if one.label not in case.controls]:
+        changes = {control.label: control.changes for control in wanted}
+        again = [case.control(f"{label}{AGAIN}", **changes[label]) for label in words]
+        if missing := [one for one in again if one.label not in case.known]:
             return missing
-        repeated = [label for label in words if repeats_its_bits(label, case.controls, case.load)]
+        repeated = [label for label in words if repeats_its_bits(label, case.known, case.load)]
         verdict = compare_runs(run, expected, case.against, rule, usable, repeated)
         if verdict.ok:
             return verdict
@@ -171,36 +217,31 @@ def _judge_with_controls(
 
 
 def _judge_reference(case: _Case, rule: Rule, verdict: Parity) -> Parity | list[Control]:
-    """Return a verdict that does not hold, once the reference has repeated its bits."""
-    trusted = find_trusted(case.against, case.known, case.load, rule)
+    """Return a verdict once the reference has repeated its bits."""
+    trusted = find_trusted(case.root, case.known, case.load, rule)
     if trusted.missing:
         return [case.control(trusted.missing)]
     if trusted.fault and not trusted.label:
-        return dataclasses.replace(verdict, state="not_decided")
+        return dataclasses.replace(verdict, ok=False, state="not_decided")
     return verdict
-
-
-def _changes_of(label: str) -> dict[str, int]:
-    """Return the setting of the control of that label."""
-    _, kind, number = label.rsplit("_", 2)
-    return {KINDS[kind]: int(number)}
 
 
 def _list_controls(case: _Case) -> list[Control]:
     """List the controls that show how far rounding goes: the same sums in other orders.
 
-    A cut into as many pieces as the reference's own, or into more than there are samples, is no
-    other order. Where too few are left, weights are moved by one rounding after the first step."""
-    reference = case.known[case.against]
-    strategy = reference.variant_of or reference.strategy
+    A cut into as many pieces as another, or into more than there are samples, is no other order.
+    Where too few are left, weights are moved by one rounding after the first step."""
     share = -(-case.job.train.global_batch // case.changes.get("emulate_replicas", 1))
-    own = case.changes.get("micro_batches", case.job.micro_batches(strategy))
-    labels, seen = [], {min(own, share)}
+    seen = {min(case.job.micro_batches(case.reference_strategy), share)}
+    found = []
+    if case.against != case.root:
+        seen.add(min(int(case.against.rpartition("_")[2]), share))
+        found.append(case.control(case.root))
     for cut in CONTROL_MICRO_BATCHES:
         if min(cut, share) not in seen:
             seen.add(min(cut, share))
-            labels.append(f"{case.against}_cut_{cut}")
-    if strategy in ("single", "local_sgd"):
-        few = range(1, NUM_CONTROLS + 1 - len(labels))
-        labels += [f"{case.against}_moved_{seed}" for seed in few]
-    return [case.control(label, **_changes_of(label)) for label in labels]
+            found.append(case.control(f"{case.root}_cut_{cut}", micro_batches=cut))
+    if case.reference_strategy in ("single", "local_sgd"):
+        for seed in range(1, NUM_CONTROLS + 1 - len(found)):
+            found.append(case.control(f"{case.root}_moved_{seed}", move_weights=seed))
+    return found
