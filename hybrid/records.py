@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 Kind = Literal["job", "unsupported", "error"]  # of a failure: whose fault it is
 Status = Literal["running", "ok", "failed", "not_possible"]
 ParityState = Literal["equal", "not_equal", "not_compared", "not_decided"]
+PROXY = "proxy"  # `reference` of a run that a small job in its place was compared for
+INTERRUPTED = "interrupted"  # `reason` of a run that was not made, or not to its end
 T = TypeVar("T")
 
 

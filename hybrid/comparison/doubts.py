@@ -45,17 +45,6 @@ def settle(
     return dataclasses.replace(trusted.fault, runs=[off])
 
 
-def describe_fault(fault: ReferenceFault) -> str:
-    """Say in one line where runs of the reference were off."""
-    where = "after the last step" if fault.step is None else f"at step {fault.step}"
-    when = "its start-up" if fault.step == 0 else "later than its start-up"
-    size = "" if fault.size is None else f", by {fault.size:.2g}"
-    return (
-        f"the reference is not reproducible on this machine: {', '.join(fault.runs)} was off "
-        f"{where} in {fault.quantity}{size} ({when})"
-    )
-
-
 def _move(
     old: str, source: dict[str, Record], new: str, target: dict[str, Record], out: Path
 ) -> None:

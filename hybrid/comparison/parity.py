@@ -69,7 +69,9 @@ def compare_runs(
 def words_needed(
     run: Run, reference: Run, rule: Rule, controls: Mapping[str, Run]
 ) -> tuple[str, ...]:
-    """Return the labels of the controls that alone excuse the first difference not excused yet."""
+    """Return the labels of the controls whose word alone excuses a difference.
+
+    There are none where something is left that no control excuses."""
     noise = Noise(reference, controls, rule.tolerance, rule.exact_steps, rule.floor)
     found = [
         excuse.words_of if (excuse := noise.excuse(one)) else None

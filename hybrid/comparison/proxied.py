@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 from ..job.schema import Job
 from ..job.variants import resolve
-from ..records import Comparison, Parity, Record
+from ..records import PROXY, Comparison, Parity, Record
 from .differences import Run
 from .parity import compare_runs
-from .references import PROXY, computes_the_same
+from .references import computes_the_same
 from .verdict import rule_of
 
 

@@ -11,11 +11,11 @@ from ..job.errors import JobError
 from ..job.schema import Job
 from ..job.variants import resolve
 from ..launch.failures import is_for_memory
-from ..records import Record
+from ..records import PROXY, Record
 from ..strategies import registry
+from .tolerances import hook_of
 
 SINGLE = "single"
-PROXY = "proxy"  # stands for the comparison of a small job, in the folder of this name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,7 @@ def computes_the_same(job: Job, name: str) -> bool:
 
     Local SGD is another algorithm, and a communication hook rounds gradients."""
     choice = resolve(job, name)
-    hook = choice.job.strategy.ddp.comm_hook if choice.strategy == "ddp" else "none"
-    return choice.strategy != "local_sgd" and hook == "none"
+    return choice.strategy != "local_sgd" and hook_of(choice.job, choice.strategy) == "none"
 
 
 def find_reference(

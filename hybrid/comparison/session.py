@@ -4,6 +4,7 @@
 OUT/session.json, by which an interrupted comparison is resumed."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..launch.ops_cache import remove_stale_locks
 from ..launch.warm import warm_ranks
 from ..layout import Layout, LayoutError
 from ..measure.machine import describe_machine
-from ..records import Comparison, Parity, Record, ReferenceFault
+from ..records import INTERRUPTED, PROXY, Comparison, Parity, Record, ReferenceFault
 from ..strategies import registry
 from ..training.apart import check_apart
 from ..training.check import CheckedJob, print_warnings
@@ -25,9 +26,9 @@ from ..training.progress import Watcher
 from ..training.run import Program, default_nproc, launch
 from .best import find_best
 from .differences import Run
-from .doubts import describe_fault, name_suspect, settle
+from .doubts import name_suspect, settle
 from .proxied import explain_unproved, judge_by_proxy
-from .references import PROXY, Selection, find_reference, select
+from .references import Selection, find_reference, select
 from .resume import begin_session, check_session, describe_session, find_run
 from .tolerances import tolerance
 from .verdict import EMULATION, judge_run, rule_of
@@ -168,7 +169,7 @@ class _Session:
     def _name_the_rest(self) -> None:
         """Note what has not run, since the comparison was interrupted."""
         for name, layout in self.layouts.items():
-            record = Record(name, "failed", "interrupted")
+            record = Record(name, "failed", INTERRUPTED)
             if isinstance(layout, str):
                 record = Record(name, "not_possible", layout)
             self.runs.setdefault(name, self._marked(record))
@@ -202,6 +203,7 @@ class _Session:
             best=find_best(self.runs, parity),
         )
         report.write(result, self.out)
+        print_warnings(report.tell_fault(result, ok=False))
         return result
 
     def _settle_reference(self) -> None:
@@ -217,8 +219,9 @@ class _Session:
         if self.reference == PROXY:
             return self._judge_by_proxy(name)
         job = resolve(self.job, name).job
+        load = functools.cache(self._load)  # weights are read once, and let go with the verdict
         while True:
-            found = judge_run(job, name, self.runs, self.reference, self.controls, self._load)
+            found = judge_run(job, name, self.runs, self.reference, self.controls, load)
             if isinstance(found, Parity):
                 return self._with_reason(name, found)
             if self.interrupted:
@@ -236,10 +239,7 @@ class _Session:
         if label not in self.runs and label not in self.controls:
             return None
         rule = rule_of(self.job, label, {**self.controls, **self.runs})
-        fault = settle(label, self.runs, self.controls, self.out, self._load, rule)
-        if fault:
-            print_warnings([describe_fault(fault)])
-        return fault
+        return settle(label, self.runs, self.controls, self.out, self._load, rule)
 
     def _judge_by_proxy(self, name: str) -> Parity:
         if self.proved is None:
@@ -248,7 +248,7 @@ class _Session:
 
     def _interrupted(self) -> Parity:
         allowed = tolerance(self.job.train.precision)
-        return Parity(False, None, None, allowed, reference=self.reference, reason="interrupted")
+        return Parity(False, None, None, allowed, reference=self.reference, reason=INTERRUPTED)
 
     def _with_reason(self, name: str, found: Parity) -> Parity:
         """Add why a run is not compared: it, or what it would be held against, has no result."""

@@ -27,6 +27,11 @@ HOOK_TOLERANCES: dict[str, dict[str, float]] = {
 }
 
 
+def hook_of(job: Job, strategy: str) -> str:
+    """Return the communication hook that a strategy has in a job; only DDP takes one."""
+    return job.strategy.ddp.comm_hook if strategy == "ddp" else "none"
+
+
 def tolerance(precision: str, hook: str = "none") -> dict[str, float]:
     """Return how much a run in this precision, with this communication hook, may differ."""
     wider = HOOK_TOLERANCES.get(hook, {})

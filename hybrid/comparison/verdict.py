@@ -15,7 +15,7 @@ from .differences import Found, Run, differences, relative
 from .noise import ROUNDED, can_be_rounding
 from .parity import Rule, compare_runs, words_needed
 from .repeats import AGAIN, find_trusted, repeats_its_bits
-from .tolerances import EXACT_STEPS, rounding_floor, tolerance
+from .tolerances import EXACT_STEPS, hook_of, rounding_floor, tolerance
 
 EMULATION = "_emulation"  # after the name of a run of local SGD
 # Control runs cut each batch into these numbers of micro-batches, which reorders the same sums. The
@@ -78,7 +78,7 @@ def judge_run(
     process, which is a control. job: with the settings of `name`, if that is a variant. load:
     returns the run or control of a label with its final weights."""
     record, strategy = runs[name], runs[name].variant_of or name
-    allowed = tolerance(job.train.precision, _hook(job, strategy))
+    allowed = tolerance(job.train.precision, hook_of(job, strategy))
     undecided = Parity(False, None, None, allowed)
     if record.status != "ok":
         return undecided
@@ -100,18 +100,13 @@ def rule_of(job: Job, against: str, known: Mapping[str, Record], name: str | Non
 
     name: of the run; left out, the rule is that for two runs of the reference."""
     strategy = (known[name].variant_of or name) if name else against
-    allowed, factors = tolerance(job.train.precision, _hook(job, strategy)), dict[str, int]()
+    allowed, factors = tolerance(job.train.precision, hook_of(job, strategy)), dict[str, int]()
     if name:
         factors["micro-batches"] = job.micro_batches(strategy)
         factors["data-parallel ranks"] = known[name].layout["dp"]
     floor = rounding_floor(job, known[against].steps)
     facts = Facts(factors, allowed["loss"], job.train.clip_norm)
     return Rule(allowed, EXACT_STEPS[job.train.precision], floor, facts)
-
-
-def _hook(job: Job, strategy: str) -> str:
-    """Return the communication hook of a strategy."""
-    return job.strategy.ddp.comm_hook if strategy == "ddp" else "none"
 
 
 def _judge(case: _Case, rule: Rule) -> Parity | list[Control]:

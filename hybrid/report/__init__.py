@@ -9,6 +9,6 @@ The package needs no torch; the functions that use Jinja2, plotly or rich import
 
 from .files import html, markdown, write
 from .table import console_table
-from .verdict import verdict
+from .verdict import tell_fault, verdict
 
-__all__ = ["console_table", "html", "markdown", "verdict", "write"]
+__all__ = ["console_table", "html", "markdown", "tell_fault", "verdict", "write"]

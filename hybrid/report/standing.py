@@ -6,13 +6,11 @@ for all runs that share it. All text is plain; each output format escapes it."""
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..records import Comparison, Parity, Record
+from ..records import INTERRUPTED, PROXY, Comparison, Parity, Record
 
 BROKEN = ("not equal", "failed", "not proved", "not decided", "not compared")  # the gravest first
 AT_PROXY = "equal at the proxy size"  # by a small job that was compared in place of this one
 STATES = (*BROKEN, "equal", AT_PROXY, "not possible")
-PROXY = "proxy"  # what such runs are compared with, in place of a run
-INTERRUPTED = "interrupted"  # the reason of a run that was not made, or not to its end
 VERBS = {  # of one run and of several
     "not equal": ("leaves", "leave"),
     "failed": ("failed:", "failed:"),

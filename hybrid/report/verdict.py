@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from textwrap import shorten
 from typing import NamedTuple
 
-from ..records import Comparison, Parity
+from ..records import PROXY, Comparison, Parity
 from .excuses import explain_size, find_excuse, tell_excused, tell_kinks, tell_refused
 from .formats import count, format_diff, group_names
 from .notes import tell_progress, tell_skipped, tell_variants
-from .standing import AT_PROXY, BROKEN, PROXY, STATES, Standing, standings, tell_problems
+from .standing import AT_PROXY, BROKEN, STATES, Standing, standings, tell_problems
 
 LONGEST = 400  # characters of a problem, whose whole text is with the receipt
 SHOWN_PROBLEMS = 3  # above the table, so that it stays in sight; the others are told below it
@@ -44,7 +44,7 @@ def verdict(comparison: Comparison) -> Verdict:
     details = problems[:SHOWN_PROBLEMS]
     if more := len(problems) - SHOWN_PROBLEMS if len(problems) > SHOWN_PROBLEMS else 0:
         details.append(f"Below the table: {count(more, 'further problem')}.")
-    details += _tell_fault(comparison, ok)
+    details += tell_fault(comparison, ok)
     if agree and agree not in headline:
         details.append(f"{'' if ok else 'Equal: '}{agree}.")
     details += _tell_closeness(equal)
@@ -130,7 +130,7 @@ def _tell_states(state: str, found: Iterable[Standing]) -> list[str]:
     return [f"{state}: {', '.join(parts)}"] if parts else []
 
 
-def _tell_fault(comparison: Comparison, ok: bool) -> list[str]:
+def tell_fault(comparison: Comparison, ok: bool) -> list[str]:
     """Say which run of the reference was off, where, by how much, and in which part of the run.
 
     Where all else is well the headline says already that it is not reproducible."""

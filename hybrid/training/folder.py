@@ -35,7 +35,7 @@ def end_run(out: Path, choice: Choice, world_size: int, error: BaseException) ->
     if isinstance(error, RunFailed):
         reason = str(error) if kind == "error" else error.failure.message
     elif isinstance(error, (KeyboardInterrupt, SystemExit)):
-        reason = "interrupted"
+        reason = records.INTERRUPTED
     else:
         reason = first_line(error)
     variant_of = choice.variant_of
