@@ -197,15 +197,15 @@ def _judge_with_controls(
         verdict = compare_runs(run, expected, case.against, rule, usable)
         if verdict.ok:
             return verdict
-        words = words_needed(run, expected, rule, usable)
-        changes = {control.label: control.changes for control in wanted}
-        again = [case.control(f"{label}{AGAIN}", **changes[label]) for label in words]
-        if missing := [one for one in again if one.label not in case.known]:
-            return missing
-        repeated = [label for label in words if repeats_its_bits(label, case.known, case.load)]
-        verdict = compare_runs(run, expected, case.against, rule, usable, repeated)
-        if verdict.ok:
-            return verdict
+        if words := words_needed(run, expected, rule, usable):
+            changes = {control.label: control.changes for control in wanted}
+            again = [case.control(f"{label}{AGAIN}", **changes[label]) for label in words]
+            if missing := [one for one in again if one.label not in case.known]:
+                return missing
+            repeated = [name for name in words if repeats_its_bits(name, case.known, case.load)]
+            verdict = compare_runs(run, expected, case.against, rule, usable, repeated)
+            if verdict.ok:
+                return verdict
         if differences(run, expected, rule.tolerance, rule.floor)[0].size > LARGEST_KINK:
             return verdict
     return compare_runs(run, expected, case.against, rule, usable)
