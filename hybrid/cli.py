@@ -160,7 +160,7 @@ def generate(
 def strategies(json: Json = False) -> None:
     """List the strategies and what each accepts."""
     from . import records
-    from .job.schema import Strategies
+    from .job.strategy_settings import Strategies
     from .strategies import registry
 
     table: dict[str, Any] = {}

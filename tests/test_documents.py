@@ -14,7 +14,8 @@ from pydantic import BaseModel
 
 import hybrid
 from hybrid.cli import app
-from hybrid.job.schema import Job, Strategies, Variant
+from hybrid.job.schema import Job, Variant
+from hybrid.job.strategy_settings import Strategies
 from hybrid.strategies import protocol, registry
 from tests.conftest import ROOT
 from tests.documents import (

@@ -12,7 +12,8 @@ import hybrid
 from hybrid import records
 from hybrid.job.errors import JobError
 from hybrid.job.file import load_job, make_proxy, to_dict
-from hybrid.job.schema import Parallel, Strategies
+from hybrid.job.schema import Parallel
+from hybrid.job.strategy_settings import Strategies
 from hybrid.job.variants import DEGREES, STRATEGIES, resolve, warnings_of
 from hybrid.layout import LayoutError
 from hybrid.records import Record

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..data.loader import MicroBatch
 from ..job.errors import RunError
-from ..job.schema import Job, Pipeline
+from ..job.schema import Job
+from ..job.strategy_settings import Pipeline
 from ..launch.exchange import gather_objects
 from ..launch.placement import Placement
 from ..models.layers import Layers

@@ -8,23 +8,11 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-
-def _no_bool(value: Any) -> Any:
-    """Turn True into a text, since a literal 1 would accept it."""
-    return repr(value) if isinstance(value, bool) else value
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
+from .strategy_settings import Count, Positive, Seconds, Section, Strategies, StrategySettings
 
 MAX_DEPTH = 100  # levels of options; pydantic writes 255 and no more
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Positive = Annotated[int, Field(ge=1, lt=2**63)]
-Seconds = Annotated[int, Field(ge=1, le=7 * 24 * 3600)]
-Partition = Literal["uniform", "parameters"] | Annotated[list[Positive], Field(min_length=1)]
 
 
 def _inside(value: Any) -> list[Any]:
@@ -50,11 +38,11 @@ def _storable(options: dict[str, Any]) -> dict[str, Any]:
 Options = Annotated[dict[str, Any], AfterValidator(_storable)]
 
 
-class _Named(_Section):
+class _Named(Section):
     """Names a function and the keyword arguments to call it with."""
 
     name: str
-    options: Options = {}
+    options: Options = Field(default={})
 
 
 class Model(_Named):
@@ -65,7 +53,7 @@ class Data(_Named):
     """Names the data: random, mnist, text, or package.module:function."""
 
 
-class Optimizer(_Section):
+class Optimizer(Section):
     """Chooses torch's SGD or AdamW and sets it."""
 
     name: Literal["sgd", "adamw"]
@@ -76,10 +64,11 @@ class Optimizer(_Section):
     )
     eps: float = Field(default=1e-8, gt=0)  # for adamw
     weight_decay: float = Field(default=0.0, ge=0)
-    no_decay: list[Literal["norms", "biases", "embeddings"]] = []  # left out by weight_decay
+    # What weight_decay leaves out.
+    no_decay: list[Literal["norms", "biases", "embeddings"]] = Field(default=[])
 
 
-class Schedule(_Section):
+class Schedule(Section):
     """Sets how the learning rate moves over optimizer steps, after a linear warm-up.
 
     It stays constant, or falls along a line or half a cosine to `min_lr` at the end of the run."""
@@ -89,7 +78,7 @@ class Schedule(_Section):
     min_lr: float = Field(default=0.0, ge=0)
 
 
-class Train(_Section):
+class Train(Section):
     """Sets the training loop; exactly one of `epochs` and `steps` is given."""
 
     global_batch: Positive  # samples per optimizer step over all ranks
@@ -110,7 +99,7 @@ class Train(_Section):
         return self
 
 
-class Parallel(_Section):
+class Parallel(Section):
     """Sets the degrees of strategies with two axes: pp x dp for 2d, replicate x shard for fsdp.
 
     Left out, they follow from --nproc. Strategies with one axis put all processes on it."""
@@ -121,7 +110,7 @@ class Parallel(_Section):
     shard: Positive | None = None
 
 
-class Log(_Section):
+class Log(Section):
     """Says how often the ranks' numbers are read, and names trackers besides `steps.jsonl`.
 
     every: they are read once in so many steps; the gradient norm of the others is taken only where
@@ -129,10 +118,10 @@ class Log(_Section):
     as tensorboard; each needs its own package."""
 
     every: Positive = 1
-    trackers: list[str] = []
+    trackers: list[str] = Field(default=[])
 
 
-class Launch(_Section):
+class Launch(Section):
     """Sets after how many seconds a run gives up, and which releases may run.
 
     allow_known_bad: runs a release of DeepSpeed that is known to train wrongly, which is otherwise
@@ -143,92 +132,7 @@ class Launch(_Section):
     allow_known_bad: bool = False
 
 
-class StrategySettings(_Section):
-    """Holds what every strategy's section takes."""
-
-    micro_batches: Positive | None = None  # overrides [train]
-
-
-class Single(StrategySettings):
-    """Sets what a control of `hybrid compare` needs."""
-
-    move_weights: Positive | None = None  # by a rounding after step 0; the seed of the directions
-
-
-class Ddp(StrategySettings):
-    """Sets how gradients travel, and buffers.
-
-    broadcast_buffers: rank 0 sends its buffers to the others before a forward pass, unless no rank
-    changed any in the first step (changing), or in any case (always)."""
-
-    comm_hook: Literal["none", "bf16", "fp16", "powersgd"] = "none"  # none: as they are
-    powersgd_rank: Positive = 1  # of PowerSGD's approximation
-    bucket_cap_mb: Positive = 25  # MiB of gradients in a collective
-    broadcast_buffers: Literal["changing", "always"] = "changing"
-
-
-class LocalSgd(StrategySettings):
-    """Sets how often the ranks' parameters are averaged."""
-
-    sync_every: Positive | Literal["epoch"] = "epoch"  # local steps between two averages
-    emulate_replicas: Positive | None = None  # one process plays that many ranks in turn
-    move_weights: Positive | None = None  # as of `single`; for an emulation alone
-
-
-class Fsdp(StrategySettings):
-    """Sets how FSDP2 shards."""
-
-    # Frees gathered parameters between forward and backward: less memory, one more all-gather.
-    reshard_after_forward: bool = True
-
-
-class Zero(StrategySettings):
-    """Names a DeepSpeed JSON file in place of the shipped `ds_configs/zeroN.json`."""
-
-    ds_config: str | None = None
-
-
-class Zero2(Zero):
-    """Also sets when gradients are reduced, where a step has several micro-batches.
-
-    reduce_once: in fp32, once a step, for which each rank holds whole gradients, as under zero1.
-    Else after each micro-batch, of which a rank keeps its part: with four, four times the bytes."""
-
-    reduce_once: bool = True
-
-
-class Pipeline(StrategySettings):
-    """Sets how layers are cut into stages.
-
-    `partition`: equal numbers of layers that have parameters (uniform), equal parameters, or the
-    layers of each stage ([2, 1, 1])."""
-
-    partition: Partition = "uniform"
-    ds_config: str | None = None
-
-
-class TwoD(Pipeline):
-    """Sets a pipeline with data-parallel columns."""
-
-    # 0 replicates the optimizer state over the columns, 1 shards it.
-    zero_stage: Annotated[Literal[0, 1], BeforeValidator(_no_bool)] = 1
-
-
-class Strategies(_Section):
-    """Holds the settings of each strategy: [strategy.NAME]."""
-
-    single: Single = Single()
-    ddp: Ddp = Ddp()
-    local_sgd: LocalSgd = LocalSgd()
-    fsdp: Fsdp = Fsdp()
-    zero1: Zero = Zero()
-    zero2: Zero2 = Zero2()
-    zero3: Zero = Zero()
-    pipeline: Pipeline = Pipeline()
-    two_d: TwoD = Field(default=TwoD(), alias="2d")
-
-
-class Variant(_Section):
+class Variant(Section):
     """Makes a strategy with other settings a row of its own in a comparison: [variant.NAME].
 
     Besides these keys it takes those of [strategy.STRATEGY], which `hybrid.job.variants` checks."""
@@ -242,7 +146,7 @@ class Variant(_Section):
     shard: Positive | None = None
 
 
-class Job(_Section):
+class Job(Section):
     """Holds one job: the same model, data, optimizer and evaluation under every strategy."""
 
     model: Model
@@ -254,8 +158,8 @@ class Job(_Section):
     launch: Launch = Launch()
     parallel: Parallel = Parallel()
     strategy: Strategies = Strategies()
-    variant: dict[str, Variant] = {}
-    proxy: Options = {}  # overrides that make a small job of this one
+    variant: dict[str, Variant] = Field(default={})
+    proxy: Options = Field(default={})  # overrides that make a small job of this one
 
     def settings(self, strategy: str) -> StrategySettings:
         """Return the section of one strategy, or the defaults if it has no section."""

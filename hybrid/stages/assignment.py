@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..job.schema import Partition
+from ..job.strategy_settings import Partition
 from ..launch.placement import Placement
 from ..models.layers import Layers, holders_of
 from .partition import partition

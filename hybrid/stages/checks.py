@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from ..job.errors import Unsupported
 from ..job.known_bad import check_release
-from ..job.schema import Job, Pipeline
+from ..job.schema import Job
+from ..job.strategy_settings import Pipeline
 from ..layout import Layout, make_ranges, micro_batch_size
 from .partition import best_cut, cut_groups, partition, weigh
 

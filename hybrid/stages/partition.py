@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Collection, Iterable, Sequence
 
 from ..job.errors import JobError
-from ..job.schema import Partition
+from ..job.strategy_settings import Partition
 from ..layout import (
     LayoutError,
     make_ranges,
