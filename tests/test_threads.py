@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
-from hybrid.launch import threads
+from hybrid.launch import local, threads
 from hybrid.launch.placement import find_placement
 from hybrid.launch.threads import VARIABLE, set_num_threads
+from hybrid.training.check import check_job
+from hybrid.training.progress import Progress
+from hybrid.training.run import launch
+
+from .conftest import small_job
 
 RANKS = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}
 STEP = {"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "1"}
@@ -85,3 +91,16 @@ def test_a_torch_that_is_imported_is_told(
     monkeypatch.setitem(sys.modules, "torch", torch)
     assert share(monkeypatch, RANKS) == set_to
     assert heard == told, "what computes with no more threads has been told by its user"
+
+
+def test_an_emulation_has_the_threads_of_a_rank_that_it_plays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More threads sum up in another order, so that the two would round differently."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(local, "num_cores", lambda: 4)
+    for replicas in (None, 2):
+        job = small_job(train__steps=1, strategy__local_sgd={"emulate_replicas": replicas})
+        checked = check_job(job).job
+        record = launch(checked, "local_sgd", 1, tmp_path / str(replicas), Progress(shared=True))
+        assert record.environment["threads_per_rank"] == (2 if replicas else 4)

@@ -12,6 +12,7 @@ from ..job.schema import Job
 from ..records import Parity, Record
 from .causes import Facts
 from .differences import Found, Run, differences, relative
+from .followed import judge_follower
 from .noise import ROUNDED, can_be_rounding
 from .parity import Rule, compare_runs, words_needed
 from .repeats import AGAIN, find_trusted, repeats_its_bits
@@ -54,6 +55,15 @@ class _Case:
     @property
     def known(self) -> Mapping[str, Record]:
         return {**self.controls, **self.runs}
+
+    @property
+    def strategy(self) -> str:
+        return self.runs[self.name].variant_of or self.name
+
+    @property
+    def pieces(self) -> int:
+        """Count the micro-batches that all data-parallel ranks of the run have in a step."""
+        return self.runs[self.name].layout["dp"] * self.job.micro_batches(self.strategy)
 
     @property
     def reference_strategy(self) -> str:
@@ -114,6 +124,8 @@ def _judge(case: _Case, rule: Rule) -> Parity | list[Control]:
     run, expected = case.load(case.name), case.load(case.root)
     found = differences(run, expected, rule.tolerance, rule.floor)
     verdict = compare_runs(run, expected, case.root, rule)
+    if _is_cut_alike(case) and (fault := _judge_follower(case, run, expected, rule)):
+        return _judge_reference(case, rule, fault)
     if not found:
         return verdict
     cases = [case]
@@ -123,8 +135,9 @@ def _judge(case: _Case, rule: Rule) -> Parity | list[Control]:
         if _rounds_apart(case, cut.label, rule):
             cases.insert(0, dataclasses.replace(case, against=cut.label))
             alike = compare_runs(run, case.load(cut.label), cut.label, rule)
-            if alike.ok:
-                return _judge_reference(case, rule, alike)
+            fault = _judge_follower(cases[0], run, case.load(cut.label), rule)
+            if alike.ok or fault:
+                return _judge_reference(case, rule, fault or alike)
     for one in cases:
         expected = case.load(one.against)
         apart = differences(run, expected, rule.tolerance, rule.floor)
@@ -175,11 +188,25 @@ def _cut_alike(case: _Case, found: Sequence[Found]) -> Control | None:
     late = all(can_be_rounding(one, 1) for one in found)
     if case.reference_strategy != "single" or not (overflows or rounded or late):
         return None
-    pieces = record.layout["dp"] * case.job.micro_batches(record.variant_of or case.name)
-    batch = case.job.train.global_batch
-    if min(pieces, batch) == min(case.job.micro_batches("single"), batch):
+    if _is_cut_alike(case):
         return None
-    return case.control(f"{case.root}_cut_{pieces}", micro_batches=pieces)
+    return case.control(f"{case.root}_cut_{case.pieces}", micro_batches=case.pieces)
+
+
+def _is_cut_alike(case: _Case) -> bool:
+    """Tell whether the reference is `single` with its batches cut into as many pieces as the run's.
+
+    A piece has one sample at least."""
+    batch, own = case.job.train.global_batch, case.job.micro_batches("single")
+    return case.reference_strategy == "single" and min(case.pieces, batch) == min(own, batch)
+
+
+def _judge_follower(case: _Case, run: Run, expected: Run, rule: Rule) -> Parity | None:
+    """Return what `judge_follower` does, for runs in bf16 and fp16 that round as `single` does."""
+    rounds_alike = hook_of(case.job, case.strategy) == "none"
+    if case.job.train.precision == "fp32" or not rounds_alike:
+        return None
+    return judge_follower(run, expected, case.against, rule)
 
 
 def _judge_with_controls(

@@ -38,11 +38,13 @@ def run_ranks(
     on_poll: Callable[[], None] | None = None,
     program: Program = PROGRAM,
     modules: Sequence[str] = (),
+    cores_for: int | None = None,
 ) -> None:
     """Run `program arguments` as `nproc` ranks until all have ended well, and call `on_poll` often.
 
-    modules: what a warm process imports before it forks them. Raises RunFailed as soon as a rank
-    has ended badly. No rank is left running."""
+    modules: what a warm process imports before it forks them. cores_for: a rank has the threads
+    that each of so many would have; left out, of `nproc`. Raises RunFailed as soon as a rank has
+    ended badly. No rank is left running."""
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     for old in logs.glob("rank*"):
@@ -51,7 +53,8 @@ def run_ranks(
     try:
         port = _free_port()
         for rank in range(nproc):
-            variables, log = _variables(rank, nproc, port), logs / f"rank{rank}.log"
+            variables = _variables(rank, nproc, port, cores_for or nproc)
+            log = logs / f"rank{rank}.log"
             ranks.append(_start(program, arguments, variables, log, modules))
         _wait(ranks, logs, on_poll)
     finally:
@@ -89,7 +92,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _variables(rank: int, nproc: int, port: int) -> dict[str, str]:
+def _variables(rank: int, nproc: int, port: int, cores_for: int) -> dict[str, str]:
     """Return what a rank's environment has beside the variables of this process."""
     found = {
         "RANK": rank,
@@ -99,7 +102,7 @@ def _variables(rank: int, nproc: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         # More threads than cores made two ranks 17 times slower; a user's own setting stands.
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, num_cores() // nproc)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, num_cores() // cores_for)),
         "OMP_WAIT_POLICY": wait_policy(),
         "PYTHONUNBUFFERED": 1,  # a killed rank's log has its last words
     }

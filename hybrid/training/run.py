@@ -108,7 +108,11 @@ def launch(
     arguments += ["--parent", str(os.getpid())]
     try:
         modules = registry.modules(choice.strategy)
-        run_ranks(nproc, arguments, out, watcher.poll, program or PROGRAM, modules)
+        # An emulation computes with the threads of a rank that it plays: more of them sum up in
+        # another order, and round otherwise.
+        played = choice.job.strategy.local_sgd.emulate_replicas
+        cores_for = played if choice.strategy == "local_sgd" else None
+        run_ranks(nproc, arguments, out, watcher.poll, program or PROGRAM, modules, cores_for)
         record = records.read(Record, out / "record.json")
     except BaseException as error:
         record = end_run(out, choice, nproc, error)
