@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu --out out/gpu            # about ten minutes on one GPU
     python -m benchmarks.gpu --out out/gpu --small    # the same path at a small size, on a CPU too
+    python -m benchmarks.gpu --out out/gpu --part speed
 
 Run from the top folder. It writes `gpu.json` into the folder and prints what it holds. First come
 tokens per second of the 124M GPT in bf16, compiled, under `single`, `ddp` and `fsdp`, beside a
@@ -153,16 +154,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--part", choices=["speed", "agreement"], help="left out: both")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     found: dict[str, Any] = {"machine": f"{name}; {summarise_machine()}", "small": args.small}
     print(found["machine"], flush=True)
-    found["speed"] = speed(args.out / "speed", args.small, device)
-    records.write(found, args.out / "gpu.json")
-    found["agreement"] = agreement(args.out / "agreement", args.small)
-    records.write(found, args.out / "gpu.json")
-    for precision, table in found["agreement"].items():
+    if args.part != "agreement":
+        found["speed"] = speed(args.out / "speed", args.small, device)
+        records.write(found, args.out / "gpu.json")
+    if args.part != "speed":
+        found["agreement"] = agreement(args.out / "agreement", args.small)
+        records.write(found, args.out / "gpu.json")
+    for precision, table in found.get("agreement", {}).items():
         print(f"\n{precision}")
         for row in table:
             print("  " + ", ".join(f"{key} {value}" for key, value in row.items()))

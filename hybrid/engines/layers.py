@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ..job.schema import Job
 from ..models.dropout import RowSeeds, mix, number_dropouts, rows_in_use, set_rows, use_rows
 from ..models.layers import Layers
+from ..models.losses import Loss
 from .precision import DTYPES, round_inputs
 
 
@@ -26,6 +27,14 @@ def prepare_layers(job: Job, layers: Layers) -> Layers:
         if job.train.compile:
             block.compile()
     return layers
+
+
+def prepare_loss(job: Job, loss: Loss) -> Loss:
+    """Compile the loss where the job compiles layers.
+
+    A language model's logits are the largest tensor of a step. Operator by operator, a loss in fp32
+    writes copies of them as large again four times, which takes an H100 a sixth of the step."""
+    return torch.compile(loss) if job.train.compile else loss
 
 
 @functools.cache

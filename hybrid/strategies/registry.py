@@ -128,7 +128,7 @@ def open_engine(
     rank stands; left out, it is found from the launcher's variables. `hybrid.cleanup` leaves the
     group. Lengths must be given in steps (`train.steps` and local SGD's `sync_every`), since the
     size of the data is not known here. Raises Unsupported or JobError before anything is built."""
-    from ..engines.layers import prepare_layers
+    from ..engines.layers import prepare_layers, prepare_loss
     from ..launch.process_group import hide_accelerate_configuration, join_process_group
     from ..models.layers import Layers
     from ..models.vector_functions import call_vector_functions_once
@@ -143,4 +143,5 @@ def open_engine(
     _check(job, strategy, placement.layout, summary)
     if strategy != "single":
         placement = join_process_group(placement, job.launch)
-    return get(strategy).build(job, placement, prepare_layers(job, layers), loss)
+    layers, loss = prepare_layers(job, layers), prepare_loss(job, loss)
+    return get(strategy).build(job, placement, layers, loss)
