@@ -2,9 +2,12 @@
 
 import dataclasses
 
+import numpy
 import pytest
 
+from hybrid.comparison.differences import Run
 from hybrid.comparison.followed import FOLLOWS, WEIGHTS_OF_FOLLOWER, judge_follower
+from hybrid.comparison.noise import RARE
 
 from .test_parity import STEPS, at_steps, make_run, rule, with_weights
 
@@ -36,14 +39,31 @@ def test_what_grows_once_the_run_has_left_is_for_the_controls(
     assert verdict and verdict.first_difference and verdict.first_difference.step == 30
 
 
+def all_off(by: float, names: list[str]) -> Run:
+    """A run whose tensors of these names are off by a factor."""
+    run = make_run()
+    moved = {name: run.weights[name] * numpy.float32(by) for name in names}
+    return Run(run.record, {**run.weights, **moved})
+
+
 def test_final_weights_of_a_run_that_follows_to_the_end_are_held_tighter() -> None:
-    name = next(iter(make_run().weights))
-    off = with_weights(name, 1 + 1.01 * WEIGHTS_OF_FOLLOWER)
+    names = list(make_run().weights)
+    off = all_off(1 + 1.02 * WEIGHTS_OF_FOLLOWER, names)
     verdict = judge_follower(off, make_run(), "single", RULE)
     assert verdict and verdict.first_difference and verdict.first_difference.step is None
-    near = with_weights(name, 1 + 0.99 * WEIGHTS_OF_FOLLOWER)
+    near = all_off(1 + 0.98 * WEIGHTS_OF_FOLLOWER, names)
     assert judge_follower(near, make_run(), "single", RULE) is None
     # A run that left the reference on its way may have moved its weights further.
     steps = at_steps([STEPS - 1], loss=1 + 1e-5).record.steps
     left = dataclasses.replace(off, record=dataclasses.replace(off.record, steps=steps))
     assert judge_follower(left, make_run(), "single", RULE) is None
+
+
+def test_a_few_weights_of_such_a_run_are_for_the_controls() -> None:
+    names = list(make_run().weights)
+    few = int(RARE * sum(tensor.size for tensor in make_run().weights.values()))
+    for count in (few, few + 1):
+        ends = {name: with_weights(name, 1.5).weights[name] for name in names[:count]}
+        run = Run(make_run().record, {**make_run().weights, **ends})
+        verdict = judge_follower(run, make_run(), "single", RULE)
+        assert (verdict is None) == (count == few)

@@ -25,7 +25,7 @@ def can_be_rounding(found: Found, exact_steps: int) -> bool:
     return found.quantity in ROUNDED and math.isfinite(found.size) and not early
 
 
-def _is_near(found: Found, tolerance: Mapping[str, float]) -> bool:
+def is_near(found: Found, tolerance: Mapping[str, float]) -> bool:
     """Tell whether a control is near enough to the reference in a step where nothing excuses it."""
     near = LENIENT * tolerance.get(found.quantity, 0.0)
     return can_be_rounding(found, 0) and found.size <= near
@@ -62,7 +62,7 @@ class Noise:
             name
             for name, control in controls.items()
             for found in differences(control, reference, tolerance, floor)
-            if not (can_be_rounding(found, exact_steps) or _is_near(found, tolerance))
+            if not (can_be_rounding(found, exact_steps) or is_near(found, tolerance))
         }
         self.refused = sorted(bad)
         self.controls = {name: run for name, run in controls.items() if name not in bad}
@@ -98,7 +98,7 @@ class Noise:
         farthest, share = self._pooled(names)
         spread = farthest / scale_of(tensor, self.floor)
         most = max(1.0, share / SHARE_OF_NOISE * tensor.size)
-        few = found.elements <= min(most, RARE * tensor.size)
+        few = found.elements <= min(most, math.ceil(RARE * tensor.size))
         return spread if few and needed <= spread < math.inf else None
 
     def _pool(self, names: tuple[str, ...]) -> tuple[float, float]:
