@@ -97,9 +97,10 @@ class Noise:
         tensor = self.reference.weights[found.tensor or ""]
         farthest, share = self._pooled(names)
         spread = farthest / scale_of(tensor, self.floor)
-        most = max(1.0, share / SHARE_OF_NOISE * tensor.size)
-        few = found.elements <= min(most, math.ceil(RARE * tensor.size))
-        return spread if few and needed <= spread < math.inf else None
+        expected = share / SHARE_OF_NOISE * tensor.size
+        few = found.elements <= min(max(1.0, expected), RARE * tensor.size)
+        one = found.elements == 1 <= expected  # of a tensor so small that one is not rare
+        return spread if (few or one) and needed <= spread < math.inf else None
 
     def _pool(self, names: tuple[str, ...]) -> tuple[float, float]:
         """Return how far two controls are apart in any weight, and the share of such weights.
