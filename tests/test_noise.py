@@ -168,3 +168,15 @@ def test_a_few_weights_that_fell_to_the_other_side_are_excused() -> None:
 def with_large(name: str, by: float) -> Run:
     run = with_weights(name, by)
     return Run(run.record, {**run.weights, "large": few_weights(0, 0.0).weights["large"]})
+
+
+def test_one_weight_of_a_small_tensor_is_excused_where_many_are_apart_elsewhere() -> None:
+    def of(large: int, small: int) -> Run:
+        tensor = numpy.ones(8, dtype="float32")
+        tensor[:small] += 0.01
+        return Run(RIGHT.record, {**few_weights(large, 0.01).weights, "small": tensor})
+
+    for noisy, off, ok in ((60, 1, True), (60, 2, False), (1, 1, False)):
+        controls = [of(0, 0), of(noisy, 0), of(noisy, 0)]
+        found = verdict(of(0, off), *controls, reference=of(0, 0), repeated=ALL)
+        assert found.ok is ok, (noisy, off)
