@@ -145,9 +145,9 @@ class _Trial:
         found = {way: said for way, run in ways.items() if (said := self.compare(run, whole))}
         optimizer, other = self.run(seed=1)
         if not _equal(whole, other):
-            found["ranks"] = "it draws random numbers, which are others on each rank"
+            found["ranks"] = "it draws random numbers, which each rank would draw for itself"
         if len(optimizer.param_groups) != len({name in self.no_decay for name in self.start}):
-            found["groups"] = "it makes parameter groups of its own, which may differ by stage"
+            found["groups"] = "it makes groups of its own, which may differ by stage"
         if isinstance(optimizer, torch.optim.Adagrad) and len(optimizer.param_groups) > 1:
             # Read in deepspeed/runtime/zero/stage_1_and_2.py and stage3.py (0.19.8).
             found["flat"] = "DeepSpeed makes Adagrad anew, with one weight decay for all parameters"
@@ -158,10 +158,12 @@ class _Trial:
         try:
             cut = run()
         except Exception as error:  # such as an optimizer of matrices alone
-            return f"it fails there ({type(error).__name__}: {first_line(error)})"
+            return f"it fails over tensors cut so ({type(error).__name__}: {first_line(error)})"
         largest = max(float((whole[n] - t).abs().max()) for n, t in self.start.items())
         off = max(float((whole[n] - t).abs().max()) for n, t in cut.items()) / largest
-        return None if off <= SAME else f"its update is off by {off:.1e} there (measured)"
+        if off <= SAME:
+            return None
+        return f"it is not element-wise: cut so, its update is off by {off:.1e} (measured)"
 
     def run(
         self,

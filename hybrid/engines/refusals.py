@@ -11,11 +11,11 @@ from ..stages.checks import ModelSummary
 # What engines do with the tensors of an optimizer. `hybrid.engines.optimizer_trial` measures which
 # of these a user's own one cannot bear.
 CUTS = {
-    "ranks": "the ranks step copies of the same tensors",
-    "rows": "each rank steps its rows of each tensor",
-    "flat": "each rank steps its piece of one flat buffer of all tensors",
-    "stages": "each stage steps its own tensors alone",
-    "groups": "all stages must have the same parameter groups",
+    "ranks": "runs on several ranks",
+    "rows": "shards each tensor by rows",
+    "flat": "steps pieces of one flat buffer of all tensors",
+    "stages": "has a part of the tensors on each stage",
+    "groups": "needs the same parameter groups on all stages",
 }
 
 
@@ -26,7 +26,7 @@ def check_cuts(job: Job, strategy: str, summary: ModelSummary, cuts: Sequence[st
     for cut in cuts:
         if problem := summary.optimizer_problems.get(cut):
             name = job.optimizer.name
-            raise Unsupported(f"optimizer.name = {name!r}: {problem}; under {strategy} {CUTS[cut]}")
+            raise Unsupported(f"optimizer.name = {name!r}: {strategy} {CUTS[cut]}; {problem}")
 
 
 def check_parameters(summary: ModelSummary, scalars: str, empty: str | None = None) -> None:
