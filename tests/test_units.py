@@ -166,6 +166,8 @@ def test_parameters_that_an_engine_cannot_take_are_named() -> None:
         said = why_not([0, 7], strategy, nproc=nproc)
         assert bool(said) == (strategy in ("fsdp", "zero3"))
         assert not said or said.startswith("parameter 1.odd has no elements: ")
+        frozen = why_not([0, 7], strategy, trained=False, nproc=nproc)
+        assert bool(frozen) == (strategy == "zero3"), "FSDP2 has no gradient to reduce then"
     for strategy in ("ddp", "local_sgd"):
         assert why_not([], strategy) is None and why_not([0], strategy) is None
 

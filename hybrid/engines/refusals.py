@@ -29,19 +29,23 @@ def check_cuts(job: Job, strategy: str, summary: ModelSummary, cuts: Sequence[st
             raise Unsupported(f"optimizer.name = {name!r}: {strategy} {CUTS[cut]}; {problem}")
 
 
-def check_parameters(summary: ModelSummary, scalars: str, empty: str | None = None) -> None:
+def check_parameters(
+    summary: ModelSummary, scalars: str, empty: str | None = None, trained: bool = False
+) -> None:
     """Raise Unsupported for a parameter without axes, or without elements, that an engine refuses.
 
-    scalars, empty: what the engine does with such a parameter; None: it takes one."""
+    scalars, empty: what the engine does with such a parameter; None: it takes one. trained: it
+    takes one without elements where that is not trained."""
     if summary.scalars:
         one = len(summary.scalars) == 1
         have, give = ("has", "it") if one else ("have", "them")
         raise Unsupported(
             f"{_list(summary.scalars)} {have} no axes (shape []): {scalars}; give {give} shape [1]"
         )
-    if summary.empty and empty:
-        have = "has" if len(summary.empty) == 1 else "have"
-        raise Unsupported(f"{_list(summary.empty)} {have} no elements: {empty}")
+    found = [name for name, trains in summary.empty.items() if trains or not trained]
+    if found and empty:
+        have = "has" if len(found) == 1 else "have"
+        raise Unsupported(f"{_list(found)} {have} no elements: {empty}")
 
 
 def _list(names: Sequence[str]) -> str:

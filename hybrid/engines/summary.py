@@ -20,6 +20,6 @@ def summarise(
         cut_problem=layers.cut_problem or cut_problem,
         boundaries=tuple(boundaries),
         scalars=[name for p, name in names.items() if p.dim() == 0],
-        empty=[name for p, name in names.items() if p.numel() == 0],
+        empty={name: p.requires_grad for p, name in names.items() if p.numel() == 0},
         optimizer_problems=check_optimizer(job, layers),
     )

@@ -27,14 +27,15 @@ class ModelSummary:
 
     `layer_parameters`: how many parameters of each layer are trained; `cut_problem`: why it cannot
     be cut into stages; `boundaries`: what is known of what passes from layer to layer; `scalars`,
-    `empty`: names of the parameters that have no axes, or no elements; `optimizer_problems`: why a
-    user's own optimizer cannot run over tensors that are cut, by how they are."""
+    names of the parameters without axes; `empty`: names of those without elements, each with
+    whether it is trained; `optimizer_problems`: why a user's own optimizer cannot run over tensors
+    that are cut, by how they are."""
 
     layer_parameters: Sequence[int]
     cut_problem: str | None = None
     boundaries: Sequence[Boundary] = ()
     scalars: Sequence[str] = ()
-    empty: Sequence[str] = ()
+    empty: Mapping[str, bool] = dataclasses.field(default_factory=dict)
     optimizer_problems: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 

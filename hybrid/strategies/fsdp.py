@@ -32,7 +32,7 @@ def layout(job: Job, nproc: int) -> Layout:
 def check(job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
     """Refuse parameters that FSDP2 cannot shard, and an optimizer that cannot step shards."""
     empty = "FSDP2 cannot reduce its gradient; make it a buffer"
-    check_parameters(summary, "FSDP2 shards along the first one", empty)
+    check_parameters(summary, "FSDP2 shards along the first one", empty, trained=True)
     if layout.shard > 1:
         check_cuts(job, name, summary, ["rows"])
     return []
