@@ -15,7 +15,7 @@ from ..job.imports import import_module
 from ..job.schema import Job
 from ..job.variants import resolve
 from ..launch.accelerate_env import check_configuration
-from ..launch.placement import Placement, find_placement
+from ..launch.placement import OWN, Placement, find_placement
 from ..layout import Layout, LayoutError
 from ..stages.checks import ModelSummary
 from . import protocol
@@ -141,8 +141,8 @@ def open_engine(
     choice = resolve(job, strategy)
     job, strategy = choice.job, choice.strategy
     layers = layers if isinstance(layers, Layers) else Layers(layers)
-    summary = summarise(job, layers)
     placement = place(job, strategy, placement or find_placement())
+    summary = summarise(job, layers, tried=placement.launcher == OWN)  # by who started this rank
     hide_accelerate_configuration()
     _check(job, strategy, placement.layout, summary)
     if strategy != "single":
