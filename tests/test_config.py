@@ -48,7 +48,10 @@ KINDS = {  # every field of the job, by the kind of value it takes
         *("model.name", "data.name"),
         *(f"strategy.{name}.ds_config" for name in ("zero1", "zero2", "zero3", "pipeline", "2d")),
     ],
-    "section": ["model.options", "data.options", "variant", "proxy"],
+    "section": [
+        *(f"{name}.options" for name in ("model", "data", "optimizer", "schedule")),
+        *("variant", "proxy"),
+    ],
     "choice": [
         *("optimizer.name", "schedule.name", "train.precision"),
         *("strategy.ddp.comm_hook", "strategy.ddp.broadcast_buffers", "strategy.2d.zero_stage"),
@@ -139,7 +142,7 @@ def test_wrong_value_is_refused_by_name(field: str, value: Any) -> None:
         ("optimizer.eps", 0.0, "greater than 0"),
         ("train.seed", 2**63, f"less than {2**63}"),
         ("parallel.pp", 0, "greater than or equal to 1"),
-        ("schedule.name", "exp", "'constant', 'linear' or 'cosine'"),
+        ("schedule.name", "exp", "'exp': valid: constant, linear, cosine, package.module"),
         ("strategy.2d.zero_stage", 2, "0 or 1"),
         ("strategy.ddp.comm_hook", "fp8", "'none', 'bf16', 'fp16' or 'powersgd'"),
         ("strategy.pipeline.partition", "even", "'uniform' or 'parameters'"),
@@ -243,6 +246,14 @@ def test_each_setting_without_effect_warns() -> None:
     assert warned(**adamw) == ["optimizer.momentum"]
     assert warned(**{"schedule.min_lr": 0.1}) == ["schedule.min_lr"]
     assert warned(**{"schedule.min_lr": 0.1, "schedule.name": "linear"}) == []
+    assert warned(**{"optimizer.options": {"a": 1}}) == ["optimizer.options"]
+    assert warned(**{"schedule.options": {"a": 1}}) == ["schedule.options"]
+    keys = {"optimizer.betas": [0.8, 0.9], "optimizer.momentum": 0.9, "optimizer.eps": 1e-6}
+    own = {"optimizer.name": "torch.optim:Adam", "optimizer.options": {"eps": 1e-6}}
+    assert warned(**own) == [] and sorted(warned(**own | keys)) == sorted(keys)
+    keys = {"schedule.warmup_steps": 3, "schedule.min_lr": 0.1}
+    own = {"schedule.name": "a.b:c", "schedule.options": {"d": 1}}
+    assert warned(**own) == [] and sorted(warned(**own | keys)) == sorted(keys)
     assert warned(**{"strategy.ddp.powersgd_rank": 2}) == ["strategy.ddp.powersgd_rank"]
     rank = {"strategy.ddp.powersgd_rank": 2, "strategy.ddp.comm_hook": "powersgd"}
     assert warned(**rank) == []

@@ -182,6 +182,14 @@ def test_a_lack_of_memory_says_where_how_much_and_what_takes_less() -> None:
     assert "fsdp, zero3, pipeline and 2d" in said and "\n" not in said
 
 
+def test_of_an_optimizer_of_ones_own_the_state_is_not_guessed() -> None:
+    own = {"name": "torch.optim:Adam", "lr": 0.1}
+    at = RankStatus(small_job(optimizer=own), Placement())
+    at.parameters = at.held = 2**20
+    said = describe_out_of_memory(HOST_FULL, at)
+    assert "with gradients they take 8 bytes each in fp32, 8 MiB; the state of torch.opt" in said
+
+
 def test_of_a_shard_its_own_parameters_are_counted() -> None:
     sgd = {"name": "sgd", "lr": 0.1}
     at = RankStatus(small_job(optimizer=sgd), Placement())

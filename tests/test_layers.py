@@ -117,11 +117,20 @@ def test_sizes_count_a_tied_parameter_in_each_layer_and_only_what_trains() -> No
     assert layers.sizes() == [20, 4, 0, 16, 16, 16]
 
 
-def test_units_are_classes_of_which_no_layer_shares_a_parameter() -> None:
-    # Linear is out as well: it is the class of a layer that shares, and classes are all FSDP takes.
-    assert chain().unit_classes() == ["Buffered"]
-    assert tiny_gpt().unit_classes() == ["Block"]
-    assert tiny_gpt(tied=False).unit_classes() == ["Block", "Embedding", "Head"]
+def test_units_are_the_layers_that_share_no_parameter() -> None:
+    layers = chain()
+    assert layers.units() == [layers[1], layers[4]], "by object: layers 0, 3 and 5 share a weight"
+    tied, untied = tiny_gpt(), tiny_gpt(tied=False)
+    assert tied.units() == tied[1:-1] and untied.units() == list(untied)
+
+
+def test_a_layer_that_stands_twice_is_no_unit() -> None:
+    twice, alone = nn.Linear(4, 4), nn.Linear(4, 4)
+    inner = nn.Sequential(twice, nn.Linear(4, 4))
+    assert Layers([twice, alone, twice]).units() == [alone]
+    assert Layers([inner, alone, twice]).units() == [alone], "one module inside another"
+    pair = nn.Sequential(alone, nn.Tanh(), alone)
+    assert Layers([pair, twice, nn.Tanh()]).units() == [pair, twice], "its own twice is its own"
 
 
 def test_a_plain_list_of_a_user_becomes_layers() -> None:

@@ -73,3 +73,59 @@ def sentences(
 ) -> tuple[Sentences, Sentences]:
     """`size` sequences to train on and 13 to test on."""
     return Sentences(size, tokens, vocab_size, 1), Sentences(13, tokens, vocab_size, 2)
+
+
+class Matrix(nn.Module):
+    """One matrix, and nothing else."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(rows, columns) * 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, columns] to [batch, rows]."""
+        return torch.tanh(x @ self.weight.T)
+
+
+def matrices() -> tuple[list[nn.Module], object]:
+    """Three matrices, 32 numbers in, 10 out."""
+    return [Matrix(17, 32), Matrix(17, 17), Matrix(10, 17)], squared_error
+
+
+class Gain(nn.Module):
+    """A gain of one element, and a frozen shift."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((1,), 1.1))
+        self.shift = nn.Parameter(torch.linspace(-0.1, 0.1, width), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, width] to itself."""
+        return torch.tanh(x * self.gain + self.shift)
+
+
+class Tied(nn.Module):
+    """A layer that shares its weight with another one."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, width] to itself."""
+        return x @ self.weight
+
+
+def partly_frozen() -> tuple[list[nn.Module], object]:
+    """Seven layers, 12 numbers in, 3 out: with frozen, tiny and tied tensors."""
+    tied = nn.Parameter(torch.randn(7, 7) * 0.3)
+    first, last = nn.Linear(12, 7), nn.Linear(7, 3)
+    return [first, Gain(7), Tied(tied), Gain(7), Tied(tied), nn.Linear(7, 7), last], squared_error
+
+
+def odd(shape: list[int], trained: bool = True) -> tuple[list[nn.Module], object]:
+    """A parameter of any shape beside 12 numbers in and 3 out."""
+    layers = [nn.Linear(12, 7), nn.Linear(7, 7), nn.Linear(7, 3)]
+    layers[1].register_parameter("odd", nn.Parameter(torch.ones(shape), requires_grad=trained))
+    return list(layers), squared_error

@@ -43,7 +43,8 @@ class AcceleratedEngine(BaseEngine):
         scatter: Callable[[Any, Mapping[str, torch.Tensor]], None],
     ) -> None:
         super().__init__(job, placement, loss)
-        self.accelerator, self.model, self.optimizer, self.observer, self.buffers = prepared
+        self.accelerator, self.model, self.optimizer, self.observer, self.buffers = prepared[:5]
+        self.units = prepared.units
         self.inspect, self.gather, self.scatter = inspect, gather, scatter
         self.num_held = num_held(self.model)
         self.scale = LossScale(job, self.device, averaged_over=self.layout.dp)
@@ -122,3 +123,4 @@ class AcceleratedEngine(BaseEngine):
     def close(self) -> None:
         # Not `free_memory`, which has Python look through all its objects for garbage (0.2 s).
         self.accelerator = self.model = self.optimizer = self.constant = None
+        self.units = ()

@@ -1,21 +1,23 @@
 """This module prepares models for DDP, FSDP2 and ZeRO. No other file here imports Accelerate.
 
 It also works round what Accelerate does silently on hosts without a GPU (`_keep_fsdp`), and in one
-process on a GPU (`_keep_ddp`)."""
+process on a GPU (`_keep_ddp`), and tells it which modules are FSDP2's units (`_by_object`)."""
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..job.schema import Job
 from ..launch.placement import Placement
 from ..models.layers import Layers
 from .deepspeed_setup import restore_fp32_masters
 from .optimizer import build_optimizer, no_decay_names
+from .own_optimizer import is_own
 from .precision import DTYPES, Observer, names_of, round_at_use
 
 
@@ -27,6 +29,7 @@ class PreparedModel(NamedTuple):
     optimizer: Any
     observer: Observer
     buffers: str  # the dtypes that the model's buffers had before
+    units: Sequence[nn.Module] = ()  # which FSDP2 is to shard one by one
 
 
 # The names that Accelerate has for the values of `strategy.ddp.comm_hook`.
@@ -74,8 +77,8 @@ def _bf16_hook() -> Callable[..., Any]:
 def prepare_fsdp(
     job: Job, placement: Placement, layers: Layers, accumulation: int
 ) -> PreparedModel:
-    """Put the model under FSDP2, with a unit for each layer of the flat list that has parameters.
-    Layers that share a parameter belong to the root's unit."""
+    """Put the model under FSDP2, with a unit for each of `Layers.units`.
+    What is outside them, such as layers that share a parameter, belongs to the root's unit."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -84,14 +87,15 @@ def prepare_fsdp(
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         reshard_after_forward=job.strategy.fsdp.reshard_after_forward,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=layers.unit_classes(),
+        auto_wrap_policy="no_wrap",
         mixed_precision_policy=None if low == torch.float32 else policy,
         cpu_ram_efficient_loading=False,
     )
     accelerator = _make_accelerator(placement, accumulation, fsdp_plugin=plugin)
     _keep_fsdp(accelerator, plugin, placement)
-    return _prepare(job, accelerator, layers)
+    units = layers.units()
+    with _by_object(units):
+        return _prepare(job, accelerator, layers)._replace(units=units)
 
 
 def prepare_zero(
@@ -149,7 +153,37 @@ def _prepare(
         live, live_optimizer = accelerator.prepare(model, optimizer)
     if restore:
         restore()
+    if is_own(job) and isinstance(next(live.parameters()), DTensor):
+        # Accelerate gives an optimizer the shards in place of its parameters, but leaves what the
+        # optimizer made of those when it was made, such as Adagrad's state.
+        live_optimizer.optimizer = build_optimizer(job, dict(live.named_parameters()), no_decay)
     return PreparedModel(accelerator, live, live_optimizer, observer, buffers)
+
+
+@contextlib.contextmanager
+def _by_object(units: Sequence[nn.Module]) -> Iterator[None]:
+    """Make Accelerate shard these modules one by one while it prepares a model, and no others.
+
+    By itself it knows units by the name of a class or by size (`accelerate/utils/fsdp_utils.py`,
+    1.15), so that it could not tell a layer from a module of the same class inside another one, or
+    from one that shares a parameter. Beside these units it still gives the embedding, the last norm
+    and the head of a transformers model units of their own. The receipt refuses a run where this
+    had no effect. test_workarounds.py tells when it can go."""
+    from accelerate.utils import fsdp_utils
+
+    policy, norm = fsdp_utils.fsdp2_prepare_auto_wrap_policy, fsdp_utils._find_final_norm
+    chosen = set(units)
+
+    def find_norm(model: nn.Module) -> nn.Module | None:
+        return norm(model) if hasattr(model, "base_model_prefix") else None
+
+    fsdp_utils.fsdp2_prepare_auto_wrap_policy = lambda plugin, model: chosen.__contains__
+    fsdp_utils._find_final_norm = find_norm
+    try:
+        yield
+    finally:
+        fsdp_utils.fsdp2_prepare_auto_wrap_policy = policy
+        fsdp_utils._find_final_norm = norm
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from ..models.layers import Layers
 
@@ -149,7 +150,7 @@ def _join(names: Iterable[str]) -> str:
 
 def state_dtypes(optimizer: torch.optim.Optimizer) -> str:
     """Return the dtypes of a live optimizer's state, without its step counters."""
-    states = (t for state in optimizer.state.values() for t in state.values())
+    states = tree_leaves(dict(optimizer.state))  # one of a user's own may nest what it keeps
     return names_of(t for t in states if floating(t) and t.dim() > 0)
 
 

@@ -1,7 +1,14 @@
 """This module has the learning rate of each optimizer step, the same under every strategy."""
 
+import functools
 import math
+import numbers
+from collections.abc import Callable
+from typing import Any
 
+from ..job.errors import JobError, first_line
+from ..job.imports import import_function, parameter_names
+from ..job.reading import show
 from ..job.schema import Job
 
 
@@ -10,17 +17,64 @@ def learning_rate(job: Job, step: int) -> float:
 
     Warm-up rises in equal parts to `optimizer.lr`. A linear or cosine schedule then falls towards
     `schedule.min_lr`, which every step after the last has (cosine: Loshchilov and Hutter 2017,
-    without restarts). Raises ValueError if these need `job.train.steps` and it is not known yet
-    (`resolve_lengths`)."""
+    without restarts). A function by import path gives the factor of `optimizer.lr` for each step.
+    Raises JobError where that is no finite number from 0 on, and ValueError if a schedule needs
+    `job.train.steps` and it is not known yet (`resolve_lengths`)."""
+    if ":" in job.schedule.name:
+        return job.optimizer.lr * _factor(job, step)
     peak, warmup, low = job.optimizer.lr, job.schedule.warmup_steps, job.schedule.min_lr
     if step < warmup:
         return peak * (step + 1) / warmup
     if job.schedule.name == "constant":
         return peak
-    if job.train.steps is None:
-        raise ValueError("train.steps is not known yet; call resolve_lengths first")
-    progress = min(1.0, (step - warmup) / max(1, job.train.steps - warmup))
+    progress = min(1.0, (step - warmup) / max(1, _total(job) - warmup))
     falling = 1 - progress
     if job.schedule.name == "cosine":
         falling = (1 + math.cos(math.pi * progress)) / 2
     return low + (peak - low) * falling
+
+
+def check_schedule(job: Job) -> None:
+    """Raise JobError where a schedule by import path has no rate for a step of the run.
+
+    It is called for each step, and for the first one twice: its ranks must agree in every run."""
+    if ":" not in job.schedule.name:
+        return
+    given = f"schedule.name = {job.schedule.name!r}"
+    first = learning_rate(job, 0)
+    for step in range(1, _total(job)):
+        learning_rate(job, step)
+    if learning_rate(job, 0) != first:
+        raise JobError(f"{given}: gives another factor for step 0 when it is called again")
+
+
+def _total(job: Job) -> int:
+    if job.train.steps is None:
+        raise ValueError("train.steps is not known yet; call resolve_lengths first")
+    return job.train.steps
+
+
+def _factor(job: Job, step: int) -> float:
+    """Call the job's own schedule for one step."""
+    name, options = job.schedule.name, dict(job.schedule.options)
+    function, takes_total = _function(name)
+    if takes_total:
+        options.setdefault("total_steps", _total(job))
+    given = f"schedule.name = {name!r}: step {step}"
+    try:
+        factor = function(step, **options)
+    except Exception as error:  # a user's function may raise anything
+        raise JobError(f"{given}: {type(error).__name__}: {first_line(error)}") from error
+    if hasattr(factor, "item"):  # a number of torch or numpy
+        factor = factor.item()
+    number = isinstance(factor, numbers.Real) and not isinstance(factor, bool)
+    if not number or not 0 <= factor < math.inf:
+        raise JobError(f"{given}: gave {show(factor)}; valid: a factor of optimizer.lr, >= 0")
+    return float(factor)
+
+
+@functools.cache
+def _function(name: str) -> tuple[Callable[..., Any], bool]:
+    """Import a schedule; also tell whether it takes the number of steps of the run."""
+    function = import_function("schedule", name, name)
+    return function, "total_steps" in (parameter_names(function) or ())

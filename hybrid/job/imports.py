@@ -4,8 +4,8 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping
-from types import ModuleType
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from .errors import JobError, first_line
@@ -22,31 +22,45 @@ def check_name(section: str, name: str, known: Collection[str]) -> None:
 
 
 def call_named(
-    section: str, name: str, options: Mapping[str, Any], known: Mapping[str, str]
+    section: str,
+    name: str,
+    options: Mapping[str, Any],
+    known: Mapping[str, str],
+    arguments: Sequence[Any] = (),
+    offered: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """Call the function that `section` of the job names with `options`, and return its result.
 
-    `known` maps short names to `package.module:function`. Raises JobError where the function cannot
-    be imported or refuses the options."""
+    `known` maps short names to `package.module:function`. arguments: come before the options.
+    offered: further keyword arguments, for a function that has parameters of these names. Raises
+    JobError where the function cannot be imported or refuses the options."""
     check_name(section, name, known)
-    function = _import(section, name, known.get(name, name))
+    function = import_function(section, name, known.get(name, name))
     given = f"{section}.options = {dict(options)!r} of {name!r}"
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some builtins have no signature
-        signature = None
-    if signature:
+    names = parameter_names(function)
+    more = {key: value for key, value in offered.items() if key in (names or ())}
+    if names is not None:
         try:
-            signature.bind(**options)
+            inspect.signature(function).bind(*arguments, **options, **more)
         except TypeError as error:
-            raise JobError(f"{given}: {error}; valid: {', '.join(signature.parameters)}") from None
+            raise JobError(f"{given}: {error}; valid: {', '.join(names)}") from None
     try:
-        return function(**options)
+        return function(*arguments, **options, **more)
     except (TypeError, ValueError, RuntimeError) as error:
         raise JobError(f"{given}: {first_line(error)}") from error
 
 
-def _import(section: str, name: str, path: str) -> Callable[..., Any]:
+def parameter_names(function: Callable[..., Any]) -> list[str] | None:
+    """Name a function's parameters; None where it does not tell them, as some builtins."""
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+
+
+def import_function(section: str, name: str, path: str) -> Callable[..., Any]:
+    """Import what `section` of the job names, by its path `package.module:function`.
+    Raises JobError where it cannot be imported or called."""
     module, _, function = path.partition(":")
     loaded = import_module(f"{section}.name = {name!r}", module)
     found = getattr(loaded, function, None)

@@ -9,6 +9,7 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from .strategy_settings import Count, Positive, Seconds, Section, Strategies, StrategySettings
 
@@ -53,10 +54,24 @@ class Data(_Named):
     """Names the data: random, mnist, text, or package.module:function."""
 
 
-class Optimizer(Section):
-    """Chooses torch's SGD or AdamW and sets it."""
+def _known_or_path(*known: str) -> AfterValidator:
+    """Allow one of some names, or the import path of a user's own function."""
 
-    name: Literal["sgd", "adamw"]
+    def check(name: str) -> str:
+        module, _, function = name.partition(":")
+        if name not in known and not (module and function.isidentifier()):
+            valid = f"valid: {', '.join(known)}, package.module:function"
+            raise PydanticCustomError("name", "{valid}", {"valid": valid})
+        return name
+
+    return AfterValidator(check)
+
+
+class Optimizer(Section):
+    """Chooses torch's SGD or AdamW, or an optimizer by import path, and sets it."""
+
+    name: Annotated[str, _known_or_path("sgd", "adamw")]
+    options: Options = Field(default={})  # for one by import path: its keyword arguments
     lr: float = Field(gt=0)
     momentum: float = Field(default=0.0, ge=0, lt=1)  # for sgd
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(  # for adamw
@@ -71,9 +86,11 @@ class Optimizer(Section):
 class Schedule(Section):
     """Sets how the learning rate moves over optimizer steps, after a linear warm-up.
 
-    It stays constant, or falls along a line or half a cosine to `min_lr` at the end of the run."""
+    It stays constant, or falls along a line or half a cosine to `min_lr` at the end of the run. A
+    function by import path gives the factor of `optimizer.lr` for each step, and has no warm-up."""
 
-    name: Literal["constant", "linear", "cosine"] = "constant"
+    name: Annotated[str, _known_or_path("constant", "linear", "cosine")] = "constant"
+    options: Options = Field(default={})  # for one by import path: its keyword arguments
     warmup_steps: Count = 0
     min_lr: float = Field(default=0.0, ge=0)
 
@@ -173,11 +190,12 @@ class Job(Section):
         """Return a line for each setting that differs from its default and has no effect."""
         optimizer, schedule, ddp = self.optimizer, self.schedule, self.strategy.ddp
         unused: list[tuple[str, str, str, BaseModel]]
-        unused = [("optimizer", key, "name", optimizer) for key in _UNUSED[optimizer.name]]
+        keys = _UNUSED.get(optimizer.name, ("momentum", "betas", "eps"))
+        unused = [("optimizer", key, "name", optimizer) for key in keys]
         if optimizer.weight_decay == 0:
             unused.append(("optimizer", "no_decay", "weight_decay", optimizer))
-        if schedule.name == "constant":
-            unused.append(("schedule", "min_lr", "name", schedule))
+        keys = _UNUSED.get(schedule.name, ("warmup_steps", "min_lr"))
+        unused += [("schedule", key, "name", schedule) for key in keys]
         if ddp.comm_hook != "powersgd":
             unused.append(("strategy.ddp", "powersgd_rank", "comm_hook", ddp))
         return [
@@ -187,7 +205,13 @@ class Job(Section):
         ]
 
 
-_UNUSED = {"sgd": ("betas", "eps"), "adamw": ("momentum",)}
+# By the name of an optimizer or a schedule; one by import path has options alone.
+_UNUSED = {
+    "sgd": ("betas", "eps", "options"),
+    "adamw": ("momentum", "options"),
+    "constant": ("min_lr", "options"),
+    **dict.fromkeys(("linear", "cosine"), ("options",)),
+}
 
 
 def resolve_lengths(job: Job, num_samples: int) -> Job:

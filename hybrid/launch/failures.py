@@ -158,6 +158,10 @@ def _needs(status: RankStatus) -> str:
     elif status.held == status.parameters:
         whose = f"this rank holds all {counted:,} parameters of the model"
     optimizer = status.job.optimizer
+    if ":" in optimizer.name:
+        takes = "with gradients they take 8 bytes each in fp32"
+        more = f"the state of {optimizer.name} and activations come on top"
+        return f"{whose}: {takes}, {_mib(counted * 8)}; {more}"
     # Numbers of 4 bytes in fp32: the parameter, its gradient, two moments or what momentum keeps.
     size = 16 if optimizer.name == "adamw" else 12 if optimizer.momentum else 8
     takes = f"with gradients and the state of {optimizer.name} they take {size} bytes each in fp32"

@@ -1,6 +1,6 @@
 """This module defines what a model is to the engines: a list of layers, joined to modules."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
 import torch
@@ -54,14 +54,25 @@ class Layers(list[nn.Module]):
         """Counts each layer's trainable parameters, a tied one in each layer that holds it."""
         return [sum(p.numel() for p in x.parameters() if p.requires_grad) for x in self]
 
-    def unit_classes(self) -> list[str]:
-        """Names the classes of layers that may be sharded one by one.
+    def units(self) -> list[nn.Module]:
+        """Lists the modules that are sharded one by one, as objects.
 
-        These layers have parameters, none of which another layer shares."""
-        holders = holders_of(self)
-        tied = {type(self[i]).__name__ for held in holders.values() if len(held) > 1 for i in held}
-        classes = {type(x).__name__ for x in self if any(True for _ in x.parameters())}
-        return sorted(classes - tied)
+        Each has parameters, and shares none with anything outside itself."""
+        return unshared(self, self)
+
+
+def unshared(candidates: Iterable[nn.Module], roots: Iterable[nn.Module]) -> list[nn.Module]:
+    """Returns the candidates with parameters of which no place in `roots` is outside themselves."""
+    places: Counter[nn.Parameter] = Counter()
+    for root in roots:
+        places += _places(root)
+    own = [(candidate, _places(candidate)) for candidate in candidates]
+    return [c for c, held in own if held and all(places[p] == n for p, n in held.items())]
+
+
+def _places(module: nn.Module) -> Counter[nn.Parameter]:
+    """Counts the places of each parameter in a module, also those in modules that occur twice."""
+    return Counter(p for _, p in module.named_parameters(remove_duplicate=False))
 
 
 def holders_of(layers: Iterable[nn.Module]) -> dict[nn.Parameter, list[int]]:

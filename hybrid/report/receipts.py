@@ -51,6 +51,8 @@ def _tell_shards(found: Evidence) -> str:
     kept = found.get("reshard_after_forward") or []
     share = f"rank 0 held {found['local_share']:.1%} of {found['elements_total']:,} elements"
     units = f"; {sum(kept)} of {len(kept)} units freed their parameters after the forward pass"
+    if outside := found.get("elements_outside_units"):
+        units += f", {outside:,} elements are outside units"
     return (
         f"{found['dtensor_parameters']} of {count(found['parameters'], 'parameter tensor')} were "
         f"DTensors on a mesh of {_tell_mesh(found.get('mesh'))}; {share}{units if kept else ''}."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..job.errors import Unsupported
 from ..job.known_bad import check_release
@@ -26,11 +26,17 @@ class ModelSummary:
     """Summarises a model before it is placed.
 
     `layer_parameters`: how many parameters of each layer are trained; `cut_problem`: why it cannot
-    be cut into stages; `boundaries`: what is known of what passes from layer to layer."""
+    be cut into stages; `boundaries`: what is known of what passes from layer to layer; `scalars`,
+    names of the parameters without axes; `empty`: names of those without elements, each with
+    whether it is trained; `optimizer_problems`: why a user's own optimizer cannot run over tensors
+    that are cut, by how they are."""
 
     layer_parameters: Sequence[int]
     cut_problem: str | None = None
     boundaries: Sequence[Boundary] = ()
+    scalars: Sequence[str] = ()
+    empty: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+    optimizer_problems: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def check_stages(name: str, job: Job, layout: Layout, summary: ModelSummary) -> list[str]:

@@ -4,6 +4,7 @@ It has one data-parallel column; `2d` has more. Huang et al. 2019, https://arxiv
 """
 
 from ..engines.deepspeed_config import check_fp16
+from ..engines.refusals import DEEPSPEED_SCALARS, check_cuts, check_parameters
 from ..job.errors import Unsupported
 from ..job.schema import Job
 from ..launch.placement import Placement
@@ -26,6 +27,9 @@ def layout(job: Job, nproc: int) -> Layout:
 def check(job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
     """Require that every stage gets layers with parameters, and tensors that can be passed on."""
     check_fp16(job)
+    check_parameters(summary, DEEPSPEED_SCALARS)
+    flat = [] if job.train.precision == "fp32" else ["flat", "groups"]  # it runs under ZeRO-1 then
+    check_cuts(job, name, summary, ["stages", *flat])
     return check_stages(name, job, layout, summary)
 
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, cast
 
 from ..engines.deepspeed_config import check_ds_config
 from ..engines.protocol import Engine
+from ..engines.refusals import check_cuts
 from ..job.errors import JobError
 from ..job.imports import import_module
 from ..job.schema import Job
 from ..job.variants import resolve
 from ..launch.accelerate_env import check_configuration
-from ..launch.placement import Placement, find_placement
+from ..launch.placement import OWN, Placement, find_placement
 from ..layout import Layout, LayoutError
 from ..stages.checks import ModelSummary
 from . import protocol
@@ -89,6 +90,8 @@ def plan(job: Job, name: str, nproc: int, summary: ModelSummary) -> tuple[Layout
 def _check(job: Job, name: str, layout: Layout, summary: ModelSummary) -> list[str]:
     """Check a job for a strategy, its DeepSpeed file included, and return warnings."""
     check_ds_config(job, name)
+    if layout.world_size > 1:
+        check_cuts(job, name, summary, ["ranks"])
     return protocol.check(get(name), job, layout, summary)
 
 
@@ -129,6 +132,7 @@ def open_engine(
     group. Lengths must be given in steps (`train.steps` and local SGD's `sync_every`), since the
     size of the data is not known here. Raises Unsupported or JobError before anything is built."""
     from ..engines.layers import prepare_layers, prepare_loss
+    from ..engines.summary import summarise
     from ..launch.process_group import hide_accelerate_configuration, join_process_group
     from ..models.layers import Layers
     from ..models.vector_functions import call_vector_functions_once
@@ -137,8 +141,8 @@ def open_engine(
     choice = resolve(job, strategy)
     job, strategy = choice.job, choice.strategy
     layers = layers if isinstance(layers, Layers) else Layers(layers)
-    summary = ModelSummary(layers.sizes(), layers.cut_problem)
     placement = place(job, strategy, placement or find_placement())
+    summary = summarise(job, layers, tried=placement.launcher == OWN)  # by who started this rank
     hide_accelerate_configuration()
     _check(job, strategy, placement.layout, summary)
     if strategy != "single":

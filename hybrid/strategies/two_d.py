@@ -3,6 +3,7 @@
 Over the columns it runs ZeRO-0 or ZeRO-1."""
 
 from ..engines.deepspeed_config import check_fp16
+from ..engines.refusals import DEEPSPEED_SCALARS, check_cuts, check_parameters
 from ..job.errors import Unsupported
 from ..job.schema import Job
 from ..launch.placement import Placement
@@ -39,6 +40,9 @@ def check(job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
             "sums rounded gradients in fp32 under ZeRO-1 only; set strategy.2d.zero_stage = 1"
         )
     check_fp16(job)
+    check_parameters(summary, DEEPSPEED_SCALARS)
+    flat = ["flat", "groups"] if job.strategy.two_d.zero_stage else []
+    check_cuts(job, name, summary, ["stages", *flat])
     return check_stages(name, job, layout, summary)
 
 

@@ -4,6 +4,7 @@ Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054."""
 import dataclasses
 
 from ..engines.deepspeed_config import check_fp16
+from ..engines.refusals import DEEPSPEED_SCALARS, check_cuts, check_parameters
 from ..job.known_bad import check_release
 from ..job.schema import Job
 from ..launch.placement import Placement
@@ -29,8 +30,11 @@ class ZeroStrategy:
         return Layout(dp=nproc, shard=nproc)
 
     def check(self, job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
-        """Refuse fp16 where DeepSpeed does, and a DeepSpeed that trains this stage wrongly."""
+        """Refuse what DeepSpeed does, and a DeepSpeed that trains this stage wrongly."""
         check_fp16(job)
+        empty = "ZeRO-3 cannot make pieces of it; make it a buffer" if self.stage == 3 else None
+        check_parameters(summary, DEEPSPEED_SCALARS, empty)
+        check_cuts(job, self.name, summary, ["flat"])
         return check_release(job, self.name)
 
     def build(self, job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:

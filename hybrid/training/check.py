@@ -33,6 +33,8 @@ def check_job(job: Job, data: Data | None = None) -> CheckedJob:
     data: the train and test sets, where the caller has made them already. Raises JobError where the
     job is wrong, and ModuleNotFoundError where a tracker's package is missing."""
     from ..data import build_data
+    from ..engines.schedule import check_schedule
+    from ..engines.summary import summarise
     from ..models.vector_functions import call_vector_functions_once
     from ..stages.shapes import boundaries, input_problem
 
@@ -42,14 +44,10 @@ def check_job(job: Job, data: Data | None = None) -> CheckedJob:
     train_set, _ = data or build_data(job)
     sample_input = _first_input(job, train_set)
     _check_vocabulary(job, layers, train_set)
-    return CheckedJob(
-        job=resolve_lengths(job, len(train_set)),
-        summary=ModelSummary(
-            layer_parameters=layers.sizes(),
-            cut_problem=layers.cut_problem or input_problem(sample_input),
-            boundaries=tuple(boundaries(layers, sample_input)),
-        ),
-    )
+    job = resolve_lengths(job, len(train_set))
+    check_schedule(job)
+    cut_problem = input_problem(sample_input)
+    return CheckedJob(job, summarise(job, layers, cut_problem, boundaries(layers, sample_input)))
 
 
 def check_on_rank_0(job: Job, strategy: str, data: Data, placement: Placement) -> None:

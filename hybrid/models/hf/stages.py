@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..layers import Layers
+from ..layers import Layers, unshared
 from .probe import HFCutPlan, get_hidden, replace_hidden
 
 BASE, DIGITS = 256, 3  # bf16 is exact for whole numbers up to 256; no vocabulary has 256**3 tokens
@@ -82,9 +82,9 @@ class HFLayers(Layers):
         """Does what `Layers` promises, also after `join` took the elements apart."""
         return self._sizes
 
-    def unit_classes(self) -> list[str]:
-        """Names classes of decoder layers alone, whether or not the model can be cut."""
-        return Layers(self._blocks).unit_classes() if self.cut.path else []
+    def units(self) -> list[nn.Module]:
+        """Lists decoder layers alone, whether or not the model can be cut."""
+        return unshared(self._blocks, [self.model]) if self.cut.path else []
 
     def join(self, part: range) -> nn.Module:
         """Turns the model into a stage, as `Layers` promises, and frees what that does not need.
