@@ -78,13 +78,15 @@ class Throughput:
     """Records the speed of the timed steps: those after warm-up in which no instrument ran.
 
     `samples_per_s` is the global batch divided by the median step; the mean is for strategies whose
-    steps are not alike."""
+    steps are not alike. Each has `loading_s_mean` in it, the mean time for which a step waited for
+    its batch."""
 
     samples_per_s: float
     step_s_median: float
     step_s_mean: float
     timed_steps: int
     tokens_per_s: float | None = None
+    loading_s_mean: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,6 +52,8 @@ class Model(_Named):
 class Data(_Named):
     """Names the data: random, mnist, text, or package.module:function."""
 
+    workers: Count = 0  # processes of each rank that load its coming batches; 0: the rank itself
+
 
 class Optimizer(Section):
     """Chooses torch's SGD or AdamW and sets it."""

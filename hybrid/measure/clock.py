@@ -3,7 +3,8 @@
 Counting slows a step, so counted steps are not timed. In the first steps the memory meter and the
 collective counter run, for as many steps as the communication takes to repeat; the steps after them
 are timed. A run too short for that counts collectives in every step and times all but the warm-up.
-"""
+The time of a step begins with the loading of its batch. Evaluations and the writing of records lie
+between steps and are not in it."""
 
 from __future__ import annotations
 
@@ -59,8 +60,11 @@ class _Time:
 
 
 class StepCost(NamedTuple):
-    """Holds what one step took on this rank; memory_bytes: the peak so far, None: not measured."""
+    """Holds what one step took on this rank, and the loading of its batch before it.
 
+    memory_bytes: the peak so far, None: not measured."""
+
+    loading: _Time
     time: _Time
     timed: bool  # it counts for the speed
     memory_bytes: int | None
@@ -87,9 +91,21 @@ class Instruments:
         else:
             self.metered, self.counted = range(first), range(steps)
             self.timed = range(first if steps > first else 0, steps)
-        self.seconds = array("d")  # of the timed steps
-        self.last_step = StepCost(_Time(device), False, None)
+        self.seconds = array("d")  # of the timed steps, without loading
+        self.loading_s = array("d")  # of the same steps
+        self._loading = _Time(device)
+        self.last_step = StepCost(self._loading, _Time(device), False, None)
         self._tcp: list[int | None] = []
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Run the clock while this process waits for the batch of the step that comes next.
+
+        On a GPU it is the time for which the device waits: none while earlier steps keep it busy.
+        """
+        self._loading = _Time(self.device)
+        yield
+        self._loading.stop()
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -104,7 +120,7 @@ class Instruments:
             yield
             taken.stop()
         memory = None if self.blind else self.meter.peak_bytes
-        self.last_step = StepCost(taken, step in self.timed, memory)
+        self.last_step = StepCost(self._loading, taken, step in self.timed, memory)
         if step == self.counted.stop - 1:
             self.counter.stop()
             self._tcp.append(tcp_bytes_sent())
@@ -114,20 +130,33 @@ class Instruments:
         self.counter.close()
 
     def read(self, cost: StepCost) -> dict[str, float | None]:
-        """Return what a step took on this rank, as a line of `steps.jsonl` has it."""
-        seconds = cost.time.seconds()
+        """Return what a step took on this rank, as a line of `steps.jsonl` has it.
+
+        `seconds` is the whole step with the loading of its batch, `loading_s` that alone."""
+        own, loading_s = cost.time.seconds(), cost.loading.seconds()
         if cost.timed:
-            self.seconds.append(seconds)
-        return {"seconds": seconds, "memory_bytes": cost.memory_bytes}
+            self.seconds.append(own)
+            self.loading_s.append(loading_s)
+        return {
+            "seconds": own + loading_s,
+            "loading_s": loading_s,
+            "memory_bytes": cost.memory_bytes,
+        }
 
     def throughput(self, samples_per_step: int, tokens_per_step: int | None) -> Throughput | None:
-        """Return the speed over the timed steps; None where no step was timed."""
+        """Return the speed over the timed steps; None where no step was timed.
+
+        Of loading the mean counts: where several steps are loaded at once, or by several workers,
+        most steps wait for nothing and few for long."""
         seconds = self.seconds
         if not seconds:
             return None
-        median, mean = statistics.median(seconds), statistics.fmean(seconds)
+        loading_s = statistics.fmean(self.loading_s)
+        median = statistics.median(seconds) + loading_s
+        mean = statistics.fmean(seconds) + loading_s
         tokens = tokens_per_step / median if tokens_per_step else None
-        return Throughput(samples_per_step / median, median, mean, len(seconds), tokens)
+        speed = samples_per_step / median
+        return Throughput(speed, median, mean, len(seconds), tokens, loading_s)
 
     def memory(self) -> Memory | None:
         """Return the peaks of all ranks, or None where they were not measured; collective."""

@@ -18,6 +18,7 @@ from ..checkpoint.weights import save_weights
 from ..data import build_data
 from ..data.batches import BatchPlan
 from ..data.targets import targets_per_sample
+from ..data.workers import end_workers
 from ..engines.layers import compile_evidence
 from ..engines.precision import name_of
 from ..engines.protocol import Engine, StepResult, extend_receipt
@@ -81,6 +82,7 @@ def train(
             raise failure from error
         raise
     finally:
+        end_workers()
         status.close()
         cleanup()
 
@@ -196,14 +198,15 @@ class _Run:
         total, every = job.train.steps or 0, job.train.eval_every
         period = min(total, registry.steps_between_syncs(job, self.choice.strategy))
         known = targets_per_sample(self.train_set)
-        loader = make_loader(plan, engine, self.train_set, known)
+        loader = make_loader(job, plan, engine, self.train_set, range(total), known)
         first: dict[str, float] = {}
         for step in range(total):
             if every and step % every == 0:
                 self._note_steps()
                 self._evaluate()
             self.status.set(f"in step {step}")
-            batches = loader.step(step)
+            with self.instruments.loading():
+                batches = loader.step(step)
             count = None if known is None else known * plan.batch_size(step)
             with self.instruments.step(step):
                 engine.start_step(batches, count)
@@ -214,6 +217,7 @@ class _Run:
                 self._require_receipt()
             if step + 1 == period:
                 first = project(engine.state())
+        loader.close()
         return first
 
     def _note_steps(self, wait: bool = True) -> None:
