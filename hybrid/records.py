@@ -78,8 +78,9 @@ class Throughput:
     """Records the speed of the timed steps: those after warm-up in which no instrument ran.
 
     `samples_per_s` is the global batch divided by the median step; the mean is for strategies whose
-    steps are not alike. Each has `loading_s_mean` in it, the mean time for which a step waited for
-    its batch."""
+    steps are not alike. Both have `loading_s_mean` in them, the mean time for which a step waits
+    for its batch. With `data.workers` the median is of means over as many steps as load ahead.
+    """
 
     samples_per_s: float
     step_s_median: float

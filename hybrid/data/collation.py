@@ -76,16 +76,19 @@ def collate(samples: JobSet, rows: list[Any], ids: Sequence[int]) -> tuple[Any, 
         check_batch(batch, size)
     except FormError as error:
         raise RunError(f"{samples.named}: {what} {error}; {BATCHES}") from None
-    return split_sample(batch)
+    inputs, target = tree_map(lambda tensor: tensor.detach(), split_sample(batch))
+    return inputs, target
 
 
+@torch.no_grad()  # no gradient flows into data
 def _stack(
     samples: JobSet, rows: Sequence[Any], ids: Sequence[int], inputs: bool, targets: bool
 ) -> tuple[Any, Any]:
     """Collates rows as torch does; the error says which sample does not fit."""
     try:
         found = collate_rows(rows, inputs, targets)
-        if all(isinstance(v, torch.Tensor) for v in tree_leaves(found) if v is not None):
+        asked = [tree_leaves(part) for part in found if part is not None]
+        if all(asked) and all(isinstance(v, torch.Tensor) for part in asked for v in part):
             return found
         why: Exception = FormError("hold what no tensor can hold")
     except Exception as error:  # torch raises TypeError, RuntimeError and others

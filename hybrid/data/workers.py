@@ -22,6 +22,8 @@ from ..launch.orphans import end_with_parent
 from .loader import MicroBatch
 from .steps import StepLoader
 
+AHEAD = 2  # steps that each worker loads ahead; torch's own default
+
 _open: "weakref.WeakSet[WorkerLoader]" = weakref.WeakSet()
 
 
@@ -39,6 +41,7 @@ class WorkerLoader:
             batch_size=None,
             sampler=steps,
             num_workers=workers,
+            prefetch_factor=AHEAD,
             collate_fn=_as_it_is,
             pin_memory=pin,
             worker_init_fn=functools.partial(_begin, os.getpid()),

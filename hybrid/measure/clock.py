@@ -75,11 +75,18 @@ class Instruments:
 
     period: the communication repeats after so many steps. compiled: torch.compile compiles the
     layers. It never does so again once it has met the meter's dispatch mode, so on a CPU the memory
-    of such a run is not measured."""
+    of such a run is not measured. ahead: steps that other processes load before they are needed.
+    These are not timed where enough others follow, since they were loaded in the slow steps."""
 
     def __init__(
-        self, steps: int, period: int, device: torch.device, compiled: bool = False
+        self,
+        steps: int,
+        period: int,
+        device: torch.device,
+        compiled: bool = False,
+        ahead: int = 0,
     ) -> None:
+        self.ahead = ahead
         self.device, self.blind = device, compiled and device.type == "cpu"
         self.meter, self.counter = StorageMeter(device), CollectiveCounter()
         first = WARMUP_STEPS
@@ -87,7 +94,7 @@ class Instruments:
         settled = first + period + compiled
         if steps >= settled + FEWEST_TIMED:
             self.metered, self.counted = range(first + period), range(first, first + period)
-            self.timed = range(settled, steps)
+            self.timed = range(min(settled + ahead, steps - FEWEST_TIMED), steps)
         else:
             self.metered, self.counted = range(first), range(steps)
             self.timed = range(first if steps > first else 0, steps)
@@ -143,20 +150,33 @@ class Instruments:
             "memory_bytes": cost.memory_bytes,
         }
 
-    def throughput(self, samples_per_step: int, tokens_per_step: int | None) -> Throughput | None:
-        """Return the speed over the timed steps; None where no step was timed.
-
-        Of loading the mean counts: where several steps are loaded at once, or by several workers,
-        most steps wait for nothing and few for long."""
-        seconds = self.seconds
-        if not seconds:
+    def throughput(self, samples_per_step: int, tokens_per_step: float | None) -> Throughput | None:
+        """Return the speed over the timed steps; None where no step was timed."""
+        if not self.seconds:
             return None
         loading_s = statistics.fmean(self.loading_s)
-        median = statistics.median(seconds) + loading_s
-        mean = statistics.fmean(seconds) + loading_s
-        tokens = tokens_per_step / median if tokens_per_step else None
-        speed = samples_per_step / median
-        return Throughput(speed, median, mean, len(seconds), tokens, loading_s)
+        median = self._median_s()
+        return Throughput(
+            samples_per_s=samples_per_step / median,
+            step_s_median=median,
+            step_s_mean=statistics.fmean(self.seconds) + loading_s,
+            timed_steps=len(self.seconds),
+            tokens_per_s=tokens_per_step / median if tokens_per_step else None,
+            loading_s_mean=loading_s,
+        )
+
+    def _median_s(self) -> float:
+        """Return the median time of a step with loading, which comes in bursts.
+
+        Where a process loads several steps at once, the mean of loading counts. Where others load
+        beside it, it waits in one step and not in the next ones, or a slow step hides the loading
+        of others: so many steps as they load ahead count as one, of the mean length."""
+        if not self.ahead:
+            return statistics.median(self.seconds) + statistics.fmean(self.loading_s)
+        whole = [own + loading for own, loading in zip(self.seconds, self.loading_s, strict=True)]
+        size = min(self.ahead, len(whole))
+        starts = range(0, len(whole) - size + 1, size)
+        return statistics.median(statistics.fmean(whole[i : i + size]) for i in starts)
 
     def memory(self) -> Memory | None:
         """Return the peaks of all ranks, or None where they were not measured; collective."""

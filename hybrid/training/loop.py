@@ -18,7 +18,7 @@ from ..checkpoint.weights import save_weights
 from ..data import build_data
 from ..data.batches import BatchPlan
 from ..data.targets import targets_per_sample
-from ..data.workers import end_workers
+from ..data.workers import AHEAD, end_workers
 from ..engines.layers import compile_evidence
 from ..engines.precision import name_of
 from ..engines.protocol import Engine, StepResult, extend_receipt
@@ -107,7 +107,9 @@ def _train(
     job = resolve_lengths(job, len(data[0]))
     assert job.train.steps is not None
     period = registry.steps_between_syncs(job, strategy)
-    instruments = Instruments(job.train.steps, period, placement.device, job.train.compile)
+    instruments = Instruments(
+        job.train.steps, period, placement.device, job.train.compile, AHEAD * job.data.workers
+    )
     try:
         with instruments.meter:
             status.set("building the model")
@@ -269,10 +271,10 @@ class _Run:
         dtype = self.instruments.reduced_in() if self.placement.world_size > 1 else None
         return name_of(getattr(torch, dtype)) if dtype else "none"
 
-    def _tokens(self) -> int | None:
-        """Return the number of tokens in a whole batch; None where a sample has one target."""
-        most = self.steps.most_targets
-        return most if most > self.job.train.global_batch else None
+    def _tokens(self) -> float | None:
+        """Return the number of tokens in a whole batch, on average; None where they are samples."""
+        tokens = self.steps.targets / max(1, self.steps.samples)
+        return tokens * self.job.train.global_batch if tokens > 1 else None
 
     def _require_receipt(self) -> records.Receipt:
         receipt = self.engine.receipt()
