@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from hybrid.data import build_data
 from hybrid.data.batches import BatchPlan
-from hybrid.data.check import check_samples, collate_draws
+from hybrid.data.check import check_samples, collate_warnings
 from hybrid.data.collation import find_longest
 from hybrid.data.loader import MicroBatch, load_micro_batch
 from hybrid.data.samples import JobSet, check_set, job_sets
 from hybrid.data.seeds import generator_states, same_states
 from hybrid.data.steps import StepLoader
+from hybrid.data.targets import targets_per_sample
 from hybrid.job.errors import JobError, RunError
 from hybrid.models.losses import cross_entropy
 from tests import own_data
@@ -172,7 +173,7 @@ def test_what_a_data_function_must_return(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_set_hands_on_what_it_has_and_tensors_stay_as_they_are() -> None:
-    plain = TensorDataset(torch.ones(5, 3), torch.zeros(5))
+    plain = TensorDataset(torch.ones(5, 3), torch.zeros(5, dtype=torch.int64))
     train, test = sets(plain, Subset(plain, [1, 2]))
     assert train is plain and isinstance(test, Subset)
     assert isinstance(sets(plain, plain, torch.utils.data.default_collate)[0], JobSet)
@@ -180,6 +181,10 @@ def test_a_set_hands_on_what_it_has_and_tensors_stay_as_they_are() -> None:
     own.vocab_size = 9  # type: ignore[attr-defined]
     samples, _ = sets(own)
     assert samples.vocab_size == 9 and len(samples) == 7 and samples[3] == (3, 3)
+    own.targets_per_sample = 1  # type: ignore[attr-defined]
+    assert targets_per_sample(sets(Subset(own, [1]))[0]) == 1
+    assert targets_per_sample(sets(own, None, pad)[0]) == 1
+    assert targets_per_sample(sets(plain, None, torch.utils.data.default_collate)[0]) is None
     assert list(samples) == [(i, i) for i in range(7)] and not hasattr(samples, "fingerprint")
 
 
@@ -355,8 +360,9 @@ def test_random_numbers_of_a_collate_function_are_found_and_repeat() -> None:
         return found * torch.rand(len(rows)), found
 
     drawing, plain = sets(Own(9, int), None, masks)[0], sets(Own(9, sentence), None, pad)[0]
-    assert collate_draws(drawing) and not collate_draws(plain)
-    assert not collate_draws(sets(Own(9, augmented))[0]), "these hang on the sample alone"
+    (line,) = collate_warnings(drawing)
+    assert line.startswith(f"{NAME}: collate draws random numbers") and not collate_warnings(plain)
+    assert not collate_warnings(sets(Own(9, augmented))[0]), "these hang on the sample alone"
     first, again = (load_micro_batch(drawing, [3, 5]).input.tolist() for _ in range(2))
     assert first == again
 

@@ -39,17 +39,22 @@ def _named(job: Job, side: str, samples: Any) -> JobSet:
     return JobSet(samples, f"data.name = {job.data.name!r}", side, job.train.seed)
 
 
-def collate_draws(samples: Any) -> bool:
-    """Tells whether a set's collate function draws random numbers.
+def collate_warnings(train: Any) -> list[str]:
+    """Returns a line where the collate function draws random numbers.
 
     These hang on all samples of a micro-batch, so they differ between strategies that cut batches
     differently. What a set draws for one sample does not."""
-    if not isinstance(samples, JobSet) or samples.collate is None:
-        return False
+    if not isinstance(train, JobSet) or train.collate is None:
+        return []
     with kept_generators():
-        ids = range(min(FEW, len(samples)))
-        rows = samples.read(ids, 0)
+        ids = range(min(FEW, len(train)))
+        rows = train.read(ids, 0)
         seed_generators(0)
         before = generator_states()
-        collate(samples, rows, ids)
-        return not same_states(before, generator_states())
+        collate(train, rows, ids)
+        if same_states(before, generator_states()):
+            return []
+    return [
+        f"{train.named}: collate draws random numbers, which hang on the whole micro-batch: "
+        "strategies that cut batches differently train on other data; draw them in __getitem__"
+    ]

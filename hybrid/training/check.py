@@ -33,7 +33,7 @@ def check_job(job: Job, data: Data | None = None) -> CheckedJob:
     data: the train and test sets, where the caller has made them already. Raises JobError where the
     job is wrong, and ModuleNotFoundError where a tracker's package is missing."""
     from ..data import build_data
-    from ..data.check import check_samples
+    from ..data.check import check_samples, collate_warnings
     from ..models.vector_functions import call_vector_functions_once
     from ..stages.shapes import boundaries, input_problem
 
@@ -42,6 +42,7 @@ def check_job(job: Job, data: Data | None = None) -> CheckedJob:
     layers = _build_layers(job)
     train_set, test_set = data or build_data(job)
     sample_input = check_samples(job, train_set, test_set)
+    print_warnings(collate_warnings(train_set))
     _check_vocabulary(job, layers, train_set)
     return CheckedJob(
         job=resolve_lengths(job, len(train_set)),
