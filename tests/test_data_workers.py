@@ -128,8 +128,11 @@ def test_a_worker_that_is_killed_is_named() -> None:
 
 
 def test_workers_of_a_failed_run_are_ended() -> None:
-    with pytest.raises(RunError, match="train sample 17: KeyError"):
+    before = set(children())
+    with pytest.raises(RunError, match="train sample 17: KeyError") as raised:
         hybrid.train(own_job("failing"), "single")
+    assert set(children()) == before, "also while the error, and what it holds, is there"
+    assert raised.traceback
 
 
 def test_the_time_of_loading_is_in_the_speed_and_workers_hide_it() -> None:
@@ -195,7 +198,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_workers_end_with_a_rank_that_is_killed() -> None:
     """They end at once, though they are in the middle of a sample that takes a minute."""
-    done = subprocess.run([sys.executable, "-c", DIES], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-c", DIES]  # its pipes are open while a worker lives
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=30)
     workers = [int(pid) for pid in done.stdout.split()]
     assert len(workers) == 2, done.stderr
     deadline = time.monotonic() + 3
