@@ -78,13 +78,16 @@ class Throughput:
     """Records the speed of the timed steps: those after warm-up in which no instrument ran.
 
     `samples_per_s` is the global batch divided by the median step; the mean is for strategies whose
-    steps are not alike."""
+    steps are not alike. Both have `loading_s_mean` in them, the mean time for which a step waits
+    for its batch. With `data.workers` the median is of means over as many steps as load ahead.
+    """
 
     samples_per_s: float
     step_s_median: float
     step_s_mean: float
     timed_steps: int
     tokens_per_s: float | None = None
+    loading_s_mean: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ KINDS = {  # every field of the job, by the kind of value it takes
         "strategy.single.move_weights",
         *("launch.start_timeout_s", "launch.collective_timeout_s", "log.every"),
     ],
-    "whole": ["train.seed", "train.eval_every", "schedule.warmup_steps"],
+    "whole": ["train.seed", "train.eval_every", "schedule.warmup_steps", "data.workers"],
     "number": [
         *(f"optimizer.{key}" for key in ("lr", "momentum", "eps", "weight_decay")),
         *("schedule.min_lr", "train.clip_norm"),

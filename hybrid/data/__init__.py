@@ -1,8 +1,9 @@
 """This package holds the data sets; `hybrid.data.batches` decides the order of the batches.
 
-A data function takes the job's `data.options` as keyword arguments and returns `(train, test)`: two
-map-style data sets of `(input, target)`, the same on every rank. A set may also have torch's
-`__getitems__`, which gives several samples at once, and say its `targets_per_sample`."""
+A data function takes the job's `data.options` as keyword arguments and returns `(train, test)` or
+`(train, test, collate)`, the same on every rank. `hybrid.data.forms` says what a sample may be. A
+set may also have torch's `__getitems__`, which gives several samples at once, and say its
+`targets_per_sample`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,14 +22,20 @@ SOURCES = {
 def build_data(job: Job) -> tuple[Sequence[Any], Sequence[Any]]:
     """Builds the job's train and test sets.
 
-    Raises JobError where the name, the options or the sets are wrong."""
+    A set of a user's own comes as a `JobSet`, with the collate function; sets of tensors that torch
+    collates come as they are. Raises JobError where the name, the options or the sets are wrong."""
+    from .samples import check_set, job_sets  # torch comes with it
+
     given = f"data.name = {job.data.name!r}"
     built = call_named("data", job.data.name, job.data.options, SOURCES)
-    if not (isinstance(built, tuple) and len(built) == 2):
-        raise JobError(f"{given}: must return (train, test)")
-    for name, samples in zip(("train", "test"), built, strict=True):
-        if not (hasattr(samples, "__getitem__") and hasattr(samples, "__len__")):
-            raise JobError(f"{given}: the {name} set needs a length and indexing")
-        if len(samples) == 0:
-            raise JobError(f"{given}: the {name} set is empty")
-    return built
+    if not (isinstance(built, (tuple, list)) and len(built) in (2, 3)):
+        raise JobError(f"{given}: must return (train, test) or (train, test, collate)")
+    collate = built[2] if len(built) == 3 else None
+    if collate is not None and not callable(collate):
+        kind = type(collate).__name__
+        raise JobError(f"{given}: collate, the third it returns, must be a function, not a {kind}")
+    for side, samples in zip(("train", "test"), built, strict=False):
+        check_set(f"{given}: the {side} set", samples)
+    if job.data.name in SOURCES:
+        return built[0], built[1]
+    return job_sets(given, job.train.seed, built[0], built[1], collate)

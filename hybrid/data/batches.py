@@ -33,6 +33,10 @@ class BatchPlan:
     def steps_per_epoch(self) -> int:
         return -(-self.num_samples // self.global_batch)
 
+    def epoch(self, step: int) -> int:
+        """Returns the epoch that the batch of `step` belongs to."""
+        return step // self.steps_per_epoch
+
     def batch_size(self, step: int) -> int:
         """Returns how many samples the global batch of `step` has."""
         return len(self._place(step)[1])

@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy
 import torch
-from torch.utils.data import Subset, TensorDataset, default_collate
+from torch.utils._pytree import tree_map
+from torch.utils.data import TensorDataset
 
-from ..job.errors import RunError
+from .collation import load_rows
+from .forms import collate_rows
+from .samples import JobSet, find_base, read_together, reader_of, reads_together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,12 @@ class MicroBatch:
     ids: torch.Tensor
     num_targets: int | None = None
 
+    def pin_memory(self) -> "MicroBatch":
+        """Returns it with inputs and targets in memory from which a GPU copies at once."""
+        parts = self.input, self.target
+        inputs, target = tree_map(lambda t: None if t is None else t.pin_memory(), parts)
+        return dataclasses.replace(self, input=inputs, target=target)
+
 
 def load_micro_batch(
     samples: Sequence[Any],
@@ -33,40 +42,30 @@ def load_micro_batch(
     inputs: bool = True,
     targets: bool = True,
     targets_per_sample: int | None = None,
+    epoch: int = 0,
 ) -> MicroBatch:
     """Loads the samples `ids` as tensors, padded to `size` rows with copies of the first sample.
 
     With `size` None, only a micro-batch without samples is padded, to one row, since layers need
     not accept an empty batch. Without `inputs` or `targets` that part is None; without both, no
-    sample is read. targets_per_sample: how many each has, where the set tells it."""
+    sample is read. targets_per_sample: how many each has, where the set tells it. epoch: what a
+    set of `build_data` draws for a sample hangs on the epoch. Raises RunError, with the name of the
+    sample, where such a set cannot give it."""
     count = None if targets_per_sample is None else targets_per_sample * len(ids)
     padding = (max(1, len(ids)) if size is None else size) - len(ids)
     numbers = torch.from_numpy(numpy.array(ids, dtype=numpy.int64))
     if not (inputs or targets):
         return MicroBatch(None, None, numbers, count)
+    if isinstance(samples, JobSet):
+        fixed = size is not None
+        rows = load_rows(samples, ids, padding, epoch, fixed, inputs, targets)
+        return MicroBatch(*rows, numbers, count)
     base, places = find_base(samples, [*ids, *[0] * padding] if padding else ids)
     index = numbers if places is ids else torch.from_numpy(numpy.array(places, dtype=numpy.int64))
     loaded = _select(base, index, inputs, targets)
     if loaded is None:
-        loaded = _collate(_read_rows(base, places, padding), inputs, targets)
+        loaded = collate_rows(_read_rows(base, places, padding), inputs, targets)
     return MicroBatch(*loaded, numbers, count)
-
-
-def reader_of(samples: Any) -> type:
-    """Returns the class that says how a set reads its samples, one by one or several at once.
-
-    A derived class may read others than its base's `__getitems__` gives. Nor is a set asked that
-    hands on what it lacks to another set, which it may change sample by sample."""
-    ways = {"__getitem__", "__getitems__"}
-    return next((c for c in type(samples).__mro__ if ways & vars(c).keys()), object)
-
-
-def find_base(samples: Any, ids: list[int]) -> tuple[Any, list[int]]:
-    """Returns the set that torch's `Subset`s are taken from, and the places of `ids` in it."""
-    while reader_of(samples) is Subset:
-        ids = [samples.indices[i] for i in ids]
-        samples = samples.dataset
-    return samples, ids
 
 
 def _select(base: Any, index: torch.Tensor, inputs: bool, targets: bool) -> tuple[Any, Any] | None:
@@ -92,22 +91,8 @@ def _select(base: Any, index: torch.Tensor, inputs: bool, targets: bool) -> tupl
 def _read_rows(base: Any, places: list[int], padding: int) -> list[Any]:
     """Reads whole rows, by torch's `__getitems__` where the set has it.
 
-    The first sample is read once, however often it pads. Raises RunError where the set gives
-    another number of rows than it was asked for."""
+    The first sample is read once, however often it pads."""
     repeats = max(0, padding - 1)
     places = places[: len(places) - repeats]
-    if vars(reader_of(base)).get("__getitems__"):
-        rows = list(base.__getitems__(places))
-        if len(rows) != len(places):
-            raise RunError(f"the set's __getitems__ gave {len(rows)} of {len(places)} samples")
-    else:
-        rows = [base[i] for i in places]
+    rows = read_together(base, places) if reads_together(base) else [base[i] for i in places]
     return rows + rows[-1:] * repeats
-
-
-def _collate(rows: list[Any], inputs: bool, targets: bool) -> tuple[Any, Any]:
-    """Puts rows of (input, target) together."""
-    return (
-        default_collate([x for x, _ in rows]) if inputs else None,
-        default_collate([y for _, y in rows]) if targets else None,
-    )

@@ -58,11 +58,11 @@ def _round_keys(seed: int, epoch: int) -> numpy.ndarray:
 
     The seed is mixed before the epoch is added, else (seed, epoch + 1) would be (seed + 1, epoch).
     """
-    start = _splitmix(_splitmix(seed) + epoch)
-    return numpy.array([_splitmix(start + i) for i in range(ROUNDS)], dtype=numpy.uint64)
+    start = splitmix64(splitmix64(seed) + epoch)
+    return numpy.array([splitmix64(start + i) for i in range(ROUNDS)], dtype=numpy.uint64)
 
 
-def _splitmix(number: int) -> int:
+def splitmix64(number: int) -> int:
     """Returns the first output of splitmix64 (Steele, Lea and Flood 2014) from this state."""
     z = (number + GOLDEN) % 2**64
     z = (z ^ (z >> 30)) * FIRST % 2**64

@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from .batches import BatchPlan
-from .loader import MicroBatch, find_base, load_micro_batch, reader_of
+from .loader import MicroBatch, load_micro_batch
+from .samples import JobSet, find_base, reader_of
 
 AHEAD_BYTES = 2**16  # of inputs and targets that are loaded at once
 AHEAD_STEPS = 64
@@ -39,15 +40,22 @@ class StepLoader:
     def step(self, step: int) -> list[MicroBatch]:
         """Return the micro-batches of one step, share after share."""
         if self._steps == 1:
-            return [self._load(ids) for ids in self._ids(step)]
+            return self.step_alone(step)
         if step not in self._ahead:
             self._ahead = self._load_ahead(step)
         return self._ahead.pop(step)
 
+    def step_alone(self, step: int) -> list[MicroBatch]:
+        """Return the same, and load no other step with it."""
+        return [self._load(ids, self.plan.epoch(step)) for ids in self._ids(step)]
+
+    def close(self) -> None:
+        """Do nothing; a loader with workers ends them."""
+
     def _ids(self, step: int) -> list[list[int]]:
         return [ids for share in self.shares for ids in self.plan.micro_batch_ids(step, share)]
 
-    def _load(self, ids: list[int]) -> MicroBatch:
+    def _load(self, ids: list[int], epoch: int) -> MicroBatch:
         return load_micro_batch(
             self.samples,
             ids,
@@ -55,12 +63,15 @@ class StepLoader:
             inputs=self.inputs,
             targets=self.targets,
             targets_per_sample=self.known,
+            epoch=epoch,
         )
 
     def _steps_at_once(self) -> int:
         """Return how many steps fit; 1 where the set is of another kind, or its rows are larger."""
         base, _ = find_base(self.samples, [])
-        if reader_of(base) is not TensorDataset or self.size is not None:
+        if isinstance(self.samples, JobSet) or self.size is not None:
+            return 1
+        if reader_of(base) is not TensorDataset:
             return 1
         parts = base.tensors
         if not all(type(t) is torch.Tensor and t.device.type == "cpu" and t.dim() for t in parts):
@@ -76,10 +87,10 @@ class StepLoader:
         where torch begins what it allocates, each is loaded alone."""
         steps = {s: self._ids(s) for s in range(step, step + self._steps)}
         sizes = [len(ids) for every in steps.values() for ids in every]
-        whole = self._load([i for every in steps.values() for ids in every for i in ids])
+        whole = self._load([i for every in steps.values() for ids in every for i in ids], 0)
         if 0 in sizes or not (_is_aligned(whole.input, sizes) and _is_aligned(whole.target, sizes)):
             self._steps = 1
-            return {step: [self._load(ids) for ids in steps[step]]}
+            return {step: self.step_alone(step)}
         pieces = zip(
             _split(whole.input, sizes),
             _split(whole.target, sizes),

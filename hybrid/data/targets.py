@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.utils.data import Subset, TensorDataset
 
-from .loader import reader_of
+from .samples import reader_of
 
 IGNORED_TARGET = -100  # losses leave such targets out (torch's own default)
 ROWS = 2**16  # targets are looked through in pieces, so that this needs little memory

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from ..data.loader import MicroBatch
 from ..job.errors import JobError
@@ -19,7 +19,7 @@ def on_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     if device.type == "cpu":
         return micro_batch
     pair = micro_batch.input, micro_batch.target  # each a tensor, or a tuple, list or dict of them
-    inputs, target = tree_map(lambda tensor: tensor.to(device, non_blocking=True), pair)
+    inputs, target = tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), pair)
     return dataclasses.replace(micro_batch, input=inputs, target=target)
 
 

@@ -53,6 +53,8 @@ class Model(_Named):
 class Data(_Named):
     """Names the data: random, mnist, text, or package.module:function."""
 
+    workers: Count = 0  # processes of each rank that load its coming batches; 0: the rank itself
+
 
 def _known_or_path(*known: str) -> AfterValidator:
     """Allow one of some names, or the import path of a user's own function."""

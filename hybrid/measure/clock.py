@@ -3,7 +3,8 @@
 Counting slows a step, so counted steps are not timed. In the first steps the memory meter and the
 collective counter run, for as many steps as the communication takes to repeat; the steps after them
 are timed. A run too short for that counts collectives in every step and times all but the warm-up.
-"""
+The time of a step begins with the loading of its batch. Evaluations and the writing of records lie
+between steps and are not in it."""
 
 from __future__ import annotations
 
@@ -59,8 +60,11 @@ class _Time:
 
 
 class StepCost(NamedTuple):
-    """Holds what one step took on this rank; memory_bytes: the peak so far, None: not measured."""
+    """Holds what one step took on this rank, and the loading of its batch before it.
 
+    memory_bytes: the peak so far, None: not measured."""
+
+    loading: _Time
     time: _Time
     timed: bool  # it counts for the speed
     memory_bytes: int | None
@@ -71,11 +75,18 @@ class Instruments:
 
     period: the communication repeats after so many steps. compiled: torch.compile compiles the
     layers. It never does so again once it has met the meter's dispatch mode, so on a CPU the memory
-    of such a run is not measured."""
+    of such a run is not measured. ahead: steps that other processes load before they are needed.
+    These are not timed where enough others follow, since they were loaded in the slow steps."""
 
     def __init__(
-        self, steps: int, period: int, device: torch.device, compiled: bool = False
+        self,
+        steps: int,
+        period: int,
+        device: torch.device,
+        compiled: bool = False,
+        ahead: int = 0,
     ) -> None:
+        self.ahead = ahead
         self.device, self.blind = device, compiled and device.type == "cpu"
         self.meter, self.counter = StorageMeter(device), CollectiveCounter()
         first = WARMUP_STEPS
@@ -83,13 +94,25 @@ class Instruments:
         settled = first + period + compiled
         if steps >= settled + FEWEST_TIMED:
             self.metered, self.counted = range(first + period), range(first, first + period)
-            self.timed = range(settled, steps)
+            self.timed = range(min(settled + ahead, steps - FEWEST_TIMED), steps)
         else:
             self.metered, self.counted = range(first), range(steps)
             self.timed = range(first if steps > first else 0, steps)
-        self.seconds = array("d")  # of the timed steps
-        self.last_step = StepCost(_Time(device), False, None)
+        self.seconds = array("d")  # of the timed steps, without loading
+        self.loading_s = array("d")  # of the same steps
+        self._loading = _Time(device)
+        self.last_step = StepCost(self._loading, _Time(device), False, None)
         self._tcp: list[int | None] = []
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Run the clock while this process waits for the batch of the step that comes next.
+
+        On a GPU it is the time for which the device waits: none while earlier steps keep it busy.
+        """
+        self._loading = _Time(self.device)
+        yield
+        self._loading.stop()
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -104,7 +127,7 @@ class Instruments:
             yield
             taken.stop()
         memory = None if self.blind else self.meter.peak_bytes
-        self.last_step = StepCost(taken, step in self.timed, memory)
+        self.last_step = StepCost(self._loading, taken, step in self.timed, memory)
         if step == self.counted.stop - 1:
             self.counter.stop()
             self._tcp.append(tcp_bytes_sent())
@@ -114,20 +137,46 @@ class Instruments:
         self.counter.close()
 
     def read(self, cost: StepCost) -> dict[str, float | None]:
-        """Return what a step took on this rank, as a line of `steps.jsonl` has it."""
-        seconds = cost.time.seconds()
-        if cost.timed:
-            self.seconds.append(seconds)
-        return {"seconds": seconds, "memory_bytes": cost.memory_bytes}
+        """Return what a step took on this rank, as a line of `steps.jsonl` has it.
 
-    def throughput(self, samples_per_step: int, tokens_per_step: int | None) -> Throughput | None:
+        `seconds` is the whole step with the loading of its batch, `loading_s` that alone."""
+        own, loading_s = cost.time.seconds(), cost.loading.seconds()
+        if cost.timed:
+            self.seconds.append(own)
+            self.loading_s.append(loading_s)
+        return {
+            "seconds": own + loading_s,
+            "loading_s": loading_s,
+            "memory_bytes": cost.memory_bytes,
+        }
+
+    def throughput(self, samples_per_step: int, tokens_per_step: float | None) -> Throughput | None:
         """Return the speed over the timed steps; None where no step was timed."""
-        seconds = self.seconds
-        if not seconds:
+        if not self.seconds:
             return None
-        median, mean = statistics.median(seconds), statistics.fmean(seconds)
-        tokens = tokens_per_step / median if tokens_per_step else None
-        return Throughput(samples_per_step / median, median, mean, len(seconds), tokens)
+        loading_s = statistics.fmean(self.loading_s)
+        median = self._median_s()
+        return Throughput(
+            samples_per_s=samples_per_step / median,
+            step_s_median=median,
+            step_s_mean=statistics.fmean(self.seconds) + loading_s,
+            timed_steps=len(self.seconds),
+            tokens_per_s=tokens_per_step / median if tokens_per_step else None,
+            loading_s_mean=loading_s,
+        )
+
+    def _median_s(self) -> float:
+        """Return the median time of a step with loading, which comes in bursts.
+
+        Where a process loads several steps at once, the mean of loading counts. Where others load
+        beside it, it waits in one step and not in the next ones, or a slow step hides the loading
+        of others: so many steps as they load ahead count as one, of the mean length."""
+        if not self.ahead:
+            return statistics.median(self.seconds) + statistics.fmean(self.loading_s)
+        whole = [own + loading for own, loading in zip(self.seconds, self.loading_s, strict=True)]
+        size = min(self.ahead, len(whole))
+        starts = range(0, len(whole) - size + 1, size)
+        return statistics.median(statistics.fmean(whole[i : i + size]) for i in starts)
 
     def memory(self) -> Memory | None:
         """Return the peaks of all ranks, or None where they were not measured; collective."""

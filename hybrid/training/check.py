@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..job.errors import JobError, Unsupported, first_line
+from ..job.errors import JobError, Unsupported
 from ..job.schema import Job, resolve_lengths
 from ..launch.placement import Placement
 from ..layout import LayoutError
@@ -33,6 +33,7 @@ def check_job(job: Job, data: Data | None = None) -> CheckedJob:
     data: the train and test sets, where the caller has made them already. Raises JobError where the
     job is wrong, and ModuleNotFoundError where a tracker's package is missing."""
     from ..data import build_data
+    from ..data.check import check_samples, collate_warnings
     from ..engines.schedule import check_schedule
     from ..engines.summary import summarise
     from ..models.vector_functions import call_vector_functions_once
@@ -41,8 +42,9 @@ def check_job(job: Job, data: Data | None = None) -> CheckedJob:
     call_vector_functions_once()
     check_trackers(job.log.trackers)
     layers = _build_layers(job)
-    train_set, _ = data or build_data(job)
-    sample_input = _first_input(job, train_set)
+    train_set, test_set = data or build_data(job)
+    sample_input = check_samples(job, train_set, test_set)
+    print_warnings(collate_warnings(train_set))
     _check_vocabulary(job, layers, train_set)
     job = resolve_lengths(job, len(train_set))
     check_schedule(job)
@@ -106,15 +108,3 @@ def _check_vocabulary(job: Job, layers: Layers, train_set: Any) -> None:
             f"model.options.vocab_size = {first.num_embeddings}: the data's tokens need "
             f"{wanted} or more"
         )
-
-
-def _first_input(job: Job, samples: Any) -> Any:
-    """Return the input of the first sample; raises JobError if it is not (input, target)."""
-    try:
-        sample_input, _ = samples[0]
-    except Exception as error:  # a user's data set may raise anything
-        raise JobError(
-            f"data.name = {job.data.name!r}: sample 0 of the train set must be (input, target): "
-            f"{first_line(error)}"
-        ) from error
-    return sample_input

@@ -3,8 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ..data.batches import BatchPlan
+from ..data.collation import find_longest
+from ..data.samples import JobSet
 from ..data.steps import StepLoader
+from ..data.workers import WorkerLoader
 from ..engines.protocol import Engine
 from ..job.errors import RunError
 from ..job.schema import Job
@@ -15,23 +20,31 @@ def evaluate(engine: Engine, samples: Sequence[Any], job: Job, micro_batches: in
     """Return the loss and the counts of all `samples` under an engine; collective.
     Raises RunError unless each sample was counted once."""
     plan = BatchPlan(len(samples), job.train.global_batch, engine.layout.dp, micro_batches, None)
-    loader = make_loader(plan, engine, samples)
-    result = engine.evaluate(map(loader.step, range(plan.steps_per_epoch)))
+    steps = range(plan.steps_per_epoch)
+    loader = make_loader(job, plan, engine, samples, steps)
+    result = engine.evaluate(map(loader.step, steps))
+    loader.close()
     if result.samples != len(samples):
         raise RunError(f"evaluation counted {result.samples} of {len(samples)} samples")
     return result
 
 
 def make_loader(
-    plan: BatchPlan, engine: Engine, samples: Sequence[Any], known: int | None = None
-) -> StepLoader:
-    """Make the loader of what this process's engine needs; known: the targets of each sample."""
-    return StepLoader(
-        plan,
-        samples,
-        engine.shares,
-        engine.micro_batch_size,
-        engine.reads_inputs,
-        engine.reads_targets,
-        known,
-    )
+    job: Job,
+    plan: BatchPlan,
+    engine: Engine,
+    samples: Sequence[Any],
+    steps: range,
+    known: int | None = None,
+) -> StepLoader | WorkerLoader:
+    """Make the loader of what this process's engine needs in `steps`, which come in order.
+
+    known: the targets of each sample. The caller closes the loader; after an error `train` does.
+    The first call is collective where the engine needs shapes that stay."""
+    if engine.micro_batch_size is not None and isinstance(samples, JobSet):
+        find_longest(samples, together=True)
+    reads = engine.reads_inputs, engine.reads_targets
+    alone = StepLoader(plan, samples, engine.shares, engine.micro_batch_size, *reads, known)
+    if not job.data.workers or not any(reads):
+        return alone
+    return WorkerLoader(alone, steps, job.data.workers, pin=torch.cuda.is_initialized())

@@ -18,6 +18,7 @@ from ..checkpoint.weights import save_weights
 from ..data import build_data
 from ..data.batches import BatchPlan
 from ..data.targets import targets_per_sample
+from ..data.workers import AHEAD, end_workers
 from ..engines.layers import compile_evidence
 from ..engines.precision import name_of
 from ..engines.protocol import Engine, StepResult, extend_receipt
@@ -81,6 +82,7 @@ def train(
             raise failure from error
         raise
     finally:
+        end_workers()
         status.close()
         cleanup()
 
@@ -105,7 +107,9 @@ def _train(
     job = resolve_lengths(job, len(data[0]))
     assert job.train.steps is not None
     period = registry.steps_between_syncs(job, strategy)
-    instruments = Instruments(job.train.steps, period, placement.device, job.train.compile)
+    instruments = Instruments(
+        job.train.steps, period, placement.device, job.train.compile, AHEAD * job.data.workers
+    )
     try:
         with instruments.meter:
             status.set("building the model")
@@ -196,14 +200,15 @@ class _Run:
         total, every = job.train.steps or 0, job.train.eval_every
         period = min(total, registry.steps_between_syncs(job, self.choice.strategy))
         known = targets_per_sample(self.train_set)
-        loader = make_loader(plan, engine, self.train_set, known)
+        loader = make_loader(job, plan, engine, self.train_set, range(total), known)
         first: dict[str, float] = {}
         for step in range(total):
             if every and step % every == 0:
                 self._note_steps()
                 self._evaluate()
             self.status.set(f"in step {step}")
-            batches = loader.step(step)
+            with self.instruments.loading():
+                batches = loader.step(step)
             count = None if known is None else known * plan.batch_size(step)
             with self.instruments.step(step):
                 engine.start_step(batches, count)
@@ -214,6 +219,7 @@ class _Run:
                 self._require_receipt()
             if step + 1 == period:
                 first = project(engine.state())
+        loader.close()
         return first
 
     def _note_steps(self, wait: bool = True) -> None:
@@ -265,10 +271,10 @@ class _Run:
         dtype = self.instruments.reduced_in() if self.placement.world_size > 1 else None
         return name_of(getattr(torch, dtype)) if dtype else "none"
 
-    def _tokens(self) -> int | None:
-        """Return the number of tokens in a whole batch; None where a sample has one target."""
-        most = self.steps.most_targets
-        return most if most > self.job.train.global_batch else None
+    def _tokens(self) -> float | None:
+        """Return the number of tokens in a whole batch, on average; None where they are samples."""
+        tokens = self.steps.targets / max(1, self.steps.samples)
+        return tokens * self.job.train.global_batch if tokens > 1 else None
 
     def _require_receipt(self) -> records.Receipt:
         receipt = self.engine.receipt()

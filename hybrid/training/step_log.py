@@ -18,7 +18,7 @@ class StepLog:
 
     def __init__(self, here: bool, out: Path | None) -> None:
         self.count = 0
-        self.most_targets = 0  # of any step
+        self.samples = self.targets = 0  # of all steps
         self._here, self._kept = here, list[StepRecord]()
         self._file = (out / "steps.jsonl").open("a+") if out else None
         self._lines = list[str]()  # not written yet
@@ -26,7 +26,8 @@ class StepLog:
     def add(self, record: StepRecord, figures: Mapping[str, Any]) -> dict[str, Any]:
         """Take the next step and return its line: the record, and what the step took."""
         self.count += 1
-        self.most_targets = max(self.most_targets, record.targets or 0)
+        self.samples += record.samples
+        self.targets += record.targets or 0
         line = vars(record) | dict(figures)
         if self._file:
             self._lines.append(json.dumps(line) + "\n")
