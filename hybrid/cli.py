@@ -156,7 +156,7 @@ def check(
     else:
         for line in answer.lines():
             print(line)
-    raise typer.Exit(0 if answer.ok else 2)
+    raise typer.Exit(0 if answer.ok else say(answer.why_not(), 2))
 
 
 @app.command("sample", hidden=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any
 
+from .blame import find_line, tell_error
 from .errors import JobError, first_line
 
 
@@ -43,7 +44,14 @@ def call_named(
     try:
         return function(**options)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise JobError(f"{given}: {first_line(error)}") from error
+        place = find_line(error)
+        raise JobError(f"{given}: {first_line(error)}{f' ({place})' if place else ''}") from error
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # a user's function may raise anything
+        if find_line(error) is None:
+            raise
+        raise JobError(f"{given}: {tell_error(error)}") from error
 
 
 def _import(section: str, name: str, path: str) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ and it tries the job out on a few samples (`hybrid.training.tryout`)."""
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +156,8 @@ def _with_values(job: Job, layers: Layers, loss: "Loss") -> "tuple[Layers, Loss]
 
     tensors = layers.tensors().values()
     if any(t.is_meta for t in tensors) and sum(t.numel() for t in tensors) <= SMALL:
-        return build_model(job)
+        with warnings.catch_warnings(action="ignore"):  # they were given the first time
+            return build_model(job)
     return layers, loss
 
 

@@ -11,7 +11,7 @@ from ..layout import LayoutError
 from ..strategies import registry
 from .apart import check_apart
 from .run import default_nproc
-from .tryout.finding import Finding
+from .tryout.finding import Finding, first_fatal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +36,19 @@ class Answer:
     warnings: list[str]
     strategies: dict[str, Feasible]
 
+    def why_not(self) -> str:
+        """Return in one line why no run can be made."""
+        if found := first_fatal(self.findings):
+            return found.text
+        return "; ".join(f"{name}: {one.reason}" for name, one in self.strategies.items())
+
     def lines(self) -> list[str]:
         """Return what a person reads: each finding, and then each run by its name."""
         kinds = {True: "in the way", False: "warning"}
         shown = [f"{kinds[found.fatal]}: {found.show()}" for found in self.findings]
         shown += [f"warning: {line}" for line in self.warnings]
         width = max(map(len, self.strategies))
-        told = {text for found in self.findings for text in (found.text,)}
+        told = {found.text for found in self.findings}
         for name, one in self.strategies.items():
             state = "possible" if one.possible else "not possible"
             notes = [one.reason] if one.reason else one.warnings

@@ -1,4 +1,4 @@
-"""This package tries a job out on eight samples, in one process, before any process of a run starts.
+"""This package tries a job out on eight samples, in one process, before any run starts.
 
 `run.try_out` returns what it found as `Finding`s: what the model, the loss or the data do that no
 strategy can mend, by name. It runs the model a few times forward and once backward, in fp32:

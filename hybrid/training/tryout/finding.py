@@ -33,7 +33,8 @@ class Finding:
         """Return the line with the strategies that it is about."""
         if not self.strategies:
             return self.text
-        return f"{', '.join(self.strategies)}: {self.text}"
+        several = self.strategies == SEVERAL
+        return f"{'all but single' if several else ', '.join(self.strategies)}: {self.text}"
 
 
 def list_names(names: Collection[str]) -> str:

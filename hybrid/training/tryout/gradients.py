@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ...job.blame import tell_error
 from ...job.errors import JobError
 from .finding import SEVERAL, STAGED, Finding, list_names
 from .losses import leaves_behind
@@ -28,11 +29,22 @@ def check_gradients(trial: Trial, output: Any, count: float) -> list[Finding]:
     try:
         (total / max(count, 1.0)).backward()
     except Exception as error:  # a user's own autograd function may raise anything
-        from .blame import tell_error
-
         raise JobError(f"{trial.model_name}: backward raised {tell_error(error)}") from error
     found += _wrong_gradients(trial)
-    return found or [*_branches(trial), *_missing(trial)]
+    if found:
+        return found
+    odd = _odd_parameters(trial)
+    return [*_tell_branches(trial, odd), *_missing(trial, odd)]
+
+
+def has_finite_gradients(trial: Trial, total: torch.Tensor) -> bool:
+    """Return whether the gradients of a summed loss are finite; leaves none behind."""
+    if not total.requires_grad:
+        return True
+    total.backward()
+    gradients = [p.grad for p in trial.names if p.grad is not None]
+    trial.free()
+    return all(bool(g.isfinite().all()) for g in gradients if g.layout is torch.strided)
 
 
 def _strangers(trial: Trial, leaves: list[torch.Tensor]) -> list[Finding]:
@@ -79,43 +91,50 @@ def _reached(trial: Trial, batch: Any, ids: list[int]) -> set[torch.Tensor]:
     return {leaf for leaf in leaves_behind(total) if leaf in trial.names}
 
 
-def _branches(trial: Trial) -> list[Finding]:
-    """Find parameters that some micro-batches use and others do not.
+def _odd_parameters(trial: Trial) -> set[torch.Tensor]:
+    """Return the parameters that some micro-batches use and others do not.
 
     Single samples show whether a model branches by its data at all. Micro-batches of the job's
     size, on two processes, show whether it would in a run."""
     if trial.sizes > LARGE or len(trial.ids) < 2:
-        return []
+        return set()
     try:
         single = [_reached(trial, trial.load([i]), [i]) for i in trial.ids]
         if all(found == single[0] for found in single):
-            return []
+            return set()
     except JobError:  # a batch norm may need two samples
         pass
-    train = trial.job.train
-    size = max(1, train.global_batch // (2 * train.micro_batches))
-    most = min(len(trial.samples), MORE)
+    size, most = _micro_batch(trial), min(len(trial.samples), MORE)
     chunks = [list(range(i, i + size)) for i in range(0, most - size + 1, size)]
     found = [_reached(trial, trial.load(ids), ids) for ids in chunks]
-    odd = set[torch.Tensor]().union(*found) - set[torch.Tensor]().intersection(*found[:1], *found)
+    used = found[0].union(*found) if found else set()
+    return {p for p in used if any(p not in one for one in found)}
+
+
+def _micro_batch(trial: Trial) -> int:
+    train = trial.job.train
+    return max(1, train.global_batch // (2 * train.micro_batches))
+
+
+def _tell_branches(trial: Trial, odd: set[torch.Tensor]) -> list[Finding]:
     if not odd:
         return []
-    names = list_names([name for p, name in trial.names.items() if p in odd])
+    names, size = list_names([n for p, n in trial.names.items() if p in odd]), _micro_batch(trial)
     text = f"{trial.model_name}: some micro-batches of {size} samples use {names}, others do not"
     mend = "have every micro-batch use them, if only by adding 0 times their output"
     why = "ranks that take other branches wait for one another's gradients"
     return [Finding(f"{text}: {why}; {mend}", (*ALIKE, "2d"), fatal=True)]
 
 
-def _missing(trial: Trial) -> list[Finding]:
+def _missing(trial: Trial, odd: set[torch.Tensor]) -> list[Finding]:
     """Find trained parameters that get no gradient, from the batch nor from more samples.
 
     torch's optimizers leave them as they are. DDP waits for their gradients. DeepSpeed takes zeros
     for these, so that weight decay moves the parameters there."""
-    missing = _without(trial)
+    missing = _without(trial, odd)
     if missing and len(trial.samples) > len(trial.ids) and trial.sizes < LARGE:
         _more_samples(trial)
-        missing = _without(trial)
+        missing = _without(trial, odd)
     if not missing:
         return []
     decays = trial.job.optimizer.weight_decay > 0
@@ -131,8 +150,9 @@ def _missing(trial: Trial) -> list[Finding]:
     ]
 
 
-def _without(trial: Trial) -> list[str]:
-    return [name for p, name in trial.names.items() if p.requires_grad and p.grad is None]
+def _without(trial: Trial, odd: set[torch.Tensor]) -> list[str]:
+    trained = [(p, name) for p, name in trial.names.items() if p.requires_grad and p not in odd]
+    return [name for p, name in trained if p.grad is None]
 
 
 def _more_samples(trial: Trial) -> None:

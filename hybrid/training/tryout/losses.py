@@ -165,9 +165,7 @@ def _tell_own(trial: Trial, own: list[str]) -> list[Finding]:
         return []
     text = f"the loss reads the layers' own weights ({list_names(own)}), which are whole only where"
     mend = "no strategy cuts or shards them; compute that part in a layer, and return it"
-    return [
-        Finding(f"{trial.model_name}: {text} {mend}", ("fsdp", "zero3", *STAGED), fatal=True)
-    ]
+    return [Finding(f"{trial.model_name}: {text} {mend}", ("fsdp", "zero3", *STAGED), fatal=True)]
 
 
 def _name(value: Any, wanted: torch.Tensor, depth: int = 3) -> str | None:
@@ -219,4 +217,3 @@ def leaves_behind(tensor: torch.Tensor) -> list[torch.Tensor]:
             leaves[node.variable] = None
         todo += [following for following, _ in node.next_functions]
     return list(leaves)
-

@@ -47,11 +47,11 @@ def _tell_draws(trial: Trial) -> Finding:
     draws = find_draws(trial.model, lambda: trial.forward(trial.batch.input, trial.ids))
     layers = [show_layer(*layer) for layer in draws] or ["the model"]
     functions = list(dict.fromkeys(name for names in draws.values() for name in names))
-    verb = "draws" if len(layers) == 1 else "draw"
+    verb, own = ("draws", "its") if len(layers) == 1 else ("draw", "their")
     by = f" by {list_names(functions)}" if functions else ""
     mend = _mend_draws(trial, list(draws), functions)
     return Finding(
-        f"{trial.model_name}: {list_names(layers)} {verb} random numbers of its own{by}: each "
+        f"{trial.model_name}: {list_names(layers)} {verb} random numbers of {own} own{by}: each "
         f"strategy draws others, so that runs cannot be compared; {mend}",
         SEVERAL,
     )
@@ -59,7 +59,7 @@ def _tell_draws(trial: Trial) -> Finding:
 
 def _mend_draws(trial: Trial, layers: Sequence[tuple[str, str]], functions: Sequence[str]) -> str:
     """Say what keeps these layers from drawing; for a model of transformers, the override."""
-    config = getattr(trial.model, "config", None)
+    config: Any = getattr(trial.model, "config", None)
     fields: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
     rates = [k for k, v in fields.items() if "drop" in k and isinstance(v, float) and v > 0]
     of_attention = [key for key in rates if key.startswith(("att", "sdpa"))]

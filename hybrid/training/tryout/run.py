@@ -9,7 +9,7 @@ from ...job.schema import Job
 from ...models.layers import Layers
 from ...models.losses import Loss
 from .finding import SEVERAL, Finding, first_fatal, list_names
-from .gradients import check_gradients
+from .gradients import check_gradients, has_finite_gradients
 from .losses import check_loss, check_reach
 from .nested import all_finite
 from .passes import check_passes, first_not_finite, moved_buffers, refuses_one_sample
@@ -98,14 +98,15 @@ def _not_finite(trial: Trial, output: Any) -> Finding | None:
     total, _ = trial.take_loss(output, trial.batch.target)
     if not bool(total.isfinite()):
         text = _blame(trial, trial.batch.input, trial.ids, output)
-        return Finding(f"{text}: the loss is {float(total.detach())} before the first step", fatal=True)
+        return Finding(
+            f"{text}: the loss is {float(total.detach())} before the first step", fatal=True
+        )
     for i in suspect_samples(trial):
         sample = trial.load([i])
-        output = trial.eval_forward(sample.input, [i])
-        total, _ = trial.take_loss(output, sample.target)
-        if not bool(total.isfinite()):
+        output, total = trial.evaluate(sample, [i], graph=True)
+        if not (bool(total.isfinite()) and has_finite_gradients(trial, total)):
             text = _blame(trial, sample.input, [i], output)
-            return Finding(f"{text}: its loss is {float(total.detach())}", fatal=True)
+            return Finding(f"{text}: so is its loss, or a gradient of it", fatal=True)
     return None
 
 
@@ -131,8 +132,7 @@ def _check_test(trial: Trial, test: Sequence[Any]) -> list[Finding]:
     """Find what would keep the evaluation from a number: on the first samples of the test set."""
     ids = list(range(min(len(test), len(trial.ids))))
     batch = trial.load(ids, test)
-    output = trial.eval_forward(batch.input, ids)
-    total, _ = trial.take_loss(output, batch.target)
+    _, total = trial.evaluate(batch, ids)
     if bool(total.isfinite()):
         return []
     said = blame_samples(test, ids)

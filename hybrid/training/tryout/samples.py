@@ -39,9 +39,7 @@ def _vary(trial: Trial, half: int, shapes: list[list[tuple[int, ...]]]) -> list[
     return [Finding(f"{trial.data_name}: {text}: {mend}", STAGED, fatal=True)]
 
 
-def _read_twice(
-    trial: Trial, again: Iterable[tuple[list[int], MicroBatch]]
-) -> list[Finding]:
+def _read_twice(trial: Trial, again: Iterable[tuple[list[int], MicroBatch]]) -> list[Finding]:
     """Tell of samples that differ from what they were in the batch."""
     wrong, parts = list[str](), set[str]()
     for ids, part in again:
@@ -52,11 +50,12 @@ def _read_twice(
             wrong += [f"sample {i}"] if odd else []
     if not wrong:
         return []
+    what = f"{' and '.join(sorted(parts))} of {list_names(wrong)}"
     return [
         Finding(
-            f"{trial.data_name}: {' and '.join(sorted(parts))} of {list_names(wrong)} differed when "
-            "read a second time, so that every run trains on other data; have a sample depend on "
-            "its index and on torch's, random's or numpy's global generator alone"
+            f"{trial.data_name}: {what} differed when read a second time, so that every run trains "
+            "on other data; have a sample depend on its index, and on torch's, random's or numpy's "
+            "global generator alone"
         )
     ]
 

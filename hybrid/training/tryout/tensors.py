@@ -54,7 +54,9 @@ def _sparse(given: str, layers: Layers) -> list[Finding]:
     if not names:
         return []
     words = f"{list_names(names)} {'has' if len(names) == 1 else 'have'} sparse=True"
-    mend = "no norm is taken of sparse gradients, nor are they summed over ranks; valid: sparse=False"
+    mend = (
+        "no norm is taken of sparse gradients, nor are they summed over ranks; valid: sparse=False"
+    )
     return [Finding(f"{given}: {words}: {mend}", fatal=True)]
 
 

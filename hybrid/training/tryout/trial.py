@@ -11,11 +11,11 @@ from torch import nn
 
 from ...data.loader import MicroBatch, load_micro_batch
 from ...engines.layers import prepare_layers, sample_seeds
+from ...job.blame import tell_error
 from ...job.errors import JobError
 from ...job.schema import Job
 from ...models.layers import Layers
 from ...models.losses import Loss
-from .blame import tell_error
 
 SAMPLES = 8
 # Of a large model, fewer samples: a pass over eight sequences of 128 tokens takes 0.4 s there.
@@ -73,12 +73,13 @@ class Trial:
                 f"model raised {tell_error(error)}"
             ) from error
 
-    def eval_forward(self, given: Any, ids: Sequence[int]) -> Any:
-        """Return the model's output in the mode for evaluation, without a graph."""
+    def evaluate(self, batch: MicroBatch, ids: Sequence[int], graph: bool = False) -> Any:
+        """Return the output, and the loss, in the mode for evaluation; graph: with a graph."""
         self.model.eval()
         try:
-            with torch.no_grad():
-                return self.forward(given, ids)
+            with torch.set_grad_enabled(graph):
+                output = self.forward(batch.input, ids)
+                return output, self.take_loss(output, batch.target)[0]
         finally:
             self.model.train()
 

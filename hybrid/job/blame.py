@@ -6,9 +6,9 @@ import sysconfig
 import traceback
 from pathlib import Path
 
-from ...job.errors import first_line
+from .errors import first_line
 
-_PACKAGE = str(Path(__file__).parents[2])
+_PACKAGE = str(Path(__file__).parents[1])
 _PLACES = {_PACKAGE, *sysconfig.get_paths().values(), *site.getsitepackages()}
 _OTHERS = tuple(os.path.join(place, "") for place in _PLACES if place)
 LONGEST = 300  # characters of a message that are shown
