@@ -137,17 +137,16 @@ def _missing(trial: Trial, odd: set[torch.Tensor]) -> list[Finding]:
         missing = _without(trial, odd)
     if not missing:
         return []
-    decays = trial.job.optimizer.weight_decay > 0
-    barred = ("ddp", *ZERO, *STAGED) if decays else ("ddp",)
-    others = tuple(name for name in ("single", *SEVERAL) if name not in barred)
     noun, verb = ("parameter", "gets") if len(missing) == 1 else ("parameters", "get")
     text = f"{trial.model_name}: trained {noun} {list_names(missing)} {verb} no gradient"
     mend = "use them in forward, or freeze them by requires_grad_(False)"
-    why = "DDP waits for it" + (", and DeepSpeed decays them all the same" if decays else "")
-    return [
-        Finding(f"{text}: {why}; {mend}", barred, fatal=True),
-        Finding(f"{text}, so that training leaves them as they are; {mend}", others),
-    ]
+    found = [Finding(f"{text}, and DDP waits for one; {mend}", ("ddp",), fatal=True)]
+    if trial.job.optimizer.weight_decay > 0:
+        why = "and DeepSpeed decays them all the same, as single does not"
+        found.append(Finding(f"{text}, {why}; {mend}", (*ZERO, *STAGED), fatal=True))
+    barred = [name for one in found for name in one.strategies]
+    others = tuple(name for name in ("single", *SEVERAL) if name not in barred)
+    return [*found, Finding(f"{text}, so that training leaves them as they are; {mend}", others)]
 
 
 def _without(trial: Trial, odd: set[torch.Tensor]) -> list[str]:

@@ -24,10 +24,11 @@ def lone_samples(choice: Choice, layout: Layout, num_samples: int, layers: str) 
         if choice.strategy in STAGED:
             smallest = micro_batch_size(train.global_batch, layout.dp, micro_batches)
         if smallest < 2:
+            what = f"{size} {'samples' if size > 1 else 'sample'}"
             held = "one sample" if smallest else "none or one sample"
             raise Unsupported(
-                f"a batch of {size} samples in {layout.dp * micro_batches} micro-batches leaves "
-                f"one of them {held}, and {layers} cannot be trained on a single one; choose "
+                f"a batch of {what} in {layout.dp * micro_batches} micro-batches leaves one of "
+                f"them {held}, and {layers} cannot be trained on a single one; choose "
                 "train.global_batch and micro_batches so that each has two or more (the last batch "
                 f"of an epoch of {num_samples} samples has {last or train.global_batch})"
             )

@@ -29,22 +29,21 @@ class Result:
 
 
 def try_out(
-    job: Job, layers: Layers, loss: Loss | None, train: Sequence[Any], test: Sequence[Any]
+    job: Job, layers: Layers, loss: Loss, train: Sequence[Any], test: Sequence[Any]
 ) -> Result:
     """Try a job out on the first samples of its sets.
 
-    layers: of a model made for this, whose values are real or on the meta device; in that case only
-    what needs no values is looked at. `job.train.steps` is known. What the user's own code raises
+    layers: of a model made for this. Where it is on the meta device, since it is large, only data,
+    shapes and dtypes are looked at. `job.train.steps` is known. What the user's own code raises
     becomes a finding with the line of theirs."""
     found = [*_check_schedule(job), *check_tensors(f"model.name = {job.model.name!r}", layers)]
     if first_fatal(found):
         return Result(tuple(found))
     real = not any(t.is_meta for t in layers.tensors().values())
-    if loss is None or not real:
-        return Result(tuple(found))
     with kept_generators():
         try:
-            more, lone = _run(Trial(job, layers, loss, train), test)
+            trial = Trial(job, layers, loss, train)
+            more, lone = _run(trial, test) if real else (_look_at_data(trial), None)
         except JobError as error:
             more, lone = [Finding(first_line(error), fatal=True)], None
     return Result((*found, *more), lone)
@@ -58,6 +57,15 @@ def _check_schedule(job: Job) -> list[Finding]:
     share = f"{steps} of {warmup} steps"
     text = f"schedule.warmup_steps = {warmup}: the run ends after {share}, so that optimizer.lr"
     return [Finding(f"{text} = {job.optimizer.lr} is never reached; valid: {steps} at most")]
+
+
+def _look_at_data(trial: Trial) -> list[Finding]:
+    """Do what needs no model: one on the meta device has no numbers to compute with."""
+    found = check_samples(trial)
+    if said := blame_samples(trial.samples, suspect_samples(trial)):
+        text = f"{trial.data_name}: {said}; see that the model leaves such numbers out"
+        found.append(Finding(text))
+    return found
 
 
 def _run(trial: Trial, test: Sequence[Any]) -> tuple[list[Finding], str | None]:
