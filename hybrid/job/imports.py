@@ -8,8 +8,9 @@ from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any
 
-from .blame import find_line, tell_error
+from .blame import tell_error
 from .errors import JobError, first_line
+from .user_code import user_line
 
 
 def check_name(section: str, name: str, known: Collection[str]) -> None:
@@ -44,12 +45,12 @@ def call_named(
     try:
         return function(**options)
     except (TypeError, ValueError, RuntimeError) as error:
-        place = find_line(error)
+        place = user_line(error)
         raise JobError(f"{given}: {first_line(error)}{f' ({place})' if place else ''}") from error
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # a user's function may raise anything
-        if find_line(error) is None:
+        if user_line(error) is None:
             raise
         raise JobError(f"{given}: {tell_error(error)}") from error
 

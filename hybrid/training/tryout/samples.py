@@ -21,8 +21,11 @@ def check_samples(trial: Trial) -> list[Finding]:
     places = [trial.ids[:half], trial.ids[half:]] if half else [trial.ids]
     again = [trial.load(ids) for ids in places]
     shapes = [_shapes(part) for part in (trial.batch, *again)]
-    found = _vary(trial, half, shapes) if any(s != shapes[0] for s in shapes) else []
-    if found:  # rows of other lengths cannot be held against one another
+    found = list[Finding]()
+    if any(shape != shapes[0] for shape in shapes):
+        fixed = [_shapes(trial.load(ids, size=len(ids))) for ids in places]
+        found = _vary(trial, half, fixed) if fixed[0] != fixed[-1] else []
+        # Rows of other lengths cannot be held against one another.
         places, again = [trial.ids], [trial.load(trial.ids)]
     return found + _read_twice(trial, zip(places, again, strict=True))
 
@@ -32,8 +35,8 @@ def _shapes(part: MicroBatch) -> list[tuple[int, ...]]:
 
 
 def _vary(trial: Trial, half: int, shapes: list[list[tuple[int, ...]]]) -> list[Finding]:
-    """Tell of inputs whose shapes hang on which samples are batched."""
-    one, other = (", ".join(str(list(s)) for s in found) for found in shapes[1:])
+    """Tell of inputs whose shapes hang on which samples are batched, padded for a pipeline too."""
+    one, other = (", ".join(str(list(s)) for s in found) for found in shapes)
     text = f"inputs of samples 0 to {half - 1} have the shape {one} a sample, those after {other}"
     mend = "shapes between stages are fixed; pad every batch to one length in the collate function"
     return [Finding(f"{trial.data_name}: {text}: {mend}", STAGED, fatal=True)]

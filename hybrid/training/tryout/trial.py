@@ -12,7 +12,7 @@ from torch import nn
 from ...data.loader import MicroBatch, load_micro_batch
 from ...engines.layers import prepare_layers, sample_seeds
 from ...job.blame import tell_error
-from ...job.errors import JobError
+from ...job.errors import JobError, RunError
 from ...job.schema import Job
 from ...models.layers import Layers
 from ...models.losses import Loss
@@ -44,11 +44,17 @@ class Trial:
         self.ids = list(range(min(len(samples), count)))
         self.batch = self.load(self.ids)
 
-    def load(self, ids: list[int], samples: Sequence[Any] | None = None) -> MicroBatch:
-        """Return some samples as a micro-batch, of the train set or of another one."""
+    def load(
+        self, ids: list[int], samples: Sequence[Any] | None = None, size: int | None = None
+    ) -> MicroBatch:
+        """Return some samples as a micro-batch, of the train set or of another one.
+
+        size: the rows to which a pipeline would pad it."""
         name = "train" if samples is None else "test"
         try:
-            return load_micro_batch(self.samples if samples is None else samples, ids)
+            return load_micro_batch(self.samples if samples is None else samples, ids, size)
+        except RunError as error:  # it names the set and the sample
+            raise JobError(str(error)) from error
         except Exception as error:  # a user's data set may raise anything
             words = f"samples {ids[0]} to {ids[-1]}" if len(ids) > 1 else f"sample {ids[0]}"
             raise JobError(
