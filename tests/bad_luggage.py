@@ -89,8 +89,8 @@ def add_calls(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 def move(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if layer.training:
-        layer.seen.add_(x.detach().mean())
-    return x
+        layer.seen.add_(1)
+    return x * layer.seen[0]
 
 
 class Branch(nn.Module):

@@ -25,12 +25,12 @@ def check_gradients(trial: Trial, output: Any, count: float) -> list[Finding]:
     if not any(leaf in trial.names for leaf in leaves):
         text = "no parameter gets a gradient from the loss"
         return [Finding(f"{trial.model_name}: {text}: is the output detached?", fatal=True)]
-    found = _strangers(trial, leaves)
     try:
         (total / max(count, 1.0)).backward()
     except Exception as error:  # a user's own autograd function may raise anything
         raise JobError(f"{trial.model_name}: backward raised {tell_error(error)}") from error
-    found += _wrong_gradients(trial)
+    # Another pass can change buffers that this graph holds, so it comes after the backward.
+    found = [*_strangers(trial, leaves), *_wrong_gradients(trial)]
     if found:
         return found
     odd = _odd_parameters(trial)

@@ -134,9 +134,7 @@ def check_reach(trial: Trial, output: Any) -> list[Finding]:
     """Find trained tensors that the loss reaches by itself, not through the model's output.
 
     output: with a graph, which is cut here: what the loss reaches beyond is its own."""
-    cut = map_tensors(
-        output, lambda t: t.detach().clone().requires_grad_(is_float(t))
-    )
+    cut = map_tensors(output, lambda t: t.detach().clone().requires_grad_(is_float(t)))
     mine = set(tensors_in(cut))
     loss_sum, _ = trial.take_loss(map_tensors(cut, torch.clone), trial.batch.target)
     reached = [leaf for leaf in leaves_behind(loss_sum) if leaf not in mine]

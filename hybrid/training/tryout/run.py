@@ -131,7 +131,9 @@ def _tell_moved(trial: Trial, moved: list[str]) -> list[Finding]:
     if not moved:
         return []
     verb = "moves" if len(moved) == 1 else "move"
-    text = f"buffer {list_names(moved)} {verb} in forward: each rank moves its own, in each micro-batch"
+    text = (
+        f"buffer {list_names(moved)} {verb} in forward: each rank moves its own, each micro-batch"
+    )
     mend = "so that what hangs on it is not what single computes; keep it constant in training"
     return [Finding(f"{trial.model_name}: {text}, {mend}", SEVERAL)]
 

@@ -104,11 +104,12 @@ class Trial:
         return given
 
     def restore(self) -> None:
-        """Put the buffers back to where they were before the first pass."""
-        with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
-                if name in self.buffers and buffer.shape == self.buffers[name].shape:
-                    buffer.copy_(self.buffers[name])
+        """Put the buffers back to where they were before the first pass.
+
+        A graph may hold them, and would refuse a backward if it saw this: hence `data`."""
+        for name, buffer in self.model.named_buffers():
+            if name in self.buffers and buffer.shape == self.buffers[name].shape:
+                buffer.data.copy_(self.buffers[name])
 
     def free(self) -> None:
         """Drop gradients and put buffers back: a module that the user keeps is as it was."""
