@@ -151,8 +151,7 @@ class _Run:
         first = self._train_steps()
         receipt = self._require_receipt()
         receipt.evidence["precision"]["reductions"] = self._reductions()
-        result = self._evaluate()
-        file = self._save()
+        result, file = self._evaluate(), self._save()
         record = Record(
             strategy=self.choice.name,
             variant_of=self.choice.variant_of,
