@@ -121,7 +121,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         [OWN_DATA, "IndexError", "tests/bad_luggage.py:"],
     ),
     "lengths that vary": (of_data("lengths"), [OWN_DATA, "[3]", "[4]"]),
-    "words": (of_data("words"), ["str"]),
+    "words": (of_data("words"), [OWN_DATA]),
     "no target": (of_data("no target"), [OWN_DATA, "sample 0"]),
     "targets of None": (of_data("targets of None"), [OWN_DATA, "None"]),
     "too many classes": (of_data("classes"), [OWN, "out of bounds"]),
