@@ -92,8 +92,7 @@ def compare(
     from .training.progress import Progress
 
     loaded, out = _load(job, overrides, allow_known_bad), _choose_folder(out, resume)
-    names = [n.strip() for n in strategies.split(",")] if strategies else None
-    watcher = Progress()
+    names, watcher = _split(strategies), Progress()
     try:
         result = compare_strategies(
             loaded, names, nproc, out, watcher, None, fresh_ranks, reference, resume is not None
@@ -135,6 +134,29 @@ def train(
         rate = f", {record.throughput.samples_per_s:.0f} samples/s" if record.throughput else ""
         last = record.steps[-1]
         print(f"{strategy}: {len(record.steps)} steps, loss {last.loss:.6f}{rate}; {out}")
+
+
+@app.command()
+def check(
+    job: JobFile,
+    strategies: Names = None,
+    nproc: Nproc = None,
+    overrides: Overrides = None,
+    allow_known_bad: KnownBad = False,
+    json: Json = False,
+) -> None:
+    """Try the job out on a few samples, and say what stands in the way of which strategy."""
+    from . import records
+    from .training.feasible import check_strategies
+
+    loaded = _load(job, overrides, allow_known_bad)
+    answer = check_strategies(loaded, _split(strategies), nproc)
+    if json:
+        print(records.dumps(answer), file=_stdout)
+    else:
+        for line in answer.lines():
+            print(line)
+    raise typer.Exit(0 if answer.ok else say(answer.why_not(), 2))
 
 
 @app.command("sample", hidden=True)
@@ -210,6 +232,10 @@ def _load(path: Path, overrides: list[str] | None, allow_known_bad: bool = False
     check_model_name(job.model.name)
     check_name("data", job.data.name, SOURCES)
     return job
+
+
+def _split(names: str | None) -> list[str] | None:
+    return [name.strip() for name in names.split(",")] if names else None
 
 
 def _choose_folder(out: Path | None, resume: str | None) -> Path:

@@ -135,7 +135,8 @@ class Record:
     """Records one run of one strategy: `record.json`.
 
     `strategy` is the name that was asked for; where that is a variant's, `variant_of` is the
-    strategy whose variant it is."""
+    strategy whose variant it is. `warnings` are what the try-out found that this run can live with.
+    """
 
     strategy: str
     status: Status
@@ -153,6 +154,7 @@ class Record:
     evals: list[StepEval] = dataclasses.field(default_factory=list)
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     variant_of: str | None = None
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from hybrid.models.layers import Layers
 from hybrid.models.losses import cross_entropy
 from hybrid.stages.checks import Boundary
 from hybrid.stages.shapes import input_problem
-from hybrid.training.check import _build_layers, check_job
+from hybrid.training.check import _build_layers, check_job, look_at_job
 from tests.conftest import small_job
 from tests.test_stage_checks import ROW, TOKENS, WIDTH, Returns, find
 
@@ -134,10 +134,10 @@ def whole() -> Any:
 
 def test_preparing_says_why_a_model_cannot_be_cut() -> None:
     model = {"name": "tests.test_boundaries:whole"}
-    prepared = check_job(small_job(model=model, data__options={"features": WIDTH}))
+    prepared = look_at_job(small_job(model=model, data__options={"features": WIDTH}))
     assert prepared.summary.cut_problem == "its layers cannot be told apart"
     model = {"name": "tests.workloads:regression"}
-    prepared = check_job(small_job(model=model, data={"name": "tests.test_boundaries:dicts"}))
+    prepared = look_at_job(small_job(model=model, data={"name": "tests.test_boundaries:dicts"}))
     assert str(prepared.summary.cut_problem).startswith("its data gives a dict as an input")
 
 

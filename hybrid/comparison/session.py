@@ -75,13 +75,13 @@ def _plan(
     warnings: list[str] = []
     for name in names:
         try:
-            layouts[name], found = registry.plan(checked.job, name, nproc, checked.summary)
+            layouts[name], found = checked.plan(name, nproc)
             warnings += [f"{title}{name}: {line}" for line in found]
         except LayoutError as error:
             raise JobError(f"{error} (--nproc {nproc})") from None
         except Unsupported as error:
             layouts[name] = str(error)
-    print_warnings(warnings)
+    print_warnings([*warnings, *(f"{title}{line}" for line in checked.warnings())])
     return layouts
 
 
@@ -102,7 +102,8 @@ class _Session:
         """Check the job and what the folder holds; raises JobError, and changes nothing there.
 
         title: what stands before the runs' names where they are shown."""
-        checked = check_apart(job, registry.modules(resolve(job, selection.names[0]).strategy))
+        modules = registry.modules(resolve(job, selection.names[0]).strategy)
+        self.checked = checked = check_apart(job, modules).require()
         every = checked.job.log.model_copy(update={"every": 1})  # parity looks at every step
         self.asked, self.job = job, checked.job.model_copy(update={"log": every})
         self.selection, self.reference = selection, selection.reference
@@ -152,9 +153,9 @@ class _Session:
         if self.resume and (kept := find_run(folder, job, name, nproc, self.description)):
             self.watcher.kept(self.title + label, kept)
             return kept
-        shown = self.title + label
+        shown, found = self.title + label, self.checked.warnings(name)
         try:
-            return launch(job, name, nproc, folder, self.watcher, shown, self.program)
+            return launch(job, name, nproc, folder, self.watcher, shown, self.program, found)
         except RunFailed as error:
             if error.failure.kind == "job":
                 raise JobError(error.failure.message) from None

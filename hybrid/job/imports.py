@@ -8,7 +8,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType, ModuleType
 from typing import Any
 
+from .blame import tell_error
 from .errors import JobError, first_line
+from .user_code import user_line
 
 
 def check_name(section: str, name: str, known: Collection[str]) -> None:
@@ -47,7 +49,14 @@ def call_named(
     try:
         return function(*arguments, **options, **more)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise JobError(f"{given}: {first_line(error)}") from error
+        place = user_line(error)
+        raise JobError(f"{given}: {first_line(error)}{f' ({place})' if place else ''}") from error
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # a user's function may raise anything
+        if user_line(error) is None:
+            raise
+        raise JobError(f"{given}: {tell_error(error)}") from error
 
 
 def parameter_names(function: Callable[..., Any]) -> list[str] | None:

@@ -24,6 +24,19 @@ def tell_progress(comparison: Comparison) -> list[str]:
     return [f"Validation loss of {names}: {text}." for text, names in groups.items()]
 
 
+def tell_warnings(runs: Mapping[str, Record]) -> list[str]:
+    """Tell what the try-out found before the start, with the runs that it is about."""
+    found: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        for text in run.warnings:
+            found.setdefault(text, []).append(name)
+    shown = {
+        text: "" if len(names) == len(runs) else f" ({', '.join(names)})"
+        for text, names in found.items()
+    }
+    return [f"Tried out before the start: {text}{names}." for text, names in shown.items()]
+
+
 def tell_skipped(runs: Mapping[str, Record]) -> list[str]:
     """Tell how many steps each run skipped, if any run did."""
     skipped = {name: sum(step.skipped for step in run.steps) for name, run in runs.items()}

@@ -23,19 +23,20 @@ from ..launch.failures import how_it_ended
 from ..launch.local import end
 from ..launch.warm import Rank, ServerGone, WarmProcess, warm_process
 from ..stages.checks import ModelSummary
-from .check import CheckedJob, check_job
+from .check import CheckedJob, look_at_job
+from .tryout.finding import Finding
 
 POLL_S = 0.02
 MODULES = ("hybrid.models", "hybrid.data", "hybrid.stages.shapes")  # torch comes with them
 
 
 def check_apart(job: Job, modules: Sequence[str]) -> CheckedJob:
-    """Return what `check_job` does, and raise what it raises; CheckFailed for any other error.
+    """Return what `look_at_job` does, and raise what it raises; CheckFailed for any other error.
 
     modules: of the ranks that start next, which the warm process imports meanwhile."""
     warm = None if "torch" in sys.modules else warm_process()
     if warm is None:
-        return check_job(job)
+        return look_at_job(job)
     with contextlib.ExitStack() as files:
         # Files without a name, which the child opens by this process's descriptors: none is left.
         asked, answer, log = (_nameless_file(files, name) for name in ("job", "answer", "log"))
@@ -44,7 +45,7 @@ def check_apart(job: Job, modules: Sequence[str]) -> CheckedJob:
             child = _start(warm, asked, answer, log)
             warm.prepare(modules)
         except ServerGone:
-            return check_job(job)
+            return look_at_job(job)
         code = _follow(child, log)
         said = os.pread(answer, os.fstat(answer).st_size, 0)
     if code or not said:
@@ -96,15 +97,23 @@ def _read(answer: dict[str, Any]) -> CheckedJob:
             raise ModuleNotFoundError(error["message"], name=error["name"])
         raise CheckFailed(error["message"])
     summary = records.from_dict(ModelSummary, answer["summary"])
-    return CheckedJob(load_job(answer["job"]), summary)
+    findings = tuple(records.from_dict(Finding, found) for found in answer["findings"])
+    rest = answer["num_samples"], answer["lone_sample"]
+    return CheckedJob(load_job(answer["job"]), summary, findings, *rest)
 
 
 def main() -> None:
     """Check the job in the file of the first argument, and write the answer into the second."""
     answer: dict[str, Any]
     try:
-        checked = check_job(load_job(json.loads(Path(sys.argv[1]).read_text())))
-        answer = {"job": to_dict(checked.job), "summary": records.to_dict(checked.summary)}
+        checked = look_at_job(load_job(json.loads(Path(sys.argv[1]).read_text())))
+        answer = {
+            "job": to_dict(checked.job),
+            "summary": records.to_dict(checked.summary),
+            "findings": [records.to_dict(found) for found in checked.findings],
+            "num_samples": checked.num_samples,
+            "lone_sample": checked.lone_sample,
+        }
     except Exception as error:
         kind, message = kind_of(error), str(error)
         if isinstance(error, ModuleNotFoundError):

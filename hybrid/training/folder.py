@@ -3,7 +3,9 @@
 The record there says `running`, then `ok`, `failed` or `not_possible` with the reason, so that a
 reader never takes the record or the weights of the run before for this run's. No torch."""
 
+import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from .. import records
@@ -41,4 +43,12 @@ def end_run(out: Path, choice: Choice, world_size: int, error: BaseException) ->
     variant_of = choice.variant_of
     record = Record(choice.name, status, reason, world_size=world_size, variant_of=variant_of)
     records.write(record, out / "record.json")
+    return record
+
+
+def add_warnings(out: Path, record: Record, warnings: Sequence[str]) -> Record:
+    """Write what the try-out found into the record of a run in `out`, and return that."""
+    if warnings:
+        record = dataclasses.replace(record, warnings=[*record.warnings, *warnings])
+        records.write(record, out / "record.json")
     return record

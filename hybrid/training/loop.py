@@ -42,6 +42,7 @@ from .folder import CHECKPOINTS, begin_run, end_run
 from .projection import project
 from .step_log import StepLog
 from .trackers import Trackers
+from .tryout.samples import blame_samples
 
 OnStep = Callable[[StepRecord, int], None]
 
@@ -102,8 +103,9 @@ def _train(
         status.start_heartbeat(placement)
     status.set("loading the data")
     data = build_data(job)
+    warnings = list[str]()
     if placement.launcher != OWN:  # our own launcher has checked the job before it started us
-        check_on_rank_0(job, strategy, data, placement)
+        warnings = check_on_rank_0(job, strategy, data, placement)
     job = resolve_lengths(job, len(data[0]))
     assert job.train.steps is not None
     period = registry.steps_between_syncs(job, strategy)
@@ -119,8 +121,8 @@ def _train(
             engine = registry.open_engine(job, strategy, layers, loss, placement)
             del layers
         status.held = engine.num_held
-        run = _Run(job, choice, engine, instruments, placement, out, on_step, status, *data)
-        return run.go()
+        rest = placement, out, on_step, status, *data, warnings
+        return _Run(job, choice, engine, instruments, *rest).go()
     finally:
         instruments.close()
 
@@ -139,6 +141,7 @@ class _Run:
     status: RankStatus
     train_set: Sequence[Any]
     test_set: Sequence[Any]
+    warnings: list[str]  # of the try-out, where this process made it
     unread: deque[StepCost] = dataclasses.field(default_factory=deque)  # of steps without numbers
     evals: list[StepEval] = dataclasses.field(default_factory=list)
 
@@ -152,8 +155,7 @@ class _Run:
         first = self._train_steps()
         receipt = self._require_receipt()
         receipt.evidence["precision"]["reductions"] = self._reductions()
-        result = self._evaluate()
-        file = self._save()
+        result, file = self._evaluate(), self._save()
         record = Record(
             strategy=self.choice.name,
             variant_of=self.choice.variant_of,
@@ -169,6 +171,7 @@ class _Run:
             weights=Weights(initial, first, file),
             drift=receipt.evidence.get("drift"),
             evals=self.evals,
+            warnings=self.warnings,
             environment=describe_machine()
             | {"threads_per_rank": torch.get_num_threads(), "data": data}
             | {"known_bad_allowed": self.job.launch.allow_known_bad},
@@ -196,7 +199,7 @@ class _Run:
         """Take all optimizer steps; return the weights' projections after the first period."""
         job, engine = self.job, self.engine
         sizes = job.train.global_batch, engine.layout.dp, job.micro_batches(self.choice.strategy)
-        plan = BatchPlan(len(self.train_set), *sizes, job.train.seed)
+        self.plan = plan = BatchPlan(len(self.train_set), *sizes, job.train.seed)
         total, every = job.train.steps or 0, job.train.eval_every
         period = min(total, registry.steps_between_syncs(job, self.choice.strategy))
         known = targets_per_sample(self.train_set)
@@ -234,9 +237,10 @@ class _Run:
         norm = result.grad_norm
         finite = math.isfinite(result.loss) and (norm is None or math.isfinite(norm))
         if not (finite or (result.skipped and math.isfinite(result.loss))):
+            cause = blame_samples(self.train_set, self.plan.batch(step))
+            cause = cause or "lower optimizer.lr or set train.clip_norm"
             raise RunError(
-                f"step {step}: loss {result.loss}, gradient norm {norm}: not finite; "
-                "lower optimizer.lr or set train.clip_norm"
+                f"step {step}: loss {result.loss}, gradient norm {norm}: not finite; {cause}"
             )
         record = StepRecord(
             step=step,

@@ -5,6 +5,7 @@ starts the ranks where no other launcher has; comparisons call it too. `hybrid.r
 what a run leaves in its folder. No torch until a job is checked."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from .. import records
@@ -23,7 +24,7 @@ from ..records import Record
 from ..strategies import registry
 from .apart import check_apart
 from .check import print_warnings
-from .folder import begin_run, end_run
+from .folder import add_warnings, begin_run, end_run
 from .progress import Progress, Watcher
 
 
@@ -71,18 +72,17 @@ def run_job(
 def _launch_checked(job: Job, strategy: str, out: Path, nproc: int | None) -> Record:
     """Check the job, then start its ranks and show their progress."""
     choice = resolve(job, strategy)
-    checked = check_apart(job, registry.modules(choice.strategy))
+    checked = check_apart(job, registry.modules(choice.strategy)).require()
     remove_stale_locks()
-    layout, warnings = registry.plan(
-        checked.job, strategy, nproc or default_nproc(choice.job), checked.summary
-    )
+    layout, warnings = checked.plan(strategy, nproc or default_nproc(choice.job))
     check_started(layout.world_size)
-    print_warnings(f"{strategy}: {line}" for line in warnings)
+    found = checked.warnings(strategy)
+    print_warnings([*(f"{strategy}: {line}" for line in warnings), *found])
     replicas = choice.job.strategy.local_sgd.emulate_replicas
     emulating = choice.strategy == "local_sgd" and replicas
-    watcher = Progress()
+    watcher, world_size = Progress(), 1 if emulating else layout.world_size
     try:
-        return launch(checked.job, strategy, 1 if emulating else layout.world_size, out, watcher)
+        return launch(checked.job, strategy, world_size, out, watcher, warnings=found)
     finally:
         watcher.close()
 
@@ -95,12 +95,13 @@ def launch(
     watcher: Watcher,
     label: str | None = None,
     program: Program | None = None,
+    warnings: Sequence[str] = (),
 ) -> Record:
     """Start `nproc` ranks of a checked job, wait for them and return the record.
 
     label: the run's name for the watcher, if it is not the strategy's. program: the command that
-    starts a rank, `PROGRAM` if it is left out. Raises RunFailed with the first cause; the record
-    then says `failed` or `not_possible`."""
+    starts a rank, `PROGRAM` if it is left out. warnings: of the try-out, for the record. Raises
+    RunFailed with the first cause; the record then says `failed` or `not_possible`."""
     label, choice = label or strategy, resolve(job, strategy)
     watcher.started(label, job.train.steps or 0, out)
     file = begin_run(out, job, choice)
@@ -113,9 +114,9 @@ def launch(
         played = choice.job.strategy.local_sgd.emulate_replicas
         cores_for = played if choice.strategy == "local_sgd" else None
         run_ranks(nproc, arguments, out, watcher.poll, program or PROGRAM, modules, cores_for)
-        record = records.read(Record, out / "record.json")
+        record = add_warnings(out, records.read(Record, out / "record.json"), warnings)
     except BaseException as error:
-        record = end_run(out, choice, nproc, error)
+        record = add_warnings(out, end_run(out, choice, nproc, error), warnings)
         if isinstance(error, RunFailed):
             watcher.finished(label, record)
         raise
