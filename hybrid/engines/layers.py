@@ -36,10 +36,11 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
     looks for, stay as they are."""
 
     def forward(self: Any, *args: Any, **options: Any) -> Any:
-        inner = functools.partial(kind.forward, self)
+        # Keywords are bound here, since some could be those of `checkpoint` itself.
+        inner = functools.partial(kind.forward, self, **options)
         if not torch.is_grad_enabled():
-            return inner(*args, **options)
-        return checkpoint(inner, *args, use_reentrant=False, context_fn=_same_rows, **options)
+            return inner(*args)
+        return checkpoint(inner, *args, use_reentrant=False, context_fn=_same_rows)
 
     return type(kind.__name__, (kind,), {"forward": forward, "recomputed": True})
 

@@ -34,20 +34,21 @@ def check_job(job: Job, data: Data | None = None) -> CheckedJob:
     job is wrong, and ModuleNotFoundError where a tracker's package is missing."""
     from ..data import build_data
     from ..models.vector_functions import call_vector_functions_once
-    from ..stages.shapes import boundaries, input_problem
+    from ..stages.shapes import boundaries
 
     call_vector_functions_once()
     check_trackers(job.log.trackers)
     layers = _build_layers(job)
     train_set, _ = data or build_data(job)
-    sample_input = _first_input(job, train_set)
+    _check_first_sample(job, train_set)
     _check_vocabulary(job, layers, train_set)
+    layers.cut(train_set)
     return CheckedJob(
         job=resolve_lengths(job, len(train_set)),
         summary=ModelSummary(
             layer_parameters=layers.sizes(),
-            cut_problem=layers.cut_problem or input_problem(sample_input),
-            boundaries=tuple(boundaries(layers, sample_input)),
+            cut_problem=layers.cut_problem,
+            boundaries=tuple(boundaries(layers, train_set)),
         ),
     )
 
@@ -110,13 +111,12 @@ def _check_vocabulary(job: Job, layers: Layers, train_set: Any) -> None:
         )
 
 
-def _first_input(job: Job, samples: Any) -> Any:
-    """Return the input of the first sample; raises JobError if it is not (input, target)."""
+def _check_first_sample(job: Job, samples: Any) -> None:
+    """Raise JobError if the first sample is not (input, target)."""
     try:
-        sample_input, _ = samples[0]
+        _, _ = samples[0]
     except Exception as error:  # a user's data set may raise anything
         raise JobError(
             f"data.name = {job.data.name!r}: sample 0 of the train set must be (input, target): "
             f"{first_line(error)}"
         ) from error
-    return sample_input
