@@ -30,8 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hybrid.models.hf import as_layers
-from hybrid.models.hf.probe import NotOnMeta
 from hybrid.models.hf.layers import HFLayers
+from hybrid.models.hf.probe import NotOnMeta
 from hybrid.models.losses import cross_entropy
 
 CONFIGS = Path(__file__).with_name("hf_tiny_configs.json")

@@ -37,7 +37,7 @@ class SelfAttention(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """A post-norm block that takes the mask by keyword and returns a tuple, as transformers does."""
+    """A post-norm block that takes the mask by keyword and returns a tuple, as transformers' do."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()

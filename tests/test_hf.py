@@ -233,7 +233,9 @@ def test_what_is_left_out_is_warned_of() -> None:
     assert layers.model.config.output_router_logits is False
     with pytest.warns(UserWarning, match="parameters have no part in the logits"):
         layers = as_layers(make("bart"))
-    assert layers.plan.unused and not layers.model.get_parameter(layers.plan.unused[0]).requires_grad
+    assert (
+        layers.plan.unused and not layers.model.get_parameter(layers.plan.unused[0]).requires_grad
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         as_layers(make("llama"))

@@ -21,7 +21,9 @@ def prepare_layers(job: Job, layers: Layers) -> Layers:
     number_dropouts(layers.modules())
     round_inputs(layers, DTYPES[job.train.precision])
     for block in layers.blocks():
-        if job.train.activation_checkpointing:
+        # What has no parameters keeps little, and may change its input in place, as torchvision's
+        # ReLUs do, so that it could not be computed again.
+        if job.train.activation_checkpointing and any(True for _ in block.parameters()):
             block.__class__ = _checkpointed(type(block))  # type: ignore[arg-type]
         if job.train.compile:
             block.compile()

@@ -61,7 +61,7 @@ def build_model(job: Job) -> tuple[Layers, Loss]:
     built = _call(job)
     try:
         model, loss = split_built(built)
-        layers, taken = as_layers(model), as_loss(loss)
+        layers, taken = as_layers(model, own_loss=loss is None), as_loss(loss)
     except ValueError as error:
         raise JobError(f"model.name = {job.model.name!r}: {error}") from None
     if not any(p.requires_grad for layer in layers for p in layer.parameters()):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from .cutting.blocks import is_chain, is_list
+from .cutting.calling import OWN_LOSS, PLAIN
 from .cutting.layers import ModuleLayers
 from .layers import Layers
 
@@ -53,17 +54,18 @@ def split_built(built: Any) -> tuple[Any, Any]:
     return model, loss
 
 
-def as_layers(model: Any) -> Layers:
+def as_layers(model: Any, own_loss: bool = False) -> Layers:
     """Makes layers of a list of layers, an `nn.Sequential` or any other module.
 
     An `nn.Sequential` without further ones in it is a list of layers with names of their own.
-    Raises ValueError where a layer is none."""
+    own_loss: the module returns its loss, so that its output is kept as it is. Raises ValueError
+    where a layer is none."""
     if isinstance(model, Layers):
         return model
     if is_chain(model) and not any(is_list(child) for child in model):
         return Layers(model, list(model._modules))
     if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
-        return ModuleLayers(model)
+        return ModuleLayers(model, OWN_LOSS if own_loss else PLAIN)
     return Layers([_as_layer(i, layer) for i, layer in enumerate(model)])
 
 

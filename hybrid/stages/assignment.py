@@ -97,7 +97,9 @@ class StageAssignment:
         """Return the SHA-256 of each tied parameter's bits, by name."""
         tied = {p: self._names[p] for p, held in self._stages.items() if len(held) > 1}
         return {
-            name: hashlib.sha256(p.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+            name: hashlib.sha256(
+                p.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+            ).hexdigest()
             for p, name in tied.items()
         }
 

@@ -124,11 +124,13 @@ def open_engine(
 ) -> Engine:
     """Build an engine on the processes that a launcher started, for people with their own loop.
 
-    Every rank calls it with the same job and the same initialised `layers`: seed torch before
-    making them. It joins the process group unless the caller has. `placement` then says where this
-    rank stands; left out, it is found from the launcher's variables. `hybrid.cleanup` leaves the
-    group. `layers` may be any module; to cut one into stages takes two of the train set `samples`. Lengths must be given in steps (`train.steps` and local SGD's `sync_every`), since the
-    size of the data is not known here. Raises Unsupported or JobError before anything is built."""
+    Every rank calls it with the same job and the same initialised `layers`, or any module: seed
+    torch before making them. It joins the process group unless the caller has. `placement` then
+    says where this rank stands; left out, it is found from the launcher's variables.
+    `hybrid.cleanup` leaves the group. samples: the train set, on two of which a module is tried out
+    where it must be cut into stages. Lengths must be given in steps (`train.steps` and local SGD's
+    `sync_every`), since the size of the data is not known here. Raises Unsupported or JobError
+    before anything is built."""
     from ..engines.layers import prepare_layers
     from ..launch.process_group import hide_accelerate_configuration, join_process_group
     from ..models.brought import as_layers
@@ -137,7 +139,7 @@ def open_engine(
     call_vector_functions_once()
     choice = resolve(job, strategy)
     job, strategy = choice.job, choice.strategy
-    layers = as_layers(layers)
+    layers = as_layers(layers, own_loss=loss is None)
     placement = place(job, strategy, placement or find_placement())
     if placement.layout.pp > 1:
         layers.cut(samples)

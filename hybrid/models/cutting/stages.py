@@ -1,7 +1,7 @@
 """This module turns a module into the whole model of a job, or into one of its stages.
 
-Methods are mixed into the class of the user's own module. All that they add begins with `stage_`, so
-that it meets nothing of the user's."""
+Methods are mixed into the class of the user's own module. All that they add begins with `stage_`,
+so that it meets nothing of the user's."""
 
 from typing import Any
 
@@ -160,7 +160,9 @@ class _Stage(nn.Module):
         return received
 
     def _stage_enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return self.stage_blocks[self.stage_part.start - 1].replace(args, kwargs, self._stage_take_received())
+        return self.stage_blocks[self.stage_part.start - 1].replace(
+            args, kwargs, self._stage_take_received()
+        )
 
     def _stage_enter_behind(self, module: nn.Module, args: Any, output: Any) -> Any:
         hidden = self._stage_take_received()
@@ -173,4 +175,6 @@ class _Stage(nn.Module):
         raise _Left(first_tensor(output))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(elements {self.stage_part.start} to {self.stage_part.stop - 1})"
+        return (
+            f"{type(self).__name__}(elements {self.stage_part.start} to {self.stage_part.stop - 1})"
+        )

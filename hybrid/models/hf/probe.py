@@ -13,8 +13,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..cutting.blocks import candidates, record_calls
+from ..cutting.pieces import Pieces, find_unused
 from ..cutting.plan import CutPlan
-from ..cutting.trial import NO_LIST, Pieces, find_unused, make_twin, run_seeded, same, words
+from ..cutting.running import make_twin, run_seeded, same, words
+from ..cutting.trial import NO_LIST
 
 ROWS, TOKENS = 2, 5
 
