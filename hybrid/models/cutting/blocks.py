@@ -18,6 +18,11 @@ def is_list(module: nn.Module) -> bool:
     return listed or is_chain(module)
 
 
+def _has_forward(module: nn.Module) -> bool:
+    """Tells whether a module runs as one; an `nn.ModuleDict` only holds others."""
+    return type(module).forward is not nn.Module.forward
+
+
 def find_blocks(model: nn.Module) -> list[str]:
     """Names the modules in the outermost lists of a model; lists within lists are taken apart."""
     names = {module: name for name, module in model.named_modules()}
@@ -27,7 +32,8 @@ def find_blocks(model: nn.Module) -> list[str]:
 def _walk(module: nn.Module) -> Iterable[nn.Module]:
     listed = is_list(module)
     for name, child in module.named_children():
-        if is_list(child) or not (listed or name == "parametrizations"):
+        runs = listed and _has_forward(child)
+        if is_list(child) or not (runs or name == "parametrizations"):
             yield from _walk(child)
         elif listed:
             yield child

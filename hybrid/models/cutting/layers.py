@@ -105,7 +105,7 @@ class ModuleLayers(Layers):
 
     def blocks(self) -> list[nn.Module]:
         """Lists the blocks between which the module is cut, and those of its other lists."""
-        planned = self._planned()
+        planned = [] if self.cut_problem else self._planned()
         inner = {m for x in planned for m in x.modules()}
         others = [self.model.get_submodule(name) for name in self._names]
         others = [x for x in others if inner.isdisjoint(x.modules())]

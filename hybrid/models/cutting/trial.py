@@ -18,13 +18,15 @@ from .pieces import Pieces, find_unused
 from .plan import CutPlan
 from .running import Run, make_twin, run_seeded, words
 
+TRIED = 5  # so many runs of blocks at most
 NO_LIST = "it has no nn.ModuleList or nn.Sequential whose modules run once each, in order"
 
 
 def find_cut(model: nn.Module, run: Run) -> CutPlan:
     """Finds how to cut `model`, which stays as it was; `run` calls a copy on some samples.
 
-    A run that raises, and a model that cannot be copied, cannot be cut."""
+    Of several ways, it takes the one that repeats fewest parameters on several stages. A run that
+    raises, and a model that cannot be copied, cannot be cut."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         try:
             twin = make_twin(model)
@@ -33,11 +35,25 @@ def find_cut(model: nn.Module, run: Run) -> CutPlan:
         except Exception as error:  # a user's module may raise anything
             return CutPlan(f"a trial with two samples failed: {words(error)}")
         plans: list[CutPlan] = []
-        for names in candidates(model, calls):
+        for names in candidates(model, calls)[:TRIED]:
             pieces = Pieces(make_twin(model), names, find_unused(twin, names, output))
             plan = pieces.cut(run, output)
             plan.problem = plan.problem or check_passing(model, pieces, run, output)
-            if plan.problem is None:
-                return plan
             plans.append(plan)
-        return plans[-1] if plans else CutPlan(NO_LIST)
+            if plan.problem is None and not _count_copies(model, plan):
+                break
+    fitting = [plan for plan in plans if plan.problem is None]
+    if fitting:
+        return min(fitting, key=lambda plan: _count_copies(model, plan))
+    return plans[-1] if plans else CutPlan(NO_LIST)
+
+
+def _count_copies(model: nn.Module, plan: CutPlan) -> int:
+    """Counts what a cut repeats: elements of parameters, for each further part that needs them.
+
+    One that only the first part and the last share is tied, which takes no computing twice."""
+    total = 0
+    for name in {name for used in plan.used[1:-1] for name in used}:
+        copies = sum(name in used for used in plan.used) - 1
+        total += copies * model.get_parameter(name).numel()
+    return total
