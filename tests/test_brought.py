@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hybrid.models.losses import cross_entropy as summed_cross_entropy
 from hybrid.strategies.registry import open_engine
 from hybrid.training.check import check_job
 from tests import brought_models as brought
-from tests.conftest import small_job
+from tests.conftest import ROOT, small_job
 
 DATA = {"bert": "masked_sentences", "vit": "images", "nanogpt": "tokens", "resnet": "images"}
 
@@ -60,6 +61,18 @@ def test_a_module_trains_in_stages_as_in_one_process(name: str, nproc: int, tmp_
         output = model(**batch.input) if name == "bert" else model(batch.input)
     recorded = result.strategies["pipeline"].eval
     assert recorded and abs(float(cross_entropy(output, batch.target)) - recorded.loss) < 1e-5
+
+
+def test_a_mask_that_stays_on_the_first_stage_is_caught(tmp_path: Path) -> None:
+    program = [
+        sys.executable,
+        str(ROOT / "tests" / "faulty.py"),
+        "mask_on_the_first_stage_alone",
+    ]
+    job = job_of("bert", train__steps=1)
+    result = hybrid.compare(job, ["pipeline"], nproc=2, out=tmp_path, program=program)
+    first = result.parity["pipeline"].first_difference
+    assert not result.ok and first and (first.step, first.quantity) == (0, "loss")
 
 
 def test_a_parametrized_layer_trains_in_stages_and_keeps_its_names(tmp_path: Path) -> None:

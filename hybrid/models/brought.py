@@ -47,6 +47,8 @@ def split_built(built: Any) -> tuple[Any, Any]:
         raise ValueError(f"must return {VALID}; it returned {what}")
     model, loss = built
     listed = isinstance(model, (list, tuple, nn.ModuleList))
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise ValueError(f"returned the class {model.__name__}: make a module of it")
     if not listed and not isinstance(model, nn.Module):
         raise ValueError(f"must return {VALID}; it returned {_kind(model)} for a module")
     if listed and loss is None:
