@@ -30,8 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hybrid.models.hf import as_layers
+from hybrid.models.hf.layers import HFLayers
 from hybrid.models.hf.probe import NotOnMeta
-from hybrid.models.hf.stages import HFLayers
 from hybrid.models.losses import cross_entropy
 
 CONFIGS = Path(__file__).with_name("hf_tiny_configs.json")
@@ -95,6 +95,7 @@ def run_stages(layers: HFLayers, bounds: list[int], dtype: torch.dtype) -> Pass:
     inputs, outputs = [], []
     for stage in stages:
         set_dtype(stage, dtype)
+        stage.stage_inputs = ids  # type: ignore[assignment]
         inputs.append(outputs[-1].detach().requires_grad_() if outputs else ids)
         outputs.append(stage(inputs[-1]))
     total, count = cross_entropy(outputs[-1].float(), target)
@@ -161,7 +162,7 @@ def check_meta(model_type: str, fields: dict[str, Any], real: HFLayers, plain: P
         if isinstance(tensor, nn.Parameter):
             value = nn.Parameter(value, tensor.requires_grad)
         torch.utils.swap_tensors(tensor, value)
-    same = layers.cut == real.cut and layers.sizes() == real.sizes() and not values
+    same = layers.plan == real.plan and layers.sizes() == real.sizes() and not values
     found = compare(layers, plain, torch.float32)
     return "equal" if same and found["names"] and found["logits"] == 0 else "DIFFERENT"
 
@@ -179,9 +180,8 @@ def check(model_type: str) -> dict[str, Any]:
         layers = as_layers(copy.deepcopy(model))
     except ValueError as error:
         return {"result": REFUSED, "remarks": one_line(error)}
-    remarks = ["token ids travel along"] if layers.cut.carries_ids else []
-    if layers.cut.unused:
-        remarks.append(f"{len(layers.cut.unused)} unused parameters")
+    unused = layers.plan.unused
+    remarks = [f"{len(unused)} unused parameters"] if unused else []
     found = compare(layers, plain, torch.float32)
     right = found["logits"] == 0 and found["gradients"] <= GRADIENT_TOLERANCE and found["names"]
     row = {"result": EQUAL if right else WRONG, **found}

@@ -36,6 +36,21 @@ def stage_not_divided_by_accumulation() -> None:
     StageEngine._take_loss = too_large  # type: ignore[method-assign]
 
 
+def mask_on_the_first_stage_alone() -> None:
+    """The stages after the first get a module's inputs without the mask."""
+    from hybrid.engines.pipeline_deepspeed import StageEngine
+
+    start = StageEngine._start
+
+    def without_mask(self: Any, module: Any, args: Any) -> Any:
+        result = start(self, module, args)
+        if self.stage:
+            module.stage_inputs = {"input_ids": module.stage_inputs["input_ids"]}
+        return result
+
+    StageEngine._start = without_mask  # type: ignore[method-assign]
+
+
 def same_samples_on_two_ranks() -> None:
     """Rank 1 computes rank 0's share."""
     _share_ids(lambda share, step: (0 if share == 1 else share, step))

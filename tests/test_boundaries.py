@@ -12,7 +12,6 @@ from hybrid.job.errors import JobError
 from hybrid.models.layers import Layers
 from hybrid.models.losses import cross_entropy
 from hybrid.stages.checks import Boundary
-from hybrid.stages.shapes import input_problem
 from hybrid.training.check import _build_layers, check_job, look_at_job
 from tests.conftest import small_job
 from tests.test_stage_checks import ROW, TOKENS, WIDTH, Returns, find
@@ -68,22 +67,6 @@ def test_a_layer_that_needs_numbers_runs_for_real() -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
-@pytest.mark.parametrize(
-    ("sample", "said"),
-    [
-        (ROW, None),
-        ((ROW, TOKENS), None),
-        (3, None),
-        ({"x": ROW}, "its data gives a dict as an input, a first stage takes a tensor"),
-        ("text", "its data gives a str as an input"),
-        (None, "its data's inputs cannot be batched: "),
-    ],
-)
-def test_inputs_that_a_first_stage_cannot_take(sample: Any, said: str | None) -> None:
-    found = input_problem(sample)
-    assert found is None if said is None else str(found).startswith(said)
-
-
 def test_preparing_finds_the_boundaries() -> None:
     prepared = check_job(small_job())
     assert prepared.summary.layer_parameters == [792, 400, 204, 130]
@@ -115,11 +98,6 @@ def test_preparing_refuses_a_tracker_before_all_else() -> None:
         check_job(small_job(log__trackers=["x"]))
 
 
-def dicts() -> Any:
-    """Data sets whose inputs are dicts."""
-    return [({"x": ROW}, 0)] * 3, [({"x": ROW}, 0)] * 3
-
-
 def single() -> Any:
     """Data sets whose samples have no target."""
     return [ROW] * 3, [ROW] * 3
@@ -136,9 +114,6 @@ def test_preparing_says_why_a_model_cannot_be_cut() -> None:
     model = {"name": "tests.test_boundaries:whole"}
     prepared = look_at_job(small_job(model=model, data__options={"features": WIDTH}))
     assert prepared.summary.cut_problem == "its layers cannot be told apart"
-    model = {"name": "tests.workloads:regression"}
-    prepared = look_at_job(small_job(model=model, data={"name": "tests.test_boundaries:dicts"}))
-    assert str(prepared.summary.cut_problem).startswith("its data gives a dict as an input")
 
 
 def test_preparing_refuses_samples_that_are_no_pairs() -> None:

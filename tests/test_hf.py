@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from benchmarks import hf_models
 from hybrid.models.hf import as_layers, hf
+from hybrid.models.hf.layers import HFLayers
 from hybrid.models.hf.probe import NotOnMeta
-from hybrid.models.hf.stages import HFLayers, pack_ids, unpack_ids
 from hybrid.models.layers import holders_of
 from hybrid.models.losses import cross_entropy
 
@@ -61,10 +61,17 @@ def cut(layers: HFLayers, *bounds: int) -> list[nn.Module]:
     return [copy.deepcopy(layers).join(range(a, b)) for a, b in ends]
 
 
+def give(stages: list[Any], ids: torch.Tensor) -> None:
+    """Give each stage the input of the micro-batch, as the engine does."""
+    for stage in stages:
+        stage.stage_inputs = ids
+
+
 def train(stages: list[nn.Module], ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
     """Logits, and gradients by name, those of shared weights summed: stages in one process."""
     inputs: list[torch.Tensor] = []
     outputs = [ids]
+    give(stages, ids)
     for stage in stages:
         inputs.append(outputs[-1].detach().requires_grad_() if inputs else ids)
         outputs.append(stage(inputs[-1]))
@@ -115,6 +122,7 @@ def test_a_cut_may_be_anywhere(bounds: tuple[int, ...]) -> None:
     for model_type in ("gpt2", "zamba"):
         model, ids = make(model_type), tokens(3, 7)
         stages = cut(as_layers(copy.deepcopy(model)), *bounds)
+        give(stages, ids)
         for training in (True, False):
             x = ids
             for stage in stages:
@@ -158,7 +166,6 @@ def test_elements_hold_what_they_use() -> None:
 
     shared = as_layers(make("zamba"))  # two of the layers share a block, all use the embeddings
     assert {type(x).__name__ for x in shared.units()} == {"ZambaMambaDecoderLayer"}
-    assert shared.cut.carries_ids
     assert [0, 1, 2, 3, 4, 5] not in holders_of(as_layers(make("llama"))).values()
 
     frozen = as_layers(make("marian"))
@@ -193,15 +200,15 @@ def test_the_whole_keeps_nothing_twice() -> None:
 
 def test_what_cannot_be_cut_is_named_and_runs_whole() -> None:
     for model_type, reason in {
-        "zaya": "takes values of decoder layers beside the hidden state",
+        "zaya": "takes values of other blocks beside the hidden state",
         "hy_v4": "Shared DSA layers require top-k indices",
-        "hrm_text": "no module list whose layers run once each",
+        "hrm_text": "whose modules run once each",
     }.items():
         model, ids = make(model_type), tokens(2, 8)
         layers = as_layers(copy.deepcopy(model))
         assert reason in str(layers.cut_problem) and "\n" not in str(layers.cut_problem)
         assert len(layers) == 1
-        with pytest.raises(ValueError, match="cannot be cut"):
+        with pytest.raises(ValueError, match=reason):
             layers.join(range(0))
         logits, gradients = train([layers.whole()], ids)
         expected, wanted = reference(model, ids)
@@ -215,7 +222,8 @@ def test_layer_drop_forbids_cuts() -> None:
     assert stages[1].get_submodule("model.decoder.layers")
     stages[1].layerdrop = 1.0
     stages[1].model.decoder.layerdrop = 1.0  # type: ignore[union-attr]
-    with pytest.raises(RuntimeError, match="skipped a decoder layer"):
+    give(stages, tokens(2, 4))
+    with pytest.raises(RuntimeError, match="skipped a block"):
         stages[1](torch.zeros(2, 4, 32))
 
 
@@ -225,7 +233,9 @@ def test_what_is_left_out_is_warned_of() -> None:
     assert layers.model.config.output_router_logits is False
     with pytest.warns(UserWarning, match="parameters have no part in the logits"):
         layers = as_layers(make("bart"))
-    assert layers.cut.unused and not layers.model.get_parameter(layers.cut.unused[0]).requires_grad
+    assert (
+        layers.plan.unused and not layers.model.get_parameter(layers.plan.unused[0]).requires_grad
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         as_layers(make("llama"))
@@ -236,7 +246,7 @@ def test_a_model_on_meta_is_cut_alike(model_type: str) -> None:
     real = as_layers(make(model_type))
     with torch.device("meta"):
         layers = as_layers(make(model_type))
-    assert layers.cut == real.cut and layers.sizes() == real.sizes()
+    assert layers.plan == real.plan and layers.sizes() == real.sizes()
     assert layers.tensors().keys() == real.tensors().keys()
     assert all(t.is_meta for t in layers.tensors().values())
     holders = list(holders_of(real).values())
@@ -257,19 +267,6 @@ def test_what_needs_values_says_so_on_meta(tmp_path: Path) -> None:
     with torch.device("meta"), pytest.raises(NotOnMeta):
         hf(folder)
     assert hf(folder)[0].cut_problem is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_token_ids_travel_exactly(dtype: torch.dtype) -> None:
-    ids = torch.tensor([[0, 1, 255, 256, 65_535], [65_536, 99_999, 262_143, 2**24 - 1, 7]])
-    for shape, batch_dim in (((2, 5, 3), 0), ((2, 5, 4, 3), 0), ((6, 2, 5, 3), 1)):
-        hidden = torch.randn(shape).to(dtype).requires_grad_()
-        packed = pack_ids(hidden, ids, batch_dim)
-        assert packed.dtype == dtype and packed.shape == (*shape[:-1], shape[-1] + 3)
-        received, found = unpack_ids(packed, batch_dim)
-        assert torch.equal(received, hidden) and torch.equal(found, ids)
-        (gradient,) = torch.autograd.grad(received.sum(), hidden)
-        assert torch.equal(gradient, torch.ones_like(hidden))
 
 
 def rows_of_the_table() -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hybrid.job.errors import JobError
 from hybrid.models import build_model
 from hybrid.models.hf import hf
-from hybrid.models.hf.stages import HFLayers
+from hybrid.models.hf.layers import HFLayers
 from hybrid.models.losses import cross_entropy
 
 from .conftest import small_job

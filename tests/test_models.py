@@ -40,7 +40,11 @@ def untrained(): return [nn.Tanh()], loss
 def one_set(): return [(1, 2)]
 def empty(): return [(1, 2)], []
 def no_index(): return iter([1]), [(1, 2)]
-def one_module(): return nn.Linear(2, 2), loss
+def three(): return nn.Linear(2, 2), loss, 3
+def strings(): return "linear", loss
+def a_class(): return [nn.Linear(2, 2), nn.ReLU], loss
+def a_function(): return [nn.Linear(2, 2), lambda x: x + 1], loss
+def bad_loss(): return nn.Linear(2, 2), 0.5
 def wordless(): raise ValueError
 def two_lines(): raise ValueError("first\\nsecond")
 value = 3
@@ -137,11 +141,15 @@ def test_a_model_and_data_of_ones_own_are_named_by_path() -> None:
 @pytest.mark.parametrize(
     ("make", "function", "said"),
     [
-        (make_model, "bare", "must return (layers, loss)"),
-        (make_model, "no_loss", "must return (layers, loss)"),
+        (make_model, "bare", "must return (layers, loss), (module, loss), or a module that"),
+        (make_model, "three", "must return (layers, loss), (module, loss), or a module that"),
+        (make_model, "strings", "returned a str for a module"),
+        (make_model, "no_loss", "a list of layers needs a loss: return (layers, loss)"),
+        (make_model, "a_class", "layer 1 is the class ReLU: make a module of it"),
+        (make_model, "a_function", "layer 1 is the function <lambda>; valid: an nn.Module"),
+        (make_model, "bad_loss", "the loss is a float"),
         (make_model, "no_layer", "layer 1 is a str, each layer must be an nn.Module"),
         (make_model, "untrained", "has no parameter to train"),
-        (make_model, "one_module", "layers"),
         (make_model, "value", "is not a function"),
         (make_model, "absent", "cannot be imported"),
         (make_data, "one_set", "must return (train, test)"),

@@ -3,20 +3,25 @@ loss scale. The strategies that take several processes are in test_language.py."
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 
 import hybrid
 from hybrid.data.batches import BatchPlan
 from hybrid.data.loader import load_micro_batch
 from hybrid.engines import optimizer, replicas
-from hybrid.engines.precision import DTYPES, check_ledger, plain_name, round_at_use
+from hybrid.engines.precision import DTYPES, check_ledger, plain_names, round_at_use, round_inputs
+from hybrid.engines.state import named_tensors
 from hybrid.job.errors import RunError
 from hybrid.models import build_model
+from hybrid.models.layers import Layers
 from hybrid.models.losses import cross_entropy
 from tests.workloads import points
 
@@ -48,7 +53,9 @@ def rounded(dtype: torch.dtype) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 def test_parameters_stay_fp32_and_are_rounded_where_they_are_used(precision: str) -> None:
     dtype = DTYPES[precision]
     model, before = rounded(dtype)
-    after = {plain_name(name): p for name, p in model.named_parameters()}
+    after = named_tensors(model)
+    after = {name: after[name] for name in before}
+    assert len(after) == len(list(model.parameters()))
     assert after.keys() == before.keys(), "names, or a tie, did not stay"
     for name, parameter in after.items():
         assert parameter.dtype == torch.float32 and torch.equal(parameter, before[name])
@@ -82,10 +89,36 @@ def test_nothing_is_done_in_fp32() -> None:
     assert not hasattr(model[-1].logits, "parametrizations")
 
 
-def test_plain_names() -> None:
-    assert plain_name("3.parametrizations.weight.original") == "3.weight"
-    assert plain_name("3.a.b.parametrizations.weight.original") == "3.a.b.weight"
-    assert plain_name("3.weight") == "3.weight"
+def test_only_the_names_that_rounding_made_are_taken_back() -> None:
+    normed = weight_norm(nn.Linear(3, 5))
+    skewed = nn.Linear(5, 5)
+    register_parametrization(skewed, "weight", nn.Tanh())  # one tensor: `original`
+    model = nn.Sequential(normed, nn.Sequential(skewed))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert "1.0.parametrizations.weight.original" in before and plain_names(model) == {}
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    expected = copy.deepcopy(model).bfloat16()(x.bfloat16())
+    round_at_use(model, torch.bfloat16)
+    assert torch.equal(model(x.bfloat16()), expected)
+    after = named_tensors(model)
+    assert after.keys() == before.keys() and len(plain_names(model)) == len(before)
+    assert all(torch.equal(after[n], p) and after[n].dtype == p.dtype for n, p in before.items())
+
+
+def test_masks_are_rounded_as_all_inputs_are_by_keyword_and_in_dicts_too() -> None:
+    seen: list[torch.dtype] = []
+
+    class Takes(nn.Linear):
+        def forward(self, x: torch.Tensor, mask: Any = None, more: Any = None) -> torch.Tensor:
+            seen.extend([x.dtype, mask.dtype, more["bias"].dtype, more["ids"].dtype])
+            return super().forward(x)
+
+    layers = Layers([Takes(3, 3)])
+    round_inputs(layers, torch.bfloat16)
+    floats = torch.ones(2, 3)
+    more = {"bias": floats, "ids": torch.ones(2, dtype=torch.int64)}
+    layers[0].bfloat16()(floats, mask=floats, more=more)
+    assert seen == [torch.bfloat16] * 3 + [torch.int64]
 
 
 def test_a_loss_is_fp32_whatever_the_logits() -> None:

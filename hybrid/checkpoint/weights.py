@@ -14,12 +14,24 @@ from ..job.errors import JobError
 FILE = "model.safetensors"
 
 
-def save_weights(state: Mapping[str, torch.Tensor], folder: Path, about: Mapping[str, Any]) -> Path:
+def save_weights(
+    state: Mapping[str, torch.Tensor],
+    folder: Path,
+    about: Mapping[str, Any],
+    names: Mapping[str, str] | None = None,
+) -> Path:
     """Write `model.safetensors` and `checkpoint.json` (its SHA-256 and `about`) into `folder`.
-    Returns the path of the weights."""
+
+    names: those in the file, each with its name in `state`; left out, all of `state` is written by
+    its own names. Returns the path of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
-    save_file({name: t.contiguous() for name, t in state.items()}, path)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, source in (names or dict(zip(state, state, strict=True))).items():
+        tensor = state[source].contiguous()
+        twice = any(tensor is t for t in tensors.values())  # the file's format holds no ties
+        tensors[name] = tensor.clone() if twice else tensor
+    save_file(tensors, path)
     text = json.dumps({"file": FILE, "sha256": _sha256(path), **about}, indent=1)
     (folder / "checkpoint.json").write_text(text + "\n")
     return path

@@ -22,7 +22,9 @@ def prepare_layers(job: Job, layers: Layers) -> Layers:
     number_dropouts(layers.modules())
     round_inputs(layers, DTYPES[job.train.precision])
     for block in layers.blocks():
-        if job.train.activation_checkpointing:
+        # What has no parameters keeps little, and may change its input in place, as torchvision's
+        # ReLUs do, so that it could not be computed again.
+        if job.train.activation_checkpointing and any(True for _ in block.parameters()):
             block.__class__ = _checkpointed(type(block))  # type: ignore[arg-type]
         if job.train.compile:
             block.compile()
@@ -45,10 +47,11 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
     looks for, stay as they are."""
 
     def forward(self: Any, *args: Any, **options: Any) -> Any:
-        inner = functools.partial(kind.forward, self)
+        # Keywords are bound here, since some could be those of `checkpoint` itself.
+        inner = functools.partial(kind.forward, self, **options)
         if not torch.is_grad_enabled():
-            return inner(*args, **options)
-        return checkpoint(inner, *args, use_reentrant=False, context_fn=_same_rows, **options)
+            return inner(*args)
+        return checkpoint(inner, *args, use_reentrant=False, context_fn=_same_rows)
 
     return type(kind.__name__, (kind,), {"forward": forward, "recomputed": True})
 

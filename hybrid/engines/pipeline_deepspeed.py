@@ -1,6 +1,7 @@
 """This module drives a DeepSpeed pipeline: it has the engine behind `pipeline` and `2d`."""
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -38,11 +39,17 @@ from .optimizer import (
     read_learning_rate,
     set_learning_rate,
 )
-from .pipeline_instructions import make_pipeline, reduce_in_buckets, tie, wrap_optimizer_step
+from .pipeline_instructions import (
+    make_contiguous,
+    make_pipeline,
+    reduce_in_buckets,
+    tie,
+    wrap_optimizer_step,
+)
 from .precision import Observer, Stepped, names_of
 from .protocol import StepResult, make_receipt
 from .schedule import learning_rate
-from .state import copy_state, named_tensors, num_held
+from .state import copy_state, named_tensors, num_held, on_device
 from .step_queue import StartedStep, StepRow, make_row
 from .tally import Tally, eval_result, hash_ids
 
@@ -50,8 +57,9 @@ from .tally import Tally, eval_result, hash_ids
 class StageEngine(BaseEngine):
     """Trains one stage of a pipeline in one data-parallel column.
 
-    The first stage reads inputs, the last reads targets. Each digests the sample ids it read, since
-    DeepSpeed would not notice two different batches (deepspeedai/DeepSpeed#5729)."""
+    The first stage reads inputs, and so does each stage of a module that is cut; the last reads
+    targets. Each digests the sample ids it read, since DeepSpeed would not notice two different
+    batches (deepspeedai/DeepSpeed#5729)."""
 
     def __init__(
         self, job: Job, placement: Placement, layers: Layers, loss: Loss, name: str, zero_stage: int
@@ -63,7 +71,9 @@ class StageEngine(BaseEngine):
         assert isinstance(settings, Pipeline)
         self.zero_stage = pipeline_stage(job, zero_stage)
         self.stage = placement.stage
-        self.reads_inputs = self.stage == 0
+        # How many stages of a column read inputs: those after the first have no other way to them.
+        self.num_readers = self.layout.pp if layers.feeds_all_stages else 1
+        self.reads_inputs = self.stage < self.num_readers
         self.reads_targets = self.stage == self.layout.pp - 1
         self.micro_batches = config["gradient_accumulation_steps"]
         self.micro_batch_size = config["train_micro_batch_size_per_gpu"]
@@ -75,9 +85,9 @@ class StageEngine(BaseEngine):
         self.tally = Tally(self.device)
         self.input_digest = 0
         self.norm: torch.Tensor | float = math.nan  # of the gradients' norm in this step
-        # The sample ids of the micro-batches whose forward pass, or loss, is still to come.
-        self.pending: list[torch.Tensor] = []
-        self.targeted: list[torch.Tensor] = []
+        # The micro-batches whose forward pass, or loss, is still to come.
+        self.pending: deque[MicroBatch] = deque()
+        self.targeted: deque[MicroBatch] = deque()
         columns = range(self.layout.dp)
         ranks = range(self.layout.world_size)
         self.norm_parts = [[r for r in ranks if self.layout.dp_rank(r) == c] for c in columns]
@@ -89,7 +99,9 @@ class StageEngine(BaseEngine):
         # with fewer groups than its neighbours would leave them waiting.
         num_groups = count_groups(layers, no_decay)
         own = layers.join(self.assignment.part)
-        own.register_forward_pre_hook(self._seed)
+        own.register_forward_pre_hook(self._start)
+        if not self.reads_targets:
+            own.register_forward_hook(make_contiguous)
         self.buffers = names_of(own.buffers())
         parameters = self.assignment.parameters(own)
         ties = self.assignment.has_ties
@@ -108,8 +120,6 @@ class StageEngine(BaseEngine):
 
     def _step(self, micro_batches: Sequence[MicroBatch], own: int) -> None:
         self.tally, self.input_digest = Tally(self.device), 0
-        self.pending = [micro_batch.ids for micro_batch in micro_batches]
-        self.targeted = list(self.pending)
         optimizer = self.engine.optimizer
         scale = loss_scale(optimizer)
         set_learning_rate(optimizer, learning_rate(self.job, self.step))
@@ -125,25 +135,34 @@ class StageEngine(BaseEngine):
         return super()._count_own(micro_batches if self.reads_targets else [])
 
     def _feed(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Any]:
-        """Give DeepSpeed its batches as pairs of input and target.
+        """Give DeepSpeed its batches, which are empty.
 
-        The sample ids do not pass through its schedule: it runs micro-batches in order."""
+        It runs micro-batches in order, and takes tensors and tuples of them alone. So each stage
+        takes what it needs from its own list instead."""
         if self.reads_inputs:
             self.input_digest = hash_ids(torch.cat([mb.ids for mb in micro_batches]))
-        for micro_batch in micro_batches:
-            yield micro_batch.input, micro_batch.target
+        self.pending, self.targeted = deque(micro_batches), deque(micro_batches)
+        nothing = torch.zeros(1)
+        return iter([(nothing, nothing)] * len(micro_batches))
 
-    def _seed(self, module: nn.Module, args: Any) -> None:
-        """Seed each forward pass of this stage. DeepSpeed runs the micro-batches in order."""
-        if module.training and self.pending:
-            number = self.micro_batches - len(self.pending)
+    def _start(self, module: nn.Module, args: Any) -> Any:
+        """Seed a forward pass of this stage, and give it the input of its micro-batch."""
+        number, micro_batch = self.micro_batches - len(self.pending), self.pending.popleft()
+        if module.training:
             place = (*self.shares, number, self.stage)
-            ids, rows = self.pending.pop(0), self.micro_batch_size or 1
+            ids, rows = micro_batch.ids, self.micro_batch_size or 1
             set_sample_seeds(self.job, self.step, place, ids, rows)
+        if not self.reads_inputs:
+            return None
+        value = on_device(micro_batch, self.device).input
+        if hasattr(module, "stage_inputs"):
+            module.stage_inputs = value
+            return None
+        return (value,)
 
     def _take_loss(self, output: Any, target: Any) -> torch.Tensor:
         """Compute the loss for DeepSpeed, on the last stage, in training and in evaluation."""
-        micro_batch = MicroBatch(None, target, self.targeted.pop(0))
+        micro_batch = on_device(self.targeted.popleft(), self.device)
         training = torch.is_grad_enabled()
         loss_sum = self.tally.add(self.loss, output, micro_batch, score=not training)
         if not training:
@@ -162,17 +181,17 @@ class StageEngine(BaseEngine):
     def _result(self, step: StartedStep, rows: list[StepRow]) -> StepResult:
         result = super()._result(step, rows)
         inputs = f"{sum(row.input_digest for row in rows) % 2**64:016x}"
-        if inputs != result.sample_digest:
+        targets = f"{self.num_readers * int(result.sample_digest, 16) % 2**64:016x}"
+        if inputs != targets:
             raise RunError(
-                f"step {step.number}: the first stage's inputs (digest {inputs}) and the last "
-                f"stage's targets (digest {result.sample_digest}) are of different samples"
+                f"step {step.number}: inputs that stages read (digest {inputs}) and the last "
+                f"stage's targets (digest {targets}) are of different samples"
             )
         return result
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
         self.tally = Tally(self.device)
         for micro_batches in batches:
-            self.targeted = [micro_batch.ids for micro_batch in micro_batches]
             self.engine.eval_batch(
                 self._feed(micro_batches),
                 reduce_output=None,

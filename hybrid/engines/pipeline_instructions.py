@@ -44,6 +44,13 @@ def make_pipeline(
     return engine
 
 
+def make_contiguous(module: nn.Module, args: Any, output: Any) -> Any:
+    """Make a stage's output contiguous, as a forward hook: nothing else can be sent."""
+    if isinstance(output, tuple):
+        return tuple(t.contiguous() for t in output)
+    return output.contiguous()
+
+
 def tie(engine: Any, tied: Sequence[tuple[nn.Parameter, Any, bool]]) -> None:
     """Tell a pipeline engine which of this rank's parameters other stages hold as well.
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..models.layers import Layers
 
@@ -65,21 +65,34 @@ def round_at_use(model: nn.Module, dtype: torch.dtype) -> None:
             module.__class__ = classes.setdefault((kind, *names), type(module))
 
 
-def plain_name(name: str) -> str:
-    """Return a parameter's name without what `round_at_use` adds to it."""
-    return name.replace("parametrizations.", "").removesuffix(".original")
+def plain_names(model: nn.Module) -> dict[str, str]:
+    """Return the names of parameters that `round_at_use` moved, each with the one it had before.
+
+    A user's own parametrizations keep their names."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], _Round):
+            holder, _, parameter = name.rpartition("parametrizations.")
+            found[f"{name}.original"] = holder + parameter
+    return found
 
 
 def round_inputs(layers: Layers, dtype: torch.dtype) -> None:
-    """Make every layer take its floating-point inputs in `dtype`, as FSDP2 does by itself."""
+    """Make every layer take its floating-point inputs in `dtype`, as FSDP2 does by itself.
+
+    That is all of them: masks and what a dict holds too, by position or by keyword."""
     if dtype == torch.float32:
         return
+    layers.input_dtype = dtype
 
-    def cast(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(x.to(dtype) if floating(x) else x for x in args)
+    def round_one(value: Any) -> Any:
+        return value.to(dtype) if floating(value) else value
+
+    def cast(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return tree_map(round_one, (args, options))
 
     for block in layers.blocks():
-        block.register_forward_pre_hook(cast)
+        block.register_forward_pre_hook(cast, with_kwargs=True)
 
 
 def deepspeed_keys(precision: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..data.loader import MicroBatch
 from ..job.errors import JobError
-from .precision import names_of, plain_name
+from .precision import names_of, plain_names
 
 
 def on_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
@@ -31,7 +31,8 @@ def gradient_dtypes(parameters: Iterable[nn.Parameter]) -> str:
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the parameters and buffers of a model by canonical name."""
     found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {plain_name(name): tensor for name, tensor in found.items()}
+    moved = plain_names(model)
+    return {moved.get(name, name): tensor for name, tensor in found.items()}
 
 
 def local_part(tensor: Any) -> torch.Tensor:

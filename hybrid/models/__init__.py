@@ -1,10 +1,9 @@
-"""This package holds the models, one file a family; a model is a list of layers with a loss.
+"""This package holds the models, one file a family; a model is layers or a module, with a loss.
 
-A model function takes the job's `model.options` as keyword arguments and returns `(layers, loss)`.
-`layers` is a list of `nn.Module`, each of which takes what the one before returned, or a
-`layers.Layers`. `loss(output, target)` returns `(sum, count)`: the loss summed over the
-micro-batch's targets, and how many it counted. `hf:NAME_OR_PATH` is the function
-`hybrid.models.hf:hf` with that name."""
+A model function takes the job's `model.options` as keyword arguments and returns `(layers, loss)`
+or `(module, loss)`. `layers` is a list of `nn.Module`, each of which takes what the one before
+returned, or a `layers.Layers`; `module` is any `nn.Module`. `losses.as_loss` says which losses are
+valid. `hf:NAME_OR_PATH` is the function `hybrid.models.hf:hf` with that name."""
 
 from __future__ import annotations
 
@@ -55,18 +54,16 @@ def build_model(job: Job) -> tuple[Layers, Loss]:
     Raises JobError where the name, the options or what the function returned are wrong."""
     import torch
 
-    from .layers import Layers
+    from .brought import as_layers, split_built
+    from .losses import as_loss
 
     torch.manual_seed(job.train.seed)
-    built, given = _call(job), f"model.name = {job.model.name!r}"
-    two = isinstance(built, tuple) and len(built) == 2 and callable(built[1])
-    if not (two and isinstance(built[0], (list, tuple))):
-        raise JobError(f"{given}: must return (layers, loss)")
-    layers = built[0] if isinstance(built[0], Layers) else Layers(built[0])
-    for i, layer in enumerate(layers):
-        if not isinstance(layer, torch.nn.Module):
-            kind = type(layer).__name__
-            raise JobError(f"{given}: layer {i} is a {kind}, each layer must be an nn.Module")
+    built = _call(job)
+    try:
+        model, loss = split_built(built)
+        layers, taken = as_layers(model, own_loss=loss is None), as_loss(loss)
+    except ValueError as error:
+        raise JobError(f"model.name = {job.model.name!r}: {error}") from None
     if not any(p.requires_grad for layer in layers for p in layer.parameters()):
-        raise JobError(f"{given}: has no parameter to train")
-    return layers, built[1]
+        raise JobError(f"model.name = {job.model.name!r}: has no parameter to train")
+    return layers, taken

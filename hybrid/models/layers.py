@@ -1,7 +1,8 @@
 """This module defines what a model is to the engines: a list of layers, joined to modules."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +12,22 @@ class Layers(list[nn.Module]):
     """Holds layers in order, each of which takes what the one before returned.
 
     Layers may share parameters: an `nn.Parameter` that two of them hold is tied, wherever they run.
-    A model whose forward pass is not a plain chain (`hybrid.models.hf`) overrides `join`."""
+    A model whose forward pass is not a plain chain (`hybrid.models.cutting`) overrides `join`.
+    keys: the layers' names, by default their numbers."""
 
     cut_problem: str | None = None  # says why, if the model cannot be cut into stages
+    feeds_all_stages = False  # each stage takes the input of a micro-batch, not the first alone
+    input_dtype: torch.dtype | None = None  # of a module's floating inputs, where not their own
+
+    def __init__(self, layers: Iterable[nn.Module] = (), keys: Sequence[str] = ()) -> None:
+        super().__init__(layers)
+        self.keys = list(keys) or [str(i) for i in range(len(self))]
+        self.is_module = bool(keys)  # a user brought an `nn.Sequential`
+
+    def cut(self, samples: Sequence[Any] | None) -> None:
+        """Finds where the model can be cut into stages; a chain can be cut anywhere.
+
+        samples: the train set, or None where there is none."""
 
     def join(self, part: range) -> nn.Module:
         """Makes one module of the layers in `part`; call it once, since it may take them apart.
@@ -21,7 +35,7 @@ class Layers(list[nn.Module]):
         Parameters keep the names that they have in the whole model, `join(range(len(self)))`. These
         are the canonical names of weights everywhere. A tied parameter has the name that its first
         layer there gives it."""
-        return nn.Sequential(OrderedDict((str(i), self[i]) for i in part))
+        return nn.Sequential(OrderedDict((self.keys[i], self[i]) for i in part))
 
     def whole(self) -> nn.Module:
         """Makes one module of the whole model."""
@@ -43,8 +57,23 @@ class Layers(list[nn.Module]):
             for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
                 if tensor not in seen:
                     seen.add(tensor)
-                    found[f"{i}.{name}"] = tensor
+                    found[f"{self.keys[i]}.{name}"] = tensor
         return found
+
+    def buffer_owners(self) -> dict[str, int]:
+        """Returns the layer that keeps a buffer, for buffers that several stages may hold."""
+        return {}
+
+    def saved_names(self) -> dict[str, str]:
+        """Returns the canonical name of each tensor that final weights hold, by its name there.
+
+        These are the names of the `state_dict` of a module that a user brought, which gives a tied
+        parameter every name that it has, and leaves out buffers that are not persistent."""
+        names = {id(t): name for name, t in self.tensors().items()}
+        if not self.is_module:
+            return {name: name for name in names.values()}
+        saved = self.whole().state_dict(keep_vars=True).items()
+        return {name: names[id(t)] for name, t in saved if id(t) in names}
 
     def names(self) -> dict[nn.Parameter, str]:
         """Returns the canonical name of each parameter of the whole model."""
@@ -55,7 +84,7 @@ class Layers(list[nn.Module]):
         return [sum(p.numel() for p in x.parameters() if p.requires_grad) for x in self]
 
     def units(self) -> list[nn.Module]:
-        """Lists the modules that are sharded one by one, as objects.
+        """Lists the modules that are sharded one by one, none of which lies in another.
 
         Each has parameters, and shares none with anything outside itself."""
         return unshared(self, self)

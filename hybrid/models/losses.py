@@ -1,8 +1,10 @@
 """This module gives losses as (sum, count), which makes means over unequal shares exact."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from ..data.targets import IGNORED_TARGET
@@ -19,3 +21,17 @@ def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Ten
         logits, classes = logits.reshape(-1, output.shape[-1]), target.reshape(-1)
     total = functional.cross_entropy(logits, classes, ignore_index=IGNORED_TARGET, reduction="sum")
     return total, (target != IGNORED_TARGET).sum()
+
+
+def as_loss(given: Any) -> Loss:
+    """Returns a loss as `(output, target) -> (sum, count)`; raises ValueError for another thing."""
+    if type(given) is nn.CrossEntropyLoss:
+
+        def summed(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            total = functional.cross_entropy(output.float(), target, reduction="sum")
+            return total, (target != IGNORED_TARGET).sum()
+
+        return summed
+    if not callable(given):
+        raise ValueError(f"the loss is a {type(given).__name__}, which cannot be called")
+    return given

@@ -38,6 +38,8 @@ class StageAssignment:
             for p, name in self._names.items()
         }
         self._bare = [i for i in self.part if not any(True for _ in layers[i].parameters())]
+        owners = layers.buffer_owners()
+        self._foreign = {name for name, i in owners.items() if stage_of[i] != self.stage}
         self._tied_sets = sorted({tuple(held) for held in stages.values() if len(held) > 1})
 
     @property
@@ -80,6 +82,8 @@ class StageAssignment:
                 name = self._names[tensor]
                 if not shared and self._stages[tensor][0] != self.stage:
                     continue
+            elif name in self._foreign and not shared:
+                continue
             tensors[name] = tensor
         return tensors
 
@@ -93,7 +97,9 @@ class StageAssignment:
         """Return the SHA-256 of each tied parameter's bits, by name."""
         tied = {p: self._names[p] for p, held in self._stages.items() if len(held) > 1}
         return {
-            name: hashlib.sha256(p.detach().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()
+            name: hashlib.sha256(
+                p.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+            ).hexdigest()
             for p, name in tied.items()
         }
 

@@ -6,13 +6,13 @@ two or three rows. `hybrid.stages.checks` judges what is found."""
 
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import default_collate
 
+from ..data.loader import load_micro_batch
 from ..job.errors import first_line
 from ..models.layers import Layers
 from .checks import ROWS, Boundary
@@ -29,56 +29,39 @@ class _Output:
     unknown: str | None = None
 
 
-def boundaries(layers: Layers, sample_input: Any, rows: int = 2) -> list[Boundary]:
+def boundaries(layers: Layers, samples: Sequence[Any], rows: int = 2) -> list[Boundary]:
     """Return what each layer returns, in order, up to the first that cannot be run.
 
-    sample_input: the input of one sample, as the data set has it. Each shape is found for `rows`
-    and for one row more, to tell axes of rows from others. `rows` is 2 or more, since some layers
+    samples: the train set, whose first sample is repeated. Each shape is found for `rows` and for
+    one row more, to tell axes of rows from others. `rows` is 2 or more, since some layers
     (batch norms) refuse one row. The list is empty for a model that joins its layers itself
-    (`hybrid.models.hf`): that is no chain, and by design it passes one floating tensor between
+    (`hybrid.models.cutting`): that is no chain, and by design it passes one floating tensor between
     stages. A layer that needs numbers runs for real, which may change its buffers."""
     if type(layers).join is not Layers.join:
         return []
-    few, more = (_run(layers, sample_input, n) for n in (rows, rows + 1))
+    few, more = (_run(layers, samples, n) for n in (rows, rows + 1))
     return [_compare(i, rows, a, b) for i, (a, b) in enumerate(zip(few, more, strict=False))]
 
 
-def input_problem(sample_input: Any) -> str | None:
-    """Say why a first stage cannot take such an input, or return None if it can."""
-    try:
-        batch = default_collate([sample_input] * 2)
-    except (TypeError, RuntimeError) as error:
-        return f"its data's inputs cannot be batched: {first_line(error)}"
-    tensors = batch if isinstance(batch, (tuple, list)) else [batch]
-    if all(isinstance(t, torch.Tensor) for t in tensors):
-        return None
-    return (
-        f"its data gives {_kind(sample_input)} as an input, a first stage takes a tensor or a "
-        "tuple of tensors; have the data set return one of these"
-    )
-
-
-def _run(layers: Layers, sample_input: Any, rows: int) -> list[_Output]:
+def _run(layers: Layers, samples: Sequence[Any], rows: int) -> list[_Output]:
     """Return what each layer returns for `rows` copies of a sample, until one cannot be run."""
     with torch.random.fork_rng(devices=[]):
-        outputs = _chain(layers, sample_input, rows, _on_meta)
+        outputs = _chain(layers, samples, rows, _on_meta)
         real = not any(p.is_meta for layer in layers for p in layer.parameters())
         if real and outputs and outputs[-1].unknown:
-            outputs = _chain(layers, sample_input, rows, operator.call)
+            outputs = _chain(layers, samples, rows, operator.call)
     return outputs
 
 
 def _chain(
-    layers: Layers, sample_input: Any, rows: int, call: Callable[[nn.Module, Any], Any]
+    layers: Layers, samples: Sequence[Any], rows: int, call: Callable[[nn.Module, Any], Any]
 ) -> list[_Output]:
     outputs: list[_Output] = []
     value: Any = None
     for layer in layers:
         try:
             if not outputs:
-                value = default_collate([sample_input] * rows)
-                # DeepSpeed gives lists to the first stage as tuples.
-                value = tuple(value) if isinstance(value, list) else value
+                value = load_micro_batch(samples, [0], rows, targets=False).input
             value = call(layer, value)
             outputs.append(_describe(value))
         except Exception as error:  # a user's layer may raise anything
@@ -130,8 +113,6 @@ def _tensor_problem(tensor: torch.Tensor) -> str | None:
             f"a {_dtype(tensor)} tensor through which no gradient flows: make such a tensor in "
             "each layer that needs it, as a buffer"
         )
-    if not tensor.is_contiguous():
-        return "a tensor that is not contiguous, which cannot be sent: add .contiguous()"
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ..engines.deepspeed_config import check_ds_config
 from ..engines.protocol import Engine
@@ -120,28 +120,33 @@ def place(job: Job, strategy: str, placement: Placement) -> Placement:
 def open_engine(
     job: Job,
     strategy: str,
-    layers: Sequence[nn.Module],
+    layers: Sequence[nn.Module] | nn.Module,
     loss: Loss,
     placement: Placement | None = None,
+    samples: Sequence[Any] | None = None,
 ) -> Engine:
     """Build an engine on the processes that a launcher started, for people with their own loop.
 
-    Every rank calls it with the same job and the same initialised `layers`: seed torch before
-    making them. It joins the process group unless the caller has. `placement` then says where this
-    rank stands; left out, it is found from the launcher's variables. `hybrid.cleanup` leaves the
-    group. Lengths must be given in steps (`train.steps` and local SGD's `sync_every`), since the
-    size of the data is not known here. Raises Unsupported or JobError before anything is built."""
+    Every rank calls it with the same job and the same initialised `layers`, or any module: seed
+    torch before making them. It joins the process group unless the caller has. `placement` then
+    says where this rank stands; left out, it is found from the launcher's variables.
+    `hybrid.cleanup` leaves the group. samples: the train set, on two of which a module is tried out
+    where it must be cut into stages. Lengths must be given in steps (`train.steps` and local SGD's
+    `sync_every`), since the size of the data is not known here. Raises Unsupported or JobError
+    before anything is built."""
     from ..engines.layers import prepare_layers, prepare_loss
     from ..engines.summary import summarise
     from ..launch.process_group import hide_accelerate_configuration, join_process_group
-    from ..models.layers import Layers
+    from ..models.brought import as_layers
     from ..models.vector_functions import call_vector_functions_once
 
     call_vector_functions_once()
     choice = resolve(job, strategy)
     job, strategy = choice.job, choice.strategy
-    layers = layers if isinstance(layers, Layers) else Layers(layers)
+    layers = as_layers(layers, own_loss=loss is None)
     placement = place(job, strategy, placement or find_placement())
+    if placement.layout.pp > 1:
+        layers.cut(samples)
     summary = summarise(job, layers, tried=placement.launcher == OWN)  # by who started this rank
     hide_accelerate_configuration()
     _check(job, strategy, placement.layout, summary)

@@ -82,19 +82,19 @@ def look_at_job(job: Job, data: Data | None = None) -> CheckedJob:
     from ..engines.schedule import check_schedule
     from ..engines.summary import summarise
     from ..models.vector_functions import call_vector_functions_once
-    from ..stages.shapes import boundaries, input_problem
+    from ..stages.shapes import boundaries
     from .tryout.run import try_out
 
     call_vector_functions_once()
     check_trackers(job.log.trackers)
     layers, loss = _build(job)
     train_set, test_set = data or build_data(job)
-    sample_input = check_samples(job, train_set, test_set)
+    check_samples(job, train_set, test_set)
     _check_vocabulary(job, layers, train_set)
     job, num_samples = resolve_lengths(job, len(train_set)), len(train_set)
     check_schedule(job)
-    cut_problem = input_problem(sample_input)
-    summary = summarise(job, layers, cut_problem, boundaries(layers, sample_input))
+    layers.cut(train_set)
+    summary = summarise(job, layers, boundaries=boundaries(layers, train_set))
     layers, loss = _with_values(job, layers, loss)
     found = try_out(job, layers, loss, train_set, test_set)
     findings = (*found.findings, *(Finding(x, SEVERAL) for x in collate_warnings(train_set)))

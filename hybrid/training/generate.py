@@ -90,9 +90,10 @@ def _load_model(run: Path, job: Job) -> nn.Module:
     from safetensors.torch import load_file
 
     file = verify_weights(run / FINAL)
-    model = build_model(job)[0].whole()
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    saved = load_file(file)
+    layers = build_model(job)[0]
+    canonical = layers.tensors()
+    tensors = {name: canonical[source] for name, source in layers.saved_names().items()}
+    model, saved = layers.whole(), load_file(file)
     if missing := sorted(tensors.keys() - saved.keys()):
         raise JobError(f"{file}: has no {missing[0]}, which the model of job.json has")
     if extra := sorted(saved.keys() - tensors.keys()):

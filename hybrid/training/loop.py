@@ -118,11 +118,24 @@ def _train(
             layers, loss = build_shared(job, placement)
             status.parameters = sum(p.numel() for p in layers.names() if p.requires_grad)
             status.set("building the engine")
-            engine = registry.open_engine(job, strategy, layers, loss, placement)
+            names = layers.saved_names()
+            engine = registry.open_engine(job, strategy, layers, loss, placement, data[0])
             del layers
         status.held = engine.num_held
-        rest = placement, out, on_step, status, *data, warnings
-        return _Run(job, choice, engine, instruments, *rest).go()
+        run = _Run(
+            job,
+            choice,
+            engine,
+            instruments,
+            placement,
+            out,
+            on_step,
+            status,
+            names,
+            *data,
+            warnings,
+        )
+        return run.go()
     finally:
         instruments.close()
 
@@ -139,6 +152,7 @@ class _Run:
     out: Path | None
     on_step: OnStep | None
     status: RankStatus
+    saved_names: dict[str, str]  # of the final weights, with those in the engine's state
     train_set: Sequence[Any]
     test_set: Sequence[Any]
     warnings: list[str]  # of the try-out, where this process made it
@@ -297,5 +311,5 @@ class _Run:
         if not self.out:
             return None
         about = {"step": self.steps.count, "strategy": self.choice.name}
-        path = save_weights(state, self.out / CHECKPOINTS / "final", about)
+        path = save_weights(state, self.out / CHECKPOINTS / "final", about, self.saved_names)
         return str(path.relative_to(self.out))

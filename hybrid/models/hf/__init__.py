@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ..losses import Loss, cross_entropy
+from .layers import HFLayers
 from .probe import NotOnMeta, probe
-from .stages import HFLayers
 
 LAYER_DROP = ("layerdrop", "decoder_layerdrop")  # the config fields that set it
 LONGEST = 300  # characters shown of a message of transformers, which may list all its models
@@ -63,12 +63,12 @@ def as_layers(model: Any) -> HFLayers:
         raise ValueError(f"it has parameters in {', '.join(sorted(wrong))}; valid: torch.float32")
     _complete_meta(model)
     text = model.config.get_text_config()
-    cut = probe(model, text.vocab_size, getattr(text, "pad_token_id", None))
+    plan = probe(model, text.vocab_size, getattr(text, "pad_token_id", None))
     dropped = [key for key in LAYER_DROP if any(getattr(c, key, 0) for c in configs)]
     if dropped:
-        cut.problem = f"{dropped[0]} is not 0, so that a stage's layers may be skipped"
-    _freeze_unused(model, cut.unused)
-    return HFLayers(model.train(), cut)
+        plan.problem = f"{dropped[0]} is not 0, so that a stage's layers may be skipped"
+    _freeze_unused(model, plan.unused)
+    return HFLayers(model.train(), plan)
 
 
 def _make_config(source: str, overrides: Mapping[str, Any]) -> Any:
