@@ -5,6 +5,7 @@ relative difference is |a-b|/|b|; every size is in bytes, every time in seconds.
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -238,9 +239,22 @@ def to_dict(value: Any) -> dict[str, Any]:
 
 
 def dumps(value: Any) -> str:
-    """Return a record or a plain object as JSON; raises ValueError on inf and nan."""
+    """Return a record or a plain object as JSON, in which NaN and infinity stand as text.
+
+    JSON has no numbers for them. `read` turns "nan", "inf" and "-inf" back into numbers."""
     plain = to_dict(value) if dataclasses.is_dataclass(value) else value
-    return json.dumps(plain, indent=1, allow_nan=False)
+    try:
+        return json.dumps(plain, indent=1, allow_nan=False)
+    except ValueError:
+        return json.dumps(_with_text(plain), indent=1, allow_nan=False)
+
+
+def _with_text(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_text(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_text(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write(value: Any, path: Path) -> None:

@@ -72,6 +72,8 @@ class ReplicaEngine(BaseEngine):
         ]
         self.scales = [LossScale(job, self.device) for _ in self.models]
         self.buffers = names_of(first.buffers())
+        floats = (buffer for buffer in first.buffers() if buffer.is_floating_point())
+        self.finite = all(bool(buffer.isfinite().all()) for buffer in floats)  # not a mask of -inf
         for model in self.models:
             round_at_use(model, DTYPES[job.train.precision])
         if replicas > 1:
@@ -149,9 +151,10 @@ class ReplicaEngine(BaseEngine):
         for bucket in _buckets(groups[0]):
             flats = [torch.cat([tensors[i].reshape(-1) for i in bucket]) for tensors in groups]
             mean = self._mean(flats, weights)
-            square = square + length(mean).square()
+            square = square + length(self._without_infinity(mean, mean)).square()
             for k, (tensors, flat) in enumerate(zip(groups, flats, strict=True)):
-                apart[k] = apart[k] + length(flat - mean).square()
+                away = self._without_infinity(flat - mean, mean)
+                apart[k] = apart[k] + length(away).square()
                 pieces = mean.split([tensors[i].numel() for i in bucket])
                 for i, piece in zip(bucket, pieces, strict=True):
                     tensors[i].copy_(piece.view_as(tensors[i]))
@@ -163,10 +166,18 @@ class ReplicaEngine(BaseEngine):
     def _mean(self, flats: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
         """Return the mean over all replicas; collective.
         `flats` are this process's replicas, one 1-D tensor each."""
-        mean = torch.stack([f * w for f, w in zip(flats, weights, strict=True)]).sum(0)
+        weighted = [f * w for f, w in zip(flats, weights, strict=True)]
+        if not self.finite:  # 0 times infinity is no number
+            pairs = zip(flats, weighted, strict=True)
+            weighted = [torch.where(f.isfinite(), product, f) for f, product in pairs]
+        mean = torch.stack(weighted).sum(0)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(mean)
         return mean / self.layout.dp
+
+    def _without_infinity(self, tensor: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """Return a tensor with zeros where the mean of the replicas is not finite."""
+        return tensor if self.finite else torch.where(mean.isfinite(), tensor, 0.0)
 
     def _weights(self) -> list[float]:
         """Return the weight of each replica here: its samples over the mean."""
@@ -225,7 +236,7 @@ class ReplicaEngine(BaseEngine):
             "sample_digest_by_rank": list(self.digests),
             "drift": self.drift,
         }
-        ran_alone = any(d["max_relative_drift"] > 0 for d in self.drift) or not self.drift
+        ran_alone = any(d["max_relative_drift"] != 0 for d in self.drift) or not self.drift
         differ = {"replicas differ before merges": ran_alone or self.layout.dp == 1}
         return extend_receipt(receipt, merges, differ)
 
