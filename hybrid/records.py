@@ -175,7 +175,8 @@ class Parity:
     summed in other orders, are apart from one another by at least a quarter as much: `step`,
     `quantity`, `difference`, `control` (their spread), `tensors` (how many, for final weights),
     `kink` (the spread came within one step). `refused` names controls that left the reference in
-    the exact steps and so excuse nothing."""
+    the exact steps and so excuse nothing. `reference_because` says why the run has a reference of
+    its own."""
 
     ok: bool
     max_loss_diff: float | None
@@ -188,6 +189,7 @@ class Parity:
     state: ParityState = "not_compared"
     reason: str | None = None
     refused: list[str] = dataclasses.field(default_factory=list)
+    reference_because: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

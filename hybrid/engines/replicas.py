@@ -20,6 +20,7 @@ from ..models.layers import Layers
 from ..models.losses import Loss
 from ..records import EvalResult, Receipt
 from .base import BaseEngine
+from .buffers import SharesInTurn
 from .optimizer import (
     LossScale,
     build_optimizer,
@@ -45,7 +46,8 @@ class ReplicaEngine(BaseEngine):
     Every `merge_every` optimizer steps (None: never), and once more after the last step, their
     parameters and floating-point buffers are averaged. Each replica is weighted by the samples it
     saw since the last merge (federated averaging, McMahan et al. 2017,
-    https://arxiv.org/abs/1602.05629). moved: see `_move_weights`."""
+    https://arxiv.org/abs/1602.05629). moved: see `_move_weights`. shares: how many data-parallel
+    ranks one replica plays, each of which has a share of each batch."""
 
     def __init__(
         self,
@@ -56,6 +58,7 @@ class ReplicaEngine(BaseEngine):
         merge_every: int | None = None,
         replicas: int = 1,
         moved: int | None = None,
+        shares: int = 1,
     ) -> None:
         super().__init__(job, placement, loss)
         self.merge_every, self.moved = merge_every, moved
@@ -76,8 +79,9 @@ class ReplicaEngine(BaseEngine):
         self.finite = all(bool(buffer.isfinite().all()) for buffer in floats)  # not a mask of -inf
         for model in self.models:
             round_at_use(model, DTYPES[job.train.precision])
-        if replicas > 1:
-            self.shares = tuple(range(replicas))
+        self.shares_each = shares
+        if replicas * shares > 1:
+            self.shares = tuple(range(replicas * shares))
         self.seen = [0] * replicas  # samples of each replica here since the last merge
         self.merges: list[tuple[int, torch.Tensor]] = []  # steps and drifts that are not read yet
         self.drift: list[dict[str, float]] = []
@@ -129,9 +133,16 @@ class ReplicaEngine(BaseEngine):
         model, optimizer, scale = self.models[i], self.optimizers[i], self.scales[i]
         tally = Tally(self.device)
         count = self._count_own(micro_batches) if count is None else count
-        for k, micro_batch in enumerate(micro_batches):
-            loss_sum = self._forward(model, micro_batch, (self.shares[i], k, 0), tally)
+        each = len(micro_batches) // self.shares_each
+        buffers = SharesInTurn(model) if self.shares_each > 1 else None
+        for n, micro_batch in enumerate(micro_batches):
+            share, k = divmod(n, each)
+            if buffers and share and k == 0:
+                buffers.end_share()
+            loss_sum = self._forward(model, micro_batch, (self.shares[i + share], k, 0), tally)
             self._backward_by(loss_sum, 1 / max(1, count), scale)
+        if buffers:
+            buffers.end_step()
         set_learning_rate(optimizer, learning_rate(self.job, self.step))
         norm = self._clip_and_step(optimizer, scale)
         return make_row(tally, count, norm, read_learning_rate(optimizer))
@@ -225,7 +236,10 @@ class ReplicaEngine(BaseEngine):
             "parameters_per_replica": sum(p.numel() for p in self.model.parameters()),
             "gradient_collectives": "none",
         }
-        receipt = make_receipt(evidence, {f"{self.layout.dp} replicas": replicas == self.layout.dp})
+        if self.shares_each > 1:
+            evidence["shares_per_replica"] = self.shares_each
+        held = replicas * self.shares_each == self.layout.dp
+        receipt = make_receipt(evidence, {f"{self.layout.dp} shares": held})
         receipt = self._add_ledger(receipt, Stepped.plain(self.optimizers[0], self.gradients))
         if self.merge_every is None:
             return receipt

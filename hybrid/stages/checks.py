@@ -26,11 +26,13 @@ class ModelSummary:
     """Summarises a model before it is placed.
 
     `layer_parameters`: how many parameters of each layer are trained; `cut_problem`: why it cannot
-    be cut into stages; `boundaries`: what is known of what passes from layer to layer."""
+    be cut into stages; `boundaries`: what is known of what passes from layer to layer;
+    `batch_norms`: the layers that mix the samples of a micro-batch, such as batch norms."""
 
     layer_parameters: Sequence[int]
     cut_problem: str | None = None
     boundaries: Sequence[Boundary] = ()
+    batch_norms: Sequence[str] = ()
 
 
 def check_stages(name: str, job: Job, layout: Layout, summary: ModelSummary) -> list[str]:

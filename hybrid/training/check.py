@@ -33,6 +33,7 @@ def check_job(job: Job, data: Data | None = None) -> CheckedJob:
     data: the train and test sets, where the caller has made them already. Raises JobError where the
     job is wrong, and ModuleNotFoundError where a tracker's package is missing."""
     from ..data import build_data
+    from ..models.batch_norms import find_batch_norms
     from ..models.vector_functions import call_vector_functions_once
     from ..stages.shapes import boundaries, input_problem
 
@@ -48,6 +49,7 @@ def check_job(job: Job, data: Data | None = None) -> CheckedJob:
             layer_parameters=layers.sizes(),
             cut_problem=layers.cut_problem or input_problem(sample_input),
             boundaries=tuple(boundaries(layers, sample_input)),
+            batch_norms=tuple(find_batch_norms(layers)),
         ),
     )
 
