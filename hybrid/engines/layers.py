@@ -1,18 +1,16 @@
 """This module prepares layers, alike under every strategy, and seeds each forward pass."""
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..job.schema import Job
-from ..models.dropout import RowSeeds, mix, number_dropouts, rows_in_use, set_rows, use_rows
+from ..models.dropout import RowSeeds, mix, number_dropouts, set_rows, use_rows
 from ..models.layers import Layers
 from .precision import DTYPES, round_inputs
+from .recomputation import recomputed
 
 
 def prepare_layers(job: Job, layers: Layers) -> Layers:
@@ -22,32 +20,10 @@ def prepare_layers(job: Job, layers: Layers) -> Layers:
     round_inputs(layers, DTYPES[job.train.precision])
     for block in layers.blocks():
         if job.train.activation_checkpointing:
-            block.__class__ = _checkpointed(type(block))  # type: ignore[arg-type]
+            block.__class__ = recomputed(type(block))  # type: ignore[arg-type]
         if job.train.compile:
             block.compile()
     return layers
-
-
-@functools.cache
-def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
-    """Make a class like `kind` that keeps no activations and computes them again in backward.
-
-    It is a subclass, not a wrapper, so that the names of parameters, and the class name that FSDP
-    looks for, stay as they are."""
-
-    def forward(self: Any, *args: Any, **options: Any) -> Any:
-        inner = functools.partial(kind.forward, self)
-        if not torch.is_grad_enabled():
-            return inner(*args, **options)
-        return checkpoint(inner, *args, use_reentrant=False, context_fn=_same_rows, **options)
-
-    return type(kind.__name__, (kind,), {"forward": forward, "recomputed": True})
-
-
-def _same_rows() -> tuple[Any, Any]:
-    """Return contexts for a pass and for its repetition.
-    The repetition may come while the rows of another micro-batch are in use."""
-    return contextlib.nullcontext(), use_rows(rows_in_use())
 
 
 def compile_evidence(job: Job) -> tuple[dict[str, Any], dict[str, bool]]:
