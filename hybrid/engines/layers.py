@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..job.schema import Job
+from ..models.batch_norms import leave_padding_out
 from ..models.dropout import RowSeeds, mix, number_dropouts, set_rows, use_rows
 from ..models.layers import Layers
 from .precision import DTYPES, round_inputs
@@ -17,6 +18,8 @@ def prepare_layers(job: Job, layers: Layers) -> Layers:
     """Change the whole model's layers as the job asks, before any engine takes them.
     That is dropout by sample, inputs in the job's precision, checkpointing, compilation."""
     number_dropouts(layers.modules())
+    if not job.train.compile:  # torch.compile would leave each of these layers to Python
+        leave_padding_out(layers.modules())
     round_inputs(layers, DTYPES[job.train.precision])
     for block in layers.blocks():
         if job.train.activation_checkpointing:

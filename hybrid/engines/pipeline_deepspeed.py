@@ -14,6 +14,7 @@ from ..job.schema import Job
 from ..job.strategy_settings import Pipeline
 from ..launch.exchange import gather_objects
 from ..launch.placement import Placement
+from ..models.batch_norms import leave_padding_out
 from ..models.layers import Layers
 from ..models.losses import Loss
 from ..records import EvalResult, Receipt
@@ -94,6 +95,7 @@ class StageEngine(BaseEngine):
         # with fewer groups than its neighbours would leave them waiting.
         num_groups = count_groups(layers, no_decay)
         own = layers.join(self.assignment.part)
+        leave_padding_out(own.modules())
         own.register_forward_pre_hook(self._seed)
         self.buffers = names_of(own.buffers())
         parameters = self.assignment.parameters(own)

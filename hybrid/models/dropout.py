@@ -19,6 +19,11 @@ Seeds = Sequence[int | None]
 _rows: ContextVar[Seeds | None] = ContextVar("rows", default=None)
 
 
+def num_real(seeds: Seeds) -> int:
+    """Counts the rows that are samples; those after them are padding."""
+    return len(seeds.ids) if isinstance(seeds, RowSeeds) else len(seeds) - list(seeds).count(None)
+
+
 def mix(*numbers: int) -> int:
     """Mixes numbers to a seed of 63 bits, which depends on their order too."""
     digest = hashlib.blake2b(b"".join(n.to_bytes(16, "little", signed=True) for n in numbers))
