@@ -8,6 +8,7 @@ import torch
 
 from ..job.schema import Job
 from ..models.batch_norms import leave_padding_out
+from ..models.draws import seed_functions
 from ..models.dropout import RowSeeds, mix, number_dropouts, set_rows, use_rows
 from ..models.layers import Layers
 from .precision import DTYPES, round_inputs
@@ -18,6 +19,8 @@ def prepare_layers(job: Job, layers: Layers) -> Layers:
     """Change the whole model's layers as the job asks, before any engine takes them.
     That is dropout by sample, inputs in the job's precision, checkpointing, compilation."""
     number_dropouts(layers.modules())
+    if not job.train.compile:
+        seed_functions(layers.modules())
     if not job.train.compile:  # torch.compile would leave each of these layers to Python
         leave_padding_out(layers.modules())
     round_inputs(layers, DTYPES[job.train.precision])

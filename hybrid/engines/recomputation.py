@@ -14,10 +14,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from ..models.draws import forward_pass
 from ..models.dropout import Seeds, rows_in_use, use_rows
 from .buffers import same_values
 
 Place = tuple[nn.Module, str]  # a module, and its own name of a buffer
+DRAWS = "_draws_by_functions"  # the attribute of a block that says whether it does
 MOVING = "_moving_buffers"  # the attribute of a block that lists the places of buffers that move
 
 
@@ -29,9 +31,9 @@ def recomputed(kind: type[nn.Module]) -> type[nn.Module]:
     looks for, stay as they are."""
 
     def forward(self: Any, *args: Any, **options: Any) -> Any:
-        inner = functools.partial(kind.forward, self)
         if not torch.is_grad_enabled():
-            return inner(*args, **options)
+            return kind.forward(self, *args, **options)
+        inner = functools.partial(_run, kind, self)
         before = {} if torch.compiler.is_compiling() else _copy_moving(self)
         contexts = functools.partial(_same_state, before) if before else _same_rows
         out = checkpoint(inner, *args, use_reentrant=False, context_fn=contexts, **options)
@@ -40,6 +42,18 @@ def recomputed(kind: type[nn.Module]) -> type[nn.Module]:
         return out
 
     return type(kind.__name__, (kind,), {"forward": forward, "recomputed": True})
+
+
+def _run(kind: type[nn.Module], block: Any, *args: Any, **options: Any) -> Any:
+    """Run a block's own forward pass, in which its draws are counted from 0 in either pass.
+
+    The repetition calls no hooks of the block itself."""
+    if not block.training or torch.compiler.is_compiling() or not block.__dict__.get(DRAWS, True):
+        return kind.forward(block, *args, **options)
+    with forward_pass(block) as this:
+        out = kind.forward(block, *args, **options)
+    block.__dict__[DRAWS] = this.draws > 0
+    return out
 
 
 def _copy_moving(block: nn.Module) -> dict[Place, torch.Tensor]:

@@ -74,6 +74,19 @@ def rows_in_use() -> Seeds | None:
     return _rows.get()
 
 
+def find_rows(x: torch.Tensor, rows: int) -> int | None:
+    """Returns the axis along which a tensor has its rows, None where it has not so many.
+
+    It is the first, which may have n lines for each row (its tokens or heads). In a tensor of three
+    axes or more it is the second where that has the rows' number and the first has not, since
+    torch's transformers put tokens first."""
+    if x.dim() and x.shape[0] == rows:
+        return 0
+    if x.dim() > 2 and x.shape[1] == rows:
+        return 1
+    return 0 if x.dim() and x.shape[0] % rows == 0 else None
+
+
 class Dropout(nn.Dropout):
     """Draws as `nn.Dropout` does, but row by row under `use_rows`.
 
@@ -82,23 +95,39 @@ class Dropout(nn.Dropout):
     place = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps [rows, ...], or [rows * n, ...] with n lines a row (its tokens), to that shape."""
+        """Maps [rows, ...], [rows * n, ...] with n lines a row, or [n, rows, ...] to that shape."""
         if not self.training or self.p == 0.0:
             return x
         seeds = _rows.get()
-        if not seeds or x.shape[0] % len(seeds):
+        axis = find_rows(x, len(seeds)) if seeds else None
+        if not seeds or axis is None:
             return super().forward(x)
-        return x * _mask(x, seeds, self.place, 1.0 - self.p)
+        keep = 1.0 - self.p
+        kept = draw_kept(x.shape, axis, x.device, seeds, keep, self.place)
+        return x * (kept.div_(keep) if keep else kept).to(x.dtype)
 
 
 @torch.compiler.disable
-def _mask(x: torch.Tensor, seeds: Seeds, place: int, keep: float) -> torch.Tensor:
-    mask = torch.ones(x.shape, device=x.device)  # fp32, so that all precisions draw alike
-    for row, seed in zip(mask.chunk(len(seeds)), seeds, strict=True):
-        if seed is not None:
-            draw = torch.Generator(x.device).manual_seed(mix(seed, place))
-            row.bernoulli_(keep, generator=draw).div_(keep)
-    return mask.to(x.dtype)
+def draw_kept(
+    shape: torch.Size,
+    axis: int,
+    device: torch.device,
+    seeds: Seeds,
+    keep: float,
+    *place: int,
+) -> torch.Tensor:
+    """Draws fp32 numbers of this shape: 1 for what is kept, 0 for what is dropped.
+
+    Padding has what is left after a division by `keep`, so that it is 1 then."""
+    first = shape if axis == 0 else torch.Size((shape[1], shape[0], *shape[2:]))
+    kept = torch.empty(first, device=device)  # fp32, so that all precisions draw alike
+    for row, seed in zip(kept.chunk(len(seeds)), seeds, strict=True):
+        if seed is None:
+            row.fill_(keep)
+        else:
+            draw = torch.Generator(device).manual_seed(mix(seed, *place))
+            row.bernoulli_(keep, generator=draw)
+    return kept if axis == 0 else kept.transpose(0, 1)
 
 
 def number_dropouts(modules: Sequence[nn.Module]) -> None:
