@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from ..models.draws import forward_pass
+from ..models.draws import forward_pass, is_placed
 from ..models.dropout import Seeds, rows_in_use, use_rows
 from .buffers import same_values
 
@@ -48,7 +48,7 @@ def _run(kind: type[nn.Module], block: Any, *args: Any, **options: Any) -> Any:
     """Run a block's own forward pass, in which its draws are counted from 0 in either pass.
 
     The repetition calls no hooks of the block itself."""
-    if not block.training or torch.compiler.is_compiling() or not block.__dict__.get(DRAWS, True):
+    if not block.training or not is_placed(block) or not block.__dict__.get(DRAWS, True):
         return kind.forward(block, *args, **options)
     with forward_pass(block) as this:
         out = kind.forward(block, *args, **options)

@@ -32,11 +32,12 @@ def leave_padding_out(modules: Iterable[nn.Module]) -> None:
     """Makes batch norms take their statistics of the real rows of a padded micro-batch alone."""
     for module in modules:
         if isinstance(module, _BatchNorm) and not getattr(module, "leaves_padding_out", False):
-            module.__class__ = _without_padding(type(module))  # type: ignore[assignment]
+            kind: Any = type(module)
+            module.__class__ = _without_padding(kind)
 
 
 @functools.cache
-def _without_padding(kind: type[nn.Module]) -> type[nn.Module]:
+def _without_padding(kind: Any) -> Any:
     """Makes a subclass with the same name, so that names and FSDP's classes stay as they are."""
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **options: Any) -> Any:

@@ -25,7 +25,9 @@ from torch.overrides import TorchFunctionMode
 
 from .dropout import Dropout, Seeds, draw_kept, find_rows, rows_in_use
 
-PLACE, HOOKS = "_place_of_draws", "_hooks_of_draws"  # attributes of modules
+# Attributes of modules: the place in the model, the hooks' ids, that the pass before drew nothing.
+PLACE, HOOKS, UNUSED = "_place_of_draws", "_hooks_of_draws", "_draws_nothing"
+TOKENS_FIRST = "_draws_with_tokens_first"  # and the numbers of draws whose rows are on axis 1
 ALPHA = 1.7580993408473766  # of SELU, by which alpha dropout keeps mean and variance
 
 
@@ -58,8 +60,7 @@ def seed_functions(modules: Sequence[nn.Module]) -> None:
 @contextlib.contextmanager
 def forward_pass(module: nn.Module) -> Iterator[_Pass]:
     """Counts what a module draws by functions while the context lasts, which is one pass of it."""
-    _begin(module, ())
-    this = _passes.get()[-1]
+    this = _enter(module)
     try:
         yield this
     finally:
@@ -69,11 +70,19 @@ def forward_pass(module: nn.Module) -> Iterator[_Pass]:
 def _begin(module: nn.Module, args: Any) -> None:
     if not module.training:
         return
+    if module.__dict__.pop(UNUSED, False):
+        _stop_watching(module)
+        return
+    _enter(module)
+
+
+def _enter(module: nn.Module) -> _Pass:
     this, outer = _Pass(module), _passes.get()
     if not outer:
         this.mode = _SeededFunctions()
         this.mode.__enter__()
     _passes.set((*outer, this))
+    return this
 
 
 def _leave(module: nn.Module) -> _Pass | None:
@@ -92,11 +101,21 @@ def _leave(module: nn.Module) -> _Pass | None:
 def _end(module: nn.Module, args: Any, output: Any) -> None:
     this = _leave(module)
     if this is not None and not this.draws:
-        stop_watching(module)
+        # Not here: where an exception leaves the pass, torch goes through the live hooks.
+        module.__dict__[UNUSED] = True
 
 
-def stop_watching(module: nn.Module) -> None:
-    """Removes the hooks of a module that draws nothing by functions."""
+def is_placed(module: nn.Module) -> bool:
+    """Tells whether `seed_functions` took a module in."""
+    return PLACE in module.__dict__
+
+
+def draws_by_functions(module: nn.Module) -> bool:
+    """Tells whether a module that has made a training pass drew by functions in it."""
+    return HOOKS in module.__dict__ and UNUSED not in module.__dict__
+
+
+def _stop_watching(module: nn.Module) -> None:
     before, after = module.__dict__.pop(HOOKS, (None, None))
     module._forward_pre_hooks.pop(before, None)
     module._forward_hooks.pop(after, None)
@@ -115,99 +134,89 @@ class _SeededFunctions(TorchFunctionMode):
         return seeded(func, *args, **(kwargs or {}))
 
 
-def _next_draw() -> tuple[int, int] | None:
-    """Returns the place of the module in whose pass this is, and the draw's number there."""
-    passes = _passes.get()
+def _kept(x: torch.Tensor, shape: Sequence[int], p: float, folded: bool) -> torch.Tensor | None:
+    """Draws 1 for what is kept of a tensor, 0 for the rest; None where it has no rows.
+
+    shape: of the numbers, whose first axes are the tensor's. folded: its rows are on the first axis
+    in any case."""
+    passes, seeds = _passes.get(), rows_in_use()
     if not passes:
         return None
     this = passes[-1]
     this.draws += 1
-    return this.module.__dict__.get(PLACE, 0), this.draws - 1
-
-
-def _kept(x: torch.Tensor, shape: Sequence[int], p: float, folded: bool) -> torch.Tensor | None:
-    """Draws what is kept of a tensor, in its dtype; None where it has no rows that are samples.
-
-    shape: of the numbers, whose first axes are the tensor's. folded: its rows are on the first axis
-    in any case."""
-    draw, seeds = _next_draw(), rows_in_use()
-    if draw is None or not seeds:
+    if not seeds:
         return None
-    axis: int | None = find_rows(x, len(seeds))
-    if folded:
-        axis = 0 if x.shape[0] % len(seeds) == 0 else None
+    attributes = this.module.__dict__
+    tokens_first = attributes.setdefault(TOKENS_FIRST, set())
+    axis = find_rows(x, len(seeds), folded, this.draws in tokens_first)
     if axis is None:
         return None
-    return draw_kept(torch.Size(shape), axis, x.device, seeds, 1.0 - p, *draw, 1)
+    if axis == 1:
+        tokens_first.add(this.draws)
+    place = attributes.get(PLACE, 0), this.draws, 1
+    return draw_kept(torch.Size(shape), axis, x.device, seeds, 1.0 - p, *place)
 
 
-def _write(x: torch.Tensor, out: torch.Tensor, inplace: bool) -> torch.Tensor:
+def _multiply(
+    x: torch.Tensor, shape: Sequence[int], p: float, inplace: bool, folded: bool = False
+) -> torch.Tensor | None:
+    """Drops what `_kept` does not keep of a tensor; None where it has no rows."""
+    kept = _kept(x, shape, p, folded)
+    if kept is None:
+        return None
+    out = x * (kept / (1.0 - p) if p < 1 else kept).to(x.dtype)
     return x.copy_(out) if inplace else out
 
 
-def _dropout(
+def _channels(x: torch.Tensor) -> tuple[int, ...]:
+    """Returns the shape of one number for each channel of each sample."""
+    return (*x.shape[:2], *[1] * (x.dim() - 2))
+
+
+def _elements(
     func: Any, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Any:
-    """Drops single elements."""
-    return _drop(func, input, p, training, inplace, input.shape)
+    out = _multiply(input, input.shape, p, inplace) if training and 0 < p <= 1 else None
+    return func(input, p, training, inplace) if out is None else out
 
 
-def _drop(
-    func: Any,
-    x: torch.Tensor,
-    p: float,
-    training: bool,
-    inplace: bool,
-    shape: Sequence[int],
-    folded: bool = False,
-) -> torch.Tensor:
-    given = (x, p, training) if func in _WITHOUT_INPLACE else (x, p, training, inplace)
-    if not training or not 0 < p <= 1:
-        return func(*given)
-    kept = _kept(x, shape, p, folded)
-    if kept is None:
-        return func(*given)
-    keep = 1.0 - p
-    return _write(x, x * (kept / keep if keep else kept).to(x.dtype), inplace)
+def _whole_channels(
+    func: Any, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Any:
+    # torch takes these numbers of axes for a single sample.
+    alone = {F.dropout1d: 2, F.dropout3d: 4}.get(func, 1) == input.dim()
+    draws = training and 0 < p <= 1 and not alone
+    out = _multiply(input, _channels(input), p, inplace) if draws else None
+    return func(input, p, training, inplace) if out is None else out
 
 
-def _dropout_by_name(name: str, dims: int | None = None) -> Callable[..., Any]:
-    """Makes the seeded function for one that drops whole channels, or writes in place.
+def _native(of_channels: bool, inplace: bool) -> Callable[..., Any]:
+    """Makes the seeded function for an operator of torch behind the functions."""
 
-    dims: of an input without an axis of samples, which torch's own function takes."""
-
-    def seeded(
-        func: Any, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, **o: Any
-    ) -> Any:
-        training, inplace = o.get("train", training), inplace or name.endswith("_")
-        if dims == input.dim() or input.dim() < 2:
-            return func(input, p, training) if func in _WITHOUT_INPLACE else func(
-                input, p, training, inplace
-            )
-        whole = name.startswith("dropout")
-        channels = input.shape if whole else (*input.shape[:2], *[1] * (input.dim() - 2))
-        return _drop(func, input, p, training, inplace, channels)
+    def seeded(func: Any, input: Any, p: float, train: bool) -> Any:
+        draws = train and 0 < p <= 1 and input.dim() > int(of_channels)
+        shape = _channels(input) if of_channels else input.shape
+        out = _multiply(input, shape, p, inplace) if draws else None
+        return func(input, p, train) if out is None else out
 
     return seeded
 
 
-def _alpha(feature: bool) -> Callable[..., Any]:
+def _alpha(of_channels: bool) -> Callable[..., Any]:
     """Makes the seeded function for alpha dropout, of elements or of whole channels."""
 
     def seeded(
         func: Any, input: Any, p: float = 0.5, training: bool = False, inplace: bool = False
     ) -> Any:
-        if not training or not 0 < p < 1:
-            return func(input, p, training, inplace)
-        shape = (*input.shape[:2], *[1] * (input.dim() - 2)) if feature else input.shape
-        kept = _kept(input, shape, p, False) if input.dim() > 1 or not feature else None
+        draws = training and 0 < p < 1 and input.dim() > int(of_channels)
+        shape = _channels(input) if of_channels else input.shape
+        kept = _kept(input, shape, p, False) if draws else None
         if kept is None:
             return func(input, p, training, inplace)
-        real = kept.clone().masked_fill_((kept != 0) & (kept != 1), 1)  # padding is kept
         scale = 1.0 / math.sqrt((ALPHA * ALPHA * p + 1) * (1 - p))
-        shift = (real - 1) * (ALPHA * scale) + ALPHA * scale * p
-        out = input * (real * scale).to(input.dtype) + shift.to(input.dtype)
-        return _write(input, out, inplace)
+        shift = (kept - 1) * (ALPHA * scale) + ALPHA * scale * p
+        out = input * (kept * scale).to(input.dtype) + shift.to(input.dtype)
+        return input.copy_(out) if inplace else out
 
     return seeded
 
@@ -251,10 +260,8 @@ def _attention_weights(
         mask = torch.ones(size, dtype=torch.bool, device=scores.device).tril()
     if mask is None:
         return scores.softmax(-1)
-    if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -math.inf)
-    else:
-        scores = scores + mask
+    is_bool = mask.dtype == torch.bool
+    scores = scores.masked_fill(~mask, -math.inf) if is_bool else scores + mask
     closed = scores.isneginf().all(-1, keepdim=True)
     return scores.masked_fill(closed, 0.0).softmax(-1).masked_fill(closed, 0.0)
 
@@ -266,7 +273,9 @@ def _multi_head_attention(func: Any, *args: Any, **options: Any) -> Any:
     dropout, attention = F.dropout, F.scaled_dot_product_attention
 
     def drop(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-        return _drop(dropout, x, p, training, inplace, x.shape, folded=True)
+        draws = training and 0 < p <= 1
+        out = _multiply(x, x.shape, p, inplace, folded=True) if draws else None
+        return dropout(x, p, training, inplace) if out is None else out
 
     def attend(*given: Any, **more: Any) -> Any:
         return _attention(attention, *given, **more)
@@ -275,21 +284,20 @@ def _multi_head_attention(func: Any, *args: Any, **options: Any) -> Any:
     try:
         return func(*args, **options)
     finally:
-        F.dropout, F.scaled_dot_product_attention = dropout, attention  # type: ignore[assignment]
+        F.dropout, F.scaled_dot_product_attention = dropout, attention
 
 
 _SEEDED: dict[Any, Callable[..., Any]] = {
-    F.dropout: _dropout,
-    F.dropout1d: _dropout_by_name("channels", dims=2),
-    F.dropout2d: _dropout_by_name("channels"),
-    F.dropout3d: _dropout_by_name("channels", dims=4),
-    torch.dropout: _dropout_by_name("dropout"),
-    torch.dropout_: _dropout_by_name("dropout_"),
-    torch.feature_dropout: _dropout_by_name("channels"),
-    torch.feature_dropout_: _dropout_by_name("channels_"),
-    F.alpha_dropout: _alpha(feature=False),
-    F.feature_alpha_dropout: _alpha(feature=True),
+    F.dropout: _elements,
+    F.dropout1d: _whole_channels,
+    F.dropout2d: _whole_channels,
+    F.dropout3d: _whole_channels,
+    torch.dropout: _native(of_channels=False, inplace=False),
+    torch.dropout_: _native(of_channels=False, inplace=True),
+    torch.feature_dropout: _native(of_channels=True, inplace=False),
+    torch.feature_dropout_: _native(of_channels=True, inplace=True),
+    F.alpha_dropout: _alpha(of_channels=False),
+    F.feature_alpha_dropout: _alpha(of_channels=True),
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head_attention,
 }
-_WITHOUT_INPLACE = {torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_}

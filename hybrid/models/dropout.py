@@ -74,17 +74,21 @@ def rows_in_use() -> Seeds | None:
     return _rows.get()
 
 
-def find_rows(x: torch.Tensor, rows: int) -> int | None:
+def find_rows(
+    x: torch.Tensor, rows: int, folded: bool = False, tokens_first: bool = False
+) -> int | None:
     """Returns the axis along which a tensor has its rows, None where it has not so many.
 
-    It is the first, which may have n lines for each row (its tokens or heads). In a tensor of three
-    axes or more it is the second where that has the rows' number and the first has not, since
-    torch's transformers put tokens first."""
-    if x.dim() and x.shape[0] == rows:
-        return 0
-    if x.dim() > 2 and x.shape[1] == rows:
+    It is the first, which may have n lines for each row (its tokens or heads), and always where
+    these are `folded` in. In a tensor of three axes or more it is the second where that has the
+    rows' number and the first has not, or where `tokens_first` is known, as torch's transformers
+    have it."""
+    if not x.dim():
+        return None
+    second = x.dim() > 2 and x.shape[1] == rows and not folded
+    if second and (tokens_first or x.shape[0] != rows):
         return 1
-    return 0 if x.dim() and x.shape[0] % rows == 0 else None
+    return 0 if x.shape[0] % rows == 0 else None
 
 
 class Dropout(nn.Dropout):
@@ -93,15 +97,18 @@ class Dropout(nn.Dropout):
     `number_dropouts` sets `place`, which tells the dropouts of one model apart."""
 
     place = 0
+    tokens_first = False  # known of torch's transformers, or seen in another batch
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps [rows, ...], [rows * n, ...] with n lines a row, or [n, rows, ...] to that shape."""
         if not self.training or self.p == 0.0:
             return x
         seeds = _rows.get()
-        axis = find_rows(x, len(seeds)) if seeds else None
+        axis = find_rows(x, len(seeds), tokens_first=self.tokens_first) if seeds else None
         if not seeds or axis is None:
             return super().forward(x)
+        if axis == 1:
+            self.tokens_first = True
         keep = 1.0 - self.p
         kept = draw_kept(x.shape, axis, x.device, seeds, keep, self.place)
         return x * (kept.div_(keep) if keep else kept).to(x.dtype)
@@ -118,7 +125,8 @@ def draw_kept(
 ) -> torch.Tensor:
     """Draws fp32 numbers of this shape: 1 for what is kept, 0 for what is dropped.
 
-    Padding has what is left after a division by `keep`, so that it is 1 then."""
+    axis: of the rows, as `find_rows` gives it. A row that is padding has `keep` everywhere, which
+    is 1 once the numbers are divided by it."""
     first = shape if axis == 0 else torch.Size((shape[1], shape[0], *shape[2:]))
     kept = torch.empty(first, device=device)  # fp32, so that all precisions draw alike
     for row, seed in zip(kept.chunk(len(seeds)), seeds, strict=True):
@@ -140,3 +148,8 @@ def number_dropouts(modules: Sequence[nn.Module]) -> None:
             module.__class__ = Dropout
         if isinstance(module, Dropout):
             module.place = place
+    for layer in (m for top in modules for m in top.modules()):
+        if isinstance(layer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            for own in layer.children():
+                if isinstance(own, Dropout):
+                    own.tokens_first = not layer.self_attn.batch_first
