@@ -1,8 +1,8 @@
-"""Holds a run of a model with batch norm against `single` cut into the same micro-batches. No torch.
+"""Holds a run of a model with batch norm against `single` cut alike. No torch here.
 
 Such a layer takes its statistics of a micro-batch, so what it computes depends on how a batch is
-cut. Runs are alike only if the same samples share a micro-batch: those of a run with R data-parallel
-ranks and M micro-batches on each are those of `single` that plays R ranks with M each."""
+cut. Two runs are alike only if the same samples share a micro-batch. Those of a run with R ranks
+and M micro-batches on each are those of `single` that plays R ranks with M each."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -12,8 +12,9 @@ torch draw by themselves."""
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from .dropout import Dropout, Seeds, draw_kept, find_rows, rows_in_use
+from .dropout import Dropout, draw_kept, find_rows, rows_in_use
 
 # Attributes of modules: the place in the model, the hooks' ids, that the pass before drew nothing.
 PLACE, HOOKS, UNUSED = "_place_of_draws", "_hooks_of_draws", "_draws_nothing"
@@ -65,6 +66,35 @@ def forward_pass(module: nn.Module) -> Iterator[_Pass]:
         yield this
     finally:
         _leave(module)
+
+
+def find_own_draws(modules: Mapping[str, nn.Module], run: Callable[[], Any]) -> list[str]:
+    """Names the modules that move torch's own random stream while `run` is called.
+
+    These draw what is not seeded by sample, such as noise. Of modules inside one another the
+    innermost is named. The model should be as engines have it (`engines.layers.prepare_layers`),
+    and `run` a training pass under `use_rows`."""
+    found, states = dict[str, None](), list[tuple[torch.Tensor, int]]()
+
+    def before(module: nn.Module, args: Any) -> None:
+        states.append((torch.get_rng_state(), len(found)))
+
+    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        state, known = states.pop()
+        if len(found) == known and not torch.equal(state, torch.get_rng_state()):
+            found[name] = None
+
+    handles = []
+    for name, module in modules.items():
+        handles.append(module.register_forward_pre_hook(before, prepend=True))
+        ends = functools.partial(after, name)
+        handles.append(module.register_forward_hook(ends, always_call=True))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found)
 
 
 def _begin(module: nn.Module, args: Any) -> None:
