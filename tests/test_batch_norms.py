@@ -177,8 +177,8 @@ def test_infinite_elements_that_are_alike_do_not_differ() -> None:
     assert weight_differences({"b": one}, {"b": one}) == []
     assert weight_differences({"b": numpy.empty(0)}, {"b": numpy.empty((0,))}) == []
     assert scale_of(one, 0.0) == 2.0, "infinity hides what else differs"
-    (found,) = weight_differences({"b": one}, {"b": one + [0, 0, 0, 0, 1e-3]})
-    assert found.size == pytest.approx(1e-3 / 2.001) and found.elements == 5 - 4
+    (found,) = weight_differences({"b": one}, {"b": one + numpy.eye(5)[4] * 1e-3})
+    assert found.size == pytest.approx(1e-3 / 2.001) and found.elements == 1
     other = numpy.array([math.inf, math.inf, 0.0, 1.0, math.nan])
     assert list(elements_apart(one, other)) == [0, math.inf, math.inf, 0, math.inf]
     (found,) = weight_differences({"b": one}, {"b": other})
@@ -199,12 +199,12 @@ def test_a_record_holds_an_evaluation_that_is_not_finite(tmp_path: Path, value: 
     said = json.loads((tmp_path / "record.json").read_text(), parse_constant=pytest.fail)
     assert said["eval"]["loss"] == str(value)
     back = records.read(Record, tmp_path / "record.json").eval
-    assert back is not None and (back.loss == value or math.isnan(value) and math.isnan(back.loss))
+    assert back is not None and str(back.loss) == str(value)
 
 
 def test_unequal_ranks_compute_what_single_does_cut_alike(tmp_path: Path) -> None:
-    """Batches of 23, the last of an epoch 8, on 3 ranks: buffers and an infinite mask too."""
-    job = small_job(model=NORMED, train__global_batch=23, train__steps=6)
+    """Batches of 22, the last of an epoch 12, on 3 ranks: buffers and an infinite mask too."""
+    job = small_job(model=NORMED, train__global_batch=22, train__steps=6)
     result = hybrid.compare(job, ["ddp", "fsdp", "local_sgd", "pipeline"], 3, tmp_path)
     assert result.ok, {n: p.first_difference for n, p in result.parity.items()}
     names = {n: p.reference for n, p in result.parity.items()}

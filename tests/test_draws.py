@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from torch.overrides import _is_torch_function_mode_enabled as mode_is_on
 
 from hybrid.engines.layers import prepare_layers, sample_seeds
+from hybrid.models.attention import attention_weights
 from hybrid.models.draws import draws_by_functions, forward_pass, seed_functions
 from hybrid.models.dropout import number_dropouts, use_rows
 from hybrid.models.layers import Layers
+from hybrid.models.own_draws import find_own_draws
 from tests.conftest import small_job
 
 Call = Callable[[torch.Tensor], torch.Tensor]
@@ -147,14 +149,12 @@ MASKS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", MASKS)
 def test_attention_is_that_of_torch_but_for_what_is_dropped(name: str) -> None:
-    from hybrid.models.draws import _attention_weights
-
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, 2, 5, 4, requires_grad=True) for _ in range(3))
     options = {"attn_mask": None, "is_causal": False, "scale": None} | MASKS[name]
     expected = F.scaled_dot_product_attention(q, k, v, **options)
     mask = options.pop("attn_mask")
-    mine = _attention_weights(q, k, mask, **options) @ v
+    mine = attention_weights(q, k, mask, **options) @ v
     torch.testing.assert_close(mine, expected)
     gradients = [torch.autograd.grad(y.sum(), (q, k, v)) for y in (mine, expected)]
     torch.testing.assert_close(*gradients)
@@ -240,3 +240,15 @@ def test_recomputed_activations_meet_the_draws_they_had() -> None:
         return torch.stack(found)  # type: ignore[arg-type]
 
     assert torch.equal(gradient(True), gradient(False))
+
+
+def test_what_draws_by_itself_is_named() -> None:
+    def noise(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.randn_like(x)
+
+    model = nn.Sequential(nn.Dropout(0.5), Twice(), nn.Sequential(nn.RReLU(), Calls(noise)))
+    named = dict(prepared(model).named_modules())
+    with use_rows([1, 2]):
+        assert find_own_draws(named, lambda: model(torch.ones(2, 6))) == ["2.0", "2.1"]
+    with use_rows(None):
+        assert "0" in find_own_draws(named, lambda: model(torch.ones(2, 6)))

@@ -12,9 +12,8 @@ torch draw by themselves."""
 
 import contextlib
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
+from .attention import attention_weights
 from .dropout import Dropout, draw_kept, find_rows, rows_in_use
 
 # Attributes of modules: the place in the model, the hooks' ids, that the pass before drew nothing.
@@ -66,35 +66,6 @@ def forward_pass(module: nn.Module) -> Iterator[_Pass]:
         yield this
     finally:
         _leave(module)
-
-
-def find_own_draws(modules: Mapping[str, nn.Module], run: Callable[[], Any]) -> list[str]:
-    """Names the modules that move torch's own random stream while `run` is called.
-
-    These draw what is not seeded by sample, such as noise. Of modules inside one another the
-    innermost is named. The model should be as engines have it (`engines.layers.prepare_layers`),
-    and `run` a training pass under `use_rows`."""
-    found, states = dict[str, None](), list[tuple[torch.Tensor, int]]()
-
-    def before(module: nn.Module, args: Any) -> None:
-        states.append((torch.get_rng_state(), len(found)))
-
-    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        state, known = states.pop()
-        if len(found) == known and not torch.equal(state, torch.get_rng_state()):
-            found[name] = None
-
-    handles = []
-    for name, module in modules.items():
-        handles.append(module.register_forward_pre_hook(before, prepend=True))
-        ends = functools.partial(after, name)
-        handles.append(module.register_forward_hook(ends, always_call=True))
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(found)
 
 
 def _begin(module: nn.Module, args: Any) -> None:
@@ -271,29 +242,8 @@ def _attention(
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(groups, -3) for t in (key, value))
-    weights = _attention_weights(query, key, attn_mask, is_causal, scale)
+    weights = attention_weights(query, key, attn_mask, is_causal, scale)
     return (weights * (kept / (1.0 - dropout_p)).to(weights.dtype)) @ value
-
-
-def _attention_weights(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-) -> torch.Tensor:
-    """Returns softmax(QK'), [..., queries, keys]; zeros for a query that no key is open to."""
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = (query * factor) @ key.transpose(-2, -1)
-    if is_causal:
-        size = scores.shape[-2:]
-        mask = torch.ones(size, dtype=torch.bool, device=scores.device).tril()
-    if mask is None:
-        return scores.softmax(-1)
-    is_bool = mask.dtype == torch.bool
-    scores = scores.masked_fill(~mask, -math.inf) if is_bool else scores + mask
-    closed = scores.isneginf().all(-1, keepdim=True)
-    return scores.masked_fill(closed, 0.0).softmax(-1).masked_fill(closed, 0.0)
 
 
 def _multi_head_attention(func: Any, *args: Any, **options: Any) -> Any:
