@@ -5,6 +5,7 @@ relative difference is |a-b|/|b|; every size is in bytes, every time in seconds.
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -179,7 +180,8 @@ class Parity:
     summed in other orders, are apart from one another by at least a quarter as much: `step`,
     `quantity`, `difference`, `control` (their spread), `tensors` (how many, for final weights),
     `kink` (the spread came within one step). `refused` names controls that left the reference in
-    the exact steps and so excuse nothing."""
+    the exact steps and so excuse nothing. `reference_because` says why the run has a reference of
+    its own."""
 
     ok: bool
     max_loss_diff: float | None
@@ -192,6 +194,7 @@ class Parity:
     state: ParityState = "not_compared"
     reason: str | None = None
     refused: list[str] = dataclasses.field(default_factory=list)
+    reference_because: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,9 +246,22 @@ def to_dict(value: Any) -> dict[str, Any]:
 
 
 def dumps(value: Any) -> str:
-    """Return a record or a plain object as JSON; raises ValueError on inf and nan."""
+    """Return a record or a plain object as JSON, in which NaN and infinity stand as text.
+
+    JSON has no numbers for them. `read` turns "nan", "inf" and "-inf" back into numbers."""
     plain = to_dict(value) if dataclasses.is_dataclass(value) else value
-    return json.dumps(plain, indent=1, allow_nan=False)
+    try:
+        return json.dumps(plain, indent=1, allow_nan=False)
+    except ValueError:
+        return json.dumps(_with_text(plain), indent=1, allow_nan=False)
+
+
+def _with_text(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_text(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_text(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write(value: Any, path: Path) -> None:

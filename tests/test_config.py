@@ -31,6 +31,7 @@ KINDS = {  # every field of the job, by the kind of value it takes
         *("strategy.ddp.powersgd_rank", "strategy.ddp.bucket_cap_mb"),
         "strategy.local_sgd.emulate_replicas",
         "strategy.local_sgd.move_weights",
+        "strategy.single.emulate_ranks",
         "strategy.single.move_weights",
         *("launch.start_timeout_s", "launch.collective_timeout_s", "log.every"),
     ],

@@ -18,11 +18,13 @@ class Facts:
     """Holds what is known of a job, by which a cause is found.
 
     factors: the numbers by which a wrong scale would be off, by their names (micro-batches, ...).
-    loss_tolerance: relative. clip_norm: at which gradients are clipped, 0: they are not."""
+    loss_tolerance: relative. clip_norm: at which gradients are clipped, 0: they are not. cut: how
+    the micro-batches of the two runs differ, where the model has layers to which that matters."""
 
     factors: Mapping[str, int] = dataclasses.field(default_factory=dict)
     loss_tolerance: float = 1e-6
     clip_norm: float = 0.0
+    cut: str | None = None
 
 
 def likely_cause(run: Record, reference: Record, found: Found, facts: Facts) -> str | None:
@@ -37,6 +39,8 @@ def likely_cause(run: Record, reference: Record, found: Found, facts: Facts) -> 
         return known[found.quantity]
     if not run.steps or not reference.steps:
         return None
+    if facts.cut and _parts_by_cut(run, reference, facts):
+        return facts.cut
     if found.quantity in ("loss", "grad_norm"):
         return (
             _explain_scale(run, reference, facts)
@@ -46,6 +50,13 @@ def likely_cause(run: Record, reference: Record, found: Found, facts: Facts) -> 
     if found.quantity == "weights":
         return _explain_updates(run, reference, facts) or _explain_end(run, reference, facts)
     return None
+
+
+def _parts_by_cut(run: Record, reference: Record, facts: Facts) -> bool:
+    """Tell whether the first loss is off, which comes before any update, and by no scale."""
+    mine, theirs = run.steps[0].loss, reference.steps[0].loss
+    apart = relative(mine, theirs) > facts.loss_tolerance
+    return apart and not (theirs and _explain_ratio(mine / theirs, facts.factors))
 
 
 def _explain_scale(run: Record, reference: Record, facts: Facts) -> str | None:

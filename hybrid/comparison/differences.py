@@ -78,8 +78,31 @@ def greatest(values: Iterable[float]) -> float | None:
 
 
 def scale_of(tensor: Any, floor: float) -> float:
-    """Return what differences in a tensor are relative to: its greatest magnitude, or `floor`."""
-    return max(float(abs(tensor).max()) if tensor.size else 0.0, floor)
+    """Return what differences in a tensor are relative to: its greatest magnitude, or `floor`.
+
+    Elements that are not finite, such as those of an attention mask, have no part in it."""
+    import numpy
+
+    most = float(numpy.max(abs(tensor), initial=0.0))
+    if not math.isfinite(most):
+        finite = numpy.isfinite(tensor)
+        most = float(numpy.max(abs(tensor), initial=0.0, where=finite))
+    return max(most, floor)
+
+
+def elements_apart(one: Any, other: Any) -> Any:
+    """Return |a-b| of two float64 tensors of one shape, element by element.
+
+    Two elements that are the same infinity, or both NaN, are not apart. Where one of them alone is
+    not finite, or both are infinite with other signs, they are apart by infinity."""
+    import numpy
+
+    with numpy.errstate(invalid="ignore"):
+        apart = abs(one - other)
+    if not numpy.isfinite(numpy.max(apart, initial=0.0)):
+        same = (one == other) | (numpy.isnan(one) & numpy.isnan(other))
+        apart = numpy.where(same, 0.0, numpy.where(numpy.isfinite(apart), apart, math.inf))
+    return apart
 
 
 def weight_differences(
@@ -98,10 +121,10 @@ def weight_differences(
             found.append(Found(None, "weights", mine, theirs, math.inf, name))
             continue
         mine, theirs = got[name].astype("float64"), expected[name].astype("float64")
-        apart = abs(mine - theirs)
-        if not apart.size or not (apart.any() or (apart != apart).any()):
+        apart = elements_apart(mine, theirs)
+        if not apart.any():  # a tensor without elements does not differ
             continue
-        place = int(apart.argmax())  # of the first NaN, if there is one
+        place = int(apart.argmax())
         away, scale = float(apart.flat[place]), scale_of(theirs, floor)
         size, got_value = relative(scale + away, scale), float(mine.flat[place])
         if size > tolerance:
@@ -154,7 +177,8 @@ def _eval_differences(
     if got.samples != expected.samples:
         found.append(Found(None, "eval samples", got.samples, expected.samples, math.inf))
     first = reference.steps[0].loss if reference.steps else 0.0
-    size = _size("eval loss", got.loss, expected.loss, first)
+    both_nan = math.isnan(got.loss) and math.isnan(expected.loss)
+    size = 0.0 if both_nan else _size("eval loss", got.loss, expected.loss, first)
     if size > tolerance["eval_loss"]:
         found.append(Found(None, "eval loss", got.loss, expected.loss, size))
     away = share_apart(got, expected)

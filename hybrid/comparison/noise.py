@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .differences import Found, Run, differences, scale_at, scale_of
+from .differences import Found, Run, differences, elements_apart, scale_at, scale_of
 
 SHARE_OF_NOISE = 0.25  # the controls must spread by at least this part of a difference
 LENIENT = 4.0  # times the tolerance: how far a control may be from the reference in the exact steps
@@ -112,7 +112,7 @@ class Noise:
             count = 0
             for name, tensor in tensors.items():
                 mine, theirs = (self.controls[n].weights[name] for n in (one, other))
-                apart = abs(mine.astype("float64") - theirs.astype("float64"))
+                apart = elements_apart(mine.astype("float64"), theirs.astype("float64"))
                 if tensor.size:
                     farthest = max(farthest, float(apart.max()))
                 count += int((apart > self.tolerance * scale_of(tensor, self.floor)).sum())
@@ -184,6 +184,7 @@ def _spread(values: Sequence[Any], scale: float) -> float:
 
     if len(values) < 2 or not scale:
         return 0.0
-    apart = functools.reduce(numpy.maximum, values) - functools.reduce(numpy.minimum, values)
-    most = float(numpy.max(apart, initial=0.0))
+    highest = numpy.asarray(functools.reduce(numpy.maximum, values))
+    lowest = numpy.asarray(functools.reduce(numpy.minimum, values))
+    most = float(numpy.max(elements_apart(highest, lowest), initial=0.0))
     return most / scale if math.isfinite(most) else 0.0

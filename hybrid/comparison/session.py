@@ -107,6 +107,7 @@ class _Session:
         every = checked.job.log.model_copy(update={"every": 1})  # parity looks at every step
         self.asked, self.job = job, checked.job.model_copy(update={"log": every})
         self.selection, self.reference = selection, selection.reference
+        self.layers = checked.summary.batch_norms  # whose result depends on how a batch is cut
         self.layouts = _plan(checked, selection.names, nproc, title)
         self.out, self.watcher, self.program = out, watcher, program
         self.resume, self.title = resume, title
@@ -185,7 +186,8 @@ class _Session:
         self._settle_reference()
         possible = [name for name, record in self.runs.items() if record.status != "not_possible"]
         parity = {name: self._judge(name) for name in possible}
-        labels = [self.reference, *(n for n in self.controls if n.endswith(EMULATION))]
+        own = {found.reference for found in parity.values()}
+        labels = [self.reference, *(n for n in self.controls if n in own or n.endswith(EMULATION))]
         fault = next((found for label in labels if (found := self._settle(label))), None)
         if fault:
             parity = {name: self._judge(name) for name in possible}
@@ -222,7 +224,8 @@ class _Session:
         job = resolve(self.job, name).job
         load = functools.cache(self._load)  # weights are read once, and let go with the verdict
         while True:
-            found = judge_run(job, name, self.runs, self.reference, self.controls, load)
+            known = self.runs, self.reference, self.controls
+            found = judge_run(job, name, *known, load, self.layers)
             if isinstance(found, Parity):
                 return self._with_reason(name, found)
             if self.interrupted:
@@ -258,7 +261,8 @@ class _Session:
         reason = self.runs[name].reason
         if self.runs[name].status == "ok":
             emulation = name + EMULATION
-            against = emulation if emulation in self.controls else self.reference
+            against = emulation if emulation in self.controls else found.reference
+            against = against if against in self.controls else self.reference
             reference = self.controls.get(against) or self.runs[against]
             how = "failed" if reference.status == "failed" else "is not possible here"
             reason = f"the reference {against} {how}: {reference.reason}"

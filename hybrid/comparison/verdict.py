@@ -11,6 +11,7 @@ from typing import Any
 from ..job.schema import Job
 from ..records import Parity, Record
 from .causes import Facts
+from .cuts import cut_of, explain_cut, find_cut
 from .differences import Found, Run, differences, relative
 from .followed import judge_follower
 from .noise import ROUNDED, can_be_rounding, is_near
@@ -41,7 +42,8 @@ class _Case:
     """Holds what one verdict is about: the run, what it is compared with, and further runs.
 
     root: the label of the reference; changes: its settings. against: the label of what is compared
-    with: the reference, or that run of it that is cut as the run is."""
+    with: the reference, or that run of it that is cut as the run is. layers: those whose result
+    depends on how a batch is cut."""
 
     job: Job
     name: str
@@ -51,6 +53,7 @@ class _Case:
     against: str
     controls: Mapping[str, Record]
     load: Callable[[str], Run]
+    layers: Sequence[str] = ()
 
     @property
     def known(self) -> Mapping[str, Record]:
@@ -81,12 +84,14 @@ def judge_run(
     reference: str,
     controls: Mapping[str, Record],
     load: Callable[[str], Run],
+    layers: Sequence[str] = (),
 ) -> Parity | list[Control]:
     """Return the verdict on the run `name`, or the further runs that are missing for it.
 
     The run is compared with `runs[reference]`; local SGD is compared with its emulation in one
-    process, which is a control. job: with the settings of `name`, if that is a variant. load:
-    returns the run or control of a label with its final weights."""
+    process, which is a control, as is `single` cut like the run. job: with the settings of `name`,
+    if that is a variant. load: returns the run or control of a label with its final weights.
+    layers: those whose result depends on how a batch is cut."""
     record, strategy = runs[name], runs[name].variant_of or name
     allowed = tolerance(job.train.precision, hook_of(job, strategy))
     undecided = Parity(False, None, None, allowed)
@@ -99,23 +104,43 @@ def judge_run(
         against, changes = name + EMULATION, {"emulate_replicas": record.layout["dp"]}
         if against not in controls:
             return [Control(against, name, changes)]
-    case = _Case(job, name, runs, against, changes, against, controls, load)
+    elif cut := find_cut(job, name, runs, reference, layers):
+        against, changes = f"{reference}_cut_{cut.ranks}x{cut.micro_batches}", cut.settings
+        if against not in controls:
+            return [Control(against, reference, changes)]
+        why = explain_cut(job, cut, cut_of(job, runs[reference]), reference, layers)
+        undecided = dataclasses.replace(undecided, reference=against, reference_because=why)
+    case = _Case(job, name, runs, against, changes, against, controls, load, layers)
     if case.known[against].status != "ok":
         return undecided
-    return _judge(case, rule_of(job, against, case.known, name))
+    verdict = _judge(case, rule_of(job, against, case.known, name, layers))
+    if isinstance(verdict, list):
+        return verdict
+    return dataclasses.replace(verdict, reference_because=undecided.reference_because)
 
 
-def rule_of(job: Job, against: str, known: Mapping[str, Record], name: str | None = None) -> Rule:
+def rule_of(
+    job: Job,
+    against: str,
+    known: Mapping[str, Record],
+    name: str | None = None,
+    layers: Sequence[str] = (),
+) -> Rule:
     """Return by how much a run may differ from the reference `against`, in `known` as the run is.
 
-    name: of the run; left out, the rule is that for two runs of the reference."""
+    name: of the run; left out, the rule is that for two runs of the reference. layers: those whose
+    result depends on how a batch is cut."""
     strategy = (known[name].variant_of or name) if name else against
     allowed, factors = tolerance(job.train.precision, hook_of(job, strategy)), dict[str, int]()
     if name:
         factors["micro-batches"] = job.micro_batches(strategy)
         factors["data-parallel ranks"] = known[name].layout["dp"]
-    floor = rounding_floor(job, known[against].steps)
-    facts = Facts(factors, allowed["loss"], job.train.clip_norm)
+    floor, apart = rounding_floor(job, known[against].steps), None
+    if name and layers and against in known and "_cut_" not in against and strategy != "local_sgd":
+        mine, theirs = cut_of(job, known[name]), cut_of(job, known[against])
+        if mine != theirs:
+            apart = explain_cut(job, mine, theirs, against, layers)
+    facts = Facts(factors, allowed["loss"], job.train.clip_norm, apart)
     return Rule(allowed, EXACT_STEPS[job.train.precision], floor, facts)
 
 
@@ -184,6 +209,8 @@ def _cut_alike(case: _Case, found: Sequence[Found]) -> Control | None:
     Gradients are rounded once for each micro-batch, to few bits in bf16, and overflow in fp16 by
     its size, so that run rounds nearly as this one does. None: it is no other cut, or what was
     found is neither rounding nor an overflow."""
+    if case.layers:
+        return None  # another cut is another computation
     record = case.runs[case.name]
     steps = zip(record.steps, case.known[case.root].steps, strict=False)
     overflows = any(mine.skipped != theirs.skipped for mine, theirs in steps)
@@ -261,7 +288,7 @@ def _list_controls(case: _Case) -> list[Control]:
     if case.against != case.root:
         seen.add(min(int(case.against.rpartition("_")[2]), share))
         found.append(case.control(case.root))
-    for cut in CONTROL_MICRO_BATCHES:
+    for cut in () if case.layers else CONTROL_MICRO_BATCHES:
         if min(cut, share) not in seen:
             seen.add(min(cut, share))
             found.append(case.control(f"{case.root}_cut_{cut}", micro_batches=cut))

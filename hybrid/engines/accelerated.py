@@ -14,6 +14,7 @@ from ..models.losses import Loss
 from ..records import Receipt
 from .accelerator import PreparedModel
 from .base import BaseEngine
+from .buffers import OneSet
 from .constant_buffers import ConstantBuffers
 from .optimizer import LossScale, read_learning_rate, set_learning_rate, shard_groups
 from .precision import Stepped
@@ -53,6 +54,8 @@ class AcceleratedEngine(BaseEngine):
         wrapped = isinstance(self.model, DistributedDataParallel)
         if wrapped and job.strategy.ddp.broadcast_buffers == "changing":
             self.constant = ConstantBuffers(self.model)
+        if not wrapped and self.layout.dp > 1 and any(True for _ in self.model.buffers()):
+            self.one_set = OneSet(self.model)
         self.shard_groups = shard_groups(self.model.parameters())
         if self.shard_groups:
             size = self.layout.shard
@@ -70,6 +73,8 @@ class AcceleratedEngine(BaseEngine):
         self._note_step([row], scale, whole=self._norm_is_whole())
         if self.constant:
             self.constant.after_step(self.step)
+        if self.one_set:
+            self.one_set.after_step()
 
     def _accumulate(self, micro_batches: Sequence[MicroBatch], tally: Tally) -> None:
         """Add up the gradients of the micro-batches, and reduce them over the ranks."""
@@ -107,6 +112,8 @@ class AcceleratedEngine(BaseEngine):
         return bool(self.job.train.clip_norm) or not self.norm_parts
 
     def state(self) -> State:
+        if self.one_set:
+            self.one_set.before_use()
         full = self.gather(self)
         return full if self.accelerator.is_main_process else {}
 
@@ -122,5 +129,5 @@ class AcceleratedEngine(BaseEngine):
 
     def close(self) -> None:
         # Not `free_memory`, which has Python look through all its objects for garbage (0.2 s).
-        self.accelerator = self.model = self.optimizer = self.constant = None
+        self.accelerator = self.model = self.optimizer = self.constant = self.one_set = None
         self.units = ()

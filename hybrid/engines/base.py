@@ -14,6 +14,7 @@ from ..job.schema import Job
 from ..launch.placement import Placement
 from ..models.losses import Loss
 from ..records import EvalResult, Receipt
+from .buffers import OneSet
 from .layers import sample_seeds
 from .optimizer import LossScale, clip, norm_of, parameters_of
 from .precision import Observer, Stepped, check_ledger, make_ledger
@@ -47,6 +48,7 @@ class BaseEngine(Engine):
         # The ranks whose squares add up to that of the whole norm, where each knows but a part.
         self.norm_parts: list[list[int]] = []
         self._factor: tuple[tuple[float, torch.dtype], torch.Tensor] | None = None  # the last one
+        self.one_set: OneSet | None = None  # of buffers, where nothing else keeps one
         self._count: int | None = None  # targets of all ranks in this step, once it is known
 
     def start_step(self, micro_batches: Sequence[MicroBatch], count: int | None = None) -> None:
@@ -176,6 +178,8 @@ class BaseEngine(Engine):
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
         tally = Tally(self.device)
+        if self.one_set:
+            self.one_set.before_use()
         self.model.eval()
         self.training = False
         for micro_batch in itertools.chain.from_iterable(batches):

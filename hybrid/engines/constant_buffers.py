@@ -8,6 +8,7 @@ import torch
 
 from ..job.errors import RunError
 from ..launch.exchange import gather_objects
+from .buffers import copy_buffers, moved_buffers
 
 
 class ConstantBuffers:
@@ -15,7 +16,7 @@ class ConstantBuffers:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.before = {n: b.detach().clone() for n, b in model.module.named_buffers()}
+        self.before = copy_buffers(model.module)
         # What is constant: its name, where its module holds it, the tensor, its version.
         self.constant: list[tuple[str, dict[str, Any], str, torch.Tensor, int]] = []
 
@@ -25,11 +26,11 @@ class ConstantBuffers:
         Raises RunError where a buffer changes that did not in the first step: ranks would then
         compute with different ones."""
         if self.before:
-            buffers = dict(self.model.module.named_buffers())
-            changed = any(not torch.equal(self.before[n], b) for n, b in buffers.items())
+            changed = bool(moved_buffers(self.model.module, self.before))
             if not any(gather_objects(changed)):
                 self.model.broadcast_buffers = False
-                self.constant = [self._place(name, tensor) for name, tensor in buffers.items()]
+                buffers = self.model.module.named_buffers()
+                self.constant = [self._place(name, tensor) for name, tensor in buffers]
             self.before = {}
         for name, held, key, tensor, version in self.constant:
             if held[key] is not tensor or tensor._version != version:

@@ -1,31 +1,35 @@
 """This module prepares layers, alike under every strategy, and seeds each forward pass."""
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..job.schema import Job
-from ..models.dropout import RowSeeds, mix, number_dropouts, rows_in_use, set_rows, use_rows
+from ..models.batch_norms import leave_padding_out
+from ..models.draws import seed_functions
+from ..models.dropout import RowSeeds, mix, number_dropouts, set_rows, use_rows
 from ..models.layers import Layers
 from ..models.losses import Loss
 from .precision import DTYPES, round_inputs
+from .recomputation import recomputed
 
 
 def prepare_layers(job: Job, layers: Layers) -> Layers:
     """Change the whole model's layers as the job asks, before any engine takes them.
     That is dropout by sample, inputs in the job's precision, checkpointing, compilation."""
     number_dropouts(layers.modules())
+    if not job.train.compile:
+        seed_functions(layers.modules())
+    if not job.train.compile:  # torch.compile would leave each of these layers to Python
+        leave_padding_out(layers.modules())
     round_inputs(layers, DTYPES[job.train.precision])
     for block in layers.blocks():
         # What has no parameters keeps little, and may change its input in place, as torchvision's
         # ReLUs do, so that it could not be computed again.
         if job.train.activation_checkpointing and any(True for _ in block.parameters()):
-            block.__class__ = _checkpointed(type(block))  # type: ignore[arg-type]
+            block.__class__ = recomputed(type(block))  # type: ignore[arg-type]
         if job.train.compile:
             block.compile()
     return layers
@@ -37,29 +41,6 @@ def prepare_loss(job: Job, loss: Loss) -> Loss:
     A language model's logits are the largest tensor of a step. Operator by operator, a loss in fp32
     writes copies of them as large again four times, which takes an H100 a sixth of the step."""
     return torch.compile(loss) if job.train.compile else loss
-
-
-@functools.cache
-def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
-    """Make a class like `kind` that keeps no activations and computes them again in backward.
-
-    It is a subclass, not a wrapper, so that the names of parameters, and the class name that FSDP
-    looks for, stay as they are."""
-
-    def forward(self: Any, *args: Any, **options: Any) -> Any:
-        # Keywords are bound here, since some could be those of `checkpoint` itself.
-        inner = functools.partial(kind.forward, self, **options)
-        if not torch.is_grad_enabled():
-            return inner(*args)
-        return checkpoint(inner, *args, use_reentrant=False, context_fn=_same_rows)
-
-    return type(kind.__name__, (kind,), {"forward": forward, "recomputed": True})
-
-
-def _same_rows() -> tuple[Any, Any]:
-    """Return contexts for a pass and for its repetition.
-    The repetition may come while the rows of another micro-batch are in use."""
-    return contextlib.nullcontext(), use_rows(rows_in_use())
 
 
 def compile_evidence(job: Job) -> tuple[dict[str, Any], dict[str, bool]]:

@@ -15,11 +15,13 @@ from ..job.schema import Job
 from ..job.strategy_settings import Pipeline
 from ..launch.exchange import gather_objects
 from ..launch.placement import Placement
+from ..models.batch_norms import leave_padding_out
 from ..models.layers import Layers
 from ..models.losses import Loss
 from ..records import EvalResult, Receipt
 from ..stages.assignment import StageAssignment
 from .base import BaseEngine
+from .buffers import OneSet
 from .deepspeed_setup import (
     full_config,
     full_tensor,
@@ -82,6 +84,10 @@ class StageEngine(BaseEngine):
         self.engine = self._build(layers, config)
         self.model = self.engine.module
         self.num_held = num_held(self.model)
+        if self.layout.dp > 1:
+            columns_group = self.engine.grid.get_data_parallel_group()
+            first = placement.rank - placement.dp_rank
+            self.one_set = OneSet(self.model, columns_group, first)
         self.tally = Tally(self.device)
         self.input_digest = 0
         self.norm: torch.Tensor | float = math.nan  # of the gradients' norm in this step
@@ -99,6 +105,7 @@ class StageEngine(BaseEngine):
         # with fewer groups than its neighbours would leave them waiting.
         num_groups = count_groups(layers, no_decay)
         own = layers.join(self.assignment.part)
+        leave_padding_out(own.modules())
         own.register_forward_pre_hook(self._start)
         if not self.reads_targets:
             own.register_forward_hook(make_contiguous)
@@ -129,6 +136,8 @@ class StageEngine(BaseEngine):
         rate = read_learning_rate(optimizer)
         row = make_row(self.tally, own, self.norm, rate, self.input_digest)
         self._note_step([row], scale, bool(self.zero_stage or self.job.train.clip_norm))
+        if self.one_set:
+            self.one_set.after_step()
 
     def _count_own(self, micro_batches: Iterable[MicroBatch]) -> int:
         """Count targets on the last stage alone, which takes the loss."""
@@ -191,6 +200,8 @@ class StageEngine(BaseEngine):
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
         self.tally = Tally(self.device)
+        if self.one_set:
+            self.one_set.before_use()
         for micro_batches in batches:
             self.engine.eval_batch(
                 self._feed(micro_batches),
@@ -206,6 +217,8 @@ class StageEngine(BaseEngine):
 
     def state(self) -> dict[str, torch.Tensor]:
         """Send the first column's tensors to rank 0, one by one."""
+        if self.one_set:
+            self.one_set.before_use()
         own = {name: full_tensor(t) for name, t in self._own_tensors(shared=False).items()}
         rank = self.placement.rank
         mine = {n: (tuple(t.shape), t.dtype) for n, t in own.items()} if self.shares == (0,) else {}

@@ -20,6 +20,7 @@ from ..models.layers import Layers
 from ..models.losses import Loss
 from ..records import EvalResult, Receipt
 from .base import BaseEngine
+from .buffers import SharesInTurn
 from .optimizer import (
     LossScale,
     build_optimizer,
@@ -45,7 +46,8 @@ class ReplicaEngine(BaseEngine):
     Every `merge_every` optimizer steps (None: never), and once more after the last step, their
     parameters and floating-point buffers are averaged. Each replica is weighted by the samples it
     saw since the last merge (federated averaging, McMahan et al. 2017,
-    https://arxiv.org/abs/1602.05629). moved: see `_move_weights`."""
+    https://arxiv.org/abs/1602.05629). moved: see `_move_weights`. shares: how many data-parallel
+    ranks one replica plays, each of which has a share of each batch."""
 
     def __init__(
         self,
@@ -56,6 +58,7 @@ class ReplicaEngine(BaseEngine):
         merge_every: int | None = None,
         replicas: int = 1,
         moved: int | None = None,
+        shares: int = 1,
     ) -> None:
         super().__init__(job, placement, loss)
         self.merge_every, self.moved = merge_every, moved
@@ -72,10 +75,13 @@ class ReplicaEngine(BaseEngine):
         ]
         self.scales = [LossScale(job, self.device) for _ in self.models]
         self.buffers = names_of(first.buffers())
+        floats = (buffer for buffer in first.buffers() if buffer.is_floating_point())
+        self.finite = all(bool(buffer.isfinite().all()) for buffer in floats)  # not a mask of -inf
         for model in self.models:
             round_at_use(model, DTYPES[job.train.precision])
-        if replicas > 1:
-            self.shares = tuple(range(replicas))
+        self.shares_each = shares
+        if replicas * shares > 1:
+            self.shares = tuple(range(replicas * shares))
         self.seen = [0] * replicas  # samples of each replica here since the last merge
         self.merges: list[tuple[int, torch.Tensor]] = []  # steps and drifts that are not read yet
         self.drift: list[dict[str, float]] = []
@@ -127,9 +133,16 @@ class ReplicaEngine(BaseEngine):
         model, optimizer, scale = self.models[i], self.optimizers[i], self.scales[i]
         tally = Tally(self.device)
         count = self._count_own(micro_batches) if count is None else count
-        for k, micro_batch in enumerate(micro_batches):
-            loss_sum = self._forward(model, micro_batch, (self.shares[i], k, 0), tally)
+        each = len(micro_batches) // self.shares_each
+        buffers = SharesInTurn(model) if self.shares_each > 1 else None
+        for n, micro_batch in enumerate(micro_batches):
+            share, k = divmod(n, each)
+            if buffers and share and k == 0:
+                buffers.end_share()
+            loss_sum = self._forward(model, micro_batch, (self.shares[i + share], k, 0), tally)
             self._backward_by(loss_sum, 1 / max(1, count), scale)
+        if buffers:
+            buffers.end_step()
         set_learning_rate(optimizer, learning_rate(self.job, self.step))
         norm = self._clip_and_step(optimizer, scale)
         return make_row(tally, count, norm, read_learning_rate(optimizer))
@@ -149,9 +162,10 @@ class ReplicaEngine(BaseEngine):
         for bucket in _buckets(groups[0]):
             flats = [torch.cat([tensors[i].reshape(-1) for i in bucket]) for tensors in groups]
             mean = self._mean(flats, weights)
-            square = square + length(mean).square()
+            square = square + length(self._without_infinity(mean, mean)).square()
             for k, (tensors, flat) in enumerate(zip(groups, flats, strict=True)):
-                apart[k] = apart[k] + length(flat - mean).square()
+                away = self._without_infinity(flat - mean, mean)
+                apart[k] = apart[k] + length(away).square()
                 pieces = mean.split([tensors[i].numel() for i in bucket])
                 for i, piece in zip(bucket, pieces, strict=True):
                     tensors[i].copy_(piece.view_as(tensors[i]))
@@ -163,10 +177,18 @@ class ReplicaEngine(BaseEngine):
     def _mean(self, flats: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
         """Return the mean over all replicas; collective.
         `flats` are this process's replicas, one 1-D tensor each."""
-        mean = torch.stack([f * w for f, w in zip(flats, weights, strict=True)]).sum(0)
+        weighted = [f * w for f, w in zip(flats, weights, strict=True)]
+        if not self.finite:  # 0 times infinity is no number
+            pairs = zip(flats, weighted, strict=True)
+            weighted = [torch.where(f.isfinite(), product, f) for f, product in pairs]
+        mean = torch.stack(weighted).sum(0)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(mean)
         return mean / self.layout.dp
+
+    def _without_infinity(self, tensor: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """Return a tensor with zeros where the mean of the replicas is not finite."""
+        return tensor if self.finite else torch.where(mean.isfinite(), tensor, 0.0)
 
     def _weights(self) -> list[float]:
         """Return the weight of each replica here: its samples over the mean."""
@@ -214,7 +236,10 @@ class ReplicaEngine(BaseEngine):
             "parameters_per_replica": sum(p.numel() for p in self.model.parameters()),
             "gradient_collectives": "none",
         }
-        receipt = make_receipt(evidence, {f"{self.layout.dp} replicas": replicas == self.layout.dp})
+        if self.shares_each > 1:
+            evidence["shares_per_replica"] = self.shares_each
+        held = replicas * self.shares_each == self.layout.dp
+        receipt = make_receipt(evidence, {f"{self.layout.dp} shares": held})
         receipt = self._add_ledger(receipt, Stepped.plain(self.optimizers[0], self.gradients))
         if self.merge_every is None:
             return receipt
@@ -225,7 +250,7 @@ class ReplicaEngine(BaseEngine):
             "sample_digest_by_rank": list(self.digests),
             "drift": self.drift,
         }
-        ran_alone = any(d["max_relative_drift"] > 0 for d in self.drift) or not self.drift
+        ran_alone = any(d["max_relative_drift"] != 0 for d in self.drift) or not self.drift
         differ = {"replicas differ before merges": ran_alone or self.layout.dp == 1}
         return extend_receipt(receipt, merges, differ)
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from ..job.schema import Job
+from ..models.batch_norms import find_batch_norms
 from ..models.layers import Layers
 from ..stages.checks import Boundary, ModelSummary
 from .optimizer_trial import check_optimizer
@@ -27,4 +28,5 @@ def summarise(
         scalars=[name for p, name in names.items() if p.dim() == 0],
         empty={name: p.requires_grad for p, name in names.items() if p.numel() == 0},
         optimizer_problems={} if tried else check_optimizer(job, layers),
+        batch_norms=tuple(find_batch_norms(layers)),
     )

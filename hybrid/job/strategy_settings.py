@@ -35,6 +35,7 @@ class StrategySettings(Section):
 class Single(StrategySettings):
     """Sets what a control of `hybrid compare` needs."""
 
+    emulate_ranks: Positive | None = None  # one process plays that many data-parallel ranks
     move_weights: Positive | None = None  # by a rounding after step 0; the seed of the directions
 
 

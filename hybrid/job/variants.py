@@ -24,7 +24,7 @@ DEGREES = tuple(key for key in Variant.model_fields if key != "strategy")
 READ_DEGREES = {"fsdp": ("replicate", "shard"), "2d": ("pp", "dp")}  # the others have one axis
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 # A comparison's folder has folders of these names for its own runs: controls, the small job.
-_TAKEN = re.compile(r"proxy|.*_((cut|moved)_\d+|emulation|again|third|off)")
+_TAKEN = re.compile(r"proxy|.*_((cut|moved)_\d+(x\d+)?|emulation|again|third|off)")
 
 
 @dataclasses.dataclass(frozen=True)

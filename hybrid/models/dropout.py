@@ -19,6 +19,11 @@ Seeds = Sequence[int | None]
 _rows: ContextVar[Seeds | None] = ContextVar("rows", default=None)
 
 
+def num_real(seeds: Seeds) -> int:
+    """Counts the rows that are samples; those after them are padding."""
+    return len(seeds.ids) if isinstance(seeds, RowSeeds) else len(seeds) - list(seeds).count(None)
+
+
 def mix(*numbers: int) -> int:
     """Mixes numbers to a seed of 63 bits, which depends on their order too."""
     digest = hashlib.blake2b(b"".join(n.to_bytes(16, "little", signed=True) for n in numbers))
@@ -69,31 +74,68 @@ def rows_in_use() -> Seeds | None:
     return _rows.get()
 
 
+def find_rows(
+    x: torch.Tensor, rows: int, folded: bool = False, tokens_first: bool = False
+) -> int | None:
+    """Returns the axis along which a tensor has its rows, None where it has not so many.
+
+    It is the first, which may have n lines for each row (its tokens or heads), and always where
+    these are `folded` in. In a tensor of three axes or more it is the second where that has the
+    rows' number and the first has not, or where `tokens_first` is known, as torch's transformers
+    have it."""
+    if not x.dim():
+        return None
+    second = x.dim() > 2 and x.shape[1] == rows and not folded
+    if second and (tokens_first or x.shape[0] != rows):
+        return 1
+    return 0 if x.shape[0] % rows == 0 else None
+
+
 class Dropout(nn.Dropout):
     """Draws as `nn.Dropout` does, but row by row under `use_rows`.
 
     `number_dropouts` sets `place`, which tells the dropouts of one model apart."""
 
     place = 0
+    tokens_first = False  # known of torch's transformers, or seen in another batch
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps [rows, ...], or [rows * n, ...] with n lines a row (its tokens), to that shape."""
+        """Maps [rows, ...], [rows * n, ...] with n lines a row, or [n, rows, ...] to that shape."""
         if not self.training or self.p == 0.0:
             return x
         seeds = _rows.get()
-        if not seeds or x.shape[0] % len(seeds):
+        axis = find_rows(x, len(seeds), tokens_first=self.tokens_first) if seeds else None
+        if not seeds or axis is None:
             return super().forward(x)
-        return x * _mask(x, seeds, self.place, 1.0 - self.p)
+        if axis == 1:
+            self.tokens_first = True
+        keep = 1.0 - self.p
+        kept = draw_kept(x.shape, axis, x.device, seeds, keep, self.place)
+        return x * (kept.div_(keep) if keep else kept).to(x.dtype)
 
 
 @torch.compiler.disable
-def _mask(x: torch.Tensor, seeds: Seeds, place: int, keep: float) -> torch.Tensor:
-    mask = torch.ones(x.shape, device=x.device)  # fp32, so that all precisions draw alike
-    for row, seed in zip(mask.chunk(len(seeds)), seeds, strict=True):
-        if seed is not None:
-            draw = torch.Generator(x.device).manual_seed(mix(seed, place))
-            row.bernoulli_(keep, generator=draw).div_(keep)
-    return mask.to(x.dtype)
+def draw_kept(
+    shape: torch.Size,
+    axis: int,
+    device: torch.device,
+    seeds: Seeds,
+    keep: float,
+    *place: int,
+) -> torch.Tensor:
+    """Draws fp32 numbers of this shape: 1 for what is kept, 0 for what is dropped.
+
+    axis: of the rows, as `find_rows` gives it. A row that is padding has `keep` everywhere, which
+    is 1 once the numbers are divided by it."""
+    first = shape if axis == 0 else torch.Size((shape[1], shape[0], *shape[2:]))
+    kept = torch.empty(first, device=device)  # fp32, so that all precisions draw alike
+    for row, seed in zip(kept.chunk(len(seeds)), seeds, strict=True):
+        if seed is None:
+            row.fill_(keep)
+        else:
+            draw = torch.Generator(device).manual_seed(mix(seed, *place))
+            row.bernoulli_(keep, generator=draw)
+    return kept if axis == 0 else kept.transpose(0, 1)
 
 
 def number_dropouts(modules: Sequence[nn.Module]) -> None:
@@ -106,3 +148,8 @@ def number_dropouts(modules: Sequence[nn.Module]) -> None:
             module.__class__ = Dropout
         if isinstance(module, Dropout):
             module.place = place
+    for layer in (m for top in modules for m in top.modules()):
+        if isinstance(layer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            for own in layer.children():
+                if isinstance(own, Dropout):
+                    own.tokens_first = not layer.self_attn.batch_first

@@ -56,3 +56,20 @@ def tell_variants(comparison: Comparison) -> list[str]:
             with_them = f" with {format_value(settings)}" if settings else ""
             told.append(f"{name} is {run.variant_of}{with_them}.")
     return told
+
+
+def tell_references(comparison: Comparison) -> list[str]:
+    """Tell which runs are held against a reference of their own, and why."""
+    found = {
+        name: (parity.reference, parity.reference_because)
+        for name, parity in comparison.parity.items()
+        if parity.reference_because
+    }
+    told = []
+    for (reference, why), names in group_names(found.items()).items():
+        held = "are held" if ", " in names else "is held"
+        told.append(
+            f"{names} {held} against {reference}, which cuts its batches alike and keeps buffers "
+            f"by the same rule: {why}."
+        )
+    return told

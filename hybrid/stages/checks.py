@@ -29,7 +29,8 @@ class ModelSummary:
     be cut into stages; `boundaries`: what is known of what passes from layer to layer; `scalars`,
     names of the parameters without axes; `empty`: names of those without elements, each with
     whether it is trained; `optimizer_problems`: why a user's own optimizer cannot run over tensors
-    that are cut, by how they are."""
+    that are cut, by how they are; `batch_norms`: the layers that mix the samples of a micro-batch,
+    such as batch norms."""
 
     layer_parameters: Sequence[int]
     cut_problem: str | None = None
@@ -37,6 +38,7 @@ class ModelSummary:
     scalars: Sequence[str] = ()
     empty: Mapping[str, bool] = dataclasses.field(default_factory=dict)
     optimizer_problems: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    batch_norms: Sequence[str] = ()
 
 
 def check_stages(name: str, job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
