@@ -146,7 +146,12 @@ def test_what_a_rank_leaves_is_what_the_launcher_reads(
     assert {path.name for path in tmp_path.iterdir()} == {"rank2.error.json", "rank2.where"}
     assert before <= json.loads((tmp_path / "rank2.error.json").read_text())["time"] <= time.time()
     found = first_cause({2: 1}, tmp_path, seen=0.0)
-    assert (found.rank, found.message, found.kind) == (2, message, kind)
+    said, at, line = found.message.partition(", at ")
+    assert (found.rank, said, found.kind) == (2, message, kind)
+    if kind == "error":  # the line that is not the toolkit's own
+        number = raised.__code__.co_firstlineno + 3
+        log = f"(log: {tmp_path / 'rank2.log'})"
+        assert line == f"tests/test_first_cause.py:{number} {log}" and at
     assert "Traceback" in found.details and "in raised" in found.details
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import records, report
-from ..job.errors import JobError, RunFailed, Unsupported
+from ..job.errors import JobError, NoRoom, RunFailed, Unsupported, needs_room
 from ..job.file import make_proxy, to_dict
 from ..job.schema import Job
 from ..job.variants import resolve, warnings_of, with_settings
@@ -51,15 +51,15 @@ def compare(
     out, the product of the degrees in `job.parallel` or in a variant, or 2. program: the command
     that starts a rank. fresh_ranks: start each rank afresh; left out, all are forked from one
     process. reference: left out, `single`, or the first run that can stand in where that cannot
-    run. resume: keep the runs that `out` holds already. Raises JobError before any process starts.
-    A run that fails raises nothing: its record is in the result. Where the job has a proxy, that is
+    run. resume: keep the runs that `out` holds already. Raises JobError before any process starts,
+    and NoRoom where `out` cannot be written to. A run that fails raises nothing: its record is in the result. Where the job has a proxy, that is
     compared first, in `out/proxy`."""
     selection = select(job, strategies, reference)
     print_warnings(warnings_of(job, selection.names))
     registry.check_settings(job, selection.names)
     nproc = nproc or max(default_nproc(resolve(job, name).job) for name in selection.names)
     small, options = make_proxy(job), (nproc, watcher or Watcher(), program, resume)
-    with warm_ranks(fresh_ranks):
+    with needs_room(out), warm_ranks(fresh_ranks):
         folder = Path(out)
         prover = _Session(small, selection, folder / PROXY, *options, "proxy/") if small else None
         session = _Session(job, selection.by_proxy() if small else selection, folder, *options)
@@ -158,6 +158,8 @@ class _Session:
         except RunFailed as error:
             if error.failure.kind == "job":
                 raise JobError(error.failure.message) from None
+            if error.failure.kind == "room":  # no other run would find any
+                raise NoRoom(error.failure.message) from None
             return records.read(Record, folder / "record.json")
 
     def _run_control(self, label: str, name: str, changes: Mapping[str, Any]) -> Record:

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from .errors import JobError, first_line
+from .traces import at_users_line
 
 
 def check_name(section: str, name: str, known: Collection[str]) -> None:
@@ -27,7 +28,7 @@ def call_named(
     """Call the function that `section` of the job names with `options`, and return its result.
 
     `known` maps short names to `package.module:function`. Raises JobError where the function cannot
-    be imported or refuses the options."""
+    be imported, refuses the options or raises; the message names the user's line."""
     check_name(section, name, known)
     function = _import(section, name, known.get(name, name))
     given = f"{section}.options = {dict(options)!r} of {name!r}"
@@ -42,8 +43,17 @@ def call_named(
             raise JobError(f"{given}: {error}; valid: {', '.join(signature.parameters)}") from None
     try:
         return function(**options)
+    except (MemoryError, ModuleNotFoundError):  # no fault of the job's
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise JobError(f"{given}: {first_line(error)}") from error
+    except Exception as error:  # a user's function may raise anything
+        if name in known:
+            raise
+        raise JobError(f"{given}: {type(error).__name__}: {first_line(error)}") from error
+    except SystemExit as error:
+        words = f"ends the program, with {error.code!r}{at_users_line(error)}"
+        raise JobError(f"{given}: {words}") from error
 
 
 def _import(section: str, name: str, path: str) -> Callable[..., Any]:
@@ -68,3 +78,6 @@ def import_module(given: str, module: str) -> ModuleType:
         return importlib.import_module(module)
     except Exception as error:  # a user's file may raise anything while it is imported
         raise JobError(f"{given}: cannot be imported: {first_line(error)}") from error
+    except SystemExit as error:  # a script whose work is not under `if __name__ == "__main__"`
+        words = f"it ends the program while it is imported{at_users_line(error)}"
+        raise JobError(f"{given}: cannot be imported: {words}") from error

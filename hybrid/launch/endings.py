@@ -14,7 +14,7 @@ def explain(error: Exception) -> int:
         raise error
     if isinstance(error, PeerFailed) or (status == 2 and _is_said_by_another_rank()):
         return status  # `leave_error` knows the first cause and has printed it
-    if isinstance(error, RunFailed) and status == 2:
+    if isinstance(error, RunFailed) and status != 1:
         return say(error.failure.message, status)
     if isinstance(error, RunFailed):
         print(f"hybrid: {error}\n{error.failure.details}", file=sys.stderr)

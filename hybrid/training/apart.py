@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import records
-from ..job.errors import CheckFailed, JobError, kind_of
+from ..job.errors import CheckFailed, JobError, first_line, kind_of
 from ..job.file import load_job, to_dict
 from ..job.schema import Job
 from ..launch.failures import how_it_ended
@@ -112,7 +112,7 @@ def main() -> None:
         else:
             if kind == "error":
                 traceback.print_exc()
-                message = f"checking the job: {type(error).__name__}: {message}"
+                message = f"checking the job: {type(error).__name__}: {first_line(error)}"
             answer = {"error": {"kind": kind, "message": message}}
     Path(sys.argv[2]).write_text(json.dumps(answer))
 

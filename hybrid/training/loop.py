@@ -21,7 +21,7 @@ from ..data.targets import targets_per_sample
 from ..engines.layers import compile_evidence
 from ..engines.precision import name_of
 from ..engines.protocol import Engine, StepResult, extend_receipt
-from ..job.errors import PeerFailed, RunError
+from ..job.errors import PeerFailed, RunError, needs_room
 from ..job.file import to_dict
 from ..job.schema import Job, resolve_lengths
 from ..job.variants import Choice, resolve
@@ -59,7 +59,7 @@ def train(
     it is found from a launcher's variables, and without these the process is alone. Rank 0 also
     writes `out/job.json`, `out/record.json`, `out/steps.jsonl` and `out/checkpoints/final/`. Raises
     JobError or Unsupported where the job cannot run, RunError where the run is not what was asked
-    for, PeerFailed where another rank failed first."""
+    for, PeerFailed where another rank failed first, NoRoom where `out` cannot be written to."""
     if placement is None:
         placement = find_placement()
         print_warnings(job.warnings() if placement.rank == 0 else [])
@@ -70,7 +70,8 @@ def train(
     try:
         if recorded:
             begin_run(recorded, job, choice)
-        return _train(choice, placement, folder, on_step, status)
+        with needs_room(out):
+            return _train(choice, placement, folder, on_step, status)
     except BaseException as error:
         # This comes before `cleanup`, which can wait for a peer that is gone.
         cause = leave_error(error, status)

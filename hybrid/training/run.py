@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from .. import records
-from ..job.errors import JobError, RunFailed
+from ..job.errors import JobError, RunFailed, needs_room
 from ..job.schema import Job
 from ..job.variants import resolve, warnings_of
 from ..launch.accelerate_env import check_started
@@ -40,14 +40,14 @@ def run_job(
     strategy: its name, or that of a variant in the job. parent: the process id of the `hybrid` that
     started this rank. fresh_ranks: start each rank afresh; left out, all are forked from one
     process. Returns the record in the process that shows it, None in the others. Raises JobError,
-    Unsupported, RunFailed or the run's error.
+    Unsupported, RunFailed, NoRoom or the run's error.
     """
     placement = find_placement(started_by_hybrid=parent is not None)
     if placement.rank == 0 and parent is None:
         print_warnings(warnings_of(job, [strategy]))
     registry.check_settings(job, [strategy])
     if placement.launcher is None:
-        with warm_ranks(fresh_ranks):
+        with needs_room(out), warm_ranks(fresh_ranks):
             return _launch_checked(job, strategy, out, nproc)
     end_with_launcher(parent)
     if nproc not in (None, placement.world_size):
