@@ -81,13 +81,15 @@ def leave_error(error: BaseException, status: RankStatus) -> Cause | None:
     Returns the other rank's failure that this one follows from, if there is one. Where memory ran
     out, what is known of it is also added to the error's notes, for launchers that print them."""
     message, kind = _first_words(error), kind_of(error)
-    line = _users_line(error, status) if kind == "error" and not is_peer_loss(message) else ""
+    line = ""
     whole = f"{message} ({status.doing})"
     if kind != "error":
         message = whole = str(error)
     elif is_out_of_memory(error):
         message = whole = describe_out_of_memory(error, status)
         error.add_note(message)
+    elif not is_peer_loss(message):
+        line = _users_line(error, status)
     cause = None
     if status.peers and is_peer_loss(message):
         cause = status.peers.first_cause()
