@@ -52,8 +52,8 @@ def compare(
     that starts a rank. fresh_ranks: start each rank afresh; left out, all are forked from one
     process. reference: left out, `single`, or the first run that can stand in where that cannot
     run. resume: keep the runs that `out` holds already. Raises JobError before any process starts,
-    and NoRoom where `out` cannot be written to. A run that fails raises nothing: its record is in the result. Where the job has a proxy, that is
-    compared first, in `out/proxy`."""
+    and NoRoom where `out` cannot be written to. A run that fails raises nothing: its record is in
+    the result. Where the job has a proxy, that is compared first, in `out/proxy`."""
     selection = select(job, strategies, reference)
     print_warnings(warnings_of(job, selection.names))
     registry.check_settings(job, selection.names)

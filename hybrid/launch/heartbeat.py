@@ -86,8 +86,7 @@ class Heartbeat:
         self._thread.join(PERIOD_S)
 
     def report(self, message: str, line: str = "") -> None:
-        """Report why this rank fails, and on which line; of all ranks' reports the first is kept.
-        """
+        """Report why this rank fails, and on which line; the first report is kept."""
         cause = Cause(self.rank, self.host, message, self.doing(), line)
         word = json.dumps(dataclasses.asdict(cause))
         _bounded(lambda: self.store.compare_set(_CAUSE, "", word), None)
