@@ -109,10 +109,11 @@ def compare(
 ) -> None:
     """Run the job under each strategy and hold every run against one, such as `single`."""
     from . import records
+    from .comparison.resume import choose_folder
     from .comparison.session import compare as compare_strategies
     from .training.progress import Progress
 
-    loaded, out = _load(job, overrides, allow_known_bad), _choose_folder(out, resume)
+    loaded, out = _load(job, overrides, allow_known_bad), choose_folder(out, resume)
     names = [n.strip() for n in strategies.split(",")] if strategies else None
     watcher = Progress()
     try:
@@ -198,20 +199,9 @@ def generate(
 def strategies(json: Json = False) -> None:
     """List the strategies and what each accepts."""
     from . import records
-    from .job.strategy_settings import Strategies
-    from .strategies import registry
+    from .strategies.listing import lines, table
 
-    table: dict[str, Any] = {}
-    for name in registry.NAMES:
-        section = Strategies.model_fields["two_d" if name == "2d" else name].default
-        settings = {key: getattr(section, key) for key in type(section).model_fields}
-        table[name] = {"summary": registry.get(name).summary, "settings": settings}
-    if json:
-        print(records.dumps(table), file=_stdout)
-        return
-    for name, row in table.items():
-        accepts = ", ".join(f"{key} = {value!r}" for key, value in row["settings"].items())
-        print(f"{name:10} {row['summary']}\n{'':10} [strategy.{name}] {accepts}")
+    print(records.dumps(table()) if json else "\n".join(lines()), file=_stdout)
 
 
 @app.command()
@@ -248,18 +238,6 @@ def _load(path: Path, overrides: list[str] | None, allow_known_bad: bool = False
     check_model_name(job.model.name)
     check_name("data", job.data.name, SOURCES)
     return job
-
-
-def _choose_folder(out: Path | None, resume: str | None) -> Path:
-    """Return the folder of a comparison, which `--resume` may name too."""
-    if resume is None or resume == "auto":
-        return out or Path("out/compare")
-    folder = Path(resume)
-    if out not in (None, folder):
-        raise typer.BadParameter(f"--out {out}: valid with --resume {resume}: the same, or none")
-    if not (folder / "session.json").is_file():
-        raise typer.BadParameter(f"--resume {resume}: holds no comparison: no session.json")
-    return folder
 
 
 def _print_table(result: Any) -> None:
