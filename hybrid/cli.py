@@ -199,7 +199,7 @@ def generate(
 def strategies(json: Json = False) -> None:
     """List the strategies and what each accepts."""
     from . import records
-    from .strategies.listing import lines, table
+    from .report.listing import lines, table
 
     print(records.dumps(table()) if json else "\n".join(lines()), file=_stdout)
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..job.strategy_settings import Strategies
-from . import registry
+from ..strategies import registry
 
 
 def table() -> dict[str, dict[str, Any]]:
