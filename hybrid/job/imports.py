@@ -9,13 +9,14 @@ from types import ModuleType
 from typing import Any
 
 from .errors import JobError, first_line
+from .given import given_functions
 from .traces import at_users_line
 
 
 def check_name(section: str, name: str, known: Collection[str]) -> None:
     """Raise JobError unless `name` is a known one or looks like package.module:function."""
     module, colon, function = name.partition(":")
-    if name in known or (colon and function.isidentifier() and module):
+    if name in known or name in given_functions() or (colon and function.isidentifier() and module):
         return
     raise JobError(
         f"{section}.name = {name!r}: unknown; valid: {', '.join(known)}, package.module:function"
@@ -57,7 +58,14 @@ def call_named(
 
 
 def _import(section: str, name: str, path: str) -> Callable[..., Any]:
+    if given := given_functions().get(name):
+        return given
     module, _, function = path.partition(":")
+    if module == "__main__":
+        raise JobError(
+            f"{section}.name = {name!r}: was given as a function in Python, which this process "
+            "does not have: put it into a file FILE.py, valid: FILE:function"
+        )
     loaded = import_module(f"{section}.name = {name!r}", module)
     found = getattr(loaded, function, None)
     if found is None:

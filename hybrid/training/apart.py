@@ -18,6 +18,7 @@ from typing import Any
 from .. import records
 from ..job.errors import CheckFailed, JobError, first_line, kind_of
 from ..job.file import load_job, to_dict
+from ..job.given import given_functions
 from ..job.schema import Job
 from ..launch.failures import how_it_ended
 from ..launch.local import end
@@ -33,7 +34,7 @@ def check_apart(job: Job, modules: Sequence[str]) -> CheckedJob:
     """Return what `check_job` does, and raise what it raises; CheckFailed for any other error.
 
     modules: of the ranks that start next, which the warm process imports meanwhile."""
-    warm = None if "torch" in sys.modules else warm_process()
+    warm = None if "torch" in sys.modules and not given_functions() else warm_process()
     if warm is None:
         return check_job(job)
     with contextlib.ExitStack() as files:
