@@ -22,6 +22,7 @@ from ..launch.warm import warm_ranks
 from ..records import Record
 from ..strategies import registry
 from .apart import check_apart
+from .branches import explain
 from .check import print_warnings
 from .folder import begin_run, end_run
 from .progress import Progress, Watcher
@@ -110,11 +111,14 @@ def launch(
         modules = registry.modules(choice.strategy)
         run_ranks(nproc, arguments, out, watcher.poll, program or PROGRAM, modules)
         record = records.read(Record, out / "record.json")
-    except BaseException as error:
+    except BaseException as raised:
+        error = raised
+        if isinstance(raised, RunFailed):
+            error = RunFailed(explain(raised.failure, job, strategy, nproc))
         record = end_run(out, choice, nproc, error)
         if isinstance(error, RunFailed):
             watcher.finished(label, record)
-        raise
+        raise error from None
     watcher.finished(label, record)
     return record
 
