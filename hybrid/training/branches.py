@@ -141,7 +141,7 @@ class _Walk:
         self.device = self.engine.device
 
     def used(self, step: int) -> Iterator[Used]:
-        """Yield, for each micro-batch of a step, the parameters that each share's loss depends on."""
+        """Yield, for each micro-batch of a step, the parameters that each share needs for it."""
         import torch
 
         from ..engines.state import on_device
