@@ -77,10 +77,10 @@ def too_large() -> None:
 
 
 def test_a_run_that_fails_so_says_it_first(tmp_path: Path) -> None:
-    limits = {"start_timeout_s": 60, "collective_timeout_s": 10}
+    limits = {"start_timeout_s": 60, "collective_timeout_s": 5}
     job = own_job("branch", **CHANGES, launch=limits)
-    result = hybrid.compare(job, ["fsdp"], nproc=2, out=tmp_path)
-    reason = str(result.strategies["fsdp"].reason)
+    result = hybrid.compare(job, ["zero1"], nproc=2, out=tmp_path)
+    reason = str(result.strategies["zero1"].reason)
     said = rf"rank [01] on \S+: ranks used .*{PAIR}; so their collectives did not match: "
     assert re.match(said, reason), reason
-    assert reason in re.sub(r"\s+", " ", (tmp_path / "compare.md").read_text())
+    assert "ranks used different parameters in step" in (tmp_path / "compare.md").read_text()

@@ -18,6 +18,7 @@ from hybrid.job.errors import Failure, NoRoom, RunFailed, exit_status, kind_of, 
 from hybrid.job.file import to_dict
 from hybrid.launch.failures import RankStatus, first_cause, leave_error
 from hybrid.launch.placement import Placement
+from hybrid.training.step_log import StepLog
 from tests.conftest import hybrid_command, small_job
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -72,7 +73,13 @@ def full(*arguments: Any) -> None:
 
 
 def test_a_run_in_this_process_says_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hybrid.training.step_log.StepLog.write", full)
+    init = StepLog.__init__
+
+    def on_a_full_disk(log: Any, here: bool, out: Path | None) -> None:
+        init(log, here, out)
+        log._file = open("/dev/full", "w")  # noqa: SIM115 - the log is written to until the end
+
+    monkeypatch.setattr(StepLog, "__init__", on_a_full_disk)
     with pytest.raises(NoRoom, match=f"^{tmp_path}: cannot be written to: No space left on device"):
         hybrid.train(small_job(), "single", tmp_path)
     record = records.read(records.Record, tmp_path / "record.json")
@@ -86,7 +93,7 @@ def test_a_comparison_ends_with_the_first_run_without_room(
         raise RunFailed(Failure(0, "out: cannot be written to: full", "", "room"))
 
     monkeypatch.setattr("hybrid.training.run.run_ranks", no_room)
-    with pytest.raises(NoRoom, match="^out: cannot be written to: full"):
+    with pytest.raises(NoRoom, match=r"^out: cannot be written to: full"):
         hybrid.compare(small_job(), ["ddp"], nproc=2, out=tmp_path)
 
 
