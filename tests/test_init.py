@@ -60,8 +60,10 @@ def test_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     "name",
-    ["class", "True", "9lives", "a-b", "a.b", "a/b", "", "größe", "mine.toml", "../mine"]
-    + ["torch", "random", "hybrid", "typing", "__main__", "sys", "pytest", "local_package"],
+    [
+        *("class", "True", "9lives", "a-b", "a.b", "a/b", "", "größe", "mine.toml", "../mine"),
+        *("torch", "random", "hybrid", "typing", "__main__", "sys", "pytest", "local_package"),
+    ],
 )
 def test_a_name_that_cannot_be_imported_as_this_module_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -121,6 +123,9 @@ def test_evaluate_is_what_an_own_loop_needs() -> None:
     engine = hybrid.open_engine(job, "single", *mlp(**SMALL["model"]["options"]))
     test = hybrid.build_data(job)[1]
     result = hybrid.evaluate(engine, test, job)
-    assert result.samples == len(test) == 37 and result == hybrid.evaluate(engine, test, job, 5)
+    assert result.samples == len(test) == 37
+    assert result == hybrid.evaluate(engine, test, job, job.train.micro_batches)
+    other = hybrid.evaluate(engine, test, job, 5)
+    assert other.correct == result.correct and other.loss == pytest.approx(result.loss)
     engine.close()
     hybrid.cleanup()

@@ -59,7 +59,7 @@ def compare(
     of those that the job names (`hybrid.job.given`). Raises JobError before any process starts,
     and NoRoom where `out` cannot be written to. A run that fails raises nothing: its record is in
     the result. Where the job has a proxy, that is compared first, in `out/proxy`."""
-    if model or data:
+    if model is not None or data is not None:
         with naming(job, model, data, why_not(fresh_ranks or program is not None)) as named:
             rest = watcher, program, fresh_ranks, reference, resume
             return compare(named, strategies, nproc, out, *rest)

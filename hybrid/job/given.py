@@ -18,11 +18,12 @@ from .schema import Job
 from .traces import show_file
 
 Function = Callable[..., Any]
-_given: ContextVar[Mapping[str, Function] | None] = ContextVar("given", default=None)
+Given = Mapping[tuple[str, str], Function]  # by section and name: two may have one name
+_given: ContextVar[Given | None] = ContextVar("given", default=None)
 
 
-def given_functions() -> Mapping[str, Function]:
-    """Return the functions that were given, by their names in the job; none outside `naming`."""
+def given_functions() -> Given:
+    """Return the functions that were given, by section and name; none outside `naming`."""
     return _given.get() or {}
 
 
@@ -35,7 +36,7 @@ def naming(
     no_fork: why processes cannot be forked from this one, empty if they can. Then functions must be
     such that another process can import them. Raises JobError where they are not, and where one is
     no function."""
-    names: dict[str, Function] = {}
+    names: dict[tuple[str, str], Function] = {}
     for section, function in (("model", model), ("data", data)):
         if function is None:
             continue
@@ -48,7 +49,7 @@ def naming(
                 f"since {no_fork}: put it into a file FILE.py, and set {section}.name to "
                 f"'FILE:{name.rpartition('.')[2].rpartition(':')[2]}'"
             )
-        names[name] = function
+        names[section, name] = function
         named = getattr(job, section).model_copy(update={"name": name})
         job = job.model_copy(update={section: named})
     token = _given.set(None if no_fork else {**given_functions(), **names})

@@ -16,7 +16,11 @@ from .traces import at_users_line
 def check_name(section: str, name: str, known: Collection[str]) -> None:
     """Raise JobError unless `name` is a known one or looks like package.module:function."""
     module, colon, function = name.partition(":")
-    if name in known or name in given_functions() or (colon and function.isidentifier() and module):
+    if (
+        name in known
+        or (section, name) in given_functions()
+        or (colon and function.isidentifier() and module)
+    ):
         return
     raise JobError(
         f"{section}.name = {name!r}: unknown; valid: {', '.join(known)}, package.module:function"
@@ -58,7 +62,7 @@ def call_named(
 
 
 def _import(section: str, name: str, path: str) -> Callable[..., Any]:
-    if given := given_functions().get(name):
+    if given := given_functions().get((section, name)):
         return given
     module, _, function = path.partition(":")
     if module == "__main__":

@@ -64,7 +64,7 @@ def train(
     `out/job.json`, `out/record.json`, `out/steps.jsonl` and `out/checkpoints/final/`. Raises
     JobError or Unsupported where the job cannot run, RunError where the run is not what was asked
     for, PeerFailed where another rank failed first, NoRoom where `out` cannot be written to."""
-    if model or data:
+    if model is not None or data is not None:
         with naming(job, model, data) as named:
             return train(named, strategy, out, on_step, placement)
     if placement is None:
