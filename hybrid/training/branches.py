@@ -135,10 +135,10 @@ class _Walk:
         self.plan = BatchPlan(
             len(self.samples), job.train.global_batch, shares, micro_batches, job.train.seed
         )
-        names = layers.names()
-        self.engine: Any = registry.open_engine(self.job, "single", layers, self.loss, Placement())
+        names, here = layers.names(), Placement()
+        self.engine: Any = registry.open_engine(self.job, "single", layers, self.loss, here)
         self.names = {id(parameter): name for parameter, name in names.items()}
-        self.device = self.engine.device
+        self.device = here.device
 
     def used(self, step: int) -> Iterator[Used]:
         """Yield, for each micro-batch of a step, the parameters that each share needs for it."""
