@@ -6,7 +6,6 @@ The job then has names for them, such as `__main__:build`, by which `hybrid.job.
 in this process and in those forked from it. No other process can. The module needs no torch."""
 
 import contextlib
-import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -78,8 +77,6 @@ def _can_be_imported(function: Function) -> bool:
     module, _, name = name_of(function).partition(":")
     if module == "__main__" or not name.isidentifier():
         return False
-    try:
-        found = sys.modules.get(module) or importlib.import_module(module)
-    except ImportError:
-        return False
-    return getattr(found, name, None) is function
+    found = sys.modules.get(module)
+    by_import = getattr(found, "__spec__", None) is not None  # not made while the process ran
+    return by_import and getattr(found, name, None) is function
