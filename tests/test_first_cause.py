@@ -110,24 +110,20 @@ def test_the_loss_of_the_meeting_point_is_an_effect(tmp_path: Path) -> None:
     assert (found.rank, found.message) == (0, "was ended by SIGABRT (starting)")
 
 
-def test_a_rank_that_has_ended_waits_for_its_threads() -> None:
-    def shut() -> None:
-        go.wait()
-        threading._shutdown()  # type: ignore[attr-defined]
+def test_a_rank_that_has_ended_waits_for_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert heartbeat._ENDED is threading._shutdown.__code__  # type: ignore[attr-defined]
+    stay = threading.Event()
 
-    go, stay = threading.Event(), threading.Event()
-    other = threading.Thread(target=stay.wait)
-    other.start()
+    def shut() -> None:
+        stay.wait()
+
     thread = threading.Thread(target=shut, daemon=True)
     thread.start()
-    go.set()
-    deadline = time.monotonic() + 10
-    try:
-        while not heartbeat._line_of(thread.ident)[1]:
-            assert time.monotonic() < deadline, heartbeat._line_of(thread.ident)
-            time.sleep(0.01)
-    finally:
-        stay.set()
+    time.sleep(0.1)
+    assert not heartbeat._line_of(thread.ident)[1]
+    monkeypatch.setattr(heartbeat, "_ENDED", shut.__code__)
+    assert heartbeat._line_of(thread.ident)[1]
+    stay.set()
 
 
 def test_an_error_raised_before_a_kill_was_seen_is_the_cause(tmp_path: Path) -> None:
