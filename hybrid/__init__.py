@@ -6,6 +6,7 @@ It first proves that the runs computed the same, and then shows what each costs.
     record = hybrid.train(job, "single")            # one run in this process
     comparison = hybrid.compare(job, nproc=4)       # every strategy, each on processes of its own
 
+Both take functions in place of those that the job names: `hybrid.compare(job, model=build)`.
 `open_engine` gives the engine alone, for people who keep their own loop. `import hybrid` does not
 import torch."""
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .models import build_model
     from .models.losses import cross_entropy
     from .strategies.registry import open_engine
+    from .training.evaluation import evaluate
     from .training.loop import train
 
 _HOMES = {
@@ -38,13 +40,15 @@ _HOMES = {
     "cleanup": "launch.process_group",
     "compare": "comparison.session",
     "cross_entropy": "models.losses",
+    "evaluate": "training.evaluation",
     "load_job": "job.file",
     "load_micro_batch": "data.loader",
     "open_engine": "strategies.registry",
     "train": "training.loop",
 }
 __all__ = ["BatchPlan", "Job", "JobError", "MicroBatch", "build_data", "build_model", "cleanup"]
-__all__ += ["compare", "cross_entropy", "load_job", "load_micro_batch", "open_engine", "train"]
+__all__ += ["compare", "cross_entropy", "evaluate", "load_job", "load_micro_batch", "open_engine"]
+__all__ += ["train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
 """This module is the command line: each command parses, calls one function, and prints.
 
 Exit status: 0 all held; 1 the run failed or parity did not hold; 2 the job or the command line is
-wrong (one line says how); 3 this machine lacks something needed. torch is imported only by commands
-that need it."""
+wrong (one line says how); 3 this machine lacks something needed: a package, or room or the right to
+write in the folder for the results. torch is imported only by commands that need it."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .launch.endings import explain, say
+from .launch.endings import explain, say, suggest, versions
 
 app = typer.Typer(
     add_completion=False,
@@ -70,6 +70,27 @@ Resume = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
+def _print_versions(asked: bool) -> None:
+    if asked:
+        print(versions(), file=_stdout)
+        raise typer.Exit
+
+
+@app.callback()
+def _of_all_commands(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Print the releases of hybrid, torch, accelerate and deepspeed.",
+        ),
+    ] = False,
+) -> None:
+    """Train one job under every parallel strategy, prove the runs equal, measure their cost."""
+
+
 @app.command()
 def compare(
     job: JobFile,
@@ -88,10 +109,11 @@ def compare(
 ) -> None:
     """Run the job under each strategy and hold every run against one, such as `single`."""
     from . import records
+    from .comparison.resume import choose_folder
     from .comparison.session import compare as compare_strategies
     from .training.progress import Progress
 
-    loaded, out = _load(job, overrides, allow_known_bad), _choose_folder(out, resume)
+    loaded, out = _load(job, overrides, allow_known_bad), choose_folder(out, resume)
     names, watcher = _split(strategies), Progress()
     try:
         result = compare_strategies(
@@ -104,6 +126,8 @@ def compare(
     else:
         _print_table(result)
         print(f"{out / 'report.html'}  {out / 'compare.md'}  {out / 'compare.json'}")
+        own = "`hybrid init mine` writes a job with a model of your own"
+        suggest(f"open {out / 'report.html'} in a browser; {own}")
     broken = strict_reference and result.reference_fault is not None
     raise typer.Exit(0 if result.ok and not broken else 1)
 
@@ -134,6 +158,21 @@ def train(
         rate = f", {record.throughput.samples_per_s:.0f} samples/s" if record.throughput else ""
         last = record.steps[-1]
         print(f"{strategy}: {len(record.steps)} steps, loss {last.loss:.6f}{rate}; {out}")
+        suggest(f"`hybrid compare {job} --strategies {strategy}` holds it against one process")
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name for the new module.")],
+) -> None:
+    """Write NAME.toml and NAME.py: a job, a model and data of your own to start from."""
+    from .job.errors import needs_room
+    from .job.starter import write_starter
+
+    with needs_room("."):
+        job, module = write_starter(name)
+    print(f"{job}  {module}", file=_stdout)
+    suggest(f"`hybrid compare {job} --nproc 2`; then put your own model and data into {module}")
 
 
 @app.command()
@@ -182,20 +221,9 @@ def generate(
 def strategies(json: Json = False) -> None:
     """List the strategies and what each accepts."""
     from . import records
-    from .job.strategy_settings import Strategies
-    from .strategies import registry
+    from .report.listing import lines, table
 
-    table: dict[str, Any] = {}
-    for name in registry.NAMES:
-        section = Strategies.model_fields["two_d" if name == "2d" else name].default
-        settings = {key: getattr(section, key) for key in type(section).model_fields}
-        table[name] = {"summary": registry.get(name).summary, "settings": settings}
-    if json:
-        print(records.dumps(table), file=_stdout)
-        return
-    for name, row in table.items():
-        accepts = ", ".join(f"{key} = {value!r}" for key, value in row["settings"].items())
-        print(f"{name:10} {row['summary']}\n{'':10} [strategy.{name}] {accepts}")
+    print(records.dumps(table()) if json else "\n".join(lines()), file=_stdout)
 
 
 @app.command()
@@ -236,18 +264,6 @@ def _load(path: Path, overrides: list[str] | None, allow_known_bad: bool = False
 
 def _split(names: str | None) -> list[str] | None:
     return [name.strip() for name in names.split(",")] if names else None
-
-
-def _choose_folder(out: Path | None, resume: str | None) -> Path:
-    """Return the folder of a comparison, which `--resume` may name too."""
-    if resume is None or resume == "auto":
-        return out or Path("out/compare")
-    folder = Path(resume)
-    if out not in (None, folder):
-        raise typer.BadParameter(f"--out {out}: valid with --resume {resume}: the same, or none")
-    if not (folder / "session.json").is_file():
-        raise typer.BadParameter(f"--resume {resume}: holds no comparison: no session.json")
-    return folder
 
 
 def _print_table(result: Any) -> None:

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-Kind = Literal["job", "unsupported", "error"]  # of a failure: whose fault it is
+Kind = Literal["job", "unsupported", "room", "error"]  # of a failure: whose fault it is
 Status = Literal["running", "ok", "failed", "not_possible"]
 ParityState = Literal["equal", "not_equal", "not_compared", "not_decided"]
 PROXY = "proxy"  # `reference` of a run that a small job in its place was compared for
@@ -268,8 +268,12 @@ def write(value: Any, path: Path) -> None:
     """Write a record so that a reader sees the whole file or none of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(dumps(value) + "\n")
-    os.replace(part, path)
+    try:
+        part.write_text(dumps(value) + "\n")
+        os.replace(part, path)
+    except OSError:  # such as a full disk, where half a file is of no use
+        part.unlink(missing_ok=True)
+        raise
 
 
 def read(kind: type[T], path: Path) -> T:

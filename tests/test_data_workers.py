@@ -93,7 +93,7 @@ def test_an_error_in_a_worker_names_the_sample_and_has_its_traceback() -> None:
     loader.step(0)
     with pytest.raises(RunError) as raised:
         loader.step(1)
-    line = f"{NAME}: train sample 17: KeyError: 'no such picture' (tests/own_data.py:"
+    line = f"{NAME}: train sample 17: KeyError: 'no such picture', at tests/own_data.py:"
     assert str(raised.value).startswith(line)
     assert "in make\n    raise KeyError" in "".join(raised.value.__notes__)
 

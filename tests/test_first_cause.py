@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hybrid.job.errors import Failure, JobError, RunFailed, Unsupported
+from hybrid.launch import heartbeat
 from hybrid.launch.failures import (
     RankStatus,
     describe_out_of_memory,
@@ -80,6 +82,50 @@ def test_of_lost_connections_alone_the_earliest_is_named(tmp_path: Path) -> None
     assert first_cause({0: 1, 1: 1}, tmp_path, seen=3.0).rank == 1
 
 
+GLOO = (
+    "[enforce fail at pair.cc:456] op.preamble.length <= op.nbytes. 724 vs 568. Is there a "
+    "distributed collective mismatch in your code?"
+)
+ABORT = f"""terminate called after throwing an instance of 'gloo::EnforceNotMet'
+  what():  {GLOO}
+"""
+
+
+def test_a_rank_that_a_library_aborts_is_told_in_the_librarys_words(tmp_path: Path) -> None:
+    leave(tmp_path, 0, 1.0, LOST)
+    log(tmp_path, 1, "first words\n" + ABORT + "".join(f"frame #{i}: x\n" for i in range(90)))
+    found = first_cause({0: 1, 1: -signal.SIGABRT}, tmp_path, seen=5.0)
+    assert found.message == f"was ended by SIGABRT: {GLOO} (starting)"
+    log(tmp_path, 1, ABORT)  # not the last words of a rank that ended otherwise
+    found = first_cause({0: 1, 1: -signal.SIGTERM}, tmp_path, seen=5.0)
+    assert found.message == "was ended by SIGTERM (starting)"
+
+
+def test_the_loss_of_the_meeting_point_is_an_effect(tmp_path: Path) -> None:
+    """Rank 0 holds it. Where that is killed, another rank says so at once, before it is seen."""
+    lost = "RuntimeError: store: gone or cut off, and with it the meeting point of the run"
+    leave(tmp_path, 1, 1.0, lost)
+    log(tmp_path, 0)
+    found = first_cause({0: -signal.SIGABRT, 1: 1}, tmp_path, seen=2.0)
+    assert (found.rank, found.message) == (0, "was ended by SIGABRT (starting)")
+
+
+def test_a_rank_that_has_ended_waits_for_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert heartbeat._ENDED is threading._shutdown.__code__  # type: ignore[attr-defined]
+    stay = threading.Event()
+
+    def shut() -> None:
+        stay.wait()
+
+    thread = threading.Thread(target=shut, daemon=True)
+    thread.start()
+    time.sleep(0.1)
+    assert not heartbeat._line_of(thread.ident)[1]
+    monkeypatch.setattr(heartbeat, "_ENDED", shut.__code__)
+    assert heartbeat._line_of(thread.ident)[1]
+    stay.set()
+
+
 def test_an_error_raised_before_a_kill_was_seen_is_the_cause(tmp_path: Path) -> None:
     leave(tmp_path, 0, 1.0, "ValueError: the cause")
     log(tmp_path, 1)
@@ -146,7 +192,12 @@ def test_what_a_rank_leaves_is_what_the_launcher_reads(
     assert {path.name for path in tmp_path.iterdir()} == {"rank2.error.json", "rank2.where"}
     assert before <= json.loads((tmp_path / "rank2.error.json").read_text())["time"] <= time.time()
     found = first_cause({2: 1}, tmp_path, seen=0.0)
-    assert (found.rank, found.message, found.kind) == (2, message, kind)
+    said, at, line = found.message.partition(", at ")
+    assert (found.rank, said, found.kind) == (2, message, kind)
+    if kind == "error":  # the line that is not the toolkit's own
+        number = raised.__code__.co_firstlineno + 3
+        log = f"(log: {tmp_path / 'rank2.log'})"
+        assert line == f"tests/test_first_cause.py:{number} {log}" and at
     assert "Traceback" in found.details and "in raised" in found.details
 
 
@@ -255,8 +306,6 @@ def test_without_a_folder_a_rank_leaves_nothing(
 def test_a_rank_without_room_for_a_thread_still_tells_its_cause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from hybrid.launch import heartbeat
-
     def start(self: object) -> None:
         raise RuntimeError("can't start new thread")
 

@@ -339,7 +339,7 @@ def test_a_collate_function_that_changes_its_samples_gets_copies() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (lambda rows: 1 / 0, "ZeroDivisionError: division by zero (tests/test_own_data.py:"),
+        (lambda rows: 1 / 0, "ZeroDivisionError: division by zero, at tests/test_own_data.py:"),
         (lambda rows: torch.ones(4, 3), "is float32 [4, 3]; valid: (input, target), or a dict"),
         (lambda rows: (rows, torch.ones(4)), "its input holds the text 'a'; valid"),
         (lambda rows: (torch.ones(4), None), "its target holds None; valid"),
@@ -381,7 +381,7 @@ def test_an_error_names_the_set_the_sample_and_the_line(kind: Any) -> None:
     load_micro_batch(samples, [3, 6, 8])
     with pytest.raises(RunError) as raised:
         load_micro_batch(samples, [3, 6, 7, 8])
-    line = f"{NAME}: train sample 7: KeyError: 'no such picture' (tests/own_data.py:"
+    line = f"{NAME}: train sample 7: KeyError: 'no such picture', at tests/own_data.py:"
     assert str(raised.value).startswith(line) and isinstance(raised.value.__cause__, KeyError)
     with pytest.raises(JobError, match=r"train sample 0: KeyError.*own_data"):
         check_samples(small_job(), *sets(own_data.failing(0)[0]))

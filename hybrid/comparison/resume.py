@@ -35,6 +35,18 @@ def begin_session(out: Path, asked: Mapping[str, Any]) -> None:
     records.write(asked, out / SESSION)
 
 
+def choose_folder(out: Path | None, resume: str | None) -> Path:
+    """Return the folder of a comparison, which `--resume` may name too; raises JobError."""
+    if resume is None or resume == "auto":
+        return out or Path("out/compare")
+    folder = Path(resume)
+    if out not in (None, folder):
+        raise JobError(f"--out {out}: valid with --resume {resume}: the same, or none")
+    if not (folder / SESSION).is_file():
+        raise JobError(f"--resume {resume}: holds no comparison: no {SESSION}")
+    return folder
+
+
 def check_session(out: Path, asked: Mapping[str, Any]) -> None:
     """Raise JobError, which names the first key that differs, if `out` holds another comparison.
 

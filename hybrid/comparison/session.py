@@ -5,15 +5,17 @@ OUT/session.json, by which an interrupted comparison is resumed."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import records, report
-from ..job.errors import JobError, RunFailed, Unsupported
+from ..job.errors import JobError, NoRoom, RunFailed, Unsupported, needs_room
 from ..job.file import make_proxy, to_dict
+from ..job.given import naming
 from ..job.schema import Job
 from ..job.variants import resolve, warnings_of, with_settings
+from ..launch.fork_here import why_not
 from ..launch.ops_cache import remove_stale_locks
 from ..launch.warm import warm_ranks
 from ..layout import Layout, LayoutError
@@ -44,6 +46,8 @@ def compare(
     fresh_ranks: bool = False,
     reference: str | None = None,
     resume: bool = False,
+    model: Callable[..., Any] | None = None,
+    data: Callable[..., Any] | None = None,
 ) -> Comparison:
     """Run the job under each strategy on `nproc` processes, and compare each run with `reference`.
 
@@ -51,15 +55,20 @@ def compare(
     out, the product of the degrees in `job.parallel` or in a variant, or 2. program: the command
     that starts a rank. fresh_ranks: start each rank afresh; left out, all are forked from one
     process. reference: left out, `single`, or the first run that can stand in where that cannot
-    run. resume: keep the runs that `out` holds already. Raises JobError before any process starts.
-    A run that fails raises nothing: its record is in the result. Where the job has a proxy, that is
-    compared first, in `out/proxy`."""
+    run. resume: keep the runs that `out` holds already. model, data: functions that take the place
+    of those that the job names (`hybrid.job.given`). Raises JobError before any process starts,
+    and NoRoom where `out` cannot be written to. A run that fails raises nothing: its record is in
+    the result. Where the job has a proxy, that is compared first, in `out/proxy`."""
+    if model is not None or data is not None:
+        with naming(job, model, data, why_not(fresh_ranks or program is not None)) as named:
+            rest = watcher, program, fresh_ranks, reference, resume
+            return compare(named, strategies, nproc, out, *rest)
     selection = select(job, strategies, reference)
     print_warnings(warnings_of(job, selection.names))
     registry.check_settings(job, selection.names)
     nproc = nproc or max(default_nproc(resolve(job, name).job) for name in selection.names)
     small, options = make_proxy(job), (nproc, watcher or Watcher(), program, resume)
-    with warm_ranks(fresh_ranks):
+    with needs_room(out), warm_ranks(fresh_ranks):
         folder = Path(out)
         prover = _Session(small, selection, folder / PROXY, *options, "proxy/") if small else None
         session = _Session(job, selection.by_proxy() if small else selection, folder, *options)
@@ -160,6 +169,8 @@ class _Session:
         except RunFailed as error:
             if error.failure.kind == "job":
                 raise JobError(error.failure.message) from None
+            if error.failure.kind == "room":  # no other run would find any
+                raise NoRoom(error.failure.message) from None
             return records.read(Record, folder / "record.json")
 
     def _run_control(self, label: str, name: str, changes: Mapping[str, Any]) -> Record:

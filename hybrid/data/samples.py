@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from ..job.errors import JobError, RunError, first_line
-from ..job.user_code import user_line
+from ..job.traces import at_users_line
 from .seeds import (
     STREAMS,
     generator_states,
@@ -130,9 +130,8 @@ class JobSet:
     def error(self, what: str, error: Exception) -> RunError:
         """Return the error in one line: the set's name, what failed, why, and the user's line."""
         said = " ".join(str(error).split())
-        where = user_line(error)
         why = said if isinstance(error, RunError) else f"{type(error).__name__}: {said}"
-        return RunError(f"{self.named}: {what}: {why}" + (f" ({where})" if where else ""))
+        return RunError(f"{self.named}: {what}: {why}{at_users_line(error)}")
 
 
 def reader_of(samples: Any) -> type:

@@ -5,16 +5,30 @@
 | `JobError`, `LayoutError` | the author of the job or of the command line | 2 |
 | `Unsupported` | nobody: this strategy cannot run this job here | 2 |
 | `ModuleNotFoundError` | the machine lacks a package | 3 |
+| `NoRoom` | the machine lacks room, or the right, to write in a folder | 3 |
 | `RunError`, `StartError`, `PeerFailed`, `RunFailed` | the run itself failed | 1 |
 | `CheckFailed` | the job's own code raised while it was tried out | 1 |
 
 The module needs no torch."""
 
+import contextlib
 import dataclasses
+import errno
+import os
 import socket
+from collections.abc import Iterator
+from pathlib import Path
 
 from ..layout import LayoutError
 from ..records import Kind
+from .traces import at_users_line, sent_message, users_line
+
+# What the system says of a disk that is full, and of one that may not be written to.
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_NO_RIGHT = {errno.EACCES, errno.EPERM}
+NO_ROOM = "cannot be written to: "  # in the words of `NoRoom`
+
+LONGEST = 300  # characters of a message of a user's code that are shown
 
 
 class JobError(ValueError):
@@ -43,12 +57,16 @@ class CheckFailed(RuntimeError):
     """Says that a job's own code raised while the job was checked; its traceback is on stderr."""
 
 
+class NoRoom(RuntimeError):
+    """Says that a folder cannot be written to, in the system's words."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Failure:
     """Holds the first cause of a failed run.
 
     `details` is a traceback or the end of a log; `kind` is `job` (a mistake in the job),
-    `unsupported` or `error` (an error of the run)."""
+    `unsupported`, `room` (the folder cannot be written to) or `error` (an error of the run)."""
 
     rank: int
     message: str
@@ -68,20 +86,67 @@ def kind_of(error: BaseException) -> Kind:
     """Return the `kind` of a `Failure` that an error means."""
     if isinstance(error, Unsupported):
         return "unsupported"
+    if isinstance(error, NoRoom):
+        return "room"
     return "job" if isinstance(error, (JobError, LayoutError)) else "error"
 
 
 def exit_status(error: BaseException) -> int | None:
     """Return the status of a command that ends so, or None if the error needs a traceback."""
-    if kind_of(error) != "error":
-        return 2
+    kind = error.failure.kind if isinstance(error, RunFailed) else kind_of(error)
+    if kind != "error":
+        return 3 if kind == "room" else 2
     if isinstance(error, RunFailed):
-        return 1 if error.failure.kind == "error" else 2
+        return 1
     if isinstance(error, ModuleNotFoundError) and error.name != "hybrid":
         return 3
     return 1 if isinstance(error, (PeerFailed, CheckFailed)) else None
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class name if it has no message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's message, or its class name if it has no message.
+
+    Where the user's own code raised it, its line stands behind: "..., at my_model.py:12"."""
+    if sent := sent_message(error):
+        return sent + at_users_line(error)
+    return (str(error).splitlines() or [type(error).__name__])[0] + at_users_line(error)
+
+
+def tell_error(error: BaseException) -> str:
+    """Return an error of a user's code in one line: its class, the message, and the user's line."""
+    kind, said = type(error).__name__, sent_message(error)
+    said = said or " ".join((str(error).splitlines() or [""])[0].split())
+    if len(said) > LONGEST:
+        said = f"{said[:LONGEST]} ..."
+    return (f"{kind}: {said}" if said else kind) + at_users_line(error)
+
+
+@contextlib.contextmanager
+def needs_room(folder: Path | str | None) -> Iterator[None]:
+    """Raise NoRoom in place of an error which says that nothing can be written in `folder`."""
+    try:
+        yield
+    except Exception as error:
+        if folder is not None and (words := _no_room(error, Path(folder))):
+            raise NoRoom(f"{folder}: {NO_ROOM}{words}") from error
+        raise
+
+
+def _no_room(error: Exception, folder: Path) -> str:
+    """Return the system's words of a disk that is full or may not be written to, else nothing.
+
+    An error that names a file elsewhere is not of `folder`, nor one of the user's own writing."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM | _NO_RIGHT:
+        if isinstance(error.filename, (str, Path)):
+            ours = _is_near(Path(error.filename), folder)
+        else:
+            ours = error.errno in _NO_ROOM and not users_line(error)
+        return (error.strerror or "") if ours else ""
+    # As the libraries in Rust say it: safetensors.
+    return os.strerror(errno.ENOSPC) if "(os error 28)" in str(error) else ""
+
+
+def _is_near(path: Path, folder: Path) -> bool:
+    """Tell whether a path is in a folder, or is one of those in which the folder would be made."""
+    path, folder = path.absolute(), folder.absolute()
+    return path.is_relative_to(folder) or folder.is_relative_to(path)

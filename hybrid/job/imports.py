@@ -8,15 +8,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-from .blame import tell_error
-from .errors import JobError, first_line
-from .user_code import user_line
+from .errors import JobError, first_line, tell_error
+from .given import given_functions
+from .traces import at_users_line
 
 
 def check_name(section: str, name: str, known: Collection[str]) -> None:
     """Raise JobError unless `name` is a known one or looks like package.module:function."""
     module, colon, function = name.partition(":")
-    if name in known or (colon and function.isidentifier() and module):
+    if (
+        name in known
+        or (section, name) in given_functions()
+        or (colon and function.isidentifier() and module)
+    ):
         return
     raise JobError(
         f"{section}.name = {name!r}: unknown; valid: {', '.join(known)}, package.module:function"
@@ -35,7 +39,8 @@ def call_named(
 
     `known` maps short names to `package.module:function`. arguments: come before the options.
     offered: further keyword arguments, for a function that has parameters of these names. Raises
-    JobError where the function cannot be imported or refuses the options."""
+    JobError where the function cannot be imported, refuses the options or raises; the message names
+    the user's line."""
     check_name(section, name, known)
     function = import_function(section, name, known.get(name, name))
     given = f"{section}.options = {dict(options)!r} of {name!r}"
@@ -48,15 +53,17 @@ def call_named(
             raise JobError(f"{given}: {error}; valid: {', '.join(names)}") from None
     try:
         return function(*arguments, **options, **more)
-    except (TypeError, ValueError, RuntimeError) as error:
-        place = user_line(error)
-        raise JobError(f"{given}: {first_line(error)}{f' ({place})' if place else ''}") from error
-    except (ImportError, MemoryError):
+    except (MemoryError, ModuleNotFoundError):  # no fault of the job's
         raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise JobError(f"{given}: {first_line(error)}") from error
     except Exception as error:  # a user's function may raise anything
-        if user_line(error) is None:
+        if name in known:
             raise
         raise JobError(f"{given}: {tell_error(error)}") from error
+    except SystemExit as error:
+        words = f"ends the program, with {error.code!r}{at_users_line(error)}"
+        raise JobError(f"{given}: {words}") from error
 
 
 def parameter_names(function: Callable[..., Any]) -> list[str] | None:
@@ -70,7 +77,14 @@ def parameter_names(function: Callable[..., Any]) -> list[str] | None:
 def import_function(section: str, name: str, path: str) -> Callable[..., Any]:
     """Import what `section` of the job names, by its path `package.module:function`.
     Raises JobError where it cannot be imported or called."""
+    if given := given_functions().get((section, name)):
+        return given
     module, _, function = path.partition(":")
+    if module == "__main__":
+        raise JobError(
+            f"{section}.name = {name!r}: was given as a function in Python, which this process "
+            "does not have: put it into a file FILE.py, valid: FILE:function"
+        )
     loaded = import_module(f"{section}.name = {name!r}", module)
     found = getattr(loaded, function, None)
     if found is None:
@@ -91,3 +105,6 @@ def import_module(given: str, module: str) -> ModuleType:
         return importlib.import_module(module)
     except Exception as error:  # a user's file may raise anything while it is imported
         raise JobError(f"{given}: cannot be imported: {first_line(error)}") from error
+    except SystemExit as error:  # a script whose work is not under `if __name__ == "__main__"`
+        words = f"it ends the program while it is imported{at_users_line(error)}"
+        raise JobError(f"{given}: cannot be imported: {words}") from error

@@ -1,6 +1,10 @@
-"""This module says on stderr why a command ended, and with which exit status. It needs no torch."""
+"""This module says on stderr why a command ended, with which exit status, and what to do next.
+
+It needs no torch."""
 
 import sys
+
+PACKAGES = ("torch", "accelerate", "deepspeed")
 
 
 def explain(error: Exception) -> int:
@@ -14,7 +18,7 @@ def explain(error: Exception) -> int:
         raise error
     if isinstance(error, PeerFailed) or (status == 2 and _is_said_by_another_rank()):
         return status  # `leave_error` knows the first cause and has printed it
-    if isinstance(error, RunFailed) and status == 2:
+    if isinstance(error, RunFailed) and status != 1:
         return say(error.failure.message, status)
     if isinstance(error, RunFailed):
         print(f"hybrid: {error}\n{error.failure.details}", file=sys.stderr)
@@ -40,3 +44,21 @@ def say(message: str, status: int) -> int:
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     print(f"hybrid: {shown}", file=sys.stderr)
     return status
+
+
+def suggest(message: str) -> None:
+    """Print on stderr what one may do next, after a command that ended well."""
+    print(f"hybrid: next: {message}", file=sys.stderr)
+
+
+def versions() -> str:
+    """Return this package's release and those of what it trains with, without importing them."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for name in ("hybrid", *PACKAGES):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} is not installed")
+    return f"{found[0]} ({', '.join(found[1:])})"

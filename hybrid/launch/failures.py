@@ -4,6 +4,7 @@ A rank keeps a `RankStatus`: what it is doing, in words. If it fails, `leave_err
 `OUT/logs/rankN.error.json` and tells the other ranks. `first_cause` reads these files. The module
 needs no torch."""
 
+import contextlib
 import dataclasses
 import json
 import mmap
@@ -17,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from .. import records
-from ..job.errors import Failure, kind_of
+from ..job.errors import NO_ROOM, Failure, kind_of, needs_room
 from ..job.schema import Job
+from ..job.traces import at_users_line, sent_message
 from .heartbeat import Cause, Heartbeat, is_peer_loss
 from .placement import Placement
 
 OUT_OF_MEMORY = "out of memory"  # how what memory ran out for is described, and told again
-_WIDTH = 80  # bytes in `logs/rankN.where`
+_WIDTH = 240  # bytes in `logs/rankN.where`
+_SAID_LAST = 2**16  # bytes at the end of a log, in which the C++ library says why it aborts
+_WHAT = re.compile(r"^\s*what\(\):\s+(.+)$", re.MULTILINE)
 TAIL_LINES = 20  # of a log, where a rank left nothing else
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # in the RuntimeError that torch raises on a full host
 
@@ -42,9 +46,12 @@ class RankStatus:
         self.peers: Heartbeat | None = None
         self._shown: mmap.mmap | None = None  # the file, written without a system call
         if logs:
+            name = f"rank{placement.rank}.where"
             logs.mkdir(parents=True, exist_ok=True)
-            with (logs / f"rank{placement.rank}.where").open("wb+") as file:
-                file.truncate(_WIDTH)
+            with needs_room(logs.parent), (logs / name).open("wb+") as file:
+                # Not a hole: on a full disk the first write to a mapped hole ends the process.
+                file.write(b" " * _WIDTH)
+                file.flush()
                 self._shown = mmap.mmap(file.fileno(), _WIDTH)
         self.set("starting")
 
@@ -73,33 +80,54 @@ def leave_error(error: BaseException, status: RankStatus) -> Cause | None:
 
     Returns the other rank's failure that this one follows from, if there is one. Where memory ran
     out, what is known of it is also added to the error's notes, for launchers that print them."""
-    message, kind = ": ".join([type(error).__name__, *str(error).splitlines()[:1]]), kind_of(error)
-    if isinstance(error, SystemExit):
-        message = "was told to end, by SIGTERM"
+    message, kind = _first_words(error), kind_of(error)
+    line = ""
     whole = f"{message} ({status.doing})"
     if kind != "error":
         message = whole = str(error)
     elif is_out_of_memory(error):
         message = whole = describe_out_of_memory(error, status)
         error.add_note(message)
+    elif not is_peer_loss(message):
+        line = _users_line(error, status)
     cause = None
     if status.peers and is_peer_loss(message):
         cause = status.peers.first_cause()
     elif status.peers:
-        status.peers.report(message)
+        status.peers.report(message, line)
     if kind == "error" and status.placement.under_foreign_launcher:
-        _print_cause(whole, cause, status.placement)
+        _print_cause(whole + line, cause, status.placement)
     if status.logs:
         what: dict[str, Any] = {
             "time": time.time(),
             "host": status.placement.host,
-            "message": whole,
+            "message": whole + line,
             "details": _trace(error),
             "kind": kind,
             "cause": dataclasses.asdict(cause) if cause else None,
         }
-        records.write(what, status.logs / f"rank{status.placement.rank}.error.json")
+        try:
+            records.write(what, status.logs / f"rank{status.placement.rank}.error.json")
+        except OSError:  # such as a full disk: the file of `set` has had its room before
+            status.set(message[-_WIDTH:])
     return cause
+
+
+def _first_words(error: BaseException) -> str:
+    """Return the class of an error and the first line of its message."""
+    if isinstance(error, SystemExit):
+        return "was told to end, by SIGTERM"
+    if sent := sent_message(error):
+        return sent
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
+def _users_line(error: BaseException, status: RankStatus) -> str:
+    """Say on which line of the user's code an error was raised and in which log it stands."""
+    line = at_users_line(error)
+    if line and status.logs and status.placement.launcher:
+        line += f" (log: {status.logs / f'rank{status.placement.rank}.log'})"
+    return line
 
 
 def _print_cause(message: str, cause: Cause | None, here: Placement) -> None:
@@ -109,7 +137,7 @@ def _print_cause(message: str, cause: Cause | None, here: Placement) -> None:
     line = f"hybrid: rank {here.rank} on {here.host}"
     if cause:
         line += f" ends, because of rank {cause.rank} on {cause.host}"
-        message = f"{cause.message} ({cause.where})"
+        message = f"{cause.message} ({cause.where}){cause.line}"
     print(f"{line}: {message}", file=sys.stderr, flush=True)
 
 
@@ -196,15 +224,25 @@ def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
             who, message = rank, left["message"]
             if cause := left["cause"]:
                 who = cause["rank"]
-                message = f"{cause['message']} ({_where(logs, who)})"
+                message = f"{cause['message']} ({_where(logs, who)}){cause.get('line', '')}"
             failure = Failure(who, message, left["details"], left["kind"])
             found.append((is_peer_loss(failure.message), left["time"], failure))
         else:
-            log = (logs / f"rank{rank}.log").read_text(errors="replace")
-            tail = "\n".join(log.splitlines()[-TAIL_LINES:])
-            message = f"{how_it_ended(code)} ({_where(logs, rank)})"
-            found.append((False, seen, Failure(rank, message, tail)))
+            found.append((False, seen, _without_words(rank, code, logs)))
     return min(found, key=lambda f: f[:2])[2]
+
+
+def _without_words(rank: int, code: int, logs: Path) -> Failure:
+    """Return the failure of a rank that left no error file: by its exit code and its log."""
+    log, doing = "", _where(logs, rank)
+    with contextlib.suppress(OSError):  # on a full disk there may be none
+        log = (logs / f"rank{rank}.log").read_text(errors="replace")
+    tail = "\n".join(log.splitlines()[-TAIL_LINES:])
+    if NO_ROOM in doing:
+        return Failure(rank, doing, tail, "room")
+    said = _WHAT.findall(log[-_SAID_LAST:]) if code == -signal.SIGABRT else []
+    message = how_it_ended(code) + (f": {said[-1].strip()}" if said else "")
+    return Failure(rank, f"{message} ({doing})", tail)
 
 
 def _where(logs: Path, rank: int) -> str:

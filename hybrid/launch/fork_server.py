@@ -33,11 +33,20 @@ MESSAGE_BYTES = 2**17
 
 def main() -> None:
     """Serve requests until the starter ends; return never."""
-    control = socket.socket(fileno=int(sys.argv[1]))
+    serve(socket.socket(fileno=int(sys.argv[1])))
+
+
+def serve(control: socket.socket, here: bool = False) -> None:
+    """Serve requests until the starter ends; return never.
+
+    here: this process is a fork of its starter (`hybrid.launch.fork_here`), whose `__main__`, path
+    and streams ranks would otherwise have."""
     words = os.memfd_create("words")  # what imports print belongs into each rank's log
     os.dup2(words, 1)
     os.dup2(words, 2)
-    code = _run(_serve(control, words))
+    if here:
+        sys.stdout, sys.stderr = _unbuffered(sys.stdout, 1), _unbuffered(sys.stderr, 2)
+    code = _run(_serve(control, words), here)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -143,7 +152,9 @@ def _become_rank(request: dict[str, Any], server: int, words: int) -> None:
 def _unbuffered(stream: TextIO, descriptor: int) -> TextIO:
     """Return a stream like Python's own, which keeps nothing back: PYTHONUNBUFFERED."""
     raw: Any = io.FileIO(descriptor, "w", closefd=False)
-    return io.TextIOWrapper(raw, stream.encoding, stream.errors, write_through=True)
+    encoding = getattr(stream, "encoding", None) or "utf-8"  # a notebook's own has none
+    errors = getattr(stream, "errors", None) or "backslashreplace"
+    return io.TextIOWrapper(raw, encoding, errors, write_through=True)
 
 
 def _why_not_forked() -> str:
@@ -166,14 +177,19 @@ def _show_command(words: Sequence[str]) -> None:
         ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)
 
 
-def _run(request: dict[str, Any]) -> int:
-    """Run the rank's program as Python's command line would, and return its exit status."""
+def _run(request: dict[str, Any], here: bool) -> int:
+    """Run the rank's program as Python's command line would, and return its exit status.
+
+    here: `__main__` and the path stay those of the process that this one is a fork of."""
     program, arguments = request["program"], request["arguments"]
     try:
         if program[0] == "-m":
-            sys.path[0] = os.getcwd()
+            if here:
+                sys.modules.pop(program[1], None)  # else runpy warns that it runs it again
+            else:
+                sys.path[0] = os.getcwd()
             sys.argv = ["", *program[2:], *arguments]
-            runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+            runpy.run_module(program[1], run_name="__main__", alter_sys=not here)
         else:
             sys.path[0] = str(Path(program[0]).resolve().parent)
             sys.argv = [*program, *arguments]

@@ -23,6 +23,7 @@ _CAUSE = "hybrid/cause"
 # The files in which a rank waits for others: in a collective, in a backward pass that starts some,
 # for the numbers of a step.
 _WAITING = ("torch/distributed/", "torch/autograd/", "deepspeed/comm/", "engines/step_queue.py")
+_ENDED = threading._shutdown.__code__  # type: ignore[attr-defined]
 # Errors with these words say that a peer is gone or did not come: an effect, never the first cause.
 PEER_LOSS_MESSAGES = (
     "closed by peer",
@@ -34,6 +35,7 @@ PEER_LOSS_MESSAGES = (
     "Application timeout caused pair closure",  # gloo: another collective had timed out
     "Connection refused",
     "did not start within",
+    "gone or cut off, and with it the meeting point",  # `Heartbeat.first_cause`
 )
 
 
@@ -48,16 +50,19 @@ def is_peer_loss(message: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Cause:
-    """Says which rank failed first by what this rank knows, why, and what it was doing."""
+    """Says which rank failed first by what this rank knows, why, and what it was doing.
+
+    `line` says where in the user's code, if it was there: ", at FILE:LINE (log: ...)"."""
 
     rank: int
     host: str
     message: str
     where: str
+    line: str = ""
 
     def describe(self) -> str:
         """Describe the failure in one line."""
-        return f"rank {self.rank} on {self.host}: {self.message} ({self.where})"
+        return f"rank {self.rank} on {self.host}: {self.message} ({self.where}){self.line}"
 
 
 class Heartbeat:
@@ -80,9 +85,9 @@ class Heartbeat:
         self._stopped.set()
         self._thread.join(PERIOD_S)
 
-    def report(self, message: str) -> None:
-        """Report why this rank fails; of all ranks' reports the first is kept."""
-        cause = Cause(self.rank, self.host, message, self.doing())
+    def report(self, message: str, line: str = "") -> None:
+        """Report why this rank fails, and on which line; the first report is kept."""
+        cause = Cause(self.rank, self.host, message, self.doing(), line)
         word = json.dumps(dataclasses.asdict(cause))
         _bounded(lambda: self.store.compare_set(_CAUSE, "", word), None)
 
@@ -165,13 +170,14 @@ def _bounded(ask: Callable[[], T | None], otherwise: T | None) -> T | None:
 def _line_of(thread: int | None) -> tuple[str, bool]:
     """Return the line that a thread executes, as FILE:LINE FUNCTION, and whether it waits there.
 
-    A rank that has waited in vain asks for the cause, in a function of this file further up."""
+    A rank that has waited in vain asks for the cause, in a function of this file further up, and
+    one that has ended waits for its threads."""
     frame = sys._current_frames().get(thread or 0)
     if frame is None:
         return "no line", False
     line = f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"
     waits = any(words in line for words in _WAITING)
     while frame and not waits:
-        waits = frame.f_code.co_filename == __file__
+        waits = frame.f_code.co_filename == __file__ or frame.f_code is _ENDED
         frame = frame.f_back
     return line, waits

@@ -17,6 +17,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from ..job.given import given_functions
+from .fork_here import ForkedHere, fork_warm_process
 from .fork_server import MESSAGE_BYTES
 
 FILLER = " " * 4096  # room for the ranks' own command lines
@@ -58,20 +60,31 @@ class WarmProcess:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.environment = _environment()
+        self.functions = given_functions()
         self.codes: dict[int, int | None] = {}
+        self.process: subprocess.Popen[bytes] | ForkedHere
+        # A fork has none of the threads that torch computes with, once it has started them.
+        self.warned = False
+        self.one_thread = bool(self.functions) and "torch" in sys.modules
+        variables = VARIABLES | {"OMP_WAIT_POLICY": wait_policy()}
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.fork_server", str(theirs.fileno()), FILLER],
-                env=os.environ | VARIABLES | {"OMP_WAIT_POLICY": wait_policy()},
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
+            if self.functions:
+                self.process = fork_warm_process(theirs, variables)
+            else:
+                number = str(theirs.fileno())
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", f"{__package__}.fork_server", number, FILLER],
+                    env=os.environ | variables,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                )
         self.socket = ours
 
     def fits(self) -> bool:
-        """Tell whether the process lives and has the variables that a new one would have."""
-        return self.process.poll() is None and self.environment == _environment()
+        """Tell whether the process lives, and has the variables and functions of a new one."""
+        alike = self.environment == _environment() and self.functions == given_functions()
+        return self.process.poll() is None and alike
 
     def fork(
         self,
@@ -88,7 +101,7 @@ class WarmProcess:
         request = {
             "program": list(program),
             "arguments": list(arguments),
-            "variables": dict(variables),
+            "variables": dict(variables) | self._threads(variables),
             "folder": os.getcwd(),
             "log": str(log.absolute()),
             "modules": list(modules),
@@ -103,6 +116,20 @@ class WarmProcess:
             self.process.kill()
             raise
         raise ServerGone
+
+    def _threads(self, variables: Mapping[str, str]) -> dict[str, str]:
+        """Return the number of threads where the ranks cannot have that of `variables`."""
+        asked = variables.get("OMP_NUM_THREADS", "1")
+        if not self.one_thread or asked == "1":
+            return {}
+        if not self.warned:
+            self.warned = True
+            print(
+                f"hybrid: warning: ranks have one thread in place of {asked}, since they are forks "
+                "of this process, which has imported torch",
+                file=sys.stderr,
+            )
+        return {"OMP_NUM_THREADS": "1"}
 
     def prepare(self, modules: Sequence[str]) -> None:
         """Import modules that ranks will need, and do not wait for it."""

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import records
-from ..job.errors import CheckFailed, JobError, kind_of
+from ..job.errors import CheckFailed, JobError, first_line, kind_of
 from ..job.file import load_job, to_dict
+from ..job.given import given_functions
 from ..job.schema import Job
 from ..launch.failures import how_it_ended
 from ..launch.local import end
@@ -34,7 +35,7 @@ def check_apart(job: Job, modules: Sequence[str]) -> CheckedJob:
     """Return what `look_at_job` does, and raise what it raises; CheckFailed for any other error.
 
     modules: of the ranks that start next, which the warm process imports meanwhile."""
-    warm = None if "torch" in sys.modules else warm_process()
+    warm = None if "torch" in sys.modules and not given_functions() else warm_process()
     if warm is None:
         return look_at_job(job)
     with contextlib.ExitStack() as files:
@@ -121,7 +122,7 @@ def main() -> None:
         else:
             if kind == "error":
                 traceback.print_exc()
-                message = f"checking the job: {type(error).__name__}: {message}"
+                message = f"checking the job: {type(error).__name__}: {first_line(error)}"
             answer = {"error": {"kind": kind, "message": message}}
     Path(sys.argv[2]).write_text(json.dumps(answer))
 

@@ -16,9 +16,14 @@ from ..job.schema import Job
 from ..records import EvalResult
 
 
-def evaluate(engine: Engine, samples: Sequence[Any], job: Job, micro_batches: int) -> EvalResult:
+def evaluate(
+    engine: Engine, samples: Sequence[Any], job: Job, micro_batches: int | None = None
+) -> EvalResult:
     """Return the loss and the counts of all `samples` under an engine; collective.
-    Raises RunError unless each sample was counted once."""
+
+    micro_batches: pieces that each share of a batch is cut into; left out, the job's
+    `train.micro_batches`. Raises RunError unless each sample was counted once."""
+    micro_batches = micro_batches or job.train.micro_batches
     plan = BatchPlan(len(samples), job.train.global_batch, engine.layout.dp, micro_batches, None)
     steps = range(plan.steps_per_epoch)
     loader = make_loader(job, plan, engine, samples, steps)

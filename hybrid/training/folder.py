@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import records
-from ..job.errors import RunFailed, first_line, kind_of
+from ..job.errors import RunFailed, first_line, kind_of, needs_room
 from ..job.file import to_dict
 from ..job.schema import Job
+from ..job.traces import users_line
 from ..job.variants import Choice
 from ..records import Record, Status
 
@@ -20,13 +21,15 @@ CHECKPOINTS = "checkpoints"
 
 def begin_run(out: Path, job: Job, choice: Choice) -> Path:
     """Remove what an earlier run left in `out`, and return the path of the new `job.json` there.
-    The new `record.json` says `running`. job: the one that `choice` was resolved in."""
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    (out / "steps.jsonl").unlink(missing_ok=True)
-    record = Record(choice.name, "running", variant_of=choice.variant_of)
-    records.write(record, out / "record.json")
-    records.write(to_dict(job), out / "job.json")
+    The new `record.json` says `running`. job: the one that `choice` was resolved in. Raises
+    NoRoom."""
+    with needs_room(out):
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+        (out / "steps.jsonl").unlink(missing_ok=True)
+        record = Record(choice.name, "running", variant_of=choice.variant_of)
+        records.write(record, out / "record.json")
+        records.write(to_dict(job), out / "job.json")
     return out / "job.json"
 
 
@@ -40,9 +43,13 @@ def end_run(out: Path, choice: Choice, world_size: int, error: BaseException) ->
         reason = records.INTERRUPTED
     else:
         reason = first_line(error)
+        log = out / "logs" / "rank0.log"
+        if users_line(error) and log.exists():
+            reason += f" (log: {log})"
     variant_of = choice.variant_of
     record = Record(choice.name, status, reason, world_size=world_size, variant_of=variant_of)
-    records.write(record, out / "record.json")
+    with needs_room(out):
+        records.write(record, out / "record.json")
     return record
 
 

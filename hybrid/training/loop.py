@@ -22,8 +22,9 @@ from ..data.workers import AHEAD, end_workers
 from ..engines.layers import compile_evidence
 from ..engines.precision import name_of
 from ..engines.protocol import Engine, StepResult, extend_receipt
-from ..job.errors import PeerFailed, RunError
+from ..job.errors import PeerFailed, RunError, needs_room
 from ..job.file import to_dict
+from ..job.given import naming
 from ..job.schema import Job, resolve_lengths
 from ..job.variants import Choice, resolve
 from ..launch.exchange import gather_objects
@@ -54,14 +55,20 @@ def train(
     out: Path | str | None = None,
     on_step: OnStep | None = None,
     placement: Placement | None = None,
+    model: Callable[..., Any] | None = None,
+    data: Callable[..., Any] | None = None,
 ) -> Record:
     """Train the job under one strategy in this process, and return the record on every rank.
 
     strategy: its name, or that of a variant in the job. placement: this process's rank; left out,
-    it is found from a launcher's variables, and without these the process is alone. Rank 0 also
-    writes `out/job.json`, `out/record.json`, `out/steps.jsonl` and `out/checkpoints/final/`. Raises
+    it is found from a launcher's variables, and without these the process is alone. model, data:
+    functions in place of those that the job names (`hybrid.job.given`). Rank 0 also writes
+    `out/job.json`, `out/record.json`, `out/steps.jsonl` and `out/checkpoints/final/`. Raises
     JobError or Unsupported where the job cannot run, RunError where the run is not what was asked
-    for, PeerFailed where another rank failed first."""
+    for, PeerFailed where another rank failed first, NoRoom where `out` cannot be written to."""
+    if model is not None or data is not None:
+        with naming(job, model, data) as named:
+            return train(named, strategy, out, on_step, placement)
     if placement is None:
         placement = find_placement()
         print_warnings(job.warnings() if placement.rank == 0 else [])
@@ -72,7 +79,8 @@ def train(
     try:
         if recorded:
             begin_run(recorded, job, choice)
-        return _train(choice, placement, folder, on_step, status)
+        with needs_room(out):
+            return _train(choice, placement, folder, on_step, status)
     except BaseException as error:
         # This comes before `cleanup`, which can wait for a peer that is gone.
         cause = leave_error(error, status)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import records
-from ..job.errors import JobError, RunFailed
+from ..job.errors import JobError, RunFailed, needs_room
 from ..job.schema import Job
 from ..job.variants import resolve, warnings_of
 from ..launch.accelerate_env import check_started
@@ -23,6 +23,7 @@ from ..launch.warm import warm_ranks
 from ..records import Record
 from ..strategies import registry
 from .apart import check_apart
+from .branches import explain
 from .check import print_warnings
 from .folder import add_warnings, begin_run, end_run
 from .progress import Progress, Watcher
@@ -41,14 +42,14 @@ def run_job(
     strategy: its name, or that of a variant in the job. parent: the process id of the `hybrid` that
     started this rank. fresh_ranks: start each rank afresh; left out, all are forked from one
     process. Returns the record in the process that shows it, None in the others. Raises JobError,
-    Unsupported, RunFailed or the run's error.
+    Unsupported, RunFailed, NoRoom or the run's error.
     """
     placement = find_placement(started_by_hybrid=parent is not None)
     if placement.rank == 0 and parent is None:
         print_warnings(warnings_of(job, [strategy]))
     registry.check_settings(job, [strategy])
     if placement.launcher is None:
-        with warm_ranks(fresh_ranks):
+        with needs_room(out), warm_ranks(fresh_ranks):
             return _launch_checked(job, strategy, out, nproc)
     end_with_launcher(parent)
     if nproc not in (None, placement.world_size):
@@ -115,11 +116,14 @@ def launch(
         cores_for = played if choice.strategy == "local_sgd" else None
         run_ranks(nproc, arguments, out, watcher.poll, program or PROGRAM, modules, cores_for)
         record = add_warnings(out, records.read(Record, out / "record.json"), warnings)
-    except BaseException as error:
+    except BaseException as raised:
+        error = raised
+        if isinstance(raised, RunFailed):
+            error = RunFailed(explain(raised.failure, job, strategy, nproc))
         record = add_warnings(out, end_run(out, choice, nproc, error), warnings)
         if isinstance(error, RunFailed):
             watcher.finished(label, record)
-        raise
+        raise error from None
     watcher.finished(label, record)
     return record
 

@@ -12,6 +12,7 @@ STEPS = 20
 torch.manual_seed(0)  # every rank makes the same samples and the same layers
 inputs = torch.randn(600, 20)
 samples = list(zip(inputs, (inputs.sum(1) > 0).long(), strict=True))
+samples, test_samples = samples[:500], samples[500:]
 layers = [torch.nn.Linear(20, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2)]
 
 sections = {
@@ -37,9 +38,11 @@ for step in range(STEPS):
         for ids in plan.micro_batch_ids(step, share)
     ]
     result = engine.train_step(micro_batches)
+test = hybrid.evaluate(engine, test_samples, job)  # each test sample once, over all ranks
 receipt = engine.receipt()
 weights = engine.state()  # whole tensors on rank 0, nothing elsewhere
 if weights:
     print(f"{STRATEGY}: loss {result.loss:.4f} after {STEPS} steps, engaged: {receipt.engaged}")
+    print(f"test loss {test.loss:.4f}, accuracy {test.accuracy:.2f} of {test.samples} samples")
 engine.close()
 hybrid.cleanup()

@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 
-from ...job.blame import tell_error
-from ...job.errors import JobError
+from ...job.errors import JobError, tell_error
 from .finding import SEVERAL, STAGED, Finding, list_names
 from .losses import leaves_behind
 from .nested import tensors_in

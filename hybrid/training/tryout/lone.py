@@ -2,16 +2,15 @@
 
 from ...job.errors import Unsupported
 from ...job.variants import Choice
-from ...layout import Layout, micro_batch_size
-from .finding import STAGED
+from ...layout import Layout
 
 
 def lone_samples(choice: Choice, layout: Layout, num_samples: int, layers: str) -> None:
     """Raise Unsupported if a micro-batch of a run has no second sample, which `layers` need.
 
     layers: the names of batch norms that have one value a channel and sample. Shares of a batch
-    differ by one sample at most, and so do their micro-batches; one without samples is padded to
-    one row. A pipeline pads each to the same size."""
+    differ by one sample at most, and so do their micro-batches. Rows that pad one have no part in
+    the statistics."""
     train, job = choice.job.train, choice.job
     micro_batches = job.micro_batches(choice.strategy)
     last = num_samples % train.global_batch
@@ -21,8 +20,6 @@ def lone_samples(choice: Choice, layout: Layout, num_samples: int, layers: str) 
         sizes.append(last)
     for size in sizes:
         smallest = size // layout.dp // micro_batches
-        if choice.strategy in STAGED:
-            smallest = micro_batch_size(train.global_batch, layout.dp, micro_batches)
         if smallest < 2:
             what = f"{size} {'samples' if size > 1 else 'sample'}"
             held = "one sample" if smallest else "none or one sample"

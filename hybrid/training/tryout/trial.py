@@ -11,8 +11,7 @@ from torch import nn
 
 from ...data.loader import MicroBatch, load_micro_batch
 from ...engines.layers import prepare_layers, sample_seeds
-from ...job.blame import tell_error
-from ...job.errors import JobError, RunError
+from ...job.errors import JobError, RunError, tell_error
 from ...job.schema import Job
 from ...models.layers import Layers
 from ...models.losses import Loss
