@@ -13,7 +13,8 @@ from hybrid.data import batches
 from hybrid.data.batches import BLOCK, BatchPlan
 from hybrid.data.loader import MicroBatch
 from hybrid.data.permutation import permute
-from hybrid.engines.tally import Tally, TallyRow, hash_ids
+from hybrid.engines.hashes import hash_ids
+from hybrid.engines.tally import Tally, TallyRow
 from hybrid.models.losses import cross_entropy
 
 SHARES = [1, 2, 3, 4]

@@ -29,6 +29,7 @@ from .deepspeed_setup import (
     set_masters,
     stepped,
 )
+from .hashes import hash_ids
 from .layers import set_sample_seeds
 from .optimizer import (
     build_optimizer,
@@ -42,9 +43,9 @@ from .pipeline_instructions import make_pipeline, reduce_in_buckets, tie, wrap_o
 from .precision import Observer, Stepped, names_of
 from .protocol import StepResult, make_receipt
 from .schedule import learning_rate
-from .state import copy_state, named_tensors, num_held
+from .state import copy_state, named_tensors, num_held, on_device
 from .step_queue import StartedStep, StepRow, make_row
-from .tally import Tally, eval_result, hash_ids
+from .tally import Tally, eval_result
 
 
 class StageEngine(BaseEngine):
@@ -75,9 +76,9 @@ class StageEngine(BaseEngine):
         self.tally = Tally(self.device)
         self.input_digest = 0
         self.norm: torch.Tensor | float = math.nan  # of the gradients' norm in this step
-        # The sample ids of the micro-batches whose forward pass, or loss, is still to come.
+        # The sample ids of those whose forward pass, the micro-batches whose loss is still to come.
         self.pending: list[torch.Tensor] = []
-        self.targeted: list[torch.Tensor] = []
+        self.targeted: list[MicroBatch] = []
         columns = range(self.layout.dp)
         ranks = range(self.layout.world_size)
         self.norm_parts = [[r for r in ranks if self.layout.dp_rank(r) == c] for c in columns]
@@ -106,10 +107,10 @@ class StageEngine(BaseEngine):
             reduce_in_buckets(engine)
         return engine
 
-    def _step(self, micro_batches: Sequence[MicroBatch], own: int) -> None:
+    def _step(self, micro_batches: Sequence[MicroBatch], own: int | float) -> None:
         self.tally, self.input_digest = Tally(self.device), 0
         self.pending = [micro_batch.ids for micro_batch in micro_batches]
-        self.targeted = list(self.pending)
+        self.targeted = list(micro_batches)
         optimizer = self.engine.optimizer
         scale = loss_scale(optimizer)
         set_learning_rate(optimizer, learning_rate(self.job, self.step))
@@ -120,18 +121,19 @@ class StageEngine(BaseEngine):
         row = make_row(self.tally, own, self.norm, rate, self.input_digest)
         self._note_step([row], scale, bool(self.zero_stage or self.job.train.clip_norm))
 
-    def _count_own(self, micro_batches: Iterable[MicroBatch]) -> int:
+    def _count_own(self, micro_batches: Iterable[MicroBatch]) -> int | float:
         """Count targets on the last stage alone, which takes the loss."""
         return super()._count_own(micro_batches if self.reads_targets else [])
 
     def _feed(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Any]:
         """Give DeepSpeed its batches as pairs of input and target.
 
-        The sample ids do not pass through its schedule: it runs micro-batches in order."""
+        Neither sample ids nor targets pass through its schedule, which takes no dicts: it runs
+        micro-batches in order, and the ids stand in for the targets."""
         if self.reads_inputs:
             self.input_digest = hash_ids(torch.cat([mb.ids for mb in micro_batches]))
         for micro_batch in micro_batches:
-            yield micro_batch.input, micro_batch.target
+            yield micro_batch.input, micro_batch.ids
 
     def _seed(self, module: nn.Module, args: Any) -> None:
         """Seed each forward pass of this stage. DeepSpeed runs the micro-batches in order."""
@@ -141,15 +143,15 @@ class StageEngine(BaseEngine):
             ids, rows = self.pending.pop(0), self.micro_batch_size or 1
             set_sample_seeds(self.job, self.step, place, ids, rows)
 
-    def _take_loss(self, output: Any, target: Any) -> torch.Tensor:
+    def _take_loss(self, output: Any, _: Any) -> torch.Tensor:
         """Compute the loss for DeepSpeed, on the last stage, in training and in evaluation."""
-        micro_batch = MicroBatch(None, target, self.targeted.pop(0))
+        micro_batch = on_device(self.targeted.pop(0), self.device, inputs=False)
         training = torch.is_grad_enabled()
         loss_sum = self.tally.add(self.loss, output, micro_batch, score=not training)
         if not training:
             return loss_sum
         # DeepSpeed divides by the micro-batches and averages over columns: undo both.
-        return loss_sum * (self.micro_batches * self.layout.dp / max(1, self._count_all()))
+        return loss_sum * (self.micro_batches * self.layout.dp / (self._count_all() or 1))
 
     def _clip(self, engine: Any) -> None:
         """Clip reduced gradients by their global norm over all stages.
@@ -170,16 +172,16 @@ class StageEngine(BaseEngine):
         return result
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
-        self.tally = Tally(self.device)
+        self.tally = Tally(self.device, self.counter, self.metrics)
         for micro_batches in batches:
-            self.targeted = [micro_batch.ids for micro_batch in micro_batches]
+            self.targeted = list(micro_batches)
             self.engine.eval_batch(
                 self._feed(micro_batches),
                 reduce_output=None,
                 bcast_loss=False,
                 num_micro_batches=len(micro_batches),
             )
-        return eval_result(self.tally.row())
+        return eval_result(self.tally)
 
     def _own_tensors(self, shared: bool) -> dict[str, torch.Tensor]:
         """Return the live stage's tensors; `shared`: also those that an earlier stage holds."""

@@ -56,10 +56,12 @@ def build_model(job: Job) -> tuple[Layers, Loss]:
     import torch
 
     from .layers import Layers
+    from .losses import as_loss
+    from .own_loss import OwnLoss, take_target
 
     torch.manual_seed(job.train.seed)
     built, given = _call(job), f"model.name = {job.model.name!r}"
-    two = isinstance(built, tuple) and len(built) == 2 and callable(built[1])
+    two = isinstance(built, tuple) and len(built) == 2
     if not (two and isinstance(built[0], (list, tuple))):
         raise JobError(f"{given}: must return (layers, loss)")
     layers = built[0] if isinstance(built[0], Layers) else Layers(built[0])
@@ -69,4 +71,10 @@ def build_model(job: Job) -> tuple[Layers, Loss]:
             raise JobError(f"{given}: layer {i} is a {kind}, each layer must be an nn.Module")
     if not any(p.requires_grad for layer in layers for p in layer.parameters()):
         raise JobError(f"{given}: has no parameter to train")
-    return layers, built[1]
+    try:
+        loss = as_loss(built[1])
+    except ValueError as error:
+        raise JobError(f"{given}: {error}") from None
+    if isinstance(loss, OwnLoss):
+        take_target(layers)
+    return layers, loss

@@ -131,6 +131,7 @@ def open_engine(
     from ..engines.layers import prepare_layers
     from ..launch.process_group import hide_accelerate_configuration, join_process_group
     from ..models.layers import Layers
+    from ..models.losses import as_loss
     from ..models.vector_functions import call_vector_functions_once
 
     call_vector_functions_once()
@@ -143,4 +144,4 @@ def open_engine(
     _check(job, strategy, placement.layout, summary)
     if strategy != "single":
         placement = join_process_group(placement, job.launch)
-    return get(strategy).build(job, placement, prepare_layers(job, layers), loss)
+    return get(strategy).build(job, placement, prepare_layers(job, layers), as_loss(loss))

@@ -33,11 +33,13 @@ def check_job(job: Job, data: Data | None = None) -> CheckedJob:
     data: the train and test sets, where the caller has made them already. Raises JobError where the
     job is wrong, and ModuleNotFoundError where a tracker's package is missing."""
     from ..data import build_data
+    from ..models.metrics import load_metrics
     from ..models.vector_functions import call_vector_functions_once
     from ..stages.shapes import boundaries, input_problem
 
     call_vector_functions_once()
     check_trackers(job.log.trackers)
+    load_metrics(job)
     layers = _build_layers(job)
     train_set, _ = data or build_data(job)
     sample_input = _first_input(job, train_set)

@@ -115,7 +115,8 @@ def _train(
             engine = registry.open_engine(job, strategy, layers, loss, placement)
             del layers
         status.held = engine.num_held
-        run = _Run(job, choice, engine, instruments, placement, out, on_step, status, *data)
+        known = targets_per_sample(data[0], loss)
+        run = _Run(job, choice, engine, instruments, placement, out, on_step, status, *data, known)
         return run.go()
     finally:
         instruments.close()
@@ -135,6 +136,7 @@ class _Run:
     status: RankStatus
     train_set: Sequence[Any]
     test_set: Sequence[Any]
+    known: int | None = None  # the targets of each sample, where the train set tells it
     unread: deque[StepCost] = dataclasses.field(default_factory=deque)  # of steps without numbers
     evals: list[StepEval] = dataclasses.field(default_factory=list)
 
@@ -195,7 +197,7 @@ class _Run:
         plan = BatchPlan(len(self.train_set), *sizes, job.train.seed)
         total, every = job.train.steps or 0, job.train.eval_every
         period = min(total, registry.steps_between_syncs(job, self.choice.strategy))
-        known = targets_per_sample(self.train_set)
+        known = self.known
         loader = make_loader(plan, engine, self.train_set, known)
         first: dict[str, float] = {}
         for step in range(total):
@@ -267,8 +269,8 @@ class _Run:
 
     def _tokens(self) -> int | None:
         """Return the number of tokens in a whole batch; None where a sample has one target."""
-        most = self.steps.most_targets
-        return most if most > self.job.train.global_batch else None
+        most = self.steps.most_targets  # of weighted targets the count is no number of tokens
+        return most if isinstance(most, int) and most > self.job.train.global_batch else None
 
     def _require_receipt(self) -> records.Receipt:
         receipt = self.engine.receipt()

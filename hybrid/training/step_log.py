@@ -18,7 +18,7 @@ class StepLog:
 
     def __init__(self, here: bool, out: Path | None) -> None:
         self.count = 0
-        self.most_targets = 0  # of any step
+        self.most_targets: int | float = 0  # of any step
         self._here, self._kept = here, list[StepRecord]()
         self._file = (out / "steps.jsonl").open("a+") if out else None
         self._lines = list[str]()  # not written yet
