@@ -15,7 +15,7 @@ from ..launch.placement import Placement
 from ..models.loss_calls import LossCalls
 from ..models.losses import Loss
 from ..models.metrics import load_metrics
-from ..models.own_loss import OwnLoss, WithTarget
+from ..models.own_loss import OwnLoss, model_input
 from ..records import EvalResult, Receipt
 from .counting import TargetCounter, num_rows
 from .layers import sample_seeds
@@ -56,9 +56,8 @@ class BaseEngine(Engine):
         # The ranks whose squares add up to that of the whole norm, where each knows but a part.
         self.norm_parts: list[list[int]] = []
         self._factor: tuple[tuple[float, torch.dtype], torch.Tensor] | None = None  # the last one
-        self._count: int | float | None = (
-            None  # targets of all ranks in this step, once it is known
-        )
+        # The targets of all ranks in this step, once they are known.
+        self._count: int | float | None = None
 
     def start_step(
         self, micro_batches: Sequence[MicroBatch], count: int | float | None = None
@@ -124,9 +123,7 @@ class BaseEngine(Engine):
 
     def _input(self, micro_batch: MicroBatch) -> Any:
         """Return what the model gets: the targets too, where it returns its own loss."""
-        if isinstance(self.loss, OwnLoss):
-            return WithTarget(micro_batch.input, micro_batch.target)
-        return micro_batch.input
+        return model_input(self.loss, micro_batch.input, micro_batch.target)
 
     def _set_training(self, *models: nn.Module) -> None:
         """Put models back into the mode for training, which takes a walk through all modules.

@@ -145,7 +145,7 @@ class StageEngine(BaseEngine):
 
     def _take_loss(self, output: Any, _: Any) -> torch.Tensor:
         """Compute the loss for DeepSpeed, on the last stage, in training and in evaluation."""
-        micro_batch = on_device(self.targeted.pop(0), self.device, inputs=False)
+        micro_batch = on_device(self.targeted.pop(0), self.device)
         training = torch.is_grad_enabled()
         loss_sum = self.tally.add(self.loss, output, micro_batch, score=not training)
         if not training:

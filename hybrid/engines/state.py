@@ -14,16 +14,12 @@ from ..job.errors import JobError
 from .precision import names_of, plain_name
 
 
-def on_device(micro_batch: MicroBatch, device: torch.device, inputs: bool = True) -> MicroBatch:
-    """Return a micro-batch on `device`; without `inputs`, they are dropped."""
-    if not inputs:
-        micro_batch = dataclasses.replace(micro_batch, input=None)
+def on_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """Return a micro-batch with its inputs and targets on `device`."""
     if device.type == "cpu":
         return micro_batch
     pair = micro_batch.input, micro_batch.target  # each a tensor, or a tuple, list or dict of them
-    inputs, target = tree_map(
-        lambda t: t.to(device, non_blocking=True) if hasattr(t, "to") else t, pair
-    )
+    inputs, target = tree_map(lambda tensor: tensor.to(device, non_blocking=True), pair)
     return dataclasses.replace(micro_batch, input=inputs, target=target)
 
 

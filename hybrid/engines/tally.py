@@ -77,7 +77,7 @@ class Tally:
         if self.counter:
             self.counter.see(output, micro_batch.target)
         if rows == 0:
-            return _zero(output)
+            return _zero(loss, output, micro_batch.target)
         output = real_rows(output, rows, padded)
         target = real_rows(micro_batch.target, rows, padded)
         if score:
@@ -130,8 +130,14 @@ class Tally:
         )
 
 
-def _zero(output: Any) -> torch.Tensor:
-    """Return a zero whose graph reaches all that the output's does, so that gradients are there."""
+def _zero(loss: Loss, output: Any, target: Any) -> torch.Tensor:
+    """Return a zero with the graph that the loss of a row of padding has.
+
+    It is the graph of other ranks' losses: ZeRO-3 waits for ever for a rank that takes gradients of
+    other outputs. Where that loss is not finite, the graph reaches all outputs."""
+    total = take_loss(loss, output, target)[0]
+    if total.isfinite():
+        return total * 0.0
     parts = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
     floating = [t for t in parts if t.is_floating_point()]
     graphs = [t for t in floating if t.requires_grad] or floating[:1]

@@ -57,7 +57,7 @@ def build_model(job: Job) -> tuple[Layers, Loss]:
 
     from .layers import Layers
     from .losses import as_loss
-    from .own_loss import OwnLoss, take_target
+    from .own_loss import CUT_PROBLEM, OwnLoss
 
     torch.manual_seed(job.train.seed)
     built, given = _call(job), f"model.name = {job.model.name!r}"
@@ -76,5 +76,5 @@ def build_model(job: Job) -> tuple[Layers, Loss]:
     except ValueError as error:
         raise JobError(f"{given}: {error}") from None
     if isinstance(loss, OwnLoss):
-        take_target(layers)
+        layers.cut_problem = CUT_PROBLEM
     return layers, loss

@@ -51,8 +51,9 @@ def as_loss(given: Any) -> Loss:
 
     given: such a function, or one that returns the mean that it calls torch for; one of torch's
     loss modules or functions, with `reduction` mean or sum, which come to the same, since the mean
-    is always taken over the whole batch; or None for a module that returns its own loss. Raises ValueError in one line where it is none of these, or
-    has parameters of its own, which no optimizer would train."""
+    is always taken over the whole batch; or None for a module that returns its own loss. Raises
+    ValueError in one line where it is none of these, or has parameters of its own, which no
+    optimizer would train."""
     if given is None:
         return OwnLoss()
     if isinstance(given, type):
@@ -67,7 +68,7 @@ def as_loss(given: Any) -> Loss:
                 f"the loss has parameters of its own ({', '.join(names)}), which no optimizer of "
                 "the job trains: put them into a layer, whose output hands them to the loss"
             )
-    ready = getattr(given, "count", None) is not None or isinstance(given, GivenLoss)
+    ready = find_count(given) or isinstance(given, (GivenLoss, OwnLoss))
     return as_torch_loss(given) or (given if ready else GivenLoss(given))
 
 
@@ -136,26 +137,6 @@ def take_loss(loss: Loss, output: Any, target: Any) -> tuple[torch.Tensor, Count
     if isinstance(count, bool) or not hasattr(count, "__float__") or _is_vector(count):
         raise JobError(f"the loss returned {_describe(count)} as its count; it must be a number")
     return total, count if isinstance(count, int) else float(count)
-
-
-def reached_leaves(total: torch.Tensor) -> list[torch.Tensor]:
-    """Lists the tensors whose gradients the backward pass of `total` would add to.
-
-    Where `total` is the loss of a detached output, these are the trained tensors that the loss
-    itself holds or reads: parameters of its own, or layers' weights in a penalty."""
-    found: dict[torch.Tensor, None] = {total: None} if total.is_leaf and total.requires_grad else {}
-    seen: set[Any] = set()
-    waiting = [total.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            found[leaf] = None
-        waiting += [following for following, _ in node.next_functions]
-    return list(found)
 
 
 def _is_vector(value: Any) -> bool:

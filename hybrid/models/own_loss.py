@@ -4,28 +4,31 @@ Such a loss is a mean over targets that the module chooses: all labels, or all b
 row, without those that are ignored. Which they are is not guessed. The first evaluated micro-batch
 shows it: there the module's own call of torch's loss is watched."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
 
 from ..job.errors import JobError
-from .layers import Layers
 from .loss_calls import LossCall
 from .torch_losses import KINDS
 
 MEND = "return (module, loss) with a loss (output, target) -> (sum, count)"
+CUT_PROBLEM = f"the module returns its own loss, which needs all of it; for stages {MEND}"
 
 
-class WithTarget(NamedTuple):
-    """Holds what a module gets that returns its own loss: its input, and its labels."""
+def model_input(loss: Any, given: Any, target: Any) -> Any:
+    """Returns what a model gets of a micro-batch: its input, and for its own loss the target too.
 
-    input: Any
-    target: Any
+    To a dict the target is added as `labels`, or with its own names where it is a dict; to a tuple
+    or a tensor it is added as the last of a tuple."""
+    if not isinstance(loss, OwnLoss):
+        return given
+    if isinstance(given, Mapping):
+        return {**given, **(target if isinstance(target, Mapping) else {"labels": target})}
+    return (*(given if isinstance(given, (tuple, list)) else (given,)), target)
 
 
 class OwnLoss:
@@ -76,33 +79,6 @@ class OwnLoss:
             words = "is not the mean that it calls torch for (it adds something)"
             raise JobError(f"{self}: what the module returns as its loss {words}; {MEND}")
         self.count = _find_rule(call, labels)
-
-
-def take_target(layers: Layers) -> None:
-    """Makes the one module of `layers` take a `WithTarget`: its input, and its labels.
-
-    An input of several names is passed by name, with the target as `labels`; another one first,
-    with the target second. Raises JobError where there are several layers."""
-    if len(layers) != 1:
-        raise JobError(f"there is no loss, and {len(layers)} layers return none; {MEND}")
-    layers.cut_problem = f"the module returns its own loss, so no stage can be cut off; {MEND}"
-    layers[0].__class__ = _taking(type(layers[0]))  # type: ignore[arg-type]
-
-
-@functools.cache
-def _taking(kind: type[nn.Module]) -> type[nn.Module]:
-    """Makes a class like `kind` that takes a `WithTarget` too.
-
-    It is a subclass, not a wrapper, so that the names of parameters stay as they are."""
-
-    def forward(self: Any, given: Any, *args: Any, **options: Any) -> Any:
-        if not isinstance(given, WithTarget):
-            return kind.forward(self, given, *args, **options)
-        if isinstance(given.input, Mapping):
-            return kind.forward(self, **given.input, labels=given.target)
-        return kind.forward(self, given.input, given.target)
-
-    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 def find_mean(output: Any) -> torch.Tensor:

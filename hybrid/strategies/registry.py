@@ -132,16 +132,20 @@ def open_engine(
     from ..launch.process_group import hide_accelerate_configuration, join_process_group
     from ..models.layers import Layers
     from ..models.losses import as_loss
+    from ..models.own_loss import CUT_PROBLEM, OwnLoss
     from ..models.vector_functions import call_vector_functions_once
 
     call_vector_functions_once()
     choice = resolve(job, strategy)
     job, strategy = choice.job, choice.strategy
     layers = layers if isinstance(layers, Layers) else Layers(layers)
+    loss = as_loss(loss)
+    if isinstance(loss, OwnLoss):
+        layers.cut_problem = CUT_PROBLEM
     summary = ModelSummary(layers.sizes(), layers.cut_problem)
     placement = place(job, strategy, placement or find_placement())
     hide_accelerate_configuration()
     _check(job, strategy, placement.layout, summary)
     if strategy != "single":
         placement = join_process_group(placement, job.launch)
-    return get(strategy).build(job, placement, prepare_layers(job, layers), as_loss(loss))
+    return get(strategy).build(job, placement, prepare_layers(job, layers), loss)
