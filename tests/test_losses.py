@@ -15,7 +15,6 @@ from hybrid.data.targets import targets_per_sample
 from hybrid.engines.counting import TargetCounter, number, real_rows
 from hybrid.engines.tally import Tally, eval_result
 from hybrid.job.errors import JobError
-from hybrid.models import build_model
 from hybrid.models.loss_calls import LossCalls
 from hybrid.models.losses import as_loss, take_loss
 from hybrid.models.metrics import load_metrics, take_metric
@@ -250,12 +249,6 @@ def test_metrics_that_are_refused(metrics: list[str], words: str) -> None:
         load_metrics(small_job(train__metrics=metrics))
     with pytest.raises(JobError, match="single_number returned Tensor; it must return"):
         take_metric("single_number", brought_losses.single_number, SCORES, LABELS)
-
-
-def test_a_list_of_layers_and_torchs_loss_make_a_model() -> None:
-    job = small_job(model={"name": "tests.brought_losses:own"})
-    layers, loss = build_model(job)
-    assert isinstance(loss, OwnLoss) and "own loss" in str(layers.cut_problem)
 
 
 def test_several_losses_with_weights_are_exact_under_every_strategy(tmp_path: Path) -> None:

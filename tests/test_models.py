@@ -131,7 +131,9 @@ def test_refused_options_name_what_is_valid(
 def test_a_model_and_data_of_ones_own_are_named_by_path() -> None:
     layers, loss = make_model("tests.workloads:regression")
     train, test = make_data("tests.workloads:points", size=7)
-    assert (len(layers), len(train), len(test)) == (5, 7, 31) and loss is squared_error
+    assert (len(layers), len(train), len(test)) == (5, 7, 31) and getattr(
+        loss, "function", loss
+    ) is squared_error
     assert nn.Sequential(*layers)(train[0][0][None]).shape == (1, 3)
 
 

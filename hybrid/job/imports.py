@@ -68,3 +68,19 @@ def import_module(given: str, module: str) -> ModuleType:
         return importlib.import_module(module)
     except Exception as error:  # a user's file may raise anything while it is imported
         raise JobError(f"{given}: cannot be imported: {first_line(error)}") from error
+
+
+def find_function(given: str, path: str) -> Callable[..., Any]:
+    """Import and return the function that the job names by `package.module:function`.
+
+    Raises JobError, which begins with what was `given`, where there is none."""
+    module, colon, name = path.partition(":")
+    if not (module and colon and name.isidentifier()):
+        raise JobError(f"{given}: unknown; valid: package.module:function")
+    function = getattr(import_module(given, module), name, None)
+    if function is None:
+        raise JobError(f"{given}: module {module!r} has no attribute {name!r}")
+    if not callable(function) or isinstance(function, type):
+        raise JobError(f"{given}: is not a function")
+    found: Callable[..., Any] = function
+    return found

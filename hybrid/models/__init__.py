@@ -61,7 +61,7 @@ def build_model(job: Job) -> tuple[Layers, Loss]:
 
     torch.manual_seed(job.train.seed)
     built, given = _call(job), f"model.name = {job.model.name!r}"
-    two = isinstance(built, tuple) and len(built) == 2
+    two = isinstance(built, tuple) and len(built) == 2 and callable(built[1])
     if not (two and isinstance(built[0], (list, tuple))):
         raise JobError(f"{given}: must return (layers, loss)")
     layers = built[0] if isinstance(built[0], Layers) else Layers(built[0])

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 
 from ..job.errors import JobError
-from ..job.imports import import_module
+from ..job.imports import find_function
 from ..job.schema import Job
 
 Metric = Callable[[Any, Any], Any]
-FORM = "package.module:function"
 
 
 def load_metrics(job: Job) -> dict[str, Metric]:
@@ -19,15 +18,8 @@ def load_metrics(job: Job) -> dict[str, Metric]:
     Raises JobError where one cannot be imported, is no function, or has the name of another."""
     found: dict[str, Metric] = {}
     for path in job.train.metrics:
-        given = f"train.metrics = {path!r}"
-        module, _, name = path.partition(":")
-        if not module or not name.isidentifier():
-            raise JobError(f"{given}: unknown; valid: {FORM}")
-        function = getattr(import_module(given, module), name, None)
-        if function is None:
-            raise JobError(f"{given}: module {module!r} has no attribute {name!r}")
-        if not callable(function) or isinstance(function, type):
-            raise JobError(f"{given}: is not a function (output, target) -> (sum, count)")
+        given, name = f"train.metrics = {path!r}", path.rpartition(":")[2]
+        function = find_function(given, path)
         if name in found:
             raise JobError(f"{given}: another metric is called {name!r} too; valid: other names")
         found[name] = function
