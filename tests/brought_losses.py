@@ -110,3 +110,14 @@ def hits(output: Any, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 def single_number(output: Any, target: Any) -> Any:
     return output.sum()
+
+
+def loud() -> Any:
+    """A loss whose gradient for one sample overflows fp16 at a loss scale of 65,536."""
+    layers = [nn.Sequential(nn.Linear(32, 24), nn.Tanh()), nn.Linear(24, 10)]
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, int]:
+        total = functional.cross_entropy(output.float(), target, reduction="sum")
+        return 3 * total, len(target)
+
+    return layers, loss
