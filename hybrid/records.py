@@ -33,7 +33,7 @@ class StepRecord:
     lr: float
     samples: int
     sample_digest: str
-    targets: int | None = None
+    targets: int | float | None = None
     loss_scale: float | None = None
     skipped: bool = False
 
@@ -53,9 +53,10 @@ class Receipt:
 class EvalResult:
     """Records one pass over the test set, with every sample once.
 
-    `loss` is the sum over all `targets` divided by their number. `correct` and `accuracy` are None
-    where the targets are not classes, `perplexity` (e to the loss) where they are not tokens.
-    `prediction_digest` is additive over (sample id, predicted class)."""
+    `loss` is the sum over all `targets` divided by their number, or by their weights. `correct` and
+    `accuracy` are None where the loss does not show predicted classes, `perplexity` (e to the mean
+    cross-entropy) where these are not tokens. `prediction_digest` is additive over (sample id,
+    predicted class). `metrics` are those of the job, by the names of their functions."""
 
     loss: float
     samples: int
@@ -63,7 +64,8 @@ class EvalResult:
     accuracy: float | None = None
     prediction_digest: str | None = None
     perplexity: float | None = None
-    targets: int | None = None
+    targets: int | float | None = None
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,7 +61,7 @@ KINDS = {  # every field of the job, by the kind of value it takes
     "sync_every": ["strategy.local_sgd.sync_every"],
     "betas": ["optimizer.betas"],
     "kinds": ["optimizer.no_decay"],
-    "texts": ["log.trackers"],
+    "texts": ["log.trackers", "train.metrics"],
 }
 NOT_NUMBERS = [True, "3", [1], None]
 WRONG = {

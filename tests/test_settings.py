@@ -132,7 +132,8 @@ def test_batches_and_tests_that_do_not_divide(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ranks_overflow_where_one_process_does(tmp_path: Path) -> None:
     """The last batch of an epoch has one sample, whose gradient is not divided, and overflows."""
-    job = small_job(train__precision="fp16", train__global_batch=33, train__steps=9)
+    changes = {"train__precision": "fp16", "train__global_batch": 33, "train__steps": 9}
+    job = small_job(model={"name": "tests.brought_losses:loud"}, **changes)
     result = hybrid.compare(job, ["ddp", "fsdp"], 4, tmp_path)
     assert result.ok, result.parity
     for name, record in result.strategies.items():

@@ -184,7 +184,18 @@ def _eval_differences(
     away = share_apart(got, expected)
     if away > tolerance["correct"] or (got.correct is None) != (expected.correct is None):
         found.append(Found(None, "eval correct", got.correct, expected.correct, away))
-    return found
+    return found + [
+        Found(None, "eval metric", got.metrics.get(name), value, size, name)
+        for name, value in expected.metrics.items()
+        if (size := metric_apart(got.metrics.get(name), value))
+        > max(tolerance["eval_loss"], tolerance["correct"])
+    ]
+
+
+def metric_apart(got: float | None, expected: float) -> float:
+    """Return the relative difference of a metric; two that are NaN do not differ."""
+    nan = got is not None and math.isnan(got) and math.isnan(expected)
+    return 0.0 if nan else relative(got, expected)
 
 
 def share_apart(got: EvalResult, expected: EvalResult) -> float:

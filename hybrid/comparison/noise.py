@@ -16,7 +16,8 @@ SHARE_OF_NOISE = 0.25  # the controls must spread by at least this part of a dif
 LENIENT = 4.0  # times the tolerance: how far a control may be from the reference in the exact steps
 RARE = 0.05  # of a tensor's weights, at most, can have fallen to the other side by chance
 KINK = 10.0  # a spread that grows so many times in one step comes from a kink, such as relu's at 0
-ROUNDED = ("loss", "grad_norm", "weights", "eval loss", "eval correct")  # what rounding can move
+# What rounding can move.
+ROUNDED = ("loss", "grad_norm", "weights", "eval loss", "eval correct", "eval metric")
 
 
 def can_be_rounding(found: Found, exact_steps: int) -> bool:
@@ -137,6 +138,10 @@ class Noise:
         if found.quantity == "eval loss":
             scale = scale_at("eval loss", expected.loss, self._first_loss)
             return _spread([r.loss for r in results if r], scale)
+        if found.quantity == "eval metric":
+            value = expected.metrics[found.tensor or ""]
+            values = [r.metrics.get(found.tensor or "", value) for r in results if r]
+            return _spread(values, abs(value))
         total = expected.targets or expected.samples
         return _spread([r.correct or 0 for r in results if r], total)
 

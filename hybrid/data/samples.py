@@ -53,15 +53,6 @@ class JobSet:
     longest: Longest = dataclasses.field(default_factory=Longest)
     draws_together: bool = False  # its `__getitems__` has drawn random numbers
 
-    @property
-    def targets_per_sample(self) -> int | None:
-        """The number that the set itself tells; a collate function may change what it does not."""
-        from .targets import targets_per_sample
-
-        if self.collate is None:
-            return targets_per_sample(self.samples)
-        return getattr(self.samples, "targets_per_sample", None)
-
     def __len__(self) -> int:
         return len(self.samples)
 

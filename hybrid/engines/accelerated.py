@@ -62,7 +62,7 @@ class AcceleratedEngine(BaseEngine):
             firsts = range(0, self.layout.world_size, size)
             self.norm_parts = [list(range(first, first + size)) for first in firsts]
 
-    def _step(self, micro_batches: Sequence[MicroBatch], own: int) -> None:
+    def _step(self, micro_batches: Sequence[MicroBatch], own: int | float) -> None:
         tally = Tally(self.device)
         self._set_training(self.model)
         set_learning_rate(self.optimizer, learning_rate(self.job, self.step))
@@ -101,7 +101,7 @@ class AcceleratedEngine(BaseEngine):
     def _backward(self, loss_sum: torch.Tensor, micro_batches: int) -> None:
         """Add the gradients of the mean loss over all ranks' targets."""
         # The reduction averages over ranks: the factor, or under fp16 `unscale`, undoes that.
-        self._backward_by(loss_sum, self.scale.loss_factor / max(1, self._count_all()), self.scale)
+        self._backward_by(loss_sum, self.scale.loss_factor / (self._count_all() or 1), self.scale)
 
     def _update(self) -> torch.Tensor | float:
         """Clip, step, and return what `_clip_gradients` does."""

@@ -12,16 +12,20 @@ from torch import nn
 from ..data.loader import MicroBatch
 from ..job.schema import Job
 from ..launch.placement import Placement
+from ..models.loss_calls import LossCalls
 from ..models.losses import Loss
+from ..models.metrics import load_metrics
+from ..models.own_loss import OwnLoss, model_input
 from ..records import EvalResult, Receipt
 from .buffers import OneSet
+from .counting import TargetCounter, num_rows
 from .layers import sample_seeds
 from .optimizer import LossScale, clip, norm_of, parameters_of
 from .precision import Observer, Stepped, check_ledger, make_ledger
 from .protocol import Engine, StepResult, extend_receipt
 from .state import gradient_dtypes, on_device
 from .step_queue import LocalRow, StartedStep, StepQueue, StepRow, norms_of, step_result
-from .tally import Tally, count_targets, eval_result, num_rows
+from .tally import Tally, eval_result
 
 
 class BaseEngine(Engine):
@@ -39,6 +43,11 @@ class BaseEngine(Engine):
     def __init__(self, job: Job, placement: Placement, loss: Loss) -> None:
         self.job, self.placement, self.loss = job, placement, loss
         self.layout, self.device = placement.layout, placement.device
+        function = getattr(loss, "function", loss)
+        if isinstance(function, nn.Module):
+            function.to(self.device)
+        self.counter, self.metrics = TargetCounter(loss, self.device), load_metrics(job)
+        self._shown = not self.counter.needs_output  # an output has been shown to the counter
         self.shares: tuple[int, ...] = (placement.dp_rank,)
         self.step = 0  # optimizer steps done
         self.training = False  # the model is in the mode for training
@@ -49,9 +58,15 @@ class BaseEngine(Engine):
         self.norm_parts: list[list[int]] = []
         self._factor: tuple[tuple[float, torch.dtype], torch.Tensor] | None = None  # the last one
         self.one_set: OneSet | None = None  # of buffers, where nothing else keeps one
-        self._count: int | None = None  # targets of all ranks in this step, once it is known
+        # The targets of all ranks in this step, once they are known.
+        self._count: int | float | None = None
 
-    def start_step(self, micro_batches: Sequence[MicroBatch], count: int | None = None) -> None:
+    def start_step(
+        self, micro_batches: Sequence[MicroBatch], count: int | float | None = None
+    ) -> None:
+        if not self._shown:
+            self._shown = True
+            self.evaluate([micro_batches[:1]])
         self._count, own = count, self._count_own(micro_batches)
         number = self._number_to_send(micro_batches, own, count)
         if number is not None or len(self.queue.waiting) >= self.job.log.every:
@@ -60,23 +75,23 @@ class BaseEngine(Engine):
         self.step += 1
         self.observer.stop()
 
-    def _step(self, micro_batches: Sequence[MicroBatch], own: int) -> None:
+    def _step(self, micro_batches: Sequence[MicroBatch], own: int | float) -> None:
         """Make one optimizer step, and note it by `_note_step`.
         own: the targets that this rank's loss will count."""
         raise NotImplementedError
 
-    def _count_own(self, micro_batches: Iterable[MicroBatch]) -> int:
-        return sum(count_targets(self.loss, micro_batch) for micro_batch in micro_batches)
+    def _count_own(self, micro_batches: Iterable[MicroBatch]) -> int | float:
+        return sum(self.counter.count(micro_batch) for micro_batch in micro_batches)
 
     def _number_to_send(
-        self, micro_batches: Sequence[MicroBatch], own: int, count: int | None
-    ) -> int | None:
+        self, micro_batches: Sequence[MicroBatch], own: int | float, count: int | float | None
+    ) -> int | float | None:
         """Return the number that the ranks must tell one another in this step, None: there is none.
 
         It is that of this rank's targets, unless the plan tells the count of all."""
         return own if count is None else None
 
-    def _count_all(self) -> int:
+    def _count_all(self) -> int | float:
         """Return how many targets the losses of all ranks will count in this step.
 
         It waits for what the others sent, where the plan does not tell it."""
@@ -106,7 +121,11 @@ class BaseEngine(Engine):
         micro_batch = on_device(micro_batch, self.device)
         rows = num_rows(micro_batch.target)
         with sample_seeds(self.job, self.step, place, micro_batch.ids, rows):
-            return tally.add(self.loss, model(micro_batch.input), micro_batch)
+            return tally.add(self.loss, model(self._input(micro_batch)), micro_batch)
+
+    def _input(self, micro_batch: MicroBatch) -> Any:
+        """Return what the model gets: the targets too, where it returns its own loss."""
+        return model_input(self.loss, micro_batch.input, micro_batch.target)
 
     def _set_training(self, *models: nn.Module) -> None:
         """Put models back into the mode for training, which takes a walk through all modules.
@@ -177,15 +196,22 @@ class BaseEngine(Engine):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
-        tally = Tally(self.device)
+        tally = Tally(self.device, self.counter, self.metrics)
         if self.one_set:
             self.one_set.before_use()
         self.model.eval()
         self.training = False
         for micro_batch in itertools.chain.from_iterable(batches):
-            micro_batch = on_device(micro_batch, self.device)
-            tally.add(self.loss, self.model(micro_batch.input), micro_batch, score=True)
-        return eval_result(tally.row())
+            micro_batch, calls = on_device(micro_batch, self.device), []
+            if isinstance(self.loss, OwnLoss):
+                with LossCalls() as watched:
+                    output = self.model(self._input(micro_batch))
+                calls = watched.calls
+                self.loss.learn(calls, output, micro_batch.target)
+            else:
+                output = self.model(micro_batch.input)
+            tally.add(self.loss, output, micro_batch, score=True, calls=calls)
+        return eval_result(tally)
 
     def _add_ledger(self, receipt: Receipt, stepped: Stepped) -> Receipt:
         """Return the receipt with this rank's precision ledger, which must meet its conditions."""

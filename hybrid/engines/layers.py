@@ -11,7 +11,8 @@ from ..models.batch_norms import leave_padding_out
 from ..models.draws import seed_functions
 from ..models.dropout import RowSeeds, mix, number_dropouts, set_rows, use_rows
 from ..models.layers import Layers
-from ..models.losses import Loss
+from ..models.losses import GivenLoss, Loss
+from ..models.own_loss import OwnLoss
 from .precision import DTYPES, round_inputs
 from .recomputation import recomputed
 
@@ -36,11 +37,27 @@ def prepare_layers(job: Job, layers: Layers) -> Layers:
 
 
 def prepare_loss(job: Job, loss: Loss) -> Loss:
-    """Compile the loss where the job compiles layers.
+    """Compile a loss of torch's where the job compiles layers.
 
     A language model's logits are the largest tensor of a step. Operator by operator, a loss in fp32
     writes copies of them as large again four times, which takes an H100 a sixth of the step."""
-    return torch.compile(loss) if job.train.compile else loss
+    if not job.train.compile or isinstance(loss, (GivenLoss, OwnLoss)):
+        return loss
+    return CompiledLoss(loss)
+
+
+class CompiledLoss:
+    """Is a loss, compiled in training alone: an evaluation watches what it calls of torch."""
+
+    def __init__(self, loss: Loss) -> None:
+        self._loss, self._compiled = loss, torch.compile(loss)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loss, name)
+
+    def __call__(self, output: Any, target: Any) -> Any:
+        """Return the sum and the count, as the loss does."""
+        return (self._compiled if torch.is_grad_enabled() else self._loss)(output, target)
 
 
 def compile_evidence(job: Job) -> tuple[dict[str, Any], dict[str, bool]]:

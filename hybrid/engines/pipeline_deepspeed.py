@@ -32,6 +32,7 @@ from .deepspeed_setup import (
     set_masters,
     stepped,
 )
+from .hashes import hash_ids
 from .layers import set_sample_seeds
 from .optimizer import (
     build_optimizer,
@@ -53,7 +54,7 @@ from .protocol import StepResult, make_receipt
 from .schedule import learning_rate
 from .state import copy_state, named_tensors, num_held, on_device
 from .step_queue import StartedStep, StepRow, make_row
-from .tally import Tally, eval_result, hash_ids
+from .tally import Tally, eval_result
 
 
 class StageEngine(BaseEngine):
@@ -125,7 +126,7 @@ class StageEngine(BaseEngine):
             reduce_in_buckets(engine)
         return engine
 
-    def _step(self, micro_batches: Sequence[MicroBatch], own: int) -> None:
+    def _step(self, micro_batches: Sequence[MicroBatch], own: int | float) -> None:
         self.tally, self.input_digest = Tally(self.device), 0
         optimizer = self.engine.optimizer
         scale = loss_scale(optimizer)
@@ -139,7 +140,7 @@ class StageEngine(BaseEngine):
         if self.one_set:
             self.one_set.after_step()
 
-    def _count_own(self, micro_batches: Iterable[MicroBatch]) -> int:
+    def _count_own(self, micro_batches: Iterable[MicroBatch]) -> int | float:
         """Count targets on the last stage alone, which takes the loss."""
         return super()._count_own(micro_batches if self.reads_targets else [])
 
@@ -169,7 +170,7 @@ class StageEngine(BaseEngine):
             return None
         return (value,)
 
-    def _take_loss(self, output: Any, target: Any) -> torch.Tensor:
+    def _take_loss(self, output: Any, _: Any) -> torch.Tensor:
         """Compute the loss for DeepSpeed, on the last stage, in training and in evaluation."""
         micro_batch = on_device(self.targeted.popleft(), self.device)
         training = torch.is_grad_enabled()
@@ -177,7 +178,7 @@ class StageEngine(BaseEngine):
         if not training:
             return loss_sum
         # DeepSpeed divides by the micro-batches and averages over columns: undo both.
-        return loss_sum * (self.micro_batches * self.layout.dp / max(1, self._count_all()))
+        return loss_sum * (self.micro_batches * self.layout.dp / (self._count_all() or 1))
 
     def _clip(self, engine: Any) -> None:
         """Clip reduced gradients by their global norm over all stages.
@@ -199,7 +200,7 @@ class StageEngine(BaseEngine):
         return result
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
-        self.tally = Tally(self.device)
+        self.tally = Tally(self.device, self.counter, self.metrics)
         if self.one_set:
             self.one_set.before_use()
         for micro_batches in batches:
@@ -209,7 +210,7 @@ class StageEngine(BaseEngine):
                 bcast_loss=False,
                 num_micro_batches=len(micro_batches),
             )
-        return eval_result(self.tally.row())
+        return eval_result(self.tally)
 
     def _own_tensors(self, shared: bool) -> dict[str, torch.Tensor]:
         """Return the live stage's tensors; `shared`: also those that an earlier stage holds."""

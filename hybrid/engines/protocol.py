@@ -33,7 +33,7 @@ class StepResult:
     samples: int
     sample_digest: str
     digest_by_rank: tuple[str, ...] = ()
-    targets: int = 0
+    targets: int | float = 0
     loss_scale: float | None = None
     skipped: bool = False
 
@@ -53,7 +53,9 @@ class Engine(Protocol):
     reads_targets: bool
     num_held: int
 
-    def start_step(self, micro_batches: Sequence[MicroBatch], count: int | None = None) -> None:
+    def start_step(
+        self, micro_batches: Sequence[MicroBatch], count: int | float | None = None
+    ) -> None:
         """Make one optimizer step on the micro-batches of this process's shares, share by share.
 
         It does not wait for the other ranks' numbers, which travel while the next step runs. count:

@@ -86,7 +86,7 @@ class ReplicaEngine(BaseEngine):
         self.merges: list[tuple[int, torch.Tensor]] = []  # steps and drifts that are not read yet
         self.drift: list[dict[str, float]] = []
 
-    def _step(self, micro_batches: Sequence[MicroBatch], own: int) -> None:
+    def _step(self, micro_batches: Sequence[MicroBatch], own: int | float) -> None:
         """Make one step of each replica alone, by the mean loss over its own targets."""
         each, scale = len(micro_batches) // len(self.models), self.scales[0].value
         self._set_training(*self.models)
@@ -120,15 +120,15 @@ class ReplicaEngine(BaseEngine):
         return bool(self.merge_every) and (last or done % (self.merge_every or 1) == 0)
 
     def _number_to_send(
-        self, micro_batches: Sequence[MicroBatch], own: int, count: int | None
-    ) -> int | None:
+        self, micro_batches: Sequence[MicroBatch], own: int | float, count: int | float | None
+    ) -> int | float | None:
         """Before a merge the ranks tell one another how many samples they saw since the last."""
         if not self._merges() or len(self.models) > 1:
             return None
         return self.seen[0] + sum(micro_batch.ids.shape[0] for micro_batch in micro_batches)
 
     def _step_replica(
-        self, i: int, micro_batches: Sequence[MicroBatch], count: int | None
+        self, i: int, micro_batches: Sequence[MicroBatch], count: int | float | None
     ) -> LocalRow:
         model, optimizer, scale = self.models[i], self.optimizers[i], self.scales[i]
         tally = Tally(self.device)
@@ -140,7 +140,7 @@ class ReplicaEngine(BaseEngine):
             if buffers and share and k == 0:
                 buffers.end_share()
             loss_sum = self._forward(model, micro_batch, (self.shares[i + share], k, 0), tally)
-            self._backward_by(loss_sum, 1 / max(1, count), scale)
+            self._backward_by(loss_sum, 1 / (count or 1), scale)
         if buffers:
             buffers.end_step()
         set_learning_rate(optimizer, learning_rate(self.job, self.step))

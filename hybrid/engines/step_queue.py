@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..job.errors import RunError
+from .counting import number
 from .protocol import StepResult
 from .tally import Tally
 
@@ -87,7 +88,11 @@ class StartedStep:
 
 
 def make_row(
-    tally: Tally, expected: int, norm: torch.Tensor | float, lr: float, input_digest: int = 0
+    tally: Tally,
+    expected: int | float,
+    norm: torch.Tensor | float,
+    lr: float,
+    input_digest: int = 0,
 ) -> LocalRow:
     """Return one rank's numbers of a step; the arguments are those of `StepRow`."""
     digest = tally.sample_digest()
@@ -107,7 +112,9 @@ class _Gathering:
 
     rows: this rank's. last: one more number, None: there is none."""
 
-    def __init__(self, rows: list[LocalRow], last: int | None, device: torch.device) -> None:
+    def __init__(
+        self, rows: list[LocalRow], last: int | float | None, device: torch.device
+    ) -> None:
         self.rows, self.last, self.device = rows, last, device
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         self.work: Any = None
@@ -173,16 +180,16 @@ class StepQueue:
         """Take the numbers of a step."""
         self.waiting.append(step)
 
-    def send(self, number: int | None = None) -> None:
+    def send(self, number: int | float | None = None) -> None:
         """Send what waits, and one more number, such as of targets in this step; collective."""
         if self.waiting or number is not None:
             rows = [row for step in self.waiting for row in step.rows]
             self.travelling.append((_Gathering(rows, number, self.device), self.waiting))
             self.waiting = []
 
-    def sent(self) -> list[int]:
+    def sent(self) -> list[float]:
         """Return each rank's number that was sent last, once it is there."""
-        return [int(numbers[-1]) for numbers in self.travelling[-1][0].read()]
+        return [numbers[-1] for numbers in self.travelling[-1][0].read()]
 
     def take(self) -> Iterator[tuple[StartedStep, list[StepRow]]]:
         """Yield each step that was sent, with the rows of all ranks, in the order of the ranks."""
@@ -223,11 +230,11 @@ def step_result(step: StartedStep, rows: Sequence[StepRow], norms: Sequence[floa
     for rank, row in enumerate(rows):
         _require_agreement("gradient norm", rank, norms[rank], norms[0])
         _require_agreement("learning rate", rank, row.lr, rows[0].lr)
-        if row.targets != row.expected:
+        if not _same_count(row.targets, row.expected):
             raise RunError(
-                f"rank {rank}: the loss counted {row.targets:.0f} targets where {row.expected:.0f} "
-                "were expected: a loss must count integer targets other than -100, others whatever "
-                "the output"
+                f"rank {rank}: the loss counted {row.targets:.9g} targets where "
+                f"{row.expected:.9g} were expected: what a loss counts must follow from the "
+                "targets alone, and its count(target) must agree with it"
             )
         loss_sum, targets = loss_sum + row.loss_sum, targets + row.targets
         samples, digest = samples + int(row.samples), digest + row.digest
@@ -238,10 +245,17 @@ def step_result(step: StartedStep, rows: Sequence[StepRow], norms: Sequence[floa
         samples=samples,
         sample_digest=f"{digest % 2**64:016x}",
         digest_by_rank=tuple(f"{row.digest:016x}" if row.samples else "" for row in rows),
-        targets=int(targets),
+        targets=number(targets),
         loss_scale=step.loss_scale,
         skipped=step.loss_scale is not None and not math.isfinite(norms[0]),
     )
+
+
+def _same_count(counted: float, expected: float) -> bool:
+    """Tell whether two counts are one: exactly for whole numbers, but for rounding for weights."""
+    if counted == expected or (float(counted).is_integer() and float(expected).is_integer()):
+        return counted == expected
+    return math.isclose(counted, expected, rel_tol=RANKS_AGREE)
 
 
 def _require_agreement(what: str, rank: int, value: float, first: float) -> None:

@@ -3,129 +3,107 @@
 Every engine computes its loss through `Tally`, so that sums, counts and sample ids come from the
 batch that was really used, without padding."""
 
+import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy
 import torch
+from torch.utils._pytree import tree_leaves
 
 from ..data.loader import MicroBatch
-from ..data.permutation import FIRST, GOLDEN, SECOND
 from ..job.errors import RunError
 from ..launch.exchange import gather_rows
-from ..models.losses import IGNORED_TARGET, Loss
+from ..models.loss_calls import LossCall, LossCalls
+from ..models.losses import Loss, take_loss
+from ..models.metrics import Metric, take_metric
 from ..records import EvalResult
-
-_U = numpy.uint64
-
-
-def real_rows(value: Any, rows: int, padded: int) -> Any:
-    """Cut off the rows that pad a micro-batch of `rows` samples to `padded`.
-    Raises RunError for a tensor (or one in a tuple or list) that has not one row a sample."""
-    if rows == padded:
-        return value
-    if isinstance(value, (tuple, list)):
-        return type(value)(real_rows(v, rows, padded) for v in value)
-    if value.dim() == 0 or value.shape[0] != padded:
-        raise RunError(
-            f"a padded micro-batch needs outputs and targets with one row a sample ({padded}), "
-            f"got shape {list(value.shape)}; choose train.global_batch so that it divides evenly"
-        )
-    return value[:rows]
-
-
-def num_rows(value: Any) -> int:
-    """Count the rows of a micro-batch's input or target, padding included."""
-    while isinstance(value, (tuple, list)):
-        value = value[0]
-    return value.shape[0]
-
-
-def count_targets(loss: Loss, micro_batch: MicroBatch) -> int:
-    """Count the targets that `loss` will count in a micro-batch, before there is an output.
-
-    The data set may tell it. Else integer targets count unless they are -100. For others the loss
-    itself is asked, with zeros in place of the output. Engines compare the answer with what the
-    loss then really counted."""
-    if micro_batch.num_targets is not None:
-        return micro_batch.num_targets
-    rows = micro_batch.ids.shape[0]
-    if rows == 0:
-        return 0
-    target = real_rows(micro_batch.target, rows, num_rows(micro_batch.target))
-    if not target.is_floating_point():
-        return int((target != IGNORED_TARGET).sum())
-    return int(loss(torch.zeros_like(target), target)[1])
-
-
-def hash_ids(ids: torch.Tensor, salt: torch.Tensor | None = None) -> int:
-    """Sum a hash of each id, or of each (id, salt), modulo 2**64.
-
-    The sum is the same for any order and any split of `ids` (int64 [n]). The hash is splitmix64
-    (Steele, Lea and Flood 2014)."""
-    z = ids.cpu().numpy().astype(numpy.uint64)
-    z *= _U(GOLDEN)
-    if salt is not None:
-        z += salt.cpu().numpy().astype(numpy.uint64) * _U(0xD1B54A32D192ED03)
-    z += _U(1)
-    for shift, factor in ((_U(30), _U(FIRST)), (_U(27), _U(SECOND))):
-        z ^= z >> shift
-        z *= factor
-    z ^= z >> _U(31)
-    return int(numpy.add.reduce(z))
+from .counting import TargetCounter, num_rows, number, real_rows
+from .hashes import hash_ids
+from .scores import TOKENS, UNCLEAR, UNKNOWN, Scores
 
 
 class TallyRow(NamedTuple):
-    """Holds what one rank counted."""
+    """Holds what one rank counted; the last five are those of `Scores`."""
 
     loss_sum: float
-    targets: int
+    targets: float  # a float where the loss weighs them
     samples: int
     digest: int
     correct: int
     predictions: int
-    target_kind: int  # 1: targets are classes; 2: a sample has several (tokens); 0: others
+    kind: int
+    scored: int
+    entropy: float
+    told_apart: int  # 0: the predictions cannot be told apart by sample
 
 
 class Tally:
     """Sums over the micro-batches of one step or one evaluation, on one rank.
 
-    loss_sum: float64 [] on the device. count: the targets counted so far, a tensor [] where the
-    loss gives one. Both are None before the first sample."""
+    counter: is shown each output. metrics: of the job, for an evaluation. loss_sum: float64 [] on
+    the device. count: the targets counted so far, a tensor [] where the loss gives one, in float64
+    where that is floating. Both are None before the first sample."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(
+        self,
+        device: torch.device,
+        counter: TargetCounter | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+    ) -> None:
+        self.device, self.counter, self.metrics = device, counter, metrics or {}
         self.loss_sum: torch.Tensor | None = None
-        self.count: torch.Tensor | int | None = None
-        self.correct: torch.Tensor | int = 0
-        self.samples = self.predictions = 0
-        self.classes = self.tokens = False
+        self.count: torch.Tensor | int | float | None = None
+        self.samples = 0
+        self.scores = Scores()
+        self.measured: dict[str, list[Any]] = {name: [0.0, 0.0] for name in self.metrics}
         self._digest = 0
         self._ids: list[torch.Tensor] = []  # not hashed yet
 
     def add(
-        self, loss: Loss, output: Any, micro_batch: MicroBatch, score: bool = False
+        self,
+        loss: Loss,
+        output: Any,
+        micro_batch: MicroBatch,
+        score: bool = False,
+        calls: Sequence[LossCall] = (),
     ) -> torch.Tensor:
         """Take the loss of one micro-batch and return its sum, with its graph.
 
-        `score` also counts correct classes. A micro-batch of padding alone returns a zero that
-        still has a graph."""
+        `score` also counts correct classes and takes the metrics. calls: of torch's losses in the
+        forward pass, where the model takes its own. A micro-batch of padding alone returns a zero
+        that still has a graph."""
         rows, padded = micro_batch.ids.shape[0], num_rows(micro_batch.target)
+        if self.counter:
+            self.counter.see(output, micro_batch.target)
         if rows == 0:
-            first = output[0] if isinstance(output, (tuple, list)) else output
-            return first.sum() * 0.0
+            return _zero(loss, output, micro_batch.target)
         output = real_rows(output, rows, padded)
         target = real_rows(micro_batch.target, rows, padded)
-        loss_sum, count = loss(output, target)
+        if score:
+            with LossCalls() as watched:
+                loss_sum, count = take_loss(loss, output, target)
+            self.scores.add([*calls, *watched.calls], target, micro_batch.ids)
+            self._measure(output, target)
+        else:
+            loss_sum, count = take_loss(loss, output, target)
         exact = loss_sum.detach().to(torch.float64)
         self.loss_sum = exact if self.loss_sum is None else self.loss_sum + exact
+        if isinstance(count, torch.Tensor) and count.is_floating_point():
+            count = count.to(torch.float64)
         self.count = count if self.count is None else self.count + count
         self.samples += rows
         self._ids.append(micro_batch.ids)
         if score:
-            self._score(output, target, micro_batch.ids)
             self.sample_digest()  # an evaluation keeps no list of all its samples
         return loss_sum
+
+    def _measure(self, output: Any, target: Any) -> None:
+        """Take the job's metrics of one micro-batch."""
+        for name, metric in self.metrics.items():
+            for i, part in enumerate(take_metric(name, metric, output, target)):
+                exact = part.to(torch.float64) if isinstance(part, torch.Tensor) else float(part)
+                self.measured[name][i] = self.measured[name][i] + exact
 
     def sample_digest(self) -> int:
         """Return the hash of all samples so far."""
@@ -135,44 +113,72 @@ class Tally:
             self._ids = []
         return self._digest
 
-    def _score(self, output: Any, target: Any, ids: torch.Tensor) -> None:
-        """Count correct predictions, and hash all of them; only where targets are classes."""
-        if not isinstance(output, torch.Tensor) or not isinstance(target, torch.Tensor):
-            return
-        if target.is_floating_point() or output.dim() != target.dim() + 1:
-            return
-        self.classes, self.tokens = True, target.dim() > 1
-        predicted = output.argmax(-1)
-        self.correct = self.correct + ((predicted == target) & (target != IGNORED_TARGET)).sum()
-        flat = predicted.reshape(len(ids), -1)
-        places = torch.arange(flat.shape[1], device=flat.device) * 2**32
-        mixed = (flat + places).flatten() + 1
-        spread = ids.repeat_interleave(flat.shape[1])
-        self.predictions = (self.predictions + hash_ids(spread, mixed)) % 2**64
-
     def row(self) -> TallyRow:
         """Return the sums so far, as numbers."""
+        scores = self.scores
         return TallyRow(
             float(self.loss_sum or 0.0),
-            int(self.count or 0),
+            float(self.count or 0.0),
             self.samples,
             self.sample_digest(),
-            int(self.correct),
-            self.predictions,
-            int(self.classes) + int(self.tokens),
+            int(scores.correct),
+            scores.predictions or 0,
+            scores.kind,
+            int(scores.scored),
+            float(scores.entropy),
+            int(scores.predictions is not None),
         )
 
 
-def eval_result(mine: TallyRow) -> EvalResult:
-    """Make the result of an evaluation from each rank's `Tally.row()`; collective."""
-    rows = gather_rows(mine)
-    samples, count = sum(row.samples for row in rows), sum(row.targets for row in rows)
-    kind = max(row.target_kind for row in rows)
+def _zero(loss: Loss, output: Any, target: Any) -> torch.Tensor:
+    """Return a zero with the graph that the loss of a row of padding has.
+
+    It is the graph of other ranks' losses: ZeRO-3 waits for ever for a rank that takes gradients of
+    other outputs. Where that loss is not finite, the graph reaches all outputs."""
+    total = take_loss(loss, output, target)[0]
+    if total.isfinite():
+        return total * 0.0
+    parts = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
+    floating = [t for t in parts if t.is_floating_point()]
+    graphs = [t for t in floating if t.requires_grad] or floating[:1]
+    if not graphs:
+        raise RunError("the model's output holds no tensor of floating numbers")
+    return sum((t.sum() * 0.0 for t in graphs[1:]), graphs[0].sum() * 0.0)
+
+
+def eval_result(tally: Tally) -> EvalResult:
+    """Make the result of an evaluation from what each rank counted; collective."""
+    rows = gather_rows(tally.row())
+    samples = sum(row.samples for row in rows)
+    count = number(sum(row.targets for row in rows))
     loss = sum(row.loss_sum for row in rows) / count if count else math.nan
-    if not kind:
-        return EvalResult(loss, samples, targets=count)
+    result = EvalResult(loss, samples, targets=count, metrics=_metrics(tally))
+    kinds, scored = [row.kind for row in rows], sum(row.scored for row in rows)
+    if UNCLEAR in kinds or max(kinds) == UNKNOWN or not scored:
+        return result
     correct = sum(row.correct for row in rows)
     digest = sum(row.predictions for row in rows) % 2**64
-    # For tokens: e to the mean loss in nats, by which language models are compared.
-    perplexity = math.exp(min(loss, 700.0)) if kind == 2 else None
-    return EvalResult(loss, samples, correct, correct / count, f"{digest:016x}", perplexity, count)
+    entropy = sum(row.entropy for row in rows) / scored
+    # For tokens: e to the mean cross-entropy in nats, by which language models are compared.
+    tokens = max(kinds) == TOKENS
+    return dataclasses.replace(
+        result,
+        correct=correct,
+        accuracy=correct / scored,
+        prediction_digest=f"{digest:016x}" if all(row.told_apart for row in rows) else None,
+        perplexity=math.exp(min(entropy, 700.0)) if tokens else None,
+    )
+
+
+def _metrics(tally: Tally) -> dict[str, float]:
+    """Return each metric's mean over the test sets of all ranks; collective where there are any.
+
+    NaN stands where its counts add up to nothing."""
+    if not tally.metrics:
+        return {}
+    rows = gather_rows([float(x) for pair in tally.measured.values() for x in pair])
+    sums = [sum(parts) for parts in zip(*rows, strict=True)]
+    return {
+        name: total / count if count else math.nan
+        for name, total, count in zip(tally.metrics, sums[::2], sums[1::2], strict=True)
+    }

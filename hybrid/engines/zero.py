@@ -68,7 +68,7 @@ class ZeroEngine(AcceleratedEngine):
 
     def _backward(self, loss_sum: torch.Tensor, micro_batches: int) -> None:
         # DeepSpeed divides by the micro-batches, and its reduction averages over ranks: undo both.
-        share = micro_batches * self.layout.dp / max(1, self._count_all())
+        share = micro_batches * self.layout.dp / (self._count_all() or 1)
         self.live.backward(loss_sum * share)
         if not self.reduces_once:
             self.live.step()  # after the last micro-batch alone it does more than count

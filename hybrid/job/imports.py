@@ -79,20 +79,12 @@ def import_function(section: str, name: str, path: str) -> Callable[..., Any]:
     Raises JobError where it cannot be imported or called."""
     if given := given_functions().get((section, name)):
         return given
-    module, _, function = path.partition(":")
-    if module == "__main__":
+    if path.partition(":")[0] == "__main__":
         raise JobError(
             f"{section}.name = {name!r}: was given as a function in Python, which this process "
             "does not have: put it into a file FILE.py, valid: FILE:function"
         )
-    loaded = import_module(f"{section}.name = {name!r}", module)
-    found = getattr(loaded, function, None)
-    if found is None:
-        words = f"cannot be imported: module {module!r} has no attribute {function!r}"
-        raise JobError(f"{section}.name = {name!r}: {words}")
-    if not callable(found):
-        raise JobError(f"{section}.name = {name!r}: is not a function")
-    return found
+    return find_function(f"{section}.name = {name!r}", path)
 
 
 def import_module(given: str, module: str) -> ModuleType:
@@ -108,3 +100,21 @@ def import_module(given: str, module: str) -> ModuleType:
     except SystemExit as error:  # a script whose work is not under `if __name__ == "__main__"`
         words = f"it ends the program while it is imported{at_users_line(error)}"
         raise JobError(f"{given}: cannot be imported: {words}") from error
+
+
+def find_function(given: str, path: str) -> Callable[..., Any]:
+    """Import and return what the job names by `package.module:function`.
+
+    Raises JobError, which begins with what was `given`, where there is none, or it is not called.
+    """
+    module, colon, name = path.partition(":")
+    if not (module and colon and name.isidentifier()):
+        raise JobError(f"{given}: unknown; valid: package.module:function")
+    loaded = import_module(given, module)
+    function: Callable[..., Any] | None = getattr(loaded, name, None)
+    if function is None:
+        words = f"cannot be imported: module {module!r} has no attribute {name!r}"
+        raise JobError(f"{given}: {words}")
+    if not callable(function):
+        raise JobError(f"{given}: is not a function")
+    return function

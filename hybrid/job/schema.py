@@ -109,6 +109,7 @@ class Train(Section):
     seed: Count = 0
     activation_checkpointing: bool = False  # computes activations again in backward, keeps none
     compile: bool = False  # applies torch.compile to each layer
+    metrics: list[str] = Field(default=[])  # package.module:function, for the evaluation
     eval_every: Count = 0  # steps between evaluations, also before training; 0: at the end alone
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from .cutting.blocks import is_chain, is_list
 from .cutting.calling import OWN_LOSS, PLAIN
 from .cutting.layers import ModuleLayers
 from .layers import Layers
+from .own_loss import CUT_PROBLEM
 
 # The functions that may stand in a list of layers, each for the module that torch has for it.
 MODULES: dict[Callable[..., Any], type[nn.Module]] = {
@@ -60,14 +61,18 @@ def as_layers(model: Any, own_loss: bool = False) -> Layers:
     """Makes layers of a list of layers, an `nn.Sequential` or any other module.
 
     An `nn.Sequential` without further ones in it is a list of layers with names of their own.
-    own_loss: the module returns its loss, so that its output is kept as it is. Raises ValueError
-    where a layer is none."""
+    own_loss: the module returns its loss, so that its output is kept as it is, and it cannot be
+    cut. Raises ValueError where a layer is none."""
     if isinstance(model, Layers):
         return model
+    if own_loss:
+        layers = ModuleLayers(model, OWN_LOSS)
+        layers.cut_problem = CUT_PROBLEM
+        return layers
     if is_chain(model) and not any(is_list(child) for child in model):
         return Layers(model, list(model._modules))
     if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
-        return ModuleLayers(model, OWN_LOSS if own_loss else PLAIN)
+        return ModuleLayers(model, PLAIN)
     return Layers([_as_layer(i, layer) for i, layer in enumerate(model)])
 
 

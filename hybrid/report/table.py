@@ -99,9 +99,12 @@ def _format_diffs(parity: Parity | None) -> list[str]:
 def _format_result(result: EvalResult | None) -> str:
     if result is None:
         return DASH
+    metrics = "".join(f", {name} {value:.5g}" for name, value in result.metrics.items())
     if result.perplexity is not None:
-        return f"ppl {format_perplexity(result.perplexity)}"
-    return f"loss {result.loss:.5g}" if result.accuracy is None else f"{result.accuracy:.2%}"
+        return f"ppl {format_perplexity(result.perplexity)}{metrics}"
+    if result.accuracy is not None:
+        return f"{result.accuracy:.2%}{metrics}"
+    return f"loss {result.loss:.5g}{metrics}"
 
 
 def describe_memory(record: Record) -> dict[str, list[str]]:

@@ -138,12 +138,15 @@ def open_engine(
     from ..engines.summary import summarise
     from ..launch.process_group import hide_accelerate_configuration, join_process_group
     from ..models.brought import as_layers
+    from ..models.losses import as_loss
+    from ..models.own_loss import OwnLoss
     from ..models.vector_functions import call_vector_functions_once
 
     call_vector_functions_once()
     choice = resolve(job, strategy)
     job, strategy = choice.job, choice.strategy
-    layers = as_layers(layers, own_loss=loss is None)
+    loss = as_loss(loss)
+    layers = as_layers(layers, own_loss=isinstance(loss, OwnLoss))
     placement = place(job, strategy, placement or find_placement())
     if placement.layout.pp > 1:
         layers.cut(samples)

@@ -146,6 +146,7 @@ class _Walk:
 
         from ..engines.state import on_device
         from ..engines.tally import Tally
+        from ..models.own_loss import model_input
 
         self.engine.model.train()
         for group in zip(*self._batches(step), strict=True):
@@ -153,7 +154,7 @@ class _Walk:
             for batch in group:
                 batch = on_device(batch, self.device)
                 with torch.random.fork_rng(devices=[]):
-                    output = self.engine.model(batch.input)
+                    output = self.engine.model(model_input(self.loss, batch.input, batch.target))
                     loss = Tally(self.device).add(self.loss, output, batch)
                 found.append(self._parameters_of(loss))
             yield found

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..job.errors import JobError, Unsupported
+from ..job.errors import JobError, RunError, Unsupported
 from ..job.schema import Job, resolve_lengths
 from ..job.variants import resolve
 from ..launch.placement import Placement
@@ -81,12 +81,14 @@ def look_at_job(job: Job, data: Data | None = None) -> CheckedJob:
     from ..data.check import check_samples, collate_warnings
     from ..engines.schedule import check_schedule
     from ..engines.summary import summarise
+    from ..models.metrics import load_metrics
     from ..models.vector_functions import call_vector_functions_once
     from ..stages.shapes import boundaries
     from .tryout.run import try_out
 
     call_vector_functions_once()
     check_trackers(job.log.trackers)
+    load_metrics(job)
     layers, loss = _build(job)
     train_set, test_set = data or build_data(job)
     check_samples(job, train_set, test_set)
@@ -123,6 +125,19 @@ def check_on_rank_0(job: Job, strategy: str, data: Data, placement: Placement) -
         if found is not None:
             raise found
     return found_here
+
+
+def check_fingerprints(sets: dict[str, Sequence[Any]]) -> dict[str, str]:
+    """Return the fingerprints of the sets that have one; collective.
+
+    Raises RunError if ranks have others."""
+    from ..launch.exchange import gather_objects
+
+    mine = {n: str(s.fingerprint) for n, s in sets.items() if hasattr(s, "fingerprint")}
+    for other, theirs in enumerate(gather_objects(mine)):
+        if theirs != mine:
+            raise RunError(f"rank {other} has other data: {theirs}, here {mine}")
+    return mine
 
 
 def print_warnings(lines: Iterable[str]) -> None:

@@ -27,7 +27,6 @@ from ..job.file import to_dict
 from ..job.given import naming
 from ..job.schema import Job, resolve_lengths
 from ..job.variants import Choice, resolve
-from ..launch.exchange import gather_objects
 from ..launch.failures import RankStatus, leave_error
 from ..launch.placement import OWN, Placement, find_placement
 from ..launch.process_group import cleanup, join_process_group, restored_environment
@@ -37,11 +36,11 @@ from ..models.shared import build_shared
 from ..models.vector_functions import call_vector_functions_once
 from ..records import EvalResult, Record, StepEval, StepRecord, Weights
 from ..strategies import registry
-from .check import check_on_rank_0, print_warnings
+from .check import check_fingerprints, check_on_rank_0, print_warnings
 from .evaluation import evaluate, make_loader
 from .folder import CHECKPOINTS, begin_run, end_run
 from .projection import project
-from .step_log import StepLog
+from .step_log import StepLog, make_record
 from .trackers import Trackers
 from .tryout.samples import blame_samples
 
@@ -130,19 +129,9 @@ def _train(
             engine = registry.open_engine(job, strategy, layers, loss, placement, data[0])
             del layers
         status.held = engine.num_held
-        run = _Run(
-            job,
-            choice,
-            engine,
-            instruments,
-            placement,
-            out,
-            on_step,
-            status,
-            names,
-            *data,
-            warnings,
-        )
+        known = targets_per_sample(data[0], loss)
+        rest = placement, out, on_step, status, names, *data, warnings, known
+        run = _Run(job, choice, engine, instruments, *rest)
         return run.go()
     finally:
         instruments.close()
@@ -164,6 +153,7 @@ class _Run:
     train_set: Sequence[Any]
     test_set: Sequence[Any]
     warnings: list[str]  # of the try-out, where this process made it
+    known: int | None = None  # the targets of each sample, where the train set tells it
     unread: deque[StepCost] = dataclasses.field(default_factory=deque)  # of steps without numbers
     evals: list[StepEval] = dataclasses.field(default_factory=list)
 
@@ -172,12 +162,12 @@ class _Run:
         if self.out:
             self.trackers = Trackers(self.job.log.trackers, self.out, to_dict(self.job))
         self.steps = StepLog(self.placement.rank == 0, self.out)
-        data = self._check_data()
+        data = check_fingerprints({"train": self.train_set, "test": self.test_set})
         initial = project(self.engine.state())
         first = self._train_steps()
         receipt = self._require_receipt()
         receipt.evidence["precision"]["reductions"] = self._reductions()
-        result, file = self._evaluate(), self._save()
+        result, file, batch = self._evaluate(), self._save(), self.job.train.global_batch
         record = Record(
             strategy=self.choice.name,
             variant_of=self.choice.variant_of,
@@ -187,7 +177,7 @@ class _Run:
             receipt=receipt,
             steps=self.steps.all(),
             eval=result,
-            throughput=self.instruments.throughput(self.job.train.global_batch, self._tokens()),
+            throughput=self.instruments.throughput(batch, self.steps.tokens(batch)),
             memory=self.instruments.memory(),
             comm=self.instruments.comm(),
             weights=Weights(initial, first, file),
@@ -208,15 +198,6 @@ class _Run:
             records.write(record, self.out / "record.json")
         return record
 
-    def _check_data(self) -> dict[str, str]:
-        """Return the fingerprints of the sets that have one; RunError if ranks have others."""
-        sets = {"train": self.train_set, "test": self.test_set}
-        mine = {n: str(s.fingerprint) for n, s in sets.items() if hasattr(s, "fingerprint")}
-        for other, theirs in enumerate(gather_objects(mine)):
-            if theirs != mine:
-                raise RunError(f"rank {other} has other data: {theirs}, here {mine}")
-        return mine
-
     def _train_steps(self) -> dict[str, float]:
         """Take all optimizer steps; return the weights' projections after the first period."""
         job, engine = self.job, self.engine
@@ -224,8 +205,7 @@ class _Run:
         self.plan = plan = BatchPlan(len(self.train_set), *sizes, job.train.seed)
         total, every = job.train.steps or 0, job.train.eval_every
         period = min(total, registry.steps_between_syncs(job, self.choice.strategy))
-        known = targets_per_sample(self.train_set)
-        loader = make_loader(job, plan, engine, self.train_set, range(total), known)
+        loader = make_loader(job, plan, engine, self.train_set, range(total), self.known)
         first: dict[str, float] = {}
         for step in range(total):
             if every and step % every == 0:
@@ -234,7 +214,7 @@ class _Run:
             self.status.set(f"in step {step}")
             with self.instruments.loading():
                 batches = loader.step(step)
-            count = None if known is None else known * plan.batch_size(step)
+            count = None if self.known is None else self.known * plan.batch_size(step)
             with self.instruments.step(step):
                 engine.start_step(batches, count)
             self.unread.append(self.instruments.last_step)
@@ -264,17 +244,7 @@ class _Run:
             raise RunError(
                 f"step {step}: loss {result.loss}, gradient norm {norm}: not finite; {cause}"
             )
-        record = StepRecord(
-            step=step,
-            loss=result.loss,
-            grad_norm=None if result.skipped else norm,
-            lr=result.lr,
-            samples=result.samples,
-            sample_digest=result.sample_digest,
-            targets=result.targets,
-            loss_scale=result.loss_scale,
-            skipped=result.skipped,
-        )
+        record = make_record(step, result)
         line = self.steps.add(record, self.instruments.read(self.unread.popleft()))
         if self.out:
             self.trackers.log(line, step)
@@ -296,11 +266,6 @@ class _Run:
         A process alone reduces nothing, though it may call collectives."""
         dtype = self.instruments.reduced_in() if self.placement.world_size > 1 else None
         return name_of(getattr(torch, dtype)) if dtype else "none"
-
-    def _tokens(self) -> float | None:
-        """Return the number of tokens in a whole batch, on average; None where they are samples."""
-        tokens = self.steps.targets / max(1, self.steps.samples)
-        return tokens * self.job.train.global_batch if tokens > 1 else None
 
     def _require_receipt(self) -> records.Receipt:
         receipt = self.engine.receipt()

@@ -131,6 +131,7 @@ class Progress(Watcher):
             line = f"{name}: done, {plain_line(row)}"
             if record.eval:
                 line += f", eval loss {record.eval.loss:.4f}"
+                line += "".join(f", {n} {v:.5g}" for n, v in record.eval.metrics.items())
         else:
             row = Row({}, words=f"{record.status.replace('_', ' ')}: {record.reason}")
             line = f"{name}: {row.words}"

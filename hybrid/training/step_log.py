@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..engines.protocol import StepResult
 from ..launch.exchange import gather_objects
 from ..records import StepRecord
 
@@ -18,7 +19,8 @@ class StepLog:
 
     def __init__(self, here: bool, out: Path | None) -> None:
         self.count = 0
-        self.samples = self.targets = 0  # of all steps
+        self.samples = 0  # of all steps, as the next
+        self.targets: int | float = 0
         self._here, self._kept = here, list[StepRecord]()
         self._file = (out / "steps.jsonl").open("a+") if out else None
         self._lines = list[str]()  # not written yet
@@ -34,6 +36,15 @@ class StepLog:
         elif self._here:
             self._kept.append(record)
         return line
+
+    def tokens(self, batch: int) -> float | None:
+        """Return the tokens in a batch of so many samples, on average; None: samples have none.
+
+        Of weighted targets the count is no number of tokens."""
+        if isinstance(self.targets, float):
+            return None
+        tokens = self.targets / max(1, self.samples)
+        return tokens * batch if tokens > 1 else None
 
     def write(self) -> None:
         """Write the lines that have been added, all of them whole."""
@@ -52,3 +63,18 @@ class StepLog:
             self._kept = [StepRecord(**{name: line[name] for name in names}) for line in lines]
             self._file.close()
         return gather_objects(self._kept if self._here else None)[0]
+
+
+def make_record(step: int, result: StepResult) -> StepRecord:
+    """Make the record of a step from what the engine says of it."""
+    return StepRecord(
+        step=step,
+        loss=result.loss,
+        grad_norm=None if result.skipped else result.grad_norm,
+        lr=result.lr,
+        samples=result.samples,
+        sample_digest=result.sample_digest,
+        targets=result.targets,
+        loss_scale=result.loss_scale,
+        skipped=result.skipped,
+    )

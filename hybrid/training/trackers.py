@@ -61,8 +61,10 @@ class Trackers:
         self._send(step_values(line), step)
 
     def log_eval(self, result: Mapping[str, Any], step: int) -> None:
-        """Send an evaluation after `step` steps: loss, and perplexity or accuracy if known."""
-        self._send({f"eval_{k}": result[k] for k in EVAL_VALUES if result.get(k) is not None}, step)
+        """Send an evaluation after `step` steps: loss, perplexity or accuracy, and the metrics."""
+        known = {key: result[key] for key in EVAL_VALUES if result.get(key) is not None}
+        known |= result.get("metrics", {})
+        self._send({f"eval_{key}": value for key, value in known.items()}, step)
 
     def finish(self) -> None:
         """End the run for every tracker; nothing may be sent after that."""
@@ -103,7 +105,7 @@ def step_values(line: Mapping[str, Any]) -> dict[str, float]:
         values["skipped"] = int(line["skipped"])
     if seconds := values.pop("seconds", None):
         values |= {"step_s": seconds, "samples_per_s": line["samples"] / seconds}
-        if line.get("targets") not in (None, line["samples"]):
+        if isinstance(line.get("targets"), int) and line["targets"] != line["samples"]:
             values["tokens_per_s"] = line["targets"] / seconds
     return values
 

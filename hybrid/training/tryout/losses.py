@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...engines.tally import count_targets
+from ...engines.counting import TargetCounter
 from ...job.errors import JobError
 from .finding import STAGED, Finding, list_names
 from .nested import NoRows, is_float, map_tensors, take_rows, tensors_in
@@ -37,7 +37,7 @@ def check_loss(trial: Trial, output: Any) -> list[Finding]:
     if len(parts) < 2:
         return []
     found = _not_a_sum(trial, output, float(total), parts, size)
-    return found or [*_miscounted(trial, count, parts), *_counted_ahead(trial, count)]
+    return found or [*_miscounted(trial, count, parts), *_counted_ahead(trial, output, count)]
 
 
 def _parts(trial: Trial, output: Any) -> Iterator[tuple[int, float, float]]:
@@ -116,10 +116,12 @@ def _miscounted(
     return [Finding(f"{trial.model_name}: {text}; {mend}", fatal=True)]
 
 
-def _counted_ahead(trial: Trial, count: Any) -> list[Finding]:
+def _counted_ahead(trial: Trial, output: Any, count: Any) -> list[Finding]:
     """Find a loss that counts other targets than an engine does before it has an output."""
     try:
-        ahead = float(count_targets(trial.loss, trial.batch))
+        counter = TargetCounter(trial.loss, torch.device("cpu"))
+        counter.see(output, trial.batch.target)
+        ahead = float(counter.count(trial.batch))
     except Exception:  # the engines' own way to count; what stands in its way, they say
         return []
     if abs(ahead - float(count)) <= TOLERANCE * max(ahead, float(count)):

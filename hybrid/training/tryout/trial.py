@@ -1,6 +1,7 @@
 """This module holds a model, its loss and some samples, and runs them forward as a rank would."""
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +15,9 @@ from ...engines.layers import prepare_layers, sample_seeds
 from ...job.errors import JobError, RunError, tell_error
 from ...job.schema import Job
 from ...models.layers import Layers
+from ...models.loss_calls import LossCalls
 from ...models.losses import Loss
+from ...models.own_loss import OwnLoss, model_input
 
 SAMPLES = 8
 # Of a large model, fewer samples: a pass over eight sequences of 128 tokens takes 0.4 s there.
@@ -42,6 +45,10 @@ class Trial:
         count = FEW if self.sizes > LARGE else SAMPLES
         self.ids = list(range(min(len(samples), count)))
         self.batch = self.load(self.ids)
+        if isinstance(loss, OwnLoss) and not any(t.is_meta for t in self.buffers.values()):
+            with torch.no_grad(), LossCalls() as watched:
+                output = self.forward(self.batch.input, self.ids)
+            loss.learn(watched.calls, output, self.batch.target)
 
     def load(
         self, ids: list[int], samples: Sequence[Any] | None = None, size: int | None = None
@@ -51,7 +58,9 @@ class Trial:
         size: the rows to which a pipeline would pad it."""
         name = "train" if samples is None else "test"
         try:
-            return load_micro_batch(self.samples if samples is None else samples, ids, size)
+            batch = load_micro_batch(self.samples if samples is None else samples, ids, size)
+            given = model_input(self.loss, batch.input, batch.target)
+            return dataclasses.replace(batch, input=given)
         except RunError as error:  # it names the set and the sample
             raise JobError(str(error)) from error
         except Exception as error:  # a user's data set may raise anything

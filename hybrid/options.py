@@ -1,0 +1,54 @@
+"""This module has the arguments and options that several commands of the command line take."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job: a TOML file.")]
+Out = Annotated[Path, typer.Option(file_okay=False, metavar="DIR", help="Folder for the results.")]
+
+CompareOut = Annotated[
+    Path | None,
+    typer.Option(
+        file_okay=False, metavar="DIR", help="Folder for the results. Left out: out/compare."
+    ),
+]
+
+
+def _processes(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise typer.BadParameter(f"{text!r} is no number of processes; valid: 1 or more")
+    return int(text)
+
+
+Nproc = Annotated[
+    int | None,
+    typer.Option(
+        parser=_processes, metavar="N", help="Processes. Left out: as [parallel] says, or 2."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="Override one key of the job; repeatable."),
+]
+FreshRanks = Annotated[
+    bool,
+    typer.Option("--fresh-ranks", help="Start each rank afresh, not by a fork of one process."),
+]
+KnownBad = Annotated[
+    bool, typer.Option("--allow-known-bad", help="Run releases that are known to train wrongly.")
+]
+Names = Annotated[
+    str | None,
+    typer.Option(help="Comma-separated names, of the job's variants too. Left out: all."),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Hold the runs against this one. Left out: single."),
+]
+Resume = Annotated[
+    str | None,
+    typer.Option(metavar="auto|DIR", help="Keep the runs in OUT, or in DIR, that ended well."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
