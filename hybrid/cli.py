@@ -12,8 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .launch.endings import explain, say, suggest, versions
-from .options import (
+from .job.arguments import (
     CompareOut,
     FreshRanks,
     JobFile,
@@ -26,6 +25,7 @@ from .options import (
     Reference,
     Resume,
 )
+from .launch.endings import explain, say, suggest, versions
 
 app = typer.Typer(
     add_completion=False,

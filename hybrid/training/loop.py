@@ -71,7 +71,14 @@ def train(
     if placement is None:
         placement = find_placement()
         print_warnings(job.warnings() if placement.rank == 0 else [])
-    out, choice = Path(out) if out else None, resolve(job, strategy)
+    return _train_and_clean_up(job, strategy, Path(out) if out else None, on_step, placement)
+
+
+def _train_and_clean_up(
+    job: Job, strategy: str, out: Path | None, on_step: OnStep | None, placement: Placement
+) -> Record:
+    """Train, and leave nothing behind, whatever happens: the cause of an error comes first."""
+    choice = resolve(job, strategy)
     status = RankStatus(job, placement, out / "logs" if out else None)
     folder = out if placement.rank == 0 else None
     recorded = folder if placement.launcher != OWN else None  # else `launch` begins and ends it
