@@ -98,7 +98,7 @@ def test_every_block_is_one_that_a_test_runs() -> None:
     run = {
         *(file.read_text() for file in EXAMPLES),
         (ROOT / "tests" / "toy_strategy.py").read_text(),  # by test_own_strategy.py
-        *(text for name, text in FILES.items() if name in ("my_model.py", "my_loss.py")),
+        *(FILES[name] for name in ("my_model.py", "my_loss.py", "my_collate.py")),
     }
     # test_reading.py runs the snippet of its page, and prints the texts.
     other = [b for b in of_language("python") if b.text not in run]
@@ -115,7 +115,7 @@ def test_a_block_that_is_a_file_of_the_checkout_is_that_file() -> None:
 
 
 def test_own_job_of_the_readme_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(FILES) == {"my_model.py", "my_job.toml", "my_loss.py"}
+    assert set(FILES) == {"my_model.py", "my_job.toml", "my_loss.py", "my_collate.py"}
     assert any(command.startswith("hybrid compare my_job.toml") for command in COMMANDS)
     write_files(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -130,3 +130,11 @@ def test_own_loss_is_a_sum_and_a_count() -> None:
     total, count = defined["squared_error"](output, target)
     mean = torch.nn.functional.mse_loss(output, target)
     assert count == 6 and float(total / count) == pytest.approx(float(mean))
+
+
+def test_own_collate_pads_to_the_longest() -> None:
+    defined: dict[str, Any] = {}
+    exec(FILES["my_collate.py"], defined)
+    samples = [(torch.ones(3), torch.tensor(1)), (torch.ones(5), torch.tensor(0))]
+    words, classes = defined["collate"](samples)
+    assert words.shape == (2, 5) and words.sum() == 8 and classes.tolist() == [1, 0]
