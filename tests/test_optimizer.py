@@ -1,6 +1,6 @@
 """Parameter groups, weight decay that is really left out, learning rates of live optimizers.
 
-The schedule's values are in test_models.py, fp16's loss scale is in test_precision.py.
+The schedule's values are in test_models.py, fp16's loss scale is in test_loss_scale.py.
 """
 
 from __future__ import annotations
