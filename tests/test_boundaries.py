@@ -119,4 +119,4 @@ def test_preparing_says_why_a_model_cannot_be_cut() -> None:
 def test_preparing_refuses_samples_that_are_no_pairs() -> None:
     with pytest.raises(JobError) as refused:
         check_job(small_job(data={"name": "tests.test_boundaries:single"}))
-    assert "sample 0 of the train set must be (input, target): " in str(refused.value)
+    assert "train sample 0 is float32 [8]; valid: (input, target)" in str(refused.value)

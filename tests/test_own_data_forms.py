@@ -17,6 +17,7 @@ from hybrid.data.loader import load_micro_batch
 from hybrid.data.samples import JobSet, check_set
 from hybrid.data.targets import targets_per_sample
 from hybrid.job.errors import JobError, RunError
+from hybrid.models.losses import cross_entropy
 from tests import own_data
 from tests.conftest import small_job
 from tests.own_data import Own, Together, pad
@@ -161,9 +162,10 @@ def test_a_set_hands_on_what_it_has_and_tensors_stay_as_they_are() -> None:
     samples, _ = sets(own)
     assert samples.vocab_size == 9 and len(samples) == 7 and samples[3] == (3, 3)
     own.targets_per_sample = 1  # type: ignore[attr-defined]
-    assert targets_per_sample(sets(Subset(own, [1]))[0]) == 1
-    assert targets_per_sample(sets(own, None, pad)[0]) == 1
-    assert targets_per_sample(sets(plain, None, torch.utils.data.default_collate)[0]) is None
+    own_collate = torch.utils.data.default_collate
+    assert targets_per_sample(sets(Subset(own, [1]))[0], cross_entropy) == 1
+    assert targets_per_sample(sets(own, None, pad)[0], cross_entropy) == 1
+    assert targets_per_sample(sets(plain, None, own_collate)[0], cross_entropy) is None
     assert list(samples) == [(i, i) for i in range(7)] and not hasattr(samples, "fingerprint")
 
 

@@ -6,6 +6,7 @@ what it does at exit. It works on Linux alone, and not once this process has use
 
 import atexit
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -78,6 +79,7 @@ def fork_warm_process(control: socket.socket, variables: Mapping[str, str]) -> F
     if child:
         return ForkedHere(child)
     try:
+        gc.freeze()  # what the caller's other threads were at is never to be looked through here
         _let_go_of_the_caller()
         os.environ.update(variables)
         if torch := sys.modules.get("torch"):
