@@ -1,18 +1,20 @@
 """Functions of this file itself, as in a notebook: a model, its loss and its data, and no name."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 import hybrid
 
 
-def build(width=32):
+def build(width: int = 32) -> tuple[nn.Module, nn.Module]:
     """Return a module and its loss. Each rank calls this."""
     module = nn.Sequential(nn.Linear(20, width), nn.Tanh(), nn.Linear(width, 2))
     return module, nn.CrossEntropyLoss()
 
 
-def load():
+def load() -> tuple[list[Any], list[Any]]:
     """Return a train set and a test set."""
     inputs = torch.randn(600, 20, generator=torch.Generator().manual_seed(0))
     samples = list(zip(inputs, (inputs.sum(1) > 0).long(), strict=True))
