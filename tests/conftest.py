@@ -82,6 +82,14 @@ def one_warm_process() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def without_tryout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that this process starts are not tried out, so that a mistake comes up in training."""
+    from hybrid.training.tryout import run
+
+    monkeypatch.setattr(run, "try_out", lambda *_: run.Result(()))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout."""

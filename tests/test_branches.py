@@ -76,6 +76,7 @@ def too_large() -> None:
     raise MemoryError
 
 
+@pytest.mark.usefixtures("without_tryout")
 def test_a_run_that_fails_so_says_it_first(tmp_path: Path) -> None:
     limits = {"start_timeout_s": 60, "collective_timeout_s": 5}
     job = own_job("branch", **CHANGES, launch=limits)

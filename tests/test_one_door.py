@@ -82,7 +82,8 @@ def test_another_launcher_s_ranks_refuse_what_our_own_would(tmp_path: Path) -> N
     job = small_job(model={"name": "tests.test_one_door:two_cuts"})
     done = torchrun(job, tmp_path / "run")
     assert done.returncode, done.stdout
-    words = "model.name = 'tests.test_one_door:two_cuts': must return (layers, loss)"
+    words = "model.name = 'tests.test_one_door:two_cuts': must return (layers, loss), "
+    words += "(module, loss), or a module that returns its own loss; it returned a list"
     assert [line for line in done.stderr.splitlines() if line == f"hybrid: {words}"]
     assert status(tmp_path / "run") == ("failed", words)
 

@@ -28,6 +28,7 @@ def test_a_deepspeed_run_makes_no_later_run_one() -> None:
     assert losses[0] == losses[2] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.usefixtures("without_tryout")
 def test_a_run_that_fails_leaves_it_too() -> None:
     before = dict(os.environ)
     with pytest.raises(IndexError, match="Target"):  # ten classes, four outputs

@@ -154,7 +154,7 @@ def test_quantities_are_all_that_can_differ() -> None:
     for node in ast.walk(PARITY):
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "Found":
             quantity = " ".join(strings(node.args[1]))
-            found.add(quantity + " of NAME" * quantity.endswith("weights"))
+            found.add(quantity + " of NAME" * quantity.endswith(("weights", "metric")))
     table = rows(section("Parity").split("The tolerances")[0])[1:]
     assert {q for row in table for q in spans(row[0])} == found - {""}
 

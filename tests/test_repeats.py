@@ -14,7 +14,6 @@ from hybrid.comparison.differences import Run
 from hybrid.comparison.doubts import name_suspect, settle
 from hybrid.comparison.parity import compare_runs
 from hybrid.comparison.repeats import Trusted, find_trusted
-from hybrid.launch.local import Program
 from hybrid.records import Parity, Record
 
 from .conftest import small_job
@@ -107,9 +106,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, **by: float) -> None:
     launch = session.launch
 
     def off(
-        job: Any, strategy: str, nproc: int, out: Path, watcher: Any, label: str, program: Program
+        job: Any, strategy: str, nproc: int, out: Path, watcher: Any, label: str, *rest: Any
     ) -> Record:
-        record = launch(job, strategy, nproc, out, watcher, label, program)
+        record = launch(job, strategy, nproc, out, watcher, label, *rest)
         if label not in by:
             return record
         steps = [

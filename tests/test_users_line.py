@@ -56,7 +56,7 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.usefixtures("at_root")
+@pytest.mark.usefixtures("at_root", "without_tryout")
 @pytest.mark.parametrize("raises", ["shape", "checkpoint", "hook", "loss"])
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
 def test_an_error_in_training_names_its_line(raises: str, strategy: str) -> None:
@@ -166,8 +166,8 @@ def test_the_command_and_the_record_name_line_and_log(
     strategy: str, nproc: int, tmp_path: Path
 ) -> None:
     """The loss of the last stage; one sample that some rank of four reads, drawn by chance."""
-    job = own_job("loss") if strategy == "pipeline" else own_job()
-    bad = [] if strategy == "pipeline" else ["--set", f"data.options.bad={random.randrange(1, 44)}"]
+    job = own_job("rank") if strategy == "pipeline" else own_job()
+    bad = [] if strategy == "pipeline" else ["--set", f"data.options.bad={random.randrange(8, 44)}"]
     file, out = tmp_path / "job.json", tmp_path / "run"
     file.write_text(json.dumps(hybrid.job.file.to_dict(job)))
     words = ["train", str(file), "--strategy", strategy, "--nproc", str(nproc), "--out", str(out)]
@@ -175,7 +175,7 @@ def test_the_command_and_the_record_name_line_and_log(
     assert done.returncode == 1, done.stderr
     line = next(x for x in done.stderr.splitlines() if x.startswith("hybrid: rank "))
     rank = line.split()[2]
-    where = line_of("loss" if strategy == "pipeline" else "data")
-    assert line.endswith(f", at {where} (log: {out}/logs/rank{rank}.log)"), line
+    where = line_of("rank" if strategy == "pipeline" else "data")
+    assert f", at {where} " in line and line.endswith(f" (log: {out}/logs/rank{rank}.log)"), line
     assert f"hybrid: {json.loads((out / 'record.json').read_text())['reason']}" == line
     assert rank == "1" or strategy != "pipeline"

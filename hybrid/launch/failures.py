@@ -20,7 +20,7 @@ from typing import Any
 from .. import records
 from ..job.errors import NO_ROOM, Failure, kind_of, needs_room
 from ..job.schema import Job
-from ..job.traces import at_users_line, sent_message
+from ..job.traces import at_users_line, sent_message, users_line
 from .heartbeat import Cause, Heartbeat, is_peer_loss
 from .placement import Placement
 
@@ -125,7 +125,7 @@ def _first_words(error: BaseException) -> str:
 def _users_line(error: BaseException, status: RankStatus) -> str:
     """Say on which line of the user's code an error was raised and in which log it stands."""
     line = at_users_line(error)
-    if line and status.logs and status.placement.launcher:
+    if users_line(error) and status.logs and status.placement.launcher:
         line += f" (log: {status.logs / f'rank{status.placement.rank}.log'})"
     return line
 
