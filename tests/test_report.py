@@ -282,11 +282,12 @@ def test_write_leaves_three_files(tmp_path: Path) -> None:
     assert [path.read_text() for path in paths[1:]] == texts
 
 
-def test_without_plotly_the_rest_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_plotly_the_page_has_no_curves_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "plotly", None)
     monkeypatch.setitem(sys.modules, "plotly.io", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install hybrid\[report\]"):
-        report.write(make_comparison("ddp"), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.json", "compare.md"]
+    *_, page = report.write(make_comparison("ddp"), tmp_path)
+    said = "its curves need plotly, which is not installed: pip install hybrid[report]"
+    assert capsys.readouterr().err == f"hybrid: warning: report.html: {said}\n"
+    assert said in page.read_text() and "Equal" in page.read_text()

@@ -4,7 +4,7 @@ All markup is in two templates, `compare.md.j2` and `report.html.j2`. Every text
 is escaped; only the figures that plotly draws are HTML already."""
 
 import re
-from collections.abc import Iterable
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,20 @@ from .costs import join_best, tell_best, tell_sharing
 from .excuses import format_excused
 from .formats import format_value
 from .overview import tell_job, tell_tool
-from .plots import Curves, bars, curves
+from .plots import bars, curves
 from .precision import compare_precision
 from .receipts import tell_receipt
 from .standing import Standing, standings, trusted_runs
 from .table import FLUSH_LEFT, build_rows, describe_memory, make_headers, make_legend
 from .verdict import LONGEST, verdict
 
+NO_CURVES = "its curves need plotly, which is not installed: pip install hybrid[report]"
+
 
 def write(comparison: Comparison, out: Path) -> list[Path]:
     """Write compare.json, compare.md and report.html into `out`, and return their paths.
 
-    The page comes last, so that the other two are there where plotly is missing."""
+    Where plotly is missing the page says so in the place of its curves, and so does a warning."""
     paths = [out / "compare.json", out / "compare.md", out / "report.html"]
     records.write(comparison, paths[0])
     paths[1].write_text(markdown(comparison), encoding="utf-8")
@@ -39,7 +41,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def html(comparison: Comparison) -> str:
-    """Return the text of report.html, which needs plotly."""
+    """Return the text of report.html, whose curves need plotly."""
     memories = [run.memory for run in trusted_runs(comparison).values() if run.memory]
     values = {
         **_describe(comparison),
@@ -48,7 +50,8 @@ def html(comparison: Comparison) -> str:
         "precision": compare_precision(comparison),
         "runs": [_describe_run(comparison, *found) for found in standings(comparison).items()],
         "instruments": sorted({memory.how for memory in memories}),
-        "curves": _draw(curves(comparison)),
+        "curves": _draw(comparison),  # None without plotly
+        "no_curves": NO_CURVES,
         "bars": bars(comparison),
         "job": comparison.job,
         "machine": comparison.machine,
@@ -110,17 +113,16 @@ def _describe_run(comparison: Comparison, name: str, standing: Standing) -> dict
     }
 
 
-def _draw(found: Iterable[Curves]) -> list[dict[str, str]]:
+def _draw(comparison: Comparison) -> list[dict[str, str]] | None:
     """Draw each figure as HTML; the first brings plotly's JavaScript, so that none is fetched."""
     try:
         from plotly.io import to_html
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "report.html needs plotly, which is not installed: pip install hybrid[report]"
-        ) from None
+        print(f"hybrid: warning: report.html: {NO_CURVES}", file=sys.stderr)
+        return None
     fixed: Any = {"full_html": False, "config": {"responsive": True, "displayModeBar": False}}
     drawn = []
-    for n, (title, figure) in enumerate(found):
+    for n, (title, figure) in enumerate(curves(comparison)):
         fragment = to_html(figure, **fixed, include_plotlyjs=n == 0, div_id=f"curves-{n}")
         drawn.append({"title": title, "html": fragment})
     return drawn
