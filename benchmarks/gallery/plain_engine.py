@@ -12,11 +12,11 @@ import torch
 from hybrid.data.loader import MicroBatch
 from hybrid.engines.accelerated import AcceleratedEngine
 from hybrid.engines.accelerator import PreparedModel
-from hybrid.engines.deepspeed_setup import prepare_process
+from hybrid.engines.deepspeed_setup import full_tensor, prepare_process
 from hybrid.engines.optimizer import build_optimizer
 from hybrid.engines.precision import Observer, Stepped, make_ledger, names_of
 from hybrid.engines.protocol import make_receipt
-from hybrid.engines.state import copy_of_state, copy_state, named_tensors
+from hybrid.engines.state import copy_state, named_tensors
 from hybrid.engines.tally import Tally
 from hybrid.job.schema import Job
 from hybrid.launch.placement import Placement
@@ -105,8 +105,13 @@ def _inspect(engine: PlainEngine) -> Receipt:
 
 
 def _gather(engine: PlainEngine) -> dict[str, torch.Tensor]:
-    state = copy_of_state(engine.model.module, engine.placement.rank == 0)
-    return {name: tensor.float() for name, tensor in state.items()}
+    """Return the fp32 master weights, where there are any, in the place of rounded ones."""
+    optimizer, masters = engine.model.optimizer, dict[torch.Tensor, torch.Tensor]()
+    if hasattr(optimizer, "fp16_groups"):  # without ZeRO, which `full_tensor` does not know
+        for rounded, whole in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            masters |= dict(zip(rounded, whole, strict=True))
+    tensors = named_tensors(engine.model.module)
+    return {name: full_tensor(masters.get(t, t)).float() for name, t in tensors.items()}
 
 
 def _scatter(engine: PlainEngine, state: Mapping[str, torch.Tensor]) -> None:
