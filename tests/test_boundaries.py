@@ -12,7 +12,7 @@ from hybrid.job.errors import JobError
 from hybrid.models.layers import Layers
 from hybrid.models.losses import cross_entropy
 from hybrid.stages.checks import Boundary
-from hybrid.training.check import _build_layers, check_job, look_at_job
+from hybrid.training.check import _build, check_job, look_at_job
 from tests.conftest import small_job
 from tests.test_stage_checks import ROW, TOKENS, WIDTH, Returns, find
 
@@ -85,7 +85,7 @@ def test_preparing_finds_the_boundaries() -> None:
 def test_preparing_a_shipped_model_holds_no_weights() -> None:
     own = {"name": "tests.workloads:regression"}
     for job, device in ((small_job(), "meta"), (small_job(model=own), "cpu")):
-        assert {p.device.type for x in _build_layers(job) for p in x.parameters()} == {device}
+        assert {p.device.type for x in _build(job)[0] for p in x.parameters()} == {device}
     model = {"name": "gpt", "options": {"preset": "13b"}}  # 52 GB
     prepared = check_job(small_job(model=model, data={"name": "tests.workloads:sentences"}))
     assert sum(prepared.summary.layer_parameters) > 12e9

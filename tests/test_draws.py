@@ -17,7 +17,7 @@ from hybrid.models.attention import attention_weights
 from hybrid.models.draws import draws_by_functions, forward_pass, seed_functions
 from hybrid.models.dropout import number_dropouts, use_rows
 from hybrid.models.layers import Layers
-from hybrid.models.own_draws import find_own_draws
+from hybrid.training.tryout.watch import find_draws
 from tests.conftest import small_job
 
 Call = Callable[[torch.Tensor], torch.Tensor]
@@ -247,8 +247,10 @@ def test_what_draws_by_itself_is_named() -> None:
         return x + torch.randn_like(x)
 
     model = nn.Sequential(nn.Dropout(0.5), Twice(), nn.Sequential(nn.RReLU(), Calls(noise)))
-    named = dict(prepared(model).named_modules())
+    prepared(model)
     with use_rows([1, 2]):
-        assert find_own_draws(named, lambda: model(torch.ones(2, 6))) == ["2.0", "2.1"]
+        found = find_draws(model, lambda: model(torch.ones(2, 6)))
+    assert [name for name, _ in found] == ["2.0", "2.1"]
     with use_rows(None):
-        assert "0" in find_own_draws(named, lambda: model(torch.ones(2, 6)))
+        found = find_draws(model, lambda: model(torch.ones(2, 6)))
+    assert "0" in [name for name, _ in found]

@@ -94,16 +94,6 @@ class TargetCounter:
         return torch.zeros(sizes, dtype=part.dtype, device=self.device)
 
 
-def count_targets(loss: Loss, micro_batch: MicroBatch, output: Any = None) -> int | float:
-    """Return what engines expect a loss to count in a micro-batch.
-
-    output: of the model for any micro-batch, which a loss without `count` needs."""
-    counter = TargetCounter(loss, torch.device("cpu"))
-    if output is not None:
-        counter.see(output, micro_batch.target)
-    return counter.count(micro_batch)
-
-
 def number(count: Count) -> int | float:
     """Return a count as a Python number, whole ones as int."""
     value = count.item() if isinstance(count, torch.Tensor) else count

@@ -146,11 +146,6 @@ def print_warnings(lines: Iterable[str]) -> None:
         print(f"hybrid: warning: {line}", file=sys.stderr)
 
 
-def _build_layers(job: Job) -> Layers:
-    """Make the job's layers as `_build` does."""
-    return _build(job)[0]
-
-
 def _build(job: Job) -> "tuple[Layers, Loss]":
     """Make the job's model, on the meta device (without memory) where its code allows that."""
     import torch

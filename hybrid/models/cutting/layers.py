@@ -125,10 +125,6 @@ class ModuleLayers(Layers):
                 units.append(block)
         return units
 
-    def unit_classes(self) -> list[str]:
-        """Names the classes of the units."""
-        return sorted({type(unit).__name__ for unit in self.units()})
-
     def modules(self) -> list[nn.Module]:
         """Does what `Layers` promises."""
         return list(self.model.modules())
