@@ -24,6 +24,20 @@ def test_a_sample_that_is_met_later_is_named_in_its_step() -> None:
     assert "lower optimizer.lr" not in str(failed.value)
 
 
+def test_a_batch_without_a_target_that_counts_is_named() -> None:
+    data = {"name": "tests.test_tryout_reach:ignored"}
+    with pytest.raises(RunError, match=r"loss nan.*no target of this batch counts") as failed:
+        hybrid.train(make_job(data=data, train__global_batch=1, train__steps=60), "single")
+    assert "lower optimizer.lr" not in str(failed.value)
+
+
+def ignored() -> Any:
+    """Sets of which one sample's target is left out of the loss."""
+    train, test = DATA["plain"]()
+    pairs = [(x, -100 if i == 41 else y) for i, (x, y) in enumerate(train)]
+    return pairs, test
+
+
 def late() -> Any:
     """A set that only gives its samples one by one, one of them not finite."""
     sets = DATA["plain"]()

@@ -246,7 +246,8 @@ class _Run:
         norm = result.grad_norm
         finite = math.isfinite(result.loss) and (norm is None or math.isfinite(norm))
         if not (finite or (result.skipped and math.isfinite(result.loss))):
-            cause = blame_samples(self.train_set, self.plan.batch(step))
+            cause = None if result.targets else "no target of this batch counts"
+            cause = cause or blame_samples(self.train_set, self.plan.batch(step))
             cause = cause or "lower optimizer.lr or set train.clip_norm"
             raise RunError(
                 f"step {step}: loss {result.loss}, gradient norm {norm}: not finite; {cause}"
