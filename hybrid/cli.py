@@ -91,8 +91,8 @@ def compare(
     else:
         _print_table(result)
         print(f"{out / 'report.html'}  {out / 'compare.md'}  {out / 'compare.json'}")
-        own = "`hybrid init mine` writes a job with a model of your own"
-        suggest(f"open {out / 'report.html'} in a browser; {own}")
+        own = "" if ":" in loaded.model.name else "; `hybrid init mine` begins a job of your own"
+        suggest(f"open {out / 'report.html'} in a browser{own}")
     broken = strict_reference and result.reference_fault is not None
     raise typer.Exit(0 if result.ok and not broken else 1)
 
