@@ -20,6 +20,7 @@ from hybrid.models.brought import as_layers
 from hybrid.models.cutting.calling import logits_of, spread
 from tests import brought_models as brought
 from tests.conftest import small_job
+from tests.test_hf import sum_gradients
 
 SETS: dict[str, Callable[[], Any]] = {
     "bert": brought.masked_sentences,
@@ -64,12 +65,7 @@ def run(stages: list[Any], value: Any, ids: torch.Tensor) -> tuple[Any, dict[str
     sent[-1].square().sum().backward()
     for given, output in zip(received[:0:-1], sent[-2::-1], strict=True):
         output.backward(given.grad)
-    gradients: dict[str, Any] = {}
-    for stage in stages:
-        for name, p in stage.named_parameters():
-            if p.grad is not None:
-                gradients[name] = gradients.get(name, 0) + p.grad
-    return sent[-1].detach(), gradients
+    return sent[-1].detach(), sum_gradients(stages)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,16 @@ def give(stages: list[Any], ids: torch.Tensor) -> None:
         stage.stage_inputs = ids
 
 
+def sum_gradients(stages: list[nn.Module]) -> dict[str, Any]:
+    """The gradients of stages by name, those of shared weights summed."""
+    gradients: dict[str, Any] = {}
+    for stage in stages:
+        for name, p in stage.named_parameters():
+            if p.grad is not None:
+                gradients[name] = gradients.get(name, 0) + p.grad
+    return gradients
+
+
 def train(stages: list[nn.Module], ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
     """Logits, and gradients by name, those of shared weights summed: stages in one process."""
     inputs: list[torch.Tensor] = []
@@ -78,12 +88,7 @@ def train(stages: list[nn.Module], ids: torch.Tensor) -> tuple[torch.Tensor, dic
     cross_entropy(outputs[-1], ids)[0].backward()
     for received, output in zip(inputs[:0:-1], outputs[-2:0:-1], strict=True):
         output.backward(received.grad)
-    gradients: dict[str, Any] = {}
-    for stage in stages:
-        for name, p in stage.named_parameters():
-            if p.grad is not None:
-                gradients[name] = gradients.get(name, 0) + p.grad
-    return outputs[-1].detach(), gradients
+    return outputs[-1].detach(), sum_gradients(stages)
 
 
 def reference(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:

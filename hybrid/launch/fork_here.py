@@ -39,8 +39,29 @@ def why_not(fresh: bool = False) -> str:
     return ""
 
 
-class ForkedHere:
+class Polled:
+    """Is a process that is asked again and again whether it has ended."""
+
+    what: str  # it is, in an error
+
+    def poll(self) -> int | None:
+        """Return the exit code as `subprocess` gives it, None while the process runs."""
+        raise NotImplementedError
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the exit code; raises `subprocess.TimeoutExpired`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.what, timeout or 0.0)
+            time.sleep(0.01)
+        return code
+
+
+class ForkedHere(Polled):
     """Is a child of this process, with what `subprocess.Popen` offers of it."""
+
+    what = "the warm process"
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -55,15 +76,6 @@ class ForkedHere:
                 ended, status = self.pid, 1
             self.code = os.waitstatus_to_exitcode(status) if ended else None
         return self.code
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait for the exit code; raises `subprocess.TimeoutExpired`."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if deadline is not None and time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("the warm process", timeout or 0.0)
-            time.sleep(0.01)
-        return code
 
     def kill(self) -> None:
         """End the process with SIGKILL."""

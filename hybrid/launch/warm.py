@@ -11,14 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from ..job.given import given_functions
-from .fork_here import ForkedHere, fork_warm_process
+from .fork_here import ForkedHere, Polled, fork_warm_process
 from .fork_server import MESSAGE_BYTES
 
 FILLER = " " * 4096  # room for the ranks' own command lines
@@ -33,8 +32,10 @@ class ServerGone(Exception):
     """Says that the warm process has ended."""
 
 
-class Rank:
+class Rank(Polled):
     """Is a rank that the warm process forked, with what `subprocess.Popen` offers of it."""
+
+    what = "a rank"
 
     def __init__(self, server: "WarmProcess", pid: int) -> None:
         self.server, self.pid = server, pid
@@ -43,15 +44,6 @@ class Rank:
         """Return the exit code as `subprocess` gives it, None while the rank runs."""
         self.server.look()
         return self.server.codes[self.pid]
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait for the exit code; raises `subprocess.TimeoutExpired`."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if deadline is not None and time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("a rank", timeout or 0.0)
-            time.sleep(0.01)
-        return code
 
 
 class WarmProcess:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from ...data.seeds import kept_generators
 from ...job.errors import JobError, first_line
 from ...job.schema import Job
 from ...models.layers import Layers
@@ -15,7 +16,7 @@ from .nested import all_finite
 from .passes import check_passes, first_not_finite, moved_buffers, refuses_one_sample
 from .samples import blame_samples, check_samples, suspect_samples
 from .tensors import check_tensors
-from .trial import Trial, describe, kept_generators
+from .trial import Trial, describe
 
 
 @dataclasses.dataclass(frozen=True)

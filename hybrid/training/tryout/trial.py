@@ -1,9 +1,8 @@
 """This module holds a model, its loss and some samples, and runs them forward as a rank would."""
 
-import contextlib
 import dataclasses
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
@@ -152,15 +151,3 @@ def describe(value: Any) -> str:
     if isinstance(value, (tuple, list)) and value:
         return "(" + ", ".join(map(describe, value)) + ")"
     return f"a {type(value).__name__}"
-
-
-@contextlib.contextmanager
-def kept_generators() -> Iterator[None]:
-    """Put the generators of torch, numpy and random back to where they were."""
-    plain, arrays = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(plain)
-        numpy.random.set_state(arrays)
