@@ -17,8 +17,9 @@ from torch import nn
 
 import hybrid
 from hybrid import records
+from hybrid.comparison.controls import Control
 from hybrid.comparison.differences import Run, elements_apart, scale_of, weight_differences
-from hybrid.comparison.verdict import Control, judge_run
+from hybrid.comparison.verdict import judge_run
 from hybrid.engines.buffers import SharesInTurn, copy_buffers, moved_buffers
 from hybrid.engines.layers import prepare_layers
 from hybrid.models.batch_norms import find_batch_norms, leave_padding_out
@@ -130,7 +131,7 @@ def test_shares_in_turn_begin_alike_and_the_first_is_kept() -> None:
 def known(label: str, dp: int = 1, **changes: Any) -> Record:
     """A record that ended well."""
     layout = {"pp": 1, "dp": dp, "replicate": dp, "shard": 1}
-    return Record(label, "ok", layout=layout, eval=EvalResult(1.0, 10), **changes)
+    return Record(label, "ok", world_size=dp, layout=layout, eval=EvalResult(1.0, 10), **changes)
 
 
 def judge(
@@ -148,7 +149,7 @@ def test_a_run_is_held_against_single_cut_alike() -> None:
     wanted = judge(job, "ddp", {}, layers)
     assert isinstance(wanted, list)
     settings = {"emulate_ranks": 2, "micro_batches": 2}
-    assert wanted == [Control("single_cut_2x2", "single", settings)]
+    assert wanted == [Control("single_cut_2x2", "single", settings, 2)]
     found = judge(job, "ddp", {"single_cut_2x2": known("single", 2)}, layers)
     assert isinstance(found, Parity) and found.ok and found.reference == "single_cut_2x2"
     why = found.reference_because or ""

@@ -22,10 +22,10 @@ import hybrid
 from hybrid import records
 from hybrid.cli import app
 from hybrid.comparison import session
+from hybrid.comparison.controls import CONTROL_MICRO_BATCHES
 from hybrid.comparison.differences import SAME_START, STEP_QUANTITIES
 from hybrid.comparison.noise import SHARE_OF_NOISE
 from hybrid.comparison.tolerances import EXACT_STEPS, HOOK_TOLERANCES, TOLERANCES, tolerance
-from hybrid.comparison.verdict import CONTROL_MICRO_BATCHES
 from hybrid.job.errors import Failure, RunFailed, exit_status, first_line
 from hybrid.job.file import load_job
 from hybrid.measure.clock import WARMUP_STEPS

@@ -5,7 +5,7 @@ OUT/session.json, by which an interrupted comparison is resumed."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..training.check import CheckedJob, print_warnings
 from ..training.progress import Watcher
 from ..training.run import Program, default_nproc, launch
 from .best import find_best
+from .controls import Control
 from .differences import Run
 from .doubts import name_suspect, settle
 from .proxied import explain_unproved, judge_by_proxy
@@ -157,7 +158,9 @@ class _Session:
         records.write(record, self.out / name / "record.json")
         self.watcher.finished(self.title + name, record)
 
-    def _run(self, label: str, job: Job, name: str, nproc: int) -> Record:
+    def _run(
+        self, label: str, job: Job, name: str, nproc: int, cores_for: int | None = None
+    ) -> Record:
         """Launch one run in `out/label`, unless it is there and may be kept."""
         folder = self.out / label
         if self.resume and (kept := find_run(folder, job, name, nproc, self.description)):
@@ -165,7 +168,8 @@ class _Session:
             return kept
         shown, found = self.title + label, self.checked.warnings(name)
         try:
-            return launch(job, name, nproc, folder, self.watcher, shown, self.program, found)
+            watcher, program = self.watcher, self.program
+            return launch(job, name, nproc, folder, watcher, shown, program, found, cores_for)
         except RunFailed as error:
             if error.failure.kind == "job":
                 raise JobError(error.failure.message) from None
@@ -173,11 +177,11 @@ class _Session:
                 raise NoRoom(error.failure.message) from None
             return records.read(Record, folder / "record.json")
 
-    def _run_control(self, label: str, name: str, changes: Mapping[str, Any]) -> Record:
+    def _run_control(self, control: Control) -> Record:
         """Launch a run under a strategy or variant with these changes in its settings."""
-        job = with_settings(self.job, name, dict(changes))
-        alone = "emulate_replicas" in changes
-        return self._run(label, job, name, 1 if alone else self.runs[name].world_size)
+        name, job = control.strategy, with_settings(self.job, control.strategy, control.changes)
+        nproc = 1 if "emulate_replicas" in control.changes else self.runs[name].world_size
+        return self._run(control.label, job, name, nproc, control.cores_for)
 
     def _name_the_rest(self) -> None:
         """Note what has not run, since the comparison was interrupted."""
@@ -242,9 +246,7 @@ class _Session:
             if self.interrupted:
                 return self._interrupted()
             for control in found:
-                self.controls[control.label] = self._run_control(
-                    control.label, control.strategy, control.changes
-                )
+                self.controls[control.label] = self._run_control(control)
 
     def _engine_of(self, name: str) -> str:
         return registry.engine(resolve(self.job, name).strategy)

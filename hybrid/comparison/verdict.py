@@ -11,8 +11,17 @@ from typing import Any
 from ..job.schema import Job
 from ..records import Parity, Record
 from .causes import Facts
+from .controls import (
+    LARGEST_KINK,
+    NUM_CONTROLS,
+    Case,
+    Control,
+    cut_alike,
+    is_cut_alike,
+    list_controls,
+)
 from .cuts import cut_of, explain_cut, find_cut
-from .differences import Found, Run, differences, relative
+from .differences import Run, differences, relative
 from .followed import judge_follower
 from .noise import ROUNDED, can_be_rounding, is_near
 from .parity import Rule, compare_runs, words_needed
@@ -20,61 +29,7 @@ from .repeats import AGAIN, find_trusted, repeats_its_bits
 from .tolerances import EXACT_STEPS, hook_of, rounding_floor, tolerance
 
 EMULATION = "_emulation"  # after the name of a run of local SGD
-# Control runs cut each batch into these numbers of micro-batches, which reorders the same sums. The
-# later ones run where the first do not spread so far: a kink, such as relu's at 0, shows by chance.
-CONTROL_MICRO_BATCHES = (1, 3, 7, 2, 5, 11)
-NUM_CONTROLS = 3
 GROWTH = 10.0  # by which rounding can grow at most from what it was before a step
-LARGEST_KINK = 1e-2  # relative; a larger difference is not looked for in further controls
-
-
-@dataclasses.dataclass(frozen=True)
-class Control:
-    """Names a further run that a verdict needs: a strategy or variant with other settings."""
-
-    label: str
-    strategy: str
-    changes: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Case:
-    """Holds what one verdict is about: the run, what it is compared with, and further runs.
-
-    root: the label of the reference; changes: its settings. against: the label of what is compared
-    with: the reference, or that run of it that is cut as the run is. layers: those whose result
-    depends on how a batch is cut."""
-
-    job: Job
-    name: str
-    runs: Mapping[str, Record]
-    root: str
-    changes: dict[str, Any]
-    against: str
-    controls: Mapping[str, Record]
-    load: Callable[[str], Run]
-    layers: Sequence[str] = ()
-
-    @property
-    def known(self) -> Mapping[str, Record]:
-        return {**self.controls, **self.runs}
-
-    @property
-    def strategy(self) -> str:
-        return self.runs[self.name].variant_of or self.name
-
-    @property
-    def pieces(self) -> int:
-        """Count the micro-batches that all data-parallel ranks of the run have in a step."""
-        return self.runs[self.name].layout["dp"] * self.job.micro_batches(self.strategy)
-
-    @property
-    def reference_strategy(self) -> str:
-        return self.known[self.root].variant_of or self.known[self.root].strategy
-
-    def control(self, label: str, **changes: Any) -> Control:
-        """Name a further run like the reference, with these changes."""
-        return Control(label, self.known[self.root].strategy, self.changes | changes)
 
 
 def judge_run(
@@ -99,18 +54,19 @@ def judge_run(
         return undecided
     if name == reference:
         return Parity(True, 0.0, 0.0, allowed, reference=reference, state="equal")
-    against, changes = reference, dict[str, Any]()
+    against, changes, cores_for = reference, dict[str, Any](), None
     if strategy == "local_sgd":
         against, changes = name + EMULATION, {"emulate_replicas": record.layout["dp"]}
         if against not in controls:
             return [Control(against, name, changes)]
     elif cut := find_cut(job, name, runs, reference, layers):
         against, changes = f"{reference}_cut_{cut.ranks}x{cut.micro_batches}", cut.settings
+        cores_for = record.world_size
         if against not in controls:
-            return [Control(against, reference, changes)]
+            return [Control(against, reference, changes, cores_for)]
         why = explain_cut(job, cut, cut_of(job, runs[reference]), reference, layers)
         undecided = dataclasses.replace(undecided, reference=against, reference_because=why)
-    case = _Case(job, name, runs, against, changes, against, controls, load, layers)
+    case = Case(job, name, runs, against, changes, against, controls, load, layers, cores_for)
     if case.known[against].status != "ok":
         return undecided
     verdict = _judge(case, rule_of(job, against, case.known, name, layers))
@@ -144,17 +100,17 @@ def rule_of(
     return Rule(allowed, EXACT_STEPS[job.train.precision], floor, facts)
 
 
-def _judge(case: _Case, rule: Rule) -> Parity | list[Control]:
+def _judge(case: Case, rule: Rule) -> Parity | list[Control]:
     """Compare strictly, then with the reference cut alike, with controls, with its second run."""
     run, expected = case.load(case.name), case.load(case.root)
     found = differences(run, expected, rule.tolerance, rule.floor)
     verdict = compare_runs(run, expected, case.root, rule)
-    if _is_cut_alike(case) and (fault := _judge_follower(case, run, expected, rule)):
+    if is_cut_alike(case) and (fault := _judge_follower(case, run, expected, rule)):
         return _judge_reference(case, rule, fault)
     if not found:
         return verdict
     cases = [case]
-    if cut := _cut_alike(case, found):
+    if cut := cut_alike(case, found):
         if cut.label not in case.known:
             return [cut]
         if _rounds_apart(case, cut.label, rule):
@@ -176,7 +132,7 @@ def _judge(case: _Case, rule: Rule) -> Parity | list[Control]:
     return _judge_reference(case, rule, verdict)
 
 
-def _rounds_apart(case: _Case, label: str, rule: Rule) -> bool:
+def _rounds_apart(case: Case, label: str, rule: Rule) -> bool:
     """Tell whether rounding alone can be what parts a run of the reference from the reference.
 
     In bf16 and fp16 they agree in the first step, and nearly in the other exact ones, but for
@@ -203,46 +159,16 @@ def _rounds_apart(case: _Case, label: str, rule: Rule) -> bool:
     return True
 
 
-def _cut_alike(case: _Case, found: Sequence[Found]) -> Control | None:
-    """Return `single` cut into as many micro-batches as all ranks of the run have together.
-
-    Gradients are rounded once for each micro-batch, to few bits in bf16, and overflow in fp16 by
-    its size, so that run rounds nearly as this one does. None: it is no other cut, or what was
-    found is neither rounding nor an overflow."""
-    if case.layers:
-        return None  # another cut is another computation
-    record = case.runs[case.name]
-    steps = zip(record.steps, case.known[case.root].steps, strict=False)
-    overflows = any(mine.skipped != theirs.skipped for mine, theirs in steps)
-    rounded = found[0].quantity in ROUNDED and found[0].size <= LARGEST_KINK
-    late = all(can_be_rounding(one, 1) for one in found)
-    if case.reference_strategy != "single" or not (overflows or rounded or late):
-        return None
-    if _is_cut_alike(case):
-        return None
-    return case.control(f"{case.root}_cut_{case.pieces}", micro_batches=case.pieces)
-
-
-def _is_cut_alike(case: _Case) -> bool:
-    """Tell whether the reference is `single` with its batches cut into as many pieces as the run's.
-
-    A piece has one sample at least."""
-    batch, own = case.job.train.global_batch, case.job.micro_batches("single")
-    return case.reference_strategy == "single" and min(case.pieces, batch) == min(own, batch)
-
-
-def _judge_follower(case: _Case, run: Run, expected: Run, rule: Rule) -> Parity | None:
+def _judge_follower(case: Case, run: Run, expected: Run, rule: Rule) -> Parity | None:
     """Return what `judge_follower` does; fp32 has rules of its own, and so has a lossy hook."""
     if case.job.train.precision == "fp32" or hook_of(case.job, case.strategy) != "none":
         return None
     return judge_follower(run, expected, case.against, rule)
 
 
-def _judge_with_controls(
-    case: _Case, rule: Rule, run: Run, expected: Run
-) -> Parity | list[Control]:
+def _judge_with_controls(case: Case, rule: Rule, run: Run, expected: Run) -> Parity | list[Control]:
     """Return the verdict with controls, or those that are missing."""
-    wanted, usable = _list_controls(case), dict[str, Run]()
+    wanted, usable = list_controls(case), dict[str, Run]()
     for control in wanted:
         if control.label not in case.known:
             return [control]
@@ -267,7 +193,7 @@ def _judge_with_controls(
     return compare_runs(run, expected, case.against, rule, usable)
 
 
-def _judge_reference(case: _Case, rule: Rule, verdict: Parity) -> Parity | list[Control]:
+def _judge_reference(case: Case, rule: Rule, verdict: Parity) -> Parity | list[Control]:
     """Return a verdict once the reference has repeated its bits."""
     trusted = find_trusted(case.root, case.known, case.load, rule)
     if trusted.missing:
@@ -275,24 +201,3 @@ def _judge_reference(case: _Case, rule: Rule, verdict: Parity) -> Parity | list[
     if trusted.fault and not trusted.label:
         return dataclasses.replace(verdict, ok=False, state="not_decided")
     return verdict
-
-
-def _list_controls(case: _Case) -> list[Control]:
-    """List the controls that show how far rounding goes: the same sums in other orders.
-
-    A cut into as many pieces as another, or into more than there are samples, is no other order.
-    Where too few are left, weights are moved by one rounding after the first step."""
-    share = -(-case.job.train.global_batch // case.changes.get("emulate_replicas", 1))
-    seen = {min(case.job.micro_batches(case.reference_strategy), share)}
-    found = []
-    if case.against != case.root:
-        seen.add(min(int(case.against.rpartition("_")[2]), share))
-        found.append(case.control(case.root))
-    for cut in () if case.layers else CONTROL_MICRO_BATCHES:
-        if min(cut, share) not in seen:
-            seen.add(min(cut, share))
-            found.append(case.control(f"{case.root}_cut_{cut}", micro_batches=cut))
-    if case.reference_strategy in ("single", "local_sgd"):
-        for seed in range(1, NUM_CONTROLS + 1 - len(found)):
-            found.append(case.control(f"{case.root}_moved_{seed}", move_weights=seed))
-    return found

@@ -97,12 +97,14 @@ def launch(
     label: str | None = None,
     program: Program | None = None,
     warnings: Sequence[str] = (),
+    cores_for: int | None = None,
 ) -> Record:
     """Start `nproc` ranks of a checked job, wait for them and return the record.
 
     label: the run's name for the watcher, if it is not the strategy's. program: the command that
-    starts a rank, `PROGRAM` if it is left out. warnings: of the try-out, for the record. Raises
-    RunFailed with the first cause; the record then says `failed` or `not_possible`."""
+    starts a rank, `PROGRAM` if it is left out. warnings: of the try-out, for the record. cores_for:
+    see `run_ranks`. Raises RunFailed with the first cause; the record then says `failed` or
+    `not_possible`."""
     label, choice = label or strategy, resolve(job, strategy)
     watcher.started(label, job.train.steps or 0, out)
     file = begin_run(out, job, choice)
@@ -112,8 +114,8 @@ def launch(
         modules = registry.modules(choice.strategy)
         # An emulation computes with the threads of a rank that it plays: more of them sum up in
         # another order, and round otherwise.
-        played = choice.job.strategy.local_sgd.emulate_replicas
-        cores_for = played if choice.strategy == "local_sgd" else None
+        if choice.strategy == "local_sgd":
+            cores_for = choice.job.strategy.local_sgd.emulate_replicas or cores_for
         run_ranks(nproc, arguments, out, watcher.poll, program or PROGRAM, modules, cores_for)
         record = add_warnings(out, records.read(Record, out / "record.json"), warnings)
     except BaseException as raised:
