@@ -15,6 +15,7 @@ import typer
 from .job.arguments import (
     CompareOut,
     FreshRanks,
+    GoOn,
     JobFile,
     Json,
     KnownBad,
@@ -105,6 +106,7 @@ def train(
     out: Out = Path("out/train"),
     overrides: Overrides = None,
     fresh_ranks: FreshRanks = False,
+    resume: GoOn = None,
     allow_known_bad: KnownBad = False,
     json: Json = False,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
@@ -114,7 +116,7 @@ def train(
     from .training.run import run_job
 
     loaded = _load(job, overrides, allow_known_bad)
-    record = run_job(loaded, strategy, out, nproc, parent, fresh_ranks)
+    record = run_job(loaded, strategy, out, nproc, parent, fresh_ranks, resume)
     if record is None:
         return
     if json:

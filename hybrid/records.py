@@ -134,11 +134,29 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
+class SavedState:
+    """Names the newest checkpoint of a run: the steps done, and the hash of the whole state."""
+
+    step: int
+    state_hash: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumedFrom:
+    """Names the checkpoint that a run went on from; the hash is of the live state after loading."""
+
+    path: str
+    step: int
+    state_hash: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Record:
     """Records one run of one strategy: `record.json`.
 
     `strategy` is the name that was asked for; where that is a variant's, `variant_of` is the
     strategy whose variant it is. `warnings` are what the try-out found that this run can live with.
+    Of a resumed run `steps` has those before it too, where their `steps.jsonl` is still there.
     """
 
     strategy: str
@@ -158,6 +176,8 @@ class Record:
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     variant_of: str | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
+    checkpoint: SavedState | None = None
+    resumed_from: ResumedFrom | None = None
 
 
 @dataclasses.dataclass(frozen=True)

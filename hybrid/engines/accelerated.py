@@ -18,8 +18,9 @@ from .buffers import OneSet
 from .constant_buffers import ConstantBuffers
 from .optimizer import LossScale, read_learning_rate, set_learning_rate, shard_groups
 from .precision import Stepped
+from .protocol import OwnState
 from .schedule import learning_rate
-from .state import num_held
+from .state import named_tensors, num_held
 from .step_queue import make_row
 from .tally import Tally
 
@@ -120,6 +121,37 @@ class AcceleratedEngine(BaseEngine):
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         self.scatter(self, state)
 
+    def _tensors(self) -> State:
+        if self.one_set:
+            self.one_set.before_use()
+        reshard(self.model)
+        return named_tensors(getattr(self.model, "module", self.model))
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = self.optimizer.optimizer
+        return optimizer
+
+    def loss_scale_state(self) -> dict[str, float] | None:
+        return self.scale.read_state()
+
+    def begin_at(
+        self, step: int, loss_scale: Mapping[str, float] | None, own: OwnState | None
+    ) -> None:
+        super().begin_at(step, loss_scale, own)
+        self.scale.set_state(loss_scale)
+        if self.one_set:
+            self.one_set = OneSet(self.model)
+
+    def rehearse(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Take one backward pass, after which DDP orders its buckets."""
+        if isinstance(self.model, DistributedDataParallel) and micro_batches:
+            self._set_training(self.model)
+            loss_sum = self._forward(
+                self.model, micro_batches[0], (*self.shares, 0, 0), Tally(self.device)
+            )
+            loss_sum.backward()
+            self.model.zero_grad()
+
     def receipt(self) -> Receipt:
         return self._add_ledger(self.inspect(self), self._stepped())
 
@@ -131,3 +163,12 @@ class AcceleratedEngine(BaseEngine):
         # Not `free_memory`, which has Python look through all its objects for garbage (0.2 s).
         self.accelerator = self.model = self.optimizer = self.constant = self.one_set = None
         self.units = ()
+
+
+def reshard(model: Any) -> None:
+    """Free gathered parameters: evaluation leaves those of FSDP2's root gathered, and rounded."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -2,13 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..checkpoint.pieces import Piece
 from ..data.loader import MicroBatch
 from ..job.schema import Job
 from ..launch.placement import Placement
@@ -22,10 +23,11 @@ from .counting import TargetCounter, num_rows
 from .layers import sample_seeds
 from .optimizer import LossScale, clip, norm_of, parameters_of
 from .precision import Observer, Stepped, check_ledger, make_ledger
-from .protocol import Engine, StepResult, extend_receipt
+from .protocol import Engine, OwnState, Shapes, StepResult, extend_receipt
 from .state import gradient_dtypes, on_device
 from .step_queue import LocalRow, StartedStep, StepQueue, StepRow, norms_of, step_result
 from .tally import Tally, eval_result
+from .training_state import Copies, make_room, numbers_of, pieces_of
 
 
 class BaseEngine(Engine):
@@ -109,6 +111,41 @@ class BaseEngine(Engine):
 
     def _result(self, step: StartedStep, rows: list[StepRow]) -> StepResult:
         return step_result(step, rows, norms_of(step, rows, self.norm_parts))
+
+    def pieces(self) -> list[Piece]:
+        return pieces_of(self._tensors(), self._optimizer(), self._copies())
+
+    def make_room(self, shapes: Shapes, numbers: Collection[str]) -> None:
+        make_room(self._tensors(), self._optimizer(), shapes, numbers)
+
+    def numbers_kept(self) -> list[str]:
+        return numbers_of(self._optimizer())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Return the live tensors that this rank has a part of, by canonical name."""
+        raise NotImplementedError
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer of torch's kind that steps them."""
+        raise NotImplementedError
+
+    def _copies(self) -> Copies:
+        """Tell which of how many ranks this is, among those that hold whole tensors alike."""
+        return Copies(self.placement.rank, self.placement.world_size)
+
+    def loss_scale_state(self) -> dict[str, float] | None:
+        return None
+
+    def own_state(self) -> OwnState:
+        return OwnState({}, {})
+
+    def begin_at(
+        self, step: int, loss_scale: Mapping[str, float] | None, own: OwnState | None
+    ) -> None:
+        self.step = step
+
+    def rehearse(self, micro_batches: Sequence[MicroBatch]) -> None:
+        pass
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         self.start_step(micro_batches)

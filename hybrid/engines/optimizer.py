@@ -200,6 +200,19 @@ class LossScale(torch.amp.GradScaler):
         """Return the scale in force; 1 without fp16."""
         return self.get_scale()
 
+    def read_state(self) -> dict[str, float] | None:
+        """Return the scale, and for how many steps without an overflow it has been in force."""
+        if not self.is_enabled():
+            return None
+        state = self.state_dict()
+        return {"scale": float(state["scale"]), "good_steps": int(state["_growth_tracker"])}
+
+    def set_state(self, state: Mapping[str, float] | None) -> None:
+        """Take over what `read_state` returned."""
+        if self.is_enabled() and state:
+            kept = {"scale": state["scale"], "_growth_tracker": int(state["good_steps"])}
+            self.load_state_dict(self.state_dict() | kept)
+
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Step, unless a gradient overflowed, and update the scale."""
         result = super().step(optimizer, *args, **kwargs)

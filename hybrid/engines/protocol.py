@@ -6,8 +6,8 @@ DeepSpeed's pipeline offers no smaller one. The module needs no torch."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..layout import Layout
 from ..records import EvalResult, Receipt
@@ -15,7 +15,13 @@ from ..records import EvalResult, Receipt
 if TYPE_CHECKING:
     import torch
 
+    from ..checkpoint.pieces import Piece
     from ..data.loader import MicroBatch
+
+    # What a checkpoint has: dtype and shape, by a tensor's canonical name and its key.
+    Shapes = Mapping[str, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]
+else:
+    Shapes = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +42,13 @@ class StepResult:
     targets: int | float = 0
     loss_scale: float | None = None
     skipped: bool = False
+
+
+class OwnState(NamedTuple):
+    """Holds what belongs to one rank alone, which another layout has no use for."""
+
+    tensors: Mapping[str, torch.Tensor]
+    numbers: Mapping[str, Any]  # as JSON
 
 
 class Engine(Protocol):
@@ -78,6 +91,35 @@ class Engine(Protocol):
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take over what `state` returned; every rank passes all of it."""
+
+    def pieces(self) -> list[Piece]:
+        """Return this rank's live parts of the training state: weights in fp32, the optimizer's
+        state, buffers. Values that are written into them count from `begin_at` on."""
+
+    def make_room(self, shapes: Shapes, numbers: Collection[str]) -> None:
+        """Make the optimizer's state that is not there yet, for what a checkpoint has.
+
+        numbers: the keys under which its optimizer kept numbers, not tensors."""
+
+    def numbers_kept(self) -> list[str]:
+        """Return the keys under which the optimizer keeps numbers, not tensors."""
+
+    def loss_scale_state(self) -> dict[str, float] | None:
+        """Return fp16's `scale`, and how many `good_steps` it has been in force; else None."""
+
+    def own_state(self) -> OwnState:
+        """Return what belongs to this rank alone, beside the pieces."""
+
+    def rehearse(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Do what later steps are shaped by, before a checkpoint is loaded: DDP orders its buckets
+        by the first backward pass. It may change the state."""
+
+    def begin_at(
+        self, step: int, loss_scale: Mapping[str, float] | None, own: OwnState | None
+    ) -> None:
+        """Go on after `step` optimizer steps, with what was written into the pieces.
+
+        own: what `own_state` of this rank returned, None where the layout was another one."""
 
     def receipt(self) -> Receipt:
         """Return what really runs, read off the live objects of all ranks.

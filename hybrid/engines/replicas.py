@@ -30,7 +30,7 @@ from .optimizer import (
     set_learning_rate,
 )
 from .precision import DTYPES, Observer, Stepped, names_of, round_at_use
-from .protocol import StepResult, extend_receipt, make_receipt
+from .protocol import OwnState, StepResult, extend_receipt, make_receipt
 from .schedule import learning_rate
 from .state import copy_of_state, copy_state, named_tensors, num_held
 from .step_queue import LocalRow, StartedStep, StepRow, make_row, step_result
@@ -222,6 +222,21 @@ class ReplicaEngine(BaseEngine):
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         for model in self.models:
             copy_state(named_tensors(model), state)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return named_tensors(self.model)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizers[0]
+
+    def loss_scale_state(self) -> dict[str, float] | None:
+        return self.scales[0].read_state()
+
+    def begin_at(
+        self, step: int, loss_scale: Mapping[str, float] | None, own: OwnState | None
+    ) -> None:
+        super().begin_at(step, loss_scale, own)
+        self.scales[0].set_state(loss_scale)
 
     def _require_merged(self) -> None:
         if self.merge_every and any(self.seen) and self.layout.dp > 1:

@@ -51,4 +51,10 @@ Resume = Annotated[
     str | None,
     typer.Option(metavar="auto|DIR", help="Keep the runs in OUT, or in DIR, that ended well."),
 ]
+GoOn = Annotated[
+    str | None,
+    typer.Option(
+        "--resume", metavar="auto|PATH", help="Go on from OUT's newest checkpoint, or from PATH."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]

@@ -130,6 +130,21 @@ class Parallel(Section):
     shard: Positive | None = None
 
 
+class Checkpoint(Section):
+    """Says when the whole training state is saved, for a run to go on from (docs/checkpoints.md).
+
+    every: so many optimizer steps, and after the last one; left out, the final weights alone are
+    saved. keep: so many of the newest, all where it is left out; best: and the one whose evaluation
+    is best by this metric. async: a thread writes a copy of the state while training goes on."""
+
+    model_config = ConfigDict(validate_by_name=True)
+
+    every: Positive | None = None
+    keep: Positive | None = None
+    best: str | None = None
+    asynchronous: bool = Field(default=False, alias="async")
+
+
 class Log(Section):
     """Says how often the ranks' numbers are read, and names trackers besides `steps.jsonl`.
 
@@ -174,6 +189,7 @@ class Job(Section):
     optimizer: Optimizer
     train: Train
     schedule: Schedule = Schedule()
+    checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     launch: Launch = Launch()
     parallel: Parallel = Parallel()

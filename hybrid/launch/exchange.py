@@ -19,23 +19,25 @@ def gather_rows(row: Row) -> list[Row]:
     form = "<" + "".join("d" if isinstance(x, float) else "q" for x in row)
     numbers = [x if isinstance(x, float) else (x + 2**63) % 2**64 - 2**63 for x in row]
     words = torch.frombuffer(bytearray(struct.pack(form, *numbers)), dtype=torch.int64)
-    mine = words.to(_group_device())
+    mine = words.to(group_device())
     table = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(table, mine)
     make: Any = getattr(type(row), "_make", list)
     return [make(struct.unpack(form, r.tobytes())) for r in torch.stack(table).cpu().numpy()]
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Return the `value` of every rank, in rank order; for small things outside timed steps."""
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
+    """Return the `value` of every rank, in rank order; for small things outside timed steps.
+
+    group: of all ranks, if not the default one, such as for a thread beside the training."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def _group_device() -> torch.device:
+def group_device() -> torch.device:
     """Return where the default group's collectives take tensors: nccl takes none on a CPU."""
     if dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())

@@ -48,25 +48,19 @@ def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
 
 
 def _gather(engine: Any) -> dict[str, Any]:
+    from ..engines.accelerated import reshard
     from ..engines.state import copy_of_state
 
-    _reshard(engine.model)
+    reshard(engine.model)
     return copy_of_state(engine.model, keep=engine.accelerator.is_main_process)
-
-
-def _reshard(model: Any) -> None:
-    """Free gathered parameters: evaluation leaves those of the root gathered, and rounded."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _scatter(engine: Any, state: Mapping[str, Any]) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    _reshard(engine.model)
+    from ..engines.accelerated import reshard
+
+    reshard(engine.model)
     options = StateDictOptions(full_state_dict=True, strict=True)
     set_model_state_dict(engine.model, dict(state), options=options)
 

@@ -19,14 +19,15 @@ from ..records import Record, Status
 CHECKPOINTS = "checkpoints"
 
 
-def begin_run(out: Path, job: Job, choice: Choice) -> Path:
+def begin_run(out: Path, job: Job, choice: Choice, resumes: bool = False) -> Path:
     """Remove what an earlier run left in `out`, and return the path of the new `job.json` there.
-    The new `record.json` says `running`. job: the one that `choice` was resolved in. Raises
-    NoRoom."""
+    The new `record.json` says `running`. job: the one that `choice` was resolved in. resumes: the
+    run goes on from where it was, so its checkpoints and steps stay. Raises NoRoom."""
     with needs_room(out):
         out.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-        (out / "steps.jsonl").unlink(missing_ok=True)
+        if not resumes:
+            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+            (out / "steps.jsonl").unlink(missing_ok=True)
         record = Record(choice.name, "running", variant_of=choice.variant_of)
         records.write(record, out / "record.json")
         records.write(to_dict(job), out / "job.json")

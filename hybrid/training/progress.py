@@ -99,9 +99,9 @@ class Progress(Watcher):
         self.begun = self.arrived = self.shown = 0.0
 
     def started(self, name: str, steps: int, out: Path) -> None:
-        """Show that a run begins, and remove the `steps.jsonl` of an earlier run in `out`."""
-        self.name, self.total, self.file, self.offset = name, steps, out / "steps.jsonl", 0
-        self.file.unlink(missing_ok=True)
+        """Show that a run begins; steps that are in its `steps.jsonl` already are not shown."""
+        self.name, self.total, self.file = name, steps, out / "steps.jsonl"
+        self.offset = self.file.stat().st_size if self.file.exists() else 0
         self.recent.clear()
         self.begun = self.shown = time.monotonic()
         self.rows[name] = Row(dict.fromkeys(NUMBERS, "") | {"step": "starting"})
@@ -152,8 +152,11 @@ class Progress(Watcher):
     def _read(self) -> list[Step]:
         """Return the steps of the whole lines that were added, at most `RECENT_STEPS` of them."""
         try:
-            if self.file.stat().st_size == self.offset:
+            size = self.file.stat().st_size
+            if size == self.offset:
                 return []
+            if size < self.offset:  # it begins anew
+                self.offset = 0
         except FileNotFoundError:
             return []
         with self.file.open("rb") as file:

@@ -27,6 +27,7 @@ from .branches import explain
 from .check import print_warnings
 from .folder import add_warnings, begin_run, end_run
 from .progress import Progress, Watcher
+from .resume import choose
 
 
 def run_job(
@@ -36,13 +37,14 @@ def run_job(
     nproc: int | None = None,
     parent: int | None = None,
     fresh_ranks: bool = False,
+    resume: str | None = None,
 ) -> Record | None:
     """Run a job once, on the ranks of a launcher or on `nproc` processes that this one starts.
 
     strategy: its name, or that of a variant in the job. parent: the process id of the `hybrid` that
     started this rank. fresh_ranks: start each rank afresh; left out, all are forked from one
-    process. Returns the record in the process that shows it, None in the others. Raises JobError,
-    Unsupported, RunFailed, NoRoom or the run's error.
+    process. resume: see `train`. Returns the record in the process that shows it, None in the
+    others. Raises JobError, Unsupported, RunFailed, NoRoom or the run's error.
     """
     placement = find_placement(started_by_hybrid=parent is not None)
     if placement.rank == 0 and parent is None:
@@ -50,7 +52,7 @@ def run_job(
     registry.check_settings(job, [strategy])
     if placement.launcher is None:
         with needs_room(out), warm_ranks(fresh_ranks):
-            return _launch_checked(job, strategy, out, nproc)
+            return _launch_checked(job, strategy, out, nproc, resume)
     end_with_launcher(parent)
     if nproc not in (None, placement.world_size):
         raise JobError(f"--nproc {nproc}: the launcher started {placement.world_size} processes")
@@ -61,16 +63,20 @@ def run_job(
         redirect_output(out / "logs", placement)
         if placement.rank == 0:
             watcher = Progress(shared=True)
+            if resume is None:
+                (out / "steps.jsonl").unlink(missing_ok=True)
             watcher.started(strategy, job.train.steps or 0, out)
             on_step = watcher.follow
     set_num_threads(placement)
     from .loop import train
 
-    record = train(job, strategy, out, on_step, placement)
+    record = train(job, strategy, out, on_step, placement, resume=resume)
     return record if placement.rank == 0 and placement.launcher != OWN else None
 
 
-def _launch_checked(job: Job, strategy: str, out: Path, nproc: int | None) -> Record:
+def _launch_checked(
+    job: Job, strategy: str, out: Path, nproc: int | None, resume: str | None
+) -> Record:
     """Check the job, then start its ranks and show their progress."""
     choice = resolve(job, strategy)
     checked = check_apart(job, registry.modules(choice.strategy)).require()
@@ -82,8 +88,13 @@ def _launch_checked(job: Job, strategy: str, out: Path, nproc: int | None) -> Re
     replicas = choice.job.strategy.local_sgd.emulate_replicas
     emulating = choice.strategy == "local_sgd" and replicas
     watcher, world_size = Progress(), 1 if emulating else layout.world_size
+    chosen = choose(out, resume, checked.job) if resume else None
+    print_warnings(f"{strategy}: {line}" for line in (chosen.notes if chosen else []))
+    folder = chosen.folder if chosen else None
     try:
-        return launch(checked.job, strategy, world_size, out, watcher, warnings=found)
+        return launch(
+            checked.job, strategy, world_size, out, watcher, warnings=found, resume=folder
+        )
     finally:
         watcher.close()
 
@@ -98,18 +109,21 @@ def launch(
     program: Program | None = None,
     warnings: Sequence[str] = (),
     cores_for: int | None = None,
+    resume: Path | None = None,
 ) -> Record:
     """Start `nproc` ranks of a checked job, wait for them and return the record.
 
     label: the run's name for the watcher, if it is not the strategy's. program: the command that
     starts a rank, `PROGRAM` if it is left out. warnings: of the try-out, for the record. cores_for:
-    see `run_ranks`. Raises RunFailed with the first cause; the record then says `failed` or
-    `not_possible`."""
+    see `run_ranks`. resume: the checkpoint from which the run goes on. Raises RunFailed with the
+    first cause; the record then says `failed` or `not_possible`."""
     label, choice = label or strategy, resolve(job, strategy)
+    file = begin_run(out, job, choice, resume is not None)
     watcher.started(label, job.train.steps or 0, out)
-    file = begin_run(out, job, choice)
     arguments = ["train", str(file), "--strategy", strategy, "--out", str(out)]
     arguments += ["--parent", str(os.getpid())]
+    if resume:
+        arguments += ["--resume", str(resume)]
     try:
         modules = registry.modules(choice.strategy)
         # An emulation computes with the threads of a rank that it plays: more of them sum up in

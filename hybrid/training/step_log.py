@@ -3,6 +3,7 @@
 With a folder they are lines of `steps.jsonl` there, and memory does not grow with the steps."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from ..records import StepRecord
 class StepLog:
     """Holds the records of the steps so far.
 
-    here: this process keeps them. out: the run's folder, None: they stay in memory."""
+    here: this process keeps them. out: the run's folder, None: they stay in memory. start, samples:
+    the steps that a run had made before it goes on here, of which the file may have the lines."""
 
-    def __init__(self, here: bool, out: Path | None) -> None:
-        self.count = 0
-        self.samples = 0  # of all steps, as the next
-        self.targets: int | float = 0
+    def __init__(self, here: bool, out: Path | None, start: int = 0, samples: int = 0) -> None:
+        self.count = start
+        self.samples = samples  # of all steps
+        self._before = samples
+        self.targets: int | float = 0  # of the steps that are made here
         self._here, self._kept = here, list[StepRecord]()
+        if out:
+            _keep_lines(out / "steps.jsonl", start)
         self._file = (out / "steps.jsonl").open("a+") if out else None
         self._lines = list[str]()  # not written yet
 
@@ -43,7 +48,7 @@ class StepLog:
         Of weighted targets the count is no number of tokens."""
         if isinstance(self.targets, float):
             return None
-        tokens = self.targets / max(1, self.samples)
+        tokens = self.targets / max(1, self.samples - self._before)
         return tokens * batch if tokens > 1 else None
 
     def write(self) -> None:
@@ -63,6 +68,26 @@ class StepLog:
             self._kept = [StepRecord(**{name: line[name] for name in names}) for line in lines]
             self._file.close()
         return gather_objects(self._kept if self._here else None)[0]
+
+
+def _keep_lines(path: Path, start: int) -> None:
+    """Leave in the file of an earlier run the lines of the steps before `start` alone.
+
+    A killed run has written lines of later steps, and perhaps half a line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
+            break
+        if step >= start or not line.endswith("\n"):
+            break
+        kept.append(line)
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(kept))
+    os.replace(part, path)
 
 
 def make_record(step: int, result: StepResult) -> StepRecord:

@@ -1,0 +1,102 @@
+"""Loads a checkpoint into a live run: each rank reads the ranges that it holds, and no more."""
+
+import bisect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..job.errors import JobError
+from ..launch.exchange import gather_objects
+from .manifest import Entry, Manifest
+from .pieces import Piece
+from .state_hash import ranges_of
+from .tensor_file import BUFFER_BYTES, TensorFile, dtype_name, dtype_of
+
+
+def load(folder: Path, manifest: Manifest, pieces: Sequence[Piece]) -> None:
+    """Put a checkpoint's values into all ranks' pieces; collective.
+
+    Raises JobError on every rank unless the checkpoint and the run have the same tensors: with
+    their names, keys, dtypes and shapes."""
+    _require_same(folder, manifest, pieces)
+    reader = Reader(folder, manifest)
+    try:
+        for piece in pieces:
+            step = max(1, BUFFER_BYTES // piece.tensor.dtype.itemsize)
+            for first in range(0, piece.tensor.numel(), step):
+                count = min(step, piece.tensor.numel() - first)
+                piece.write(first, reader.read(*piece.entry, piece.start + first, count))
+    finally:
+        reader.close()
+
+
+class Reader:
+    """Reads ranges of canonical tensors from a checkpoint's files, however those are cut."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._files: dict[str, TensorFile] = {}
+        self._ranges: dict[tuple[str, str], list[tuple[int, int, str, str, int]]] = {}
+
+    def read(self, name: str, key: str, start: int, count: int) -> torch.Tensor:
+        """Return elements of one flattened tensor, 1-D on the CPU."""
+        entry = self.manifest.entries[name, key]
+        if (name, key) not in self._ranges:
+            self._ranges[name, key] = ranges_of(entry)
+        ranges, end = self._ranges[name, key], start + count
+        values = torch.empty(count, dtype=dtype_of(entry.dtype))
+        i = max(0, bisect.bisect_right(ranges, start, key=lambda r: r[0]) - 1)
+        while i < len(ranges) and ranges[i][0] < end:
+            begin, size, file, part, first = ranges[i]
+            low, high = max(begin, start), min(begin + size, end)
+            if low < high:
+                found = self._file(file).read(part, first + low - begin, high - low)
+                values[low - start : high - start] = found
+            i += 1
+        return values
+
+    def whole(self, name: str, key: str) -> torch.Tensor:
+        """Return a whole tensor on the CPU, in its shape."""
+        entry = self.manifest.entries[name, key]
+        return self.read(name, key, 0, entry.size).view(entry.shape)
+
+    def own(self, rank: int) -> dict[str, torch.Tensor]:
+        """Return the tensors that belong to one rank alone, by their labels."""
+        held: Mapping[str, Any] = self.manifest.values["ranks"][rank]["tensors"]
+        file = self._file(f"rank{rank:05d}.safetensors")
+        found = {}
+        for label, place in held.items():
+            count = file.spans[place["key"]].size
+            found[label] = file.read(place["key"], 0, count).view(place["shape"])
+        return found
+
+    def _file(self, name: str) -> TensorFile:
+        if name not in self._files:
+            self._files[name] = TensorFile(self.folder / name)
+        return self._files[name]
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+
+def _require_same(folder: Path, manifest: Manifest, pieces: Sequence[Piece]) -> None:
+    mine = {piece.entry: (dtype_name(piece.tensor.dtype), piece.shape) for piece in pieces}
+    wanted: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
+    for held in gather_objects(mine):
+        wanted |= held
+    saved = manifest.entries
+    for name, key in sorted(wanted.keys() - saved.keys()):
+        raise JobError(f"{folder}: has no {key} of {name}, which this run has")
+    for name, key in sorted(saved.keys() - wanted.keys()):
+        raise JobError(f"{folder}: has the {key} of {name}, which this run has not")
+    for (name, key), (dtype, shape) in sorted(wanted.items()):
+        entry: Entry = saved[name, key]
+        if (entry.dtype, entry.shape) != (dtype, shape):
+            raise JobError(
+                f"{folder}: the {key} of {name} is {entry.dtype} {list(entry.shape)} there and "
+                f"{dtype} {list(shape)} in this run"
+            )

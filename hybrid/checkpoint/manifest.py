@@ -1,0 +1,179 @@
+"""Defines the manifest of a checkpoint, format 1, and reads it without trusting it. No torch here.
+
+The manifest is compact JSON with sorted keys. Its `sha256` is that of the same text without this
+key. docs/checkpoints.md describes every key."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+KEYS = (
+    "step", "samples", "strategy", "layout", "world_size", "job", "versions", "rng", "loss_scale",
+    "state_hash", "tensors", "files",
+)  # fmt: skip
+_WRONG = ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError
+RANK_FILE = re.compile(r"rank\d{5}\.safetensors")
+
+
+class BadManifest(ValueError):
+    """Says in one line what is wrong with a manifest; the line begins with `manifest.json`."""
+
+
+class FilePiece(NamedTuple):
+    """Tells where a part of a canonical tensor stands: elements `start` to `start + size` of it
+    are the tensor `key` of `file`, or the box at `offsets` of `sizes`, row by row."""
+
+    file: str
+    key: str
+    start: int
+    size: int
+    box: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+
+class Entry(NamedTuple):
+    """Describes one canonical tensor: its dtype as safetensors writes it, its shape, its parts."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Sequence[FilePiece]
+
+    @property
+    def size(self) -> int:
+        """Return the number of elements."""
+        return math.prod(self.shape)
+
+
+class Manifest(NamedTuple):
+    """Holds a manifest: its values as they stand, and its tensors by name and key."""
+
+    values: Mapping[str, Any]
+    entries: Mapping[tuple[str, str], Entry]
+
+    @property
+    def step(self) -> int:
+        """Return the number of optimizer steps done."""
+        return int(self.values["step"])
+
+    @property
+    def state_hash(self) -> str:
+        """Return the hash of the whole state."""
+        return str(self.values["state_hash"])
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of all files of tensors."""
+        return sum(file["bytes"] for file in self.values["files"].values())
+
+
+def rank_file(rank: int) -> str:
+    """Return the name of a rank's file."""
+    return f"rank{rank:05d}.safetensors"
+
+
+def compact(value: Any) -> str:
+    """Return JSON in the form in which hashes are taken of it."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def seal(values: Mapping[str, Any]) -> str:
+    """Return the text of a manifest, with the hash of itself."""
+    digest = hashlib.sha256(compact(values).encode()).hexdigest()
+    return compact({**values, "sha256": digest}) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest in a checkpoint's folder; raises BadManifest."""
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BadManifest(f"{MANIFEST}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise BadManifest(f"{MANIFEST}: is not JSON") from None
+    try:
+        return _check(values)
+    except BadManifest:
+        raise
+    except _WRONG as error:
+        raise BadManifest(f"{MANIFEST}: is no manifest of a checkpoint: {error!r}") from None
+
+
+def _check(values: Any) -> Manifest:
+    if not isinstance(values, dict):
+        raise BadManifest(f"{MANIFEST}: is no JSON object")
+    if values.get("format") != FORMAT:
+        raise BadManifest(f"{MANIFEST}: format = {values.get('format')!r}; valid: {FORMAT}")
+    stated = values.pop("sha256", None)
+    if stated != hashlib.sha256(compact(values).encode()).hexdigest():
+        raise BadManifest(f"{MANIFEST}: is damaged, its SHA-256 is not the one that it states")
+    if missing := [key for key in KEYS if key not in values]:
+        raise BadManifest(f"{MANIFEST}: has no {missing[0]!r}")
+    for name, file in values["files"].items():
+        if not RANK_FILE.fullmatch(name) or not (int(file["bytes"]) >= 0 and file["sha256"]):
+            raise BadManifest(f"{MANIFEST}: files: {name!r} is no file of a rank")
+    entries = {}
+    for name, keys in values["tensors"].items():
+        for key, value in keys.items():
+            entries[name, key] = entry = _entry(value, values["files"])
+            if problem := _uncovered(entry):
+                raise BadManifest(f"{MANIFEST}: {name} {key}: {problem}")
+    return Manifest(values, entries)
+
+
+def _entry(value: Mapping[str, Any], files: Mapping[str, Any]) -> Entry:
+    shape = tuple(int(n) for n in value["shape"])
+    if any(n < 0 for n in shape):
+        raise ValueError(f"a negative size: {shape}")
+    pieces = []
+    for piece in value["pieces"]:
+        if piece["file"] not in files:
+            raise ValueError(f"{piece['file']!r} is not among the files")
+        if "flat" in piece:
+            start, count = map(int, piece["flat"])
+            pieces.append(FilePiece(piece["file"], piece["key"], start, count))
+            continue
+        offsets, sizes = (tuple(int(n) for n in part) for part in piece["box"])
+        fits = zip(offsets, sizes, shape, strict=True)
+        if not all(low >= 0 and n >= 0 and low + n <= whole for low, n, whole in fits):
+            raise ValueError(f"a box outside the tensor: {offsets}, {sizes}")
+        box = offsets, sizes
+        pieces.append(FilePiece(piece["file"], piece["key"], 0, math.prod(sizes), box))
+    return Entry(str(value["dtype"]), shape, pieces)
+
+
+def rows_of(piece: FilePiece, shape: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield the contiguous ranges of a piece: the start in the tensor, the start in the piece, and
+    the number of elements; of a box, a row each."""
+    if piece.box is None or not shape:
+        yield piece.start, 0, piece.size
+        return
+    offsets, sizes = piece.box
+    if piece.size == 0:
+        return
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    width = sizes[-1]
+    for row in range(piece.size // width):
+        place, rest = offsets[-1], row
+        for axis in range(len(shape) - 2, -1, -1):
+            rest, index = divmod(rest, sizes[axis])
+            place += (offsets[axis] + index) * strides[axis]
+        yield place, row * width, width
+
+
+def _uncovered(entry: Entry) -> str | None:
+    """Say which elements of a tensor no piece has, or two have; None: each stands once."""
+    ranges = sorted(
+        (start, count) for piece in entry.pieces for start, _, count in rows_of(piece, entry.shape)
+    )
+    end = 0
+    for start, count in ranges:
+        if count < 0 or (start != end and count):
+            return f"element {min(start, end)} stands {'twice' if start < end else 'nowhere'}"
+        end += count
+    return None if end == entry.size else f"has {end} of {entry.size} elements"

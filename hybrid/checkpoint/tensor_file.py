@@ -1,0 +1,145 @@
+"""Writes and reads files of 1-D tensors in the safetensors format, a buffer at a time.
+
+The safetensors library keeps all tensors of a file in memory when it writes them, which would
+double what a rank holds. Format: https://github.com/huggingface/safetensors#format."""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+BUFFER_BYTES = 2**25
+LONGEST_HEADER = 10**8  # bytes, as in the library
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool, "U16": torch.uint16, "U32": torch.uint32,
+    "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Damaged(ValueError):
+    """Says in one line what is wrong with a file; the line begins with the file's name."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype as safetensors writes it; raises ValueError where the format has no such."""
+    if dtype not in _NAMES:
+        raise ValueError(f"{dtype}: is no dtype that safetensors can hold")
+    return _NAMES[dtype]
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype that safetensors writes so; raises KeyError if there is none."""
+    return _DTYPES[name]
+
+
+def raw_bytes(tensor: torch.Tensor) -> Any:
+    """Return the little-endian bytes of a 1-D tensor."""
+    flat = tensor.detach().cpu().contiguous().view(torch.uint8)
+    return flat.numpy().data
+
+
+class Part(NamedTuple):
+    """Is one tensor to be written: `read(first, count)` returns elements of it, 1-D."""
+
+    key: str
+    dtype: torch.dtype
+    size: int  # in elements
+    read: Callable[[int, int], torch.Tensor]
+
+
+def write_file(path: Path, parts: Sequence[Part]) -> dict[str, Any]:
+    """Write a new file of 1-D tensors, flush it, and return its `bytes` and `sha256`."""
+    header: dict[str, Any] = {}
+    end = 0
+    for part in parts:
+        begin, end = end, end + part.size * part.dtype.itemsize
+        name = dtype_name(part.dtype)
+        header[part.key] = {"dtype": name, "shape": [part.size], "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    digest, size = hashlib.sha256(), 0
+    with path.open("xb") as file:
+        for block in itertools.chain((len(text).to_bytes(8, "little"), text), _blocks_of(parts)):
+            file.write(block)
+            digest.update(block)
+            size += len(block)
+        file.flush()
+        os.fdatasync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _blocks_of(parts: Sequence[Part]) -> Iterator[Any]:
+    for part in parts:
+        step = max(1, BUFFER_BYTES // part.dtype.itemsize)
+        for first in range(0, part.size, step):
+            yield raw_bytes(part.read(first, min(step, part.size - first)))
+
+
+class _Span(NamedTuple):
+    """Tells where a tensor stands in a file: its dtype, its elements, its first byte."""
+
+    dtype: torch.dtype
+    size: int
+    begin: int
+
+
+class TensorFile:
+    """Reads ranges of the 1-D tensors in a file; raises Damaged where that is no such file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("rb")
+        try:
+            self.spans = self._read_header()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            self._file.close()
+            raise Damaged(f"{path.name}: is no safetensors file: {error}") from None
+
+    def _read_header(self) -> dict[str, _Span]:
+        size = os.fstat(self._file.fileno()).st_size
+        length = int.from_bytes(self._file.read(8), "little")
+        if not 2 <= length <= min(LONGEST_HEADER, size - 8):
+            raise ValueError("its header is cut off")
+        header = json.loads(self._file.read(length))
+        header.pop("__metadata__", None)
+        spans = {}
+        for key, value in header.items():
+            dtype, (begin, end) = _DTYPES[value["dtype"]], value["data_offsets"]
+            count = math.prod(value["shape"])
+            if not 0 <= begin <= end <= size - 8 - length:
+                raise ValueError(f"{key!r} lies outside the file")
+            if end - begin != count * dtype.itemsize or count < 0:
+                raise ValueError(f"{key!r} has another size than its shape")
+            spans[key] = _Span(dtype, count, 8 + length + begin)
+        return spans
+
+    def read(self, key: str, first: int, count: int) -> torch.Tensor:
+        """Return elements of a tensor, 1-D on the CPU."""
+        dtype, _, begin = self.spans[key]
+        values = torch.empty(count, dtype=dtype)
+        if count:
+            view = values.view(torch.uint8).numpy().data
+            self._file.seek(begin + first * dtype.itemsize)
+            if self._file.readinto(view) != len(view):
+                raise Damaged(f"{self.path.name}: ends before its tensors do")
+        return values
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

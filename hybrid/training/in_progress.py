@@ -1,0 +1,178 @@
+"""Holds one run in progress on one rank: what the loop trains, and what becomes of it."""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import records
+from ..checkpoint.weights import save_weights
+from ..data.batches import BatchPlan
+from ..data.loader import MicroBatch
+from ..engines.layers import compile_evidence
+from ..engines.precision import name_of
+from ..engines.protocol import Engine, extend_receipt
+from ..job.errors import RunError
+from ..job.file import to_dict
+from ..job.schema import Job
+from ..job.variants import Choice
+from ..launch.failures import RankStatus
+from ..launch.placement import Placement
+from ..measure.clock import Instruments, StepCost
+from ..measure.machine import describe_machine
+from ..records import EvalResult, Receipt, Record, StepEval, StepRecord, Weights
+from ..strategies import registry
+from .check import check_fingerprints, print_warnings
+from .checkpointing import Checkpoints
+from .evaluation import evaluate, make_loader
+from .folder import CHECKPOINTS
+from .projection import project
+from .step_log import StepLog
+from .trackers import Trackers
+
+OnStep = Callable[[StepRecord, int], None]
+
+
+@dataclasses.dataclass
+class RunInProgress:
+    """Holds one run: the steps so far, where they are written, and its checkpoints."""
+
+    job: Job
+    choice: Choice
+    engine: Engine
+    instruments: Instruments
+    placement: Placement
+    out: Path | None
+    on_step: OnStep | None
+    status: RankStatus
+    saved_names: dict[str, str]  # of the final weights, with those in the engine's state
+    train_set: Sequence[Any]
+    test_set: Sequence[Any]
+    warnings: list[str]  # of the try-out, where this process made it
+    checkpoints: Checkpoints
+    plan: BatchPlan
+    known: int | None = None  # the targets of each sample, where the train set tells it
+    unread: deque[StepCost] = dataclasses.field(default_factory=deque)  # of steps without numbers
+    evals: list[StepEval] = dataclasses.field(default_factory=list)
+    initial: dict[str, float] = dataclasses.field(default_factory=dict)  # projections of weights
+    first: dict[str, float] = dataclasses.field(default_factory=dict)  # after the first period
+
+    def begin(self) -> None:
+        """Open what the run writes, and load what it goes on from."""
+        if self.out:
+            self.trackers = Trackers(self.job.log.trackers, self.out, to_dict(self.job))
+        self.data = check_fingerprints({"train": self.train_set, "test": self.test_set})
+        self.initial = project(self.engine.state())
+        saved = self.checkpoints.values
+        self.steps = StepLog(
+            self.placement.rank == 0, self.out, self.checkpoints.start, saved.get("samples", 0)
+        )
+        if saved:
+            self.status.set("loading the checkpoint")
+            self.checkpoints.load(self._first_batches())
+            self.first = saved["record"]["first"]
+            self.evals = [records.from_dict(StepEval, one) for one in saved["record"]["evals"]]
+
+    def _first_batches(self) -> Sequence[MicroBatch]:
+        """Return this rank's micro-batches of the coming step, or of the last where none comes."""
+        step = min(self.steps.count, (self.job.train.steps or 1) - 1)
+        rest = self.engine, self.train_set, range(step, step + 1), self.known
+        loader = make_loader(self.job, self.plan, *rest)
+        batches = loader.step(step)
+        loader.close()
+        return batches
+
+    def save_state(self) -> None:
+        """Save the state of the training after the steps so far; collective."""
+        self.status.set(f"saving the state after {self.steps.count} steps")
+        evals = [records.to_dict(one) for one in self.evals]
+        record: dict[str, Any] = {"first": self.first, "evals": evals}
+        if self.steps.count == self.job.train.steps:
+            record["receipt"] = records.to_dict(self.require_receipt())
+        self.checkpoints.save(self.steps.count, self.steps.samples, record)
+
+    @property
+    def period(self) -> int:
+        """Return the optimizer steps after which the communication repeats."""
+        every = registry.steps_between_syncs(self.job, self.choice.strategy)
+        return min(self.job.train.steps or 0, every)
+
+    def evaluate(self) -> EvalResult:
+        """Evaluate on the test set after the steps so far; collective."""
+        self.status.set(f"in the evaluation after {self.steps.count} steps")
+        micro_batches = self.job.micro_batches(self.choice.strategy)
+        result = evaluate(self.engine, self.test_set, self.job, micro_batches)
+        self.evals.append(StepEval(self.steps.count, result))
+        if self.out:
+            self.trackers.log_eval(records.to_dict(result), self.steps.count)
+        return result
+
+    def require_receipt(self) -> Receipt:
+        """Return the receipt of what really runs; raises RunError where that was not asked for."""
+        if self.checkpoints.start == self.job.train.steps:  # no step is left to show anything
+            return records.from_dict(Receipt, self.checkpoints.values["record"]["receipt"])
+        receipt = self.engine.receipt()
+        seen = [d for d in receipt.evidence.get("sample_digest_by_rank", []) if d]
+        if len(seen) != len(set(seen)):
+            reason = f"data-parallel ranks trained on the same samples: {seen}"
+            receipt = Receipt(False, receipt.evidence, reason)
+        receipt = extend_receipt(receipt, *compile_evidence(self.job))
+        if not receipt.engaged:
+            raise RunError(f"receipt refused: {self.choice.name} was asked for; {receipt.reason}")
+        return receipt
+
+    def _reductions(self) -> str:
+        """Return the dtype of reductions for the precision ledger; only the instruments know it.
+
+        A process alone reduces nothing, though it may call collectives."""
+        dtype = self.instruments.reduced_in() if self.placement.world_size > 1 else None
+        return name_of(getattr(torch, dtype)) if dtype else "none"
+
+    def _save(self) -> str | None:
+        self.status.set("gathering the weights")
+        state = self.engine.state()
+        if not self.out:
+            return None
+        about = {"step": self.steps.count, "strategy": self.choice.name}
+        path = save_weights(state, self.out / CHECKPOINTS / "final", about, self.saved_names)
+        return str(path.relative_to(self.out))
+
+    def finish(self) -> Record:
+        """Evaluate, save the weights, and put the record together."""
+        receipt = self.require_receipt()
+        receipt.evidence["precision"]["reductions"] = self._reductions()
+        result, file, batch = self.evaluate(), self._save(), self.job.train.global_batch
+        record = Record(
+            strategy=self.choice.name,
+            variant_of=self.choice.variant_of,
+            status="ok",
+            world_size=self.placement.world_size,
+            layout=self.engine.layout.to_dict(),
+            receipt=receipt,
+            steps=self.steps.all(),
+            eval=result,
+            throughput=self.instruments.throughput(batch, self.steps.tokens(batch)),
+            memory=self.instruments.memory(),
+            comm=self.instruments.comm(),
+            weights=Weights(self.initial, self.first, file),
+            drift=receipt.evidence.get("drift"),
+            evals=self.evals,
+            warnings=self.warnings,
+            environment=describe_machine()
+            | {"threads_per_rank": torch.get_num_threads(), "data": self.data}
+            | {"known_bad_allowed": self.job.launch.allow_known_bad},
+            checkpoint=self.checkpoints.newest,
+            resumed_from=self.checkpoints.resumed_from,
+        )
+        self.engine.close()
+        if self.out:
+            print_warnings(
+                f"{self.choice.name}: {name} is not counted: its bytes are not in the figures"
+                for name in (record.comm.not_counted if record.comm else [])
+            )
+            self.trackers.finish()
+            records.write(record, self.out / "record.json")
+        return record
