@@ -104,7 +104,7 @@ def test_an_effect_is_visible_above_rounding(
     right, reference = _finished(2.0, 1.0), _finished(2.0, 1 + 1e-5)
     start = {"w": numpy.array([0.9, 0.4], "float32")}
     faulty = _finished(2.0 * loss, weight)
-    found = measure_effect(faulty, right, reference, start, precision)
+    found = measure_effect(faulty, right, [reference], start, precision)
     assert (found.visible > 1) == visible, found
 
 

@@ -135,10 +135,12 @@ def _judge_fault(drawn: DrawnFault, wrong: Comparison, right: Comparison, folder
     row |= _what_was_off(wrong, {strategy: ""})
     if record.status != "ok":
         return row | {"outcome": "refused" if "RunError" in (record.reason or "") else "broken"}
+    # One that is cut alike can have the same bits as the right run, and shows no rounding then.
+    references = dict.fromkeys((right.reference, right.parity[strategy].reference))
     effect = measure_effect(
         load_run(folder / "faulty" / strategy),
         load_run(folder / "right" / strategy),
-        load_run(folder / "right" / right.parity[strategy].reference),
+        [load_run(folder / "right" / name) for name in references],
         _start(drawn.job),
         drawn.job.sections["train"]["precision"],
     )

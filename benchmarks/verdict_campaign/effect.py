@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,17 @@ def load_run(folder: Path) -> FinishedRun:
 def measure_effect(
     faulty: FinishedRun,
     right: FinishedRun,
-    reference: FinishedRun,
+    references: Sequence[FinishedRun],
     start: Mapping[str, Any],
     precision: str,
 ) -> Effect:
-    """Return where the fault shows most against rounding; start: the weights before training."""
-    sizes, noise = _distances(faulty, right), _so_far(_distances(right, reference))
+    """Return where the fault shows most against rounding; start: the weights before training.
+
+    Rounding is how far the right run is from its references, at most."""
+    sizes, noise = _distances(faulty, right), dict[Place, float]()
+    for reference in references:
+        for place, size in _so_far(_distances(right, reference)).items():
+            noise[place] = max(size, noise.get(place, 0.0))
     least = _least(right, start, precision)
     found = []
     for place, size in sizes.items():
