@@ -52,8 +52,8 @@ class Reader:
             begin, size, file, part, first = ranges[i]
             low, high = max(begin, start), min(begin + size, end)
             if low < high:
-                found = self._file(file).read(part, first + low - begin, high - low)
-                values[low - start : high - start] = found
+                into = values[low - start : high - start]
+                self._file(file).read_into(into, part, first + low - begin)
             i += 1
         return values
 

@@ -84,7 +84,7 @@ def compact(value: Any) -> str:
 def seal(values: Mapping[str, Any]) -> str:
     """Return the text of a manifest, with the hash of itself."""
     digest = hashlib.sha256(compact(values).encode()).hexdigest()
-    return compact({**values, "sha256": digest}) + "\n"
+    return compact({**values, "sha256": digest})
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -5,6 +5,7 @@ the model gives it, whichever way a strategy cuts it. A rank shows its parts of 
 the checkpoint reads and writes these in place: no rank ever holds a whole tensor for it."""
 
 import dataclasses
+import zlib
 from collections.abc import Iterable
 
 import torch
@@ -72,13 +73,14 @@ class Share:
 def shares_of(pieces: Iterable[Piece]) -> list[Share]:
     """Return what this rank writes of its pieces, in canonical order.
 
-    A small tensor is written whole by one of the ranks that hold it, which take turns."""
+    A small tensor is written whole by one of the ranks that hold it. Which one that is follows from
+    its name: the ranks may hold different other pieces, so they could not count turns."""
     found = []
     ordered = sorted(pieces, key=lambda piece: (*order_of(*piece.entry), piece.start))
-    for turn, piece in enumerate(ordered):
+    for piece in ordered:
         (mine, ranks), size = piece.copies, piece.tensor.numel()
         if size < SHARED_FROM or ranks == 1:
-            if turn % ranks == mine:
+            if zlib.crc32(f"{piece.name}/{piece.key}/{piece.start}".encode()) % ranks == mine:
                 found.append(Share(piece, 0, size))
             continue
         first, end = size * mine // ranks, size * (mine + 1) // ranks

@@ -19,7 +19,7 @@ from .folders import PART, folder_of
 from .manifest import FORMAT, MANIFEST, Entry, FilePiece, Manifest, rank_file, seal
 from .pieces import Share
 from .state_hash import hash_of_files
-from .tensor_file import Part, dtype_name, write_file
+from .tensor_file import Flusher, Part, dtype_name, write_file
 
 Gather = Callable[[Any], list[Any]]  # returns every rank's value
 Problem = tuple[bool, str] | None  # whether it is a lack of room, and its words
@@ -100,7 +100,16 @@ def _write(part: Path, snapshot: Snapshot, rank: int) -> _Written:
         parts.append(Part(key, flat.dtype, len(flat), functools.partial(_slice, flat)))
         own[label] = {"key": key, "dtype": dtype_name(flat.dtype), "shape": list(tensor.shape)}
     file: dict[str, Any] = {}
-    problem = _caught(lambda: file.update(write_file(part / name, parts)), part)
+    flushers: list[Flusher] = []
+
+    def write() -> None:
+        about, flusher = write_file(part / name, parts)
+        file.update(about)
+        flushers.append(flusher)
+
+    problem = _caught(write, part)
+    for flusher in flushers:
+        problem = problem or _caught(flusher.finish, part)
     return _Written(file, entries, own, dict(snapshot.numbers), problem)
 
 

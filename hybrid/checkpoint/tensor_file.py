@@ -8,13 +8,15 @@ import itertools
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-BUFFER_BYTES = 2**25
+BUFFER_BYTES = 2**24
+FLUSH_EVERY_S = 0.1  # while a file is being written
 LONGEST_HEADER = 10**8  # bytes, as in the library
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -57,8 +59,43 @@ class Part(NamedTuple):
     read: Callable[[int, int], torch.Tensor]
 
 
-def write_file(path: Path, parts: Sequence[Part]) -> dict[str, Any]:
-    """Write a new file of 1-D tensors, flush it, and return its `bytes` and `sha256`."""
+class Flusher(threading.Thread):
+    """Flushes a file to the disk while it is being written, and after `finish` once more.
+
+    A disk is busy then while the rest is copied and hashed, not afterwards alone."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(daemon=True)
+        self._file, self._written = file, threading.Event()
+        self._error: OSError | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Flush until the whole file is on the disk."""
+        try:
+            while not self._written.wait(FLUSH_EVERY_S):
+                os.fdatasync(self._file.fileno())
+            os.fdatasync(self._file.fileno())
+        except OSError as error:
+            self._error = error
+
+    def end(self) -> None:
+        """Tell that all is written; this does not wait."""
+        self._written.set()
+
+    def finish(self) -> None:
+        """Wait until all is on the disk, and close the file; raises OSError where it is not."""
+        self.end()
+        self.join()
+        self._file.close()
+        if self._error is not None:
+            raise self._error
+
+
+def write_file(path: Path, parts: Sequence[Part]) -> tuple[dict[str, Any], Flusher]:
+    """Write a new file of 1-D tensors; return its `bytes` and `sha256`, and what flushes it.
+
+    The file is on the disk once `finish` of the flusher has returned."""
     header: dict[str, Any] = {}
     end = 0
     for part in parts:
@@ -68,14 +105,25 @@ def write_file(path: Path, parts: Sequence[Part]) -> dict[str, Any]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     digest, size = hashlib.sha256(), 0
-    with path.open("xb") as file:
+    file = path.open("xb", buffering=0)
+    flusher = Flusher(file)
+    try:
         for block in itertools.chain((len(text).to_bytes(8, "little"), text), _blocks_of(parts)):
-            file.write(block)
+            _write_all(file, block)
             digest.update(block)
             size += len(block)
-        file.flush()
-        os.fdatasync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    except BaseException:
+        flusher.finish()
+        raise
+    flusher.end()
+    return {"bytes": size, "sha256": digest.hexdigest()}, flusher
+
+
+def _write_all(file: BinaryIO, block: Any) -> None:
+    """Write a whole block; a file without a buffer may take a part of it at once."""
+    rest = memoryview(block)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _blocks_of(parts: Sequence[Part]) -> Iterator[Any]:
@@ -125,14 +173,18 @@ class TensorFile:
 
     def read(self, key: str, first: int, count: int) -> torch.Tensor:
         """Return elements of a tensor, 1-D on the CPU."""
+        values = torch.empty(count, dtype=self.spans[key].dtype)
+        self.read_into(values, key, first)
+        return values
+
+    def read_into(self, values: torch.Tensor, key: str, first: int) -> None:
+        """Fill a 1-D tensor on the CPU, of the same dtype, with elements from `first` on."""
         dtype, _, begin = self.spans[key]
-        values = torch.empty(count, dtype=dtype)
-        if count:
+        if len(values):
             view = values.view(torch.uint8).numpy().data
             self._file.seek(begin + first * dtype.itemsize)
             if self._file.readinto(view) != len(view):
                 raise Damaged(f"{self.path.name}: ends before its tensors do")
-        return values
 
     def close(self) -> None:
         """Close the file."""

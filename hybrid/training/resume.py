@@ -56,7 +56,7 @@ def choose(out: Path, resume: str | Path, job: Job, verified: bool = False) -> C
     if (path / MANIFEST).exists():
         if verified:
             return _compared(Chosen(path, read_manifest(path)), job, [])
-        manifest, problems = verify(path)
+        manifest, problems = verify(path, whole=True)
         if problems:
             raise JobError(f"{given}: cannot be used: {problems[0]}")
         return _compared(Chosen(path, manifest), job, [])
@@ -77,7 +77,7 @@ def _newest(checkpoints: Path) -> tuple[Chosen | None, list[str]]:
 
     skipped: list[str] = []
     for folder in list_checkpoints(checkpoints):
-        manifest, problems = verify(folder)
+        manifest, problems = verify(folder, whole=True)
         if not problems:
             return Chosen(folder, manifest), skipped
         skipped.append(f"{folder.name} is skipped: {problems[0]}")
