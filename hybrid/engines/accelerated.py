@@ -14,7 +14,8 @@ from ..models.losses import Loss
 from ..records import Receipt
 from .accelerator import PreparedModel
 from .base import BaseEngine
-from .buffers import OneSet
+from .buffers import OneSet, send_buffers
+from .comm_hooks import put_hook, read_hook
 from .constant_buffers import ConstantBuffers
 from .optimizer import LossScale, read_learning_rate, set_learning_rate, shard_groups
 from .precision import Stepped
@@ -52,10 +53,10 @@ class AcceleratedEngine(BaseEngine):
         self.scale = LossScale(job, self.device, averaged_over=self.layout.dp)
         self._reduces = True  # FSDP2 reduces gradients in the coming backward pass
         self.constant: ConstantBuffers | None = None
-        wrapped = isinstance(self.model, DistributedDataParallel)
-        if wrapped and job.strategy.ddp.broadcast_buffers == "changing":
+        self.wrapped = isinstance(self.model, DistributedDataParallel)
+        if self.wrapped and job.strategy.ddp.broadcast_buffers == "changing":
             self.constant = ConstantBuffers(self.model)
-        if not wrapped and self.layout.dp > 1 and any(True for _ in self.model.buffers()):
+        if not self.wrapped and self.layout.dp > 1 and any(True for _ in self.model.buffers()):
             self.one_set = OneSet(self.model)
         self.shard_groups = shard_groups(self.model.parameters())
         if self.shard_groups:
@@ -124,6 +125,8 @@ class AcceleratedEngine(BaseEngine):
     def _tensors(self) -> State:
         if self.one_set:
             self.one_set.before_use()
+        if self.wrapped and self.model.broadcast_buffers:
+            send_buffers(self.model.module.buffers())  # as its next forward pass will do
         reshard(self.model)
         return named_tensors(getattr(self.model, "module", self.model))
 
@@ -141,10 +144,21 @@ class AcceleratedEngine(BaseEngine):
         self.scale.set_state(loss_scale)
         if self.one_set:
             self.one_set = OneSet(self.model)
+        if self.constant:
+            self.constant = ConstantBuffers(self.model)
+        if self.wrapped and (note := put_hook(self.model, self._hook_settings(), own)):
+            self.notes.append(note)
+
+    def own_state(self) -> OwnState:
+        return read_hook(self.model, self._hook_settings())
+
+    def _hook_settings(self) -> dict[str, Any]:
+        settings = self.job.strategy.ddp
+        return {"rank": settings.powersgd_rank, "bucket_cap_mb": settings.bucket_cap_mb}
 
     def rehearse(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Take one backward pass, after which DDP orders its buckets."""
-        if isinstance(self.model, DistributedDataParallel) and micro_batches:
+        if self.wrapped and micro_batches:
             self._set_training(self.model)
             loss_sum = self._forward(
                 self.model, micro_batches[0], (*self.shares, 0, 0), Tally(self.device)

@@ -22,6 +22,8 @@ from .buffers import OneSet
 from .counting import TargetCounter, num_rows
 from .layers import sample_seeds
 from .optimizer import LossScale, clip, norm_of, parameters_of
+from .optimizer_numbers import put_numbers, read_numbers
+from .own_optimizer import is_own
 from .precision import Observer, Stepped, check_ledger, make_ledger
 from .protocol import Engine, OwnState, Shapes, StepResult, extend_receipt
 from .state import gradient_dtypes, on_device
@@ -52,6 +54,7 @@ class BaseEngine(Engine):
         self._shown = not self.counter.needs_output  # an output has been shown to the counter
         self.shares: tuple[int, ...] = (placement.dp_rank,)
         self.step = 0  # optimizer steps done
+        self.notes: list[str] = []
         self.training = False  # the model is in the mode for training
         self.digests: tuple[str, ...] = ()  # each rank's samples in the first step
         self.gradients = ""  # the dtypes of the gradients in the first step
@@ -68,7 +71,7 @@ class BaseEngine(Engine):
     ) -> None:
         if not self._shown:
             self._shown = True
-            self.evaluate([micro_batches[:1]])
+            self._show([micro_batches[:1]])
         self._count, own = count, self._count_own(micro_batches)
         number = self._number_to_send(micro_batches, own, count)
         if number is not None or len(self.queue.waiting) >= self.job.log.every:
@@ -76,6 +79,10 @@ class BaseEngine(Engine):
         self._step(micro_batches, own)
         self.step += 1
         self.observer.stop()
+
+    def _show(self, batches: Iterable[Sequence[MicroBatch]]) -> None:
+        """Show the counter an output, before the first step here."""
+        self.evaluate(batches)
 
     def _step(self, micro_batches: Sequence[MicroBatch], own: int | float) -> None:
         """Make one optimizer step, and note it by `_note_step`.
@@ -120,6 +127,13 @@ class BaseEngine(Engine):
 
     def numbers_kept(self) -> list[str]:
         return numbers_of(self._optimizer())
+
+    def optimizer_numbers(self) -> dict[str, Any]:
+        return read_numbers(self._optimizer()) if is_own(self.job) else {}
+
+    def set_optimizer_numbers(self, saved: Mapping[str, Any]) -> None:
+        if saved:
+            put_numbers(self._optimizer(), saved)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Return the live tensors that this rank has a part of, by canonical name."""

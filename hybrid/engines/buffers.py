@@ -89,21 +89,27 @@ class OneSet:
         self.moving |= {name for names in gather_objects(list(found)) for name in names}
         return len(self.moving) > known
 
-    @torch.no_grad()
     def _send(self) -> None:
         if not self.moving:
             return
         named = self.model.named_buffers()
-        kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-        for name, buffer in named:
-            if name in self.moving and buffer.numel():
-                kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer)
-        for buffers in kinds.values():
-            flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-            dist.broadcast(flat, self.first, group=self.group)
-            pieces = flat.split([buffer.numel() for buffer in buffers])
-            for buffer, piece in zip(buffers, pieces, strict=True):
-                buffer.copy_(piece.view_as(buffer))
+        moving = [buffer for name, buffer in named if name in self.moving]
+        send_buffers(moving, self.first, self.group)
+
+
+@torch.no_grad()
+def send_buffers(buffers: Iterable[torch.Tensor], first: int = 0, group: Any = None) -> None:
+    """Make the rank `first`'s buffers those of all ranks in the group; collective."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for buffer in buffers:
+        if buffer.numel():
+            kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+    for alike in kinds.values():
+        flat = torch.cat([buffer.reshape(-1) for buffer in alike])
+        dist.broadcast(flat, first, group=group)
+        pieces = flat.split([buffer.numel() for buffer in alike])
+        for buffer, piece in zip(alike, pieces, strict=True):
+            buffer.copy_(piece.view_as(buffer))
 
 
 class SharesInTurn:

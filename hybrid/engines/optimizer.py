@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from ..job.errors import RunError, Unsupported
 from ..job.schema import Job
 from ..models.layers import Layers
+from .optimizer_numbers import note_groups
 from .own_optimizer import call_optimizer, is_own
 from .precision import GROWTH_STEPS, INITIAL_SCALE
 from .state import local_part
@@ -43,7 +44,7 @@ def build_optimizer(
     while len(groups) < num_groups:
         groups.append(_split_off(max(groups, key=lambda group: len(group["params"]))))
     if is_own(job):
-        return call_optimizer(job, groups)
+        return note_groups(call_optimizer(job, groups))
     if o.name == "sgd":
         return torch.optim.SGD(groups, o.lr, momentum=o.momentum)
     fused = job.train.precision != "fp16" and not ties

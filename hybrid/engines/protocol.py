@@ -57,7 +57,8 @@ class Engine(Protocol):
     `shares` are the data-parallel ranks whose samples this process computes (all but an emulation
     have one). `micro_batch_size` is the fixed number of rows that a micro-batch must have, or None
     if any number will do. `reads_inputs` and `reads_targets` tell which parts of a micro-batch this
-    process uses. `num_held` is how many trained parameters it holds."""
+    process uses. `num_held` is how many trained parameters it holds. `notes` are warnings of a
+    run that goes on from a checkpoint: what it could not take over."""
 
     layout: Layout
     shares: tuple[int, ...]
@@ -65,6 +66,7 @@ class Engine(Protocol):
     reads_inputs: bool
     reads_targets: bool
     num_held: int
+    notes: list[str]
 
     def start_step(
         self, micro_batches: Sequence[MicroBatch], count: int | float | None = None
@@ -94,7 +96,8 @@ class Engine(Protocol):
 
     def pieces(self) -> list[Piece]:
         """Return this rank's live parts of the training state: weights in fp32, the optimizer's
-        state, buffers. Values that are written into them count from `begin_at` on."""
+        state, buffers. Values that are written into them count from `begin_at` on. Between
+        `make_room` and `begin_at` they are there to be written, else to be read."""
 
     def make_room(self, shapes: Shapes, numbers: Collection[str]) -> None:
         """Make the optimizer's state that is not there yet, for what a checkpoint has.
@@ -103,6 +106,13 @@ class Engine(Protocol):
 
     def numbers_kept(self) -> list[str]:
         """Return the keys under which the optimizer keeps numbers, not tensors."""
+
+    def optimizer_numbers(self) -> dict[str, Any]:
+        """Return, as JSON, what an optimizer of a user's own holds beside the state by parameter:
+        numbers in its groups that it changes by itself, keys under which it keeps None."""
+
+    def set_optimizer_numbers(self, saved: Mapping[str, Any]) -> None:
+        """Take over what `optimizer_numbers` returned, after the pieces have been written."""
 
     def loss_scale_state(self) -> dict[str, float] | None:
         """Return fp16's `scale`, and how many `good_steps` it has been in force; else None."""

@@ -5,7 +5,7 @@ replicas in one process and merges them by the same rule; a real run is compared
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,8 @@ from ..launch.placement import Placement
 from ..models.layers import Layers
 from ..models.losses import Loss
 from ..records import EvalResult, Receipt
-from .base import BaseEngine
 from .buffers import SharesInTurn
+from .merged_state import buckets_of
 from .optimizer import (
     LossScale,
     build_optimizer,
@@ -30,9 +30,10 @@ from .optimizer import (
     set_learning_rate,
 )
 from .precision import DTYPES, Observer, Stepped, names_of, round_at_use
-from .protocol import OwnState, StepResult, extend_receipt, make_receipt
+from .protocol import StepResult, extend_receipt, make_receipt
+from .replica_state import ReplicaState
 from .schedule import learning_rate
-from .state import copy_of_state, copy_state, named_tensors, num_held
+from .state import copy_of_state, named_tensors, num_held
 from .step_queue import LocalRow, StartedStep, StepRow, make_row, step_result
 from .tally import Tally
 
@@ -40,7 +41,7 @@ ROUNDING = 2.0**-23  # of an fp32 number, relative
 UNREAD = 1000  # merges whose drift may wait on the device
 
 
-class ReplicaEngine(BaseEngine):
+class ReplicaEngine(ReplicaState):
     """Trains replicas of a model, each on its own share of the global batch.
 
     Every `merge_every` optimizer steps (None: never), and once more after the last step, their
@@ -159,7 +160,7 @@ class ReplicaEngine(BaseEngine):
         groups, weights = [_merged_tensors(model) for model in self.models], self._weights()
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         square, apart = zero, [zero] * len(groups)
-        for bucket in _buckets(groups[0]):
+        for bucket in buckets_of(groups[0]):
             flats = [torch.cat([tensors[i].reshape(-1) for i in bucket]) for tensors in groups]
             mean = self._mean(flats, weights)
             square = square + length(self._without_infinity(mean, mean)).square()
@@ -196,20 +197,8 @@ class ReplicaEngine(BaseEngine):
         # Around 1, divided at the end: equal shares then lose nothing to a rounded 1/3.
         return [n * len(every) / sum(every) for n in self.seen]
 
-    def _read_drift(self) -> None:
-        """Read how far all replicas were from their mean, relative to its length; collective."""
-        mine = [tensor.tolist() for _, tensor in self.merges]
-        ranks = gather_objects(mine)
-        for i, (step, _) in enumerate(self.merges):
-            every = [away for rank in ranks for away in rank[i]]
-            self.drift.append(
-                {
-                    "step": step,
-                    "max_relative_drift": max(every),
-                    "mean_relative_drift": sum(every) / len(every),
-                }
-            )
-        self.merges = []
+    def _show(self, batches: Iterable[Sequence[MicroBatch]]) -> None:
+        super().evaluate(batches)
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
         self._require_merged()
@@ -218,25 +207,6 @@ class ReplicaEngine(BaseEngine):
     def state(self) -> dict[str, torch.Tensor]:
         self._require_merged()
         return {} if self.placement.rank else copy_of_state(self.model)
-
-    def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        for model in self.models:
-            copy_state(named_tensors(model), state)
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return named_tensors(self.model)
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return self.optimizers[0]
-
-    def loss_scale_state(self) -> dict[str, float] | None:
-        return self.scales[0].read_state()
-
-    def begin_at(
-        self, step: int, loss_scale: Mapping[str, float] | None, own: OwnState | None
-    ) -> None:
-        super().begin_at(step, loss_scale, own)
-        self.scales[0].set_state(loss_scale)
 
     def _require_merged(self) -> None:
         if self.merge_every and any(self.seen) and self.layout.dp > 1:
@@ -271,21 +241,6 @@ class ReplicaEngine(BaseEngine):
 
     def close(self) -> None:
         self.model, self.models, self.optimizers = None, [], []
-
-
-def _buckets(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Group the indices of tensors that are merged in one collective.
-    A bucket has about a sixteenth of all elements, at least 2**18 (a MiB in fp32)."""
-    size = max(sum(t.numel() for t in tensors) // 16, 2**18)
-    buckets: list[list[int]] = []
-    room = 0
-    for i, tensor in enumerate(tensors):
-        if tensor.numel() > room or not buckets:
-            buckets.append([])
-            room = size
-        buckets[-1].append(i)
-        room -= tensor.numel()
-    return buckets
 
 
 def _merged_tensors(model: nn.Module) -> list[torch.Tensor]:

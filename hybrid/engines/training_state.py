@@ -13,9 +13,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from ..checkpoint.pieces import WEIGHT, Piece
 from ..job.errors import JobError
+from .optimizer_numbers import NUMBERS
 from .protocol import Shapes
-
-NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
 class Copies(NamedTuple):

@@ -90,6 +90,7 @@ class Checkpoints:
             "loss_scale": self.engine.loss_scale_state(),
             "schedule": {"next_lr": learning_rate(self.job, step)},
             "numbers_kept": self.engine.numbers_kept(),
+            "optimizer_numbers": self.engine.optimizer_numbers(),
             "record": dict(record),
         }
         tensors = {**own.tensors, **_read_generators()}
@@ -108,12 +109,15 @@ class Checkpoints:
         assert self.chosen is not None
         folder, manifest, engine = self.chosen.folder, self.chosen.manifest, self.engine
         values, alike = manifest.values, self.chosen.is_alike(self.choice, self.engine.layout)
+        # An emulation has the layout of the ranks that it plays in one process.
+        alike = alike and values["world_size"] == self.placement.world_size
         shapes: dict[str, dict[str, Any]] = {}
         for (name, key), entry in manifest.entries.items():
             shapes.setdefault(name, {})[key] = dtype_of(entry.dtype), entry.shape
         engine.rehearse(micro_batches)
         engine.make_room(shapes, values.get("numbers_kept", []))
         load(folder, manifest, engine.pieces())
+        engine.set_optimizer_numbers(values.get("optimizer_numbers", {}))
         own, generators = None, dict[str, torch.Tensor]()
         if alike:
             reader = Reader(folder, manifest)

@@ -73,6 +73,8 @@ class RunInProgress:
         if saved:
             self.status.set("loading the checkpoint")
             self.checkpoints.load(self._first_batches())
+            print_warnings(self.engine.notes if self.placement.rank == 0 else [])
+            self.warnings += self.engine.notes
             self.first = saved["record"]["first"]
             self.evals = [records.from_dict(StepEval, one) for one in saved["record"]["evals"]]
 
