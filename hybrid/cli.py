@@ -16,6 +16,7 @@ from .job.arguments import (
     CompareOut,
     FreshRanks,
     GoOn,
+    Interrupt,
     JobFile,
     Json,
     KnownBad,
@@ -25,6 +26,7 @@ from .job.arguments import (
     Overrides,
     Reference,
     Resume,
+    ResumeAs,
 )
 from .launch.endings import explain, say, suggest, versions
 
@@ -65,6 +67,8 @@ def compare(
     nproc: Nproc = None,
     out: CompareOut = None,
     resume: Resume = None,
+    interrupt: Interrupt = None,
+    resume_as: ResumeAs = None,
     overrides: Overrides = None,
     fresh_ranks: FreshRanks = False,
     strict_reference: Annotated[
@@ -81,9 +85,10 @@ def compare(
 
     loaded, out = _load(job, overrides, allow_known_bad), choose_folder(out, resume)
     names, watcher = _split(strategies), Progress()
+    how: Any = {"interrupt": interrupt, "resume_as": resume_as, "resume": resume is not None}
     try:
         result = compare_strategies(
-            loaded, names, nproc, out, watcher, None, fresh_ranks, reference, resume is not None
+            loaded, names, nproc, out, watcher, None, fresh_ranks, reference, **how
         )
     finally:
         watcher.close()
@@ -110,21 +115,24 @@ def train(
     allow_known_bad: KnownBad = False,
     json: Json = False,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+    until: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Run the job once, on a launcher's processes or on `--nproc` of its own."""
     from . import records
     from .training.run import run_job
 
     loaded = _load(job, overrides, allow_known_bad)
-    record = run_job(loaded, strategy, out, nproc, parent, fresh_ranks, resume)
+    record = run_job(loaded, strategy, out, nproc, parent, fresh_ranks, resume, until)
     if record is None:
         return
     if json:
         print(records.dumps(record), file=_stdout)
     else:
         rate = f", {record.throughput.samples_per_s:.0f} samples/s" if record.throughput else ""
-        last = record.steps[-1]
-        print(f"{strategy}: {len(record.steps)} steps, loss {last.loss:.6f}{rate}; {out}")
+        loss = f", loss {record.steps[-1].loss:.6f}" if record.steps else ""
+        done = record.steps[-1].step + 1 if record.steps else 0
+        done = max(done, record.checkpoint.step if record.checkpoint else 0)
+        print(f"{strategy}: {done} steps{loss}{rate}; {out}")
         suggest(f"`hybrid compare {job} --strategies {strategy}` holds it against one process")
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 import hybrid
 from hybrid import records
-from hybrid.comparison import session
+from hybrid.comparison import runs
 from hybrid.job.schema import Job
 from hybrid.job.variants import resolve
 from hybrid.measure.machine import describe_machine
@@ -34,7 +34,7 @@ class Launches:
         self.late: dict[str, float] = {}  # the loss from step 25 on
 
     def __call__(
-        self, job: Job, name: str, nproc: int, out: Path, watcher: Any, *more: Any
+        self, job: Job, name: str, nproc: int, out: Path, watcher: Any, *more: Any, **rest: Any
     ) -> Record:
         folder = str(out.relative_to(self.out))
         self.made.append(folder)
@@ -68,7 +68,7 @@ class Launches:
 def launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launches:
     """No process starts while a test has this."""
     stand_in = Launches(tmp_path)
-    monkeypatch.setattr(session, "launch", stand_in)
+    monkeypatch.setattr(runs, "launch", stand_in)
     return stand_in
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import hybrid
-from hybrid.comparison import session
+from hybrid.comparison import runs as making
 from hybrid.comparison.differences import Run
 from hybrid.comparison.doubts import name_suspect, settle
 from hybrid.comparison.parity import compare_runs
@@ -103,12 +103,19 @@ def test_two_engines_that_agree_with_each_other_make_the_reference_suspect() -> 
 
 def plant(monkeypatch: pytest.MonkeyPatch, **by: float) -> None:
     """Multiply the losses of runs by these factors, from step 1 on, after they have ended."""
-    launch = session.launch
+    launch = making.launch
 
     def off(
-        job: Any, strategy: str, nproc: int, out: Path, watcher: Any, label: str, *rest: Any
+        job: Any,
+        name: str,
+        nproc: int,
+        out: Path,
+        watcher: Any,
+        label: str,
+        *rest: Any,
+        **more: Any,
     ) -> Record:
-        record = launch(job, strategy, nproc, out, watcher, label, *rest)
+        record = launch(job, name, nproc, out, watcher, label, *rest, **more)
         if label not in by:
             return record
         steps = [
@@ -118,7 +125,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, **by: float) -> None:
         hybrid.records.write(record, out / "record.json")
         return record
 
-    monkeypatch.setattr(session, "launch", off)
+    monkeypatch.setattr(making, "launch", off)
 
 
 def test_single_that_is_off_once_is_told_and_put_aside(

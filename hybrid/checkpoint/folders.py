@@ -10,6 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from .manifest import MANIFEST, BadManifest, Manifest, read_manifest
+from .names import step_name
 from .state_hash import hash_of_files
 from .tensor_file import Damaged, TensorFile, dtype_name, sha256_of
 
@@ -19,7 +20,7 @@ PART = ".part"
 
 def folder_of(checkpoints: Path, step: int) -> Path:
     """Return the folder of the checkpoint after `step` optimizer steps."""
-    return checkpoints / f"step-{step:08d}"
+    return checkpoints / step_name(step)
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:

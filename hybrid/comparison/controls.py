@@ -56,7 +56,7 @@ class Case:
 
     @property
     def strategy(self) -> str:
-        return self.runs[self.name].variant_of or self.name
+        return self.runs[self.name].variant_of or self.runs[self.name].strategy
 
     @property
     def pieces(self) -> int:

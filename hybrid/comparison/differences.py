@@ -43,6 +43,20 @@ class Found:
         return f"{self.quantity} of {self.tensor}" if self.tensor else self.quantity
 
 
+def find_lost_step(record: Record) -> str | None:
+    """Say which step a record lacks: a resumed run has those before it from `steps.jsonl` alone.
+
+    None: it has all from 0 on. A run without some of its steps is not compared, since what was
+    lost are the steps in which most faults show."""
+    numbers = [step.step for step in record.steps]
+    lost = next((n for n, number in enumerate(numbers) if n != number), None)
+    if lost is None and record.resumed_from and record.resumed_from.step > len(numbers):
+        lost = len(numbers)
+    if lost is None:
+        return None
+    return f"its record lacks step {lost}: the steps.jsonl of before it was resumed is lost"
+
+
 def relative(got: float | None, expected: float | None) -> float:
     """Return |a-b|/|b|, 0 where both are equal, infinity where one is missing or NaN."""
     if got == expected:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from ..job.schema import Job
 from ..job.variants import resolve
 from ..records import PROXY, Comparison, Parity, Record
-from .differences import Run
+from .differences import Run, find_lost_step
 from .parity import compare_runs
 from .references import computes_the_same
 from .verdict import rule_of
@@ -36,9 +36,9 @@ def judge_by_proxy(job: Job, name: str, runs: Mapping[str, Record], proved: Comp
         return small if not small.ok else dataclasses.replace(unmade, reason=runs[name].reason)
     others = (n for n in runs if runs[n].status == "ok" and computes_the_same(job, n))
     first = next(others, name)
-    if first == name:
+    if first == name or any(find_lost_step(runs[one]) for one in (first, name)):
         return small
-    rule = rule_of(resolve(job, name).job, first, runs, name)
+    rule = rule_of(resolve(job, runs[name].strategy).job, first, runs, name)
     found = compare_runs(Run(runs[name], {}), Run(runs[first], {}), first, rule)
     where = found.first_difference
     early = where is not None and where.step is not None and where.step < rule.exact_steps

@@ -1,7 +1,8 @@
 """Keeps the runs of a comparison that was interrupted, if they are what would run now. No torch.
 
 `OUT/session.json` says what the comparison in a folder was asked for. A run is kept if it ended
-well, on as many processes, from the same job and with the same releases."""
+well, on as many processes, from the same job and with the same releases; one that was stopped goes
+on from its newest checkpoint."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -13,8 +14,13 @@ from ..job.errors import JobError
 from ..job.file import flatten, to_dict
 from ..job.reading import read_json, show
 from ..job.schema import Job
+from ..job.variants import resolve
 from ..measure.machine import describe_machine
 from ..records import Record
+from ..training.check import print_warnings
+from ..training.folder import CHECKPOINTS
+from ..training.resume import AUTO, choose
+from .differences import find_lost_step
 
 SESSION = "session.json"
 RESULTS = ("compare.json", "compare.md", "report.html")
@@ -76,22 +82,79 @@ def _list_keys(session: Mapping[str, Any], variants: Collection[str]) -> dict[st
 
 
 def find_run(
-    folder: Path, job: Job, name: str, world_size: int, session: Mapping[str, Any]
+    folder: Path,
+    job: Job,
+    name: str,
+    world_size: int,
+    session: Mapping[str, Any],
+    interrupted: int | None = None,
 ) -> Record | None:
     """Return the record of a run in `folder` if it is the one that would run now, else None.
 
-    session: what `describe_session` returned for the comparison."""
+    session: what `describe_session` returned for the comparison. interrupted: the step after which
+    the run must have been stopped and resumed; None: where it was stopped does not matter."""
+    if (record := _read_record(folder, job, name)) is None:
+        return None
+    same = record.world_size == world_size and find_lost_step(record) is None
+    same = same and record.environment.get("packages") == session["machine"]["packages"]
+    if interrupted is not None:
+        same = same and getattr(record.resumed_from, "step", None) == interrupted
+    file = record.weights.file if record.weights else None
+    whole = record.status == "ok" and file is not None and (folder / file).exists()
+    return record if same and whole else None
+
+
+def find_checkpoint(
+    folder: Path, job: Job, name: str, world_size: int, session: Mapping[str, Any], shown: str
+) -> Path | None:
+    """Return the newest good checkpoint from which the run in `folder` can go on, else None.
+
+    It must be of the run that would run now, whose steps up to there are all in `steps.jsonl`, so
+    that the whole run can be judged. It says which newer ones it skips; shown: the run's name."""
+    saved = folder / CHECKPOINTS
+    if not any(saved.glob("step-*")) or _read_record(folder, job, name) is None:
+        return None
+    try:
+        chosen = choose(folder, AUTO, job)
+    except JobError as error:
+        print_warnings([f"{shown}: begins anew: {error}"])
+        return None
+    if chosen is None:
+        return None
+    values = chosen.manifest.values
+    here = session["machine"]["packages"]
+    same = values["world_size"] == world_size
+    same = same and values["strategy"] == resolve(job, name).strategy
+    same = same and all(here.get(key) in (None, one) for key, one in values["versions"].items())
+    if not same or _count_steps(folder / "steps.jsonl") < chosen.manifest.step:
+        return None
+    print_warnings(f"{shown}: {line}" for line in chosen.notes)
+    return chosen.folder
+
+
+def _read_record(folder: Path, job: Job, name: str) -> Record | None:
+    """Return the record of a run under this name in `folder` if it is of this job, else None."""
     try:
         record = records.read(Record, folder / "record.json")
         ran = json.loads((folder / "job.json").read_text())
     except (OSError, ValueError):
         return None
-    same = record.strategy == name and record.world_size == world_size
-    same = same and _of_run(ran, name) == _of_run(to_dict(job), name)
-    same = same and record.environment.get("packages") == session["machine"]["packages"]
-    file = record.weights.file if record.weights else None
-    whole = record.status == "ok" and file is not None and (folder / file).exists()
-    return record if same and whole else None
+    same = record.strategy == name and _of_run(ran, name) == _of_run(to_dict(job), name)
+    return record if same else None
+
+
+def _count_steps(path: Path) -> int:
+    """Count the steps from 0 on of which a file has whole lines."""
+    count = 0
+    try:
+        with path.open() as lines:
+            for line in lines:
+                if not line.endswith("\n") or json.loads(line)["step"] != count:
+                    break
+                count += 1
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    return count
 
 
 def _of_run(job: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -10,29 +10,32 @@ from pathlib import Path
 from typing import Any
 
 from .. import records, report
-from ..job.errors import JobError, NoRoom, RunFailed, Unsupported, needs_room
+from ..job.errors import needs_room
 from ..job.file import make_proxy, to_dict
 from ..job.given import naming
-from ..job.schema import Job
+from ..job.schema import Checkpoint, Job
 from ..job.variants import resolve, warnings_of, with_settings
 from ..launch.fork_here import why_not
 from ..launch.ops_cache import remove_stale_locks
 from ..launch.warm import warm_ranks
-from ..layout import Layout, LayoutError
+from ..layout import Layout
 from ..measure.machine import describe_machine
 from ..records import INTERRUPTED, PROXY, Comparison, Parity, Record, ReferenceFault
 from ..strategies import registry
 from ..training.apart import check_apart
-from ..training.check import CheckedJob, print_warnings
+from ..training.check import print_warnings
 from ..training.progress import Watcher
-from ..training.run import Program, default_nproc, launch
+from ..training.run import Program, default_nproc
 from .best import find_best
 from .controls import Control
 from .differences import Run
 from .doubts import name_suspect, settle
+from .interruption import Interruption, make_interruption
+from .planning import plan_runs, plan_second
 from .proxied import explain_unproved, judge_by_proxy
 from .references import Selection, find_reference, select
-from .resume import begin_session, check_session, describe_session, find_run
+from .resume import begin_session, check_session, describe_session
+from .runs import Runs
 from .tolerances import tolerance
 from .verdict import EMULATION, judge_run, rule_of
 
@@ -49,6 +52,8 @@ def compare(
     resume: bool = False,
     model: Callable[..., Any] | None = None,
     data: Callable[..., Any] | None = None,
+    interrupt: int | None = None,
+    resume_as: str | None = None,
 ) -> Comparison:
     """Run the job under each strategy on `nproc` processes, and compare each run with `reference`.
 
@@ -56,43 +61,30 @@ def compare(
     out, the product of the degrees in `job.parallel` or in a variant, or 2. program: the command
     that starts a rank. fresh_ranks: start each rank afresh; left out, all are forked from one
     process. reference: left out, `single`, or the first run that can stand in where that cannot
-    run. resume: keep the runs that `out` holds already. model, data: functions that take the place
-    of those that the job names (`hybrid.job.given`). Raises JobError before any process starts,
-    and NoRoom where `out` cannot be written to. A run that fails raises nothing: its record is in
-    the result. Where the job has a proxy, that is compared first, in `out/proxy`."""
+    run. resume: keep the runs that `out` holds already, and go on with those that were stopped.
+    model, data: functions that take the place of those that the job names (`hybrid.job.given`).
+    interrupt: stop each run but the reference after so many steps, and let new processes go on from
+    there; resume_as: under the strategy or variant of this name. Raises JobError before any process
+    starts, and NoRoom where `out` cannot be written to. A run that fails raises nothing: its record
+    is in the result. Where the job has a proxy, that is compared first, in `out/proxy`."""
     if model is not None or data is not None:
         with naming(job, model, data, why_not(fresh_ranks or program is not None)) as named:
-            rest = watcher, program, fresh_ranks, reference, resume
-            return compare(named, strategies, nproc, out, *rest)
+            rest = watcher, program, fresh_ranks, reference, resume, None, None, interrupt
+            return compare(named, strategies, nproc, out, *rest, resume_as)
+    stop = make_interruption(interrupt, resume_as)
     selection = select(job, strategies, reference)
-    print_warnings(warnings_of(job, selection.names))
-    registry.check_settings(job, selection.names)
-    nproc = nproc or max(default_nproc(resolve(job, name).job) for name in selection.names)
-    small, options = make_proxy(job), (nproc, watcher or Watcher(), program, resume)
+    names = dict.fromkeys((*selection.names, *([resume_as] if resume_as else [])))
+    print_warnings(warnings_of(job, [*names]))
+    registry.check_settings(job, [*names])
+    nproc = nproc or max(default_nproc(resolve(job, name).job) for name in names)
+    small, options = make_proxy(job), (nproc, watcher or Watcher(), program, resume, stop)
+    held = dataclasses.replace(selection, fixed=True) if stop else selection
     with needs_room(out), warm_ranks(fresh_ranks):
         folder = Path(out)
-        prover = _Session(small, selection, folder / PROXY, *options, "proxy/") if small else None
-        session = _Session(job, selection.by_proxy() if small else selection, folder, *options)
+        prover = _Session(small, held, folder / PROXY, *options, "proxy/") if small else None
+        session = _Session(job, selection.by_proxy() if small else held, folder, *options)
         remove_stale_locks()
         return session.run(prover)
-
-
-def _plan(
-    checked: CheckedJob, names: Sequence[str], nproc: int, title: str
-) -> dict[str, Layout | str]:
-    """Find the layout of each strategy, or why it cannot run here, and print the warnings."""
-    layouts: dict[str, Layout | str] = {}
-    warnings: list[str] = []
-    for name in names:
-        try:
-            layouts[name], found = checked.plan(name, nproc)
-            warnings += [f"{title}{name}: {line}" for line in found]
-        except LayoutError as error:
-            raise JobError(f"{error} (--nproc {nproc})") from None
-        except Unsupported as error:
-            layouts[name] = str(error)
-    print_warnings([*warnings, *(f"{title}{line}" for line in checked.warnings())])
-    return layouts
 
 
 class _Session:
@@ -107,23 +99,30 @@ class _Session:
         watcher: Watcher,
         program: Program | None,
         resume: bool,
+        stop: Interruption | None,
         title: str = "",
     ) -> None:
         """Check the job and what the folder holds; raises JobError, and changes nothing there.
 
-        title: what stands before the runs' names where they are shown."""
+        stop: where each run but the reference is interrupted. title: what stands before the runs'
+        names where they are shown."""
         modules = registry.modules(resolve(job, selection.names[0]).strategy)
         self.checked = checked = check_apart(job, modules).require()
         every = checked.job.log.model_copy(update={"every": 1})  # parity looks at every step
         self.asked, self.job = job, checked.job.model_copy(update={"log": every})
         self.selection, self.reference = selection, selection.reference
         self.layers = checked.summary.batch_norms  # whose result depends on how a batch is cut
-        self.layouts = _plan(checked, selection.names, nproc, title)
-        self.out, self.watcher, self.program = out, watcher, program
-        self.resume, self.title = resume, title
-        self.description = describe_session(job, nproc)
+        self.layouts = plan_runs(checked, selection.names, nproc, title)
+        self.stop, self.second = stop, dict[str, Layout | str]()
+        if stop:
+            second = plan_second(checked, stop, self.layouts, self.reference, nproc, title)
+            self.second = second.layouts
+            self.layouts = {**self.layouts, **second.refused}
+        self.out, self.watcher, self.title = out, watcher, title
+        self.description = describe_session(job, nproc) | (stop.describe() if stop else {})
         if resume:
             check_session(out, self.description)
+        self.made = Runs(checked, out, watcher, program, resume, title, self.description)
         self.runs: dict[str, Record] = {}
         self.controls: dict[str, Record] = {}
         self.proved: Comparison | None = None
@@ -152,36 +151,28 @@ class _Session:
         if isinstance(layout, str):
             record = Record(name, "not_possible", layout)
         elif record is None:
-            self.runs[name] = self._run(name, self.job, name, layout.world_size)
+            self.runs[name] = self._make(name, layout)
             return
         self.runs[name] = record = self._marked(record)
         records.write(record, self.out / name / "record.json")
         self.watcher.finished(self.title + name, record)
 
-    def _run(
-        self, label: str, job: Job, name: str, nproc: int, cores_for: int | None = None
-    ) -> Record:
-        """Launch one run in `out/label`, unless it is there and may be kept."""
-        folder = self.out / label
-        if self.resume and (kept := find_run(folder, job, name, nproc, self.description)):
-            self.watcher.kept(self.title + label, kept)
-            return kept
-        shown, found = self.title + label, self.checked.warnings(name)
-        try:
-            watcher, program = self.watcher, self.program
-            return launch(job, name, nproc, folder, watcher, shown, program, found, cores_for)
-        except RunFailed as error:
-            if error.failure.kind == "job":
-                raise JobError(error.failure.message) from None
-            if error.failure.kind == "room":  # no other run would find any
-                raise NoRoom(error.failure.message) from None
-            return records.read(Record, folder / "record.json")
+    def _make(self, name: str, layout: Layout) -> Record:
+        """Make one run, which is interrupted and resumed where that is asked for."""
+        second = self.second.get(name) if name != self.reference else None
+        if self.stop is None or not isinstance(second, Layout):
+            return self.made.make(name, self.job, name, layout.world_size)
+        first, then = (name, layout.world_size), (self.stop.second(name), second.world_size)
+        return self.made.make_interrupted(name, self.job, first, then, self.stop.step)
 
     def _run_control(self, control: Control) -> Record:
-        """Launch a run under a strategy or variant with these changes in its settings."""
-        name, job = control.strategy, with_settings(self.job, control.strategy, control.changes)
+        """Launch a run under a strategy or variant with these changes in its settings.
+
+        It saves no checkpoints: nothing goes on from it."""
+        name, plain = control.strategy, self.job.model_copy(update={"checkpoint": Checkpoint()})
+        job = with_settings(plain, name, control.changes)
         nproc = 1 if "emulate_replicas" in control.changes else self.runs[name].world_size
-        return self._run(control.label, job, name, nproc, control.cores_for)
+        return self.made.make(control.label, job, name, nproc, control.cores_for)
 
     def _name_the_rest(self) -> None:
         """Note what has not run, since the comparison was interrupted."""
@@ -236,7 +227,7 @@ class _Session:
     def _judge(self, name: str) -> Parity:
         if self.reference == PROXY:
             return self._judge_by_proxy(name)
-        job = resolve(self.job, name).job
+        job = resolve(self.job, self.runs[name].strategy).job
         load = functools.cache(self._load)  # weights are read once, and let go with the verdict
         while True:
             known = self.runs, self.reference, self.controls
@@ -249,7 +240,7 @@ class _Session:
                 self.controls[control.label] = self._run_control(control)
 
     def _engine_of(self, name: str) -> str:
-        return registry.engine(resolve(self.job, name).strategy)
+        return registry.engine(resolve(self.job, self.runs[name].strategy).strategy)
 
     def _settle(self, label: str) -> ReferenceFault | None:
         """Put a run of a reference that repeats itself in the place of one that was off."""
@@ -271,8 +262,8 @@ class _Session:
         """Add why a run is not compared: it, or what it would be held against, has no result."""
         if found.state != "not_compared":
             return found
-        reason = self.runs[name].reason
-        if self.runs[name].status == "ok":
+        reason = found.reason or self.runs[name].reason
+        if self.runs[name].status == "ok" and not found.reason:
             emulation = name + EMULATION
             against = emulation if emulation in self.controls else found.reference
             against = against if against in self.controls else self.reference

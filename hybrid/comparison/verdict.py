@@ -21,7 +21,7 @@ from .controls import (
     list_controls,
 )
 from .cuts import cut_of, explain_cut, find_cut
-from .differences import Run, differences, relative
+from .differences import Run, differences, find_lost_step, relative
 from .followed import judge_follower
 from .noise import ROUNDED, can_be_rounding, is_near
 from .parity import Rule, compare_runs, words_needed
@@ -47,18 +47,20 @@ def judge_run(
     process, which is a control, as is `single` cut like the run. job: with the settings of `name`,
     if that is a variant. load: returns the run or control of a label with its final weights.
     layers: those whose result depends on how a batch is cut."""
-    record, strategy = runs[name], runs[name].variant_of or name
+    record, strategy = runs[name], runs[name].variant_of or runs[name].strategy
     allowed = tolerance(job.train.precision, hook_of(job, strategy))
     undecided = Parity(False, None, None, allowed)
     if record.status != "ok":
         return undecided
+    if lost := find_lost_step(record):
+        return dataclasses.replace(undecided, reason=lost)
     if name == reference:
         return Parity(True, 0.0, 0.0, allowed, reference=reference, state="equal")
     against, changes, cores_for = reference, dict[str, Any](), None
     if strategy == "local_sgd":
         against, changes = name + EMULATION, {"emulate_replicas": record.layout["dp"]}
         if against not in controls:
-            return [Control(against, name, changes)]
+            return [Control(against, record.strategy, changes)]
     elif cut := find_cut(job, name, runs, reference, layers):
         against, changes = f"{reference}_cut_{cut.ranks}x{cut.micro_batches}", cut.settings
         cores_for = record.world_size
@@ -69,6 +71,8 @@ def judge_run(
     case = Case(job, name, runs, against, changes, against, controls, load, layers, cores_for)
     if case.known[against].status != "ok":
         return undecided
+    if lost := find_lost_step(case.known[against]):
+        return dataclasses.replace(undecided, reason=f"the reference {against}: {lost}")
     verdict = _judge(case, rule_of(job, against, case.known, name, layers))
     if isinstance(verdict, list):
         return verdict
@@ -86,7 +90,7 @@ def rule_of(
 
     name: of the run; left out, the rule is that for two runs of the reference. layers: those whose
     result depends on how a batch is cut."""
-    strategy = (known[name].variant_of or name) if name else against
+    strategy = (known[name].variant_of or known[name].strategy) if name else against
     allowed, factors = tolerance(job.train.precision, hook_of(job, strategy)), dict[str, int]()
     if name:
         factors["micro-batches"] = job.micro_batches(strategy)

@@ -49,7 +49,20 @@ Reference = Annotated[
 ]
 Resume = Annotated[
     str | None,
-    typer.Option(metavar="auto|DIR", help="Keep the runs in OUT, or in DIR, that ended well."),
+    typer.Option(
+        metavar="auto|DIR",
+        help="Keep the runs in OUT, or in DIR, that ended well; those that were stopped go on.",
+    ),
+]
+Interrupt = Annotated[
+    int | None,
+    typer.Option(
+        metavar="STEP", help="Stop each run after so many steps and resume it: tests checkpoints."
+    ),
+]
+ResumeAs = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="With --interrupt: resume under this strategy or variant."),
 ]
 GoOn = Annotated[
     str | None,

@@ -17,6 +17,7 @@ from .overview import tell_job, tell_tool
 from .plots import bars, curves
 from .precision import compare_precision
 from .receipts import tell_receipt
+from .resumed import tell_source
 from .standing import Standing, standings, trusted_runs
 from .table import FLUSH_LEFT, build_rows, describe_memory, make_headers, make_legend
 from .verdict import LONGEST, verdict
@@ -105,7 +106,7 @@ def _describe_run(comparison: Comparison, name: str, standing: Standing) -> dict
         "state": standing.state,
         "trusted": not standing.reason,
         "cut": whole if len(" ".join(whole.split())) > LONGEST else "",
-        "sentences": tell_receipt(evidence or {}),
+        "sentences": [*tell_source(name, record), *tell_receipt(evidence or {})],
         "evidence": evidence and {k: v for k, v in evidence.items() if k != "precision"},
         "environment": own,
         "excused": dict(enumerate(map(format_excused, parity.excused), 1)) if parity else {},

@@ -49,13 +49,14 @@ def tell_skipped(runs: Mapping[str, Record]) -> list[str]:
 
 def tell_variants(comparison: Comparison) -> list[str]:
     """Tell of each variant which strategy it is, and with which settings."""
-    sections, told = comparison.job.get("variant") or {}, []
-    for name, run in comparison.strategies.items():
+    sections, told = comparison.job.get("variant") or {}, dict[str, str]()
+    for run in comparison.strategies.values():
         if run.variant_of:
+            name = run.strategy  # not that of a row which was resumed as a variant
             settings = {k: v for k, v in sections.get(name, {}).items() if k != "strategy"}
             with_them = f" with {format_value(settings)}" if settings else ""
-            told.append(f"{name} is {run.variant_of}{with_them}.")
-    return told
+            told[name] = f"{name} is {run.variant_of}{with_them}."
+    return [*told.values()]
 
 
 def tell_references(comparison: Comparison) -> list[str]:

@@ -18,6 +18,7 @@ from .formats import (
     format_perplexity,
     format_ratio,
 )
+from .resumed import format_resumed
 from .standing import standings, trusted_runs
 from .verdict import verdict
 
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 IDENTITY = ("strategy", "status")
 COSTS = ("speedup", "peak memory", "bytes sent", "step ms")  # after the speed
 RESULTS = ("test result", "loss diff", "weight diff")
+RESUMED = "resumed"  # after which step; a column where a run was
 FLUSH_LEFT = (*IDENTITY, "layout")  # the figures are flush right
-LEFT_TO_THE_FILES = ("step ms", "loss diff", "weight diff", "layout")  # 80 columns are enough so
+LEFT_TO_THE_FILES = ("step ms", "loss diff", "weight diff", RESUMED, "layout")  # so it fits in 80
 IN_80_COLUMNS = {"test result": "test"}
 TONES = {"good": "bold green", "bad": "bold red", "warning": "bold yellow"}
 
@@ -36,7 +38,8 @@ TONES = {"good": "bold green", "bad": "bold red", "warning": "bold yellow"}
 def make_headers(comparison: Comparison) -> tuple[str, ...]:
     """Return the names of the table's columns."""
     speed = f"{find_meaning(comparison.strategies).unit}/s"
-    return (*IDENTITY, speed, *COSTS, *RESULTS, "layout")
+    resumed = (RESUMED,) if any(run.resumed_from for run in comparison.strategies.values()) else ()
+    return (*IDENTITY, speed, *COSTS, *RESULTS, *resumed, "layout")
 
 
 def make_legend(comparison: Comparison) -> str:
@@ -71,7 +74,8 @@ def build_rows(comparison: Comparison) -> dict[str, dict[str, str]]:
         shown = name in trusted
         costs = _format_costs(record, meaning, base) if shown else [DASH] * (1 + len(COSTS))
         results = [_format_result(record.eval), *_format_diffs(parity)]
-        cells = [name, standing.state, *costs, *results, format_layout(record.layout)]
+        resumed = [format_resumed(name, record)] if RESUMED in headers else []
+        cells = [name, standing.state, *costs, *results, *resumed, format_layout(record.layout)]
         rows[name] = dict(zip(headers, cells, strict=True))
     return rows
 

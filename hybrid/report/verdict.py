@@ -10,6 +10,7 @@ from ..records import PROXY, Comparison, Parity
 from .excuses import explain_size, find_excuse, tell_excused, tell_kinks, tell_refused
 from .formats import count, format_diff, group_names
 from .notes import tell_progress, tell_references, tell_skipped, tell_variants, tell_warnings
+from .resumed import tell_resumed
 from .standing import AT_PROXY, BROKEN, STATES, Standing, standings, tell_problems
 
 LONGEST = 400  # characters of a problem, whose whole text is with the receipt
@@ -50,6 +51,7 @@ def verdict(comparison: Comparison) -> Verdict:
     details += _tell_closeness(equal)
     notes = [*problems[SHOWN_PROBLEMS:], *tell_excused(equal), *tell_kinks(equal)]
     notes += tell_refused(equal) + tell_skipped(comparison.strategies)
+    notes += tell_resumed(comparison.strategies)
     notes += tell_references(comparison) + tell_progress(comparison) + tell_variants(comparison)
     notes += [f"{text}." for text in tell_problems(states["not possible"])]
     notes += tell_warnings(comparison.strategies)

@@ -40,7 +40,7 @@ class Checkpoints:
     """Saves and loads the state of one run.
 
     out: the run's folder, on every rank; None: the run saves nothing. chosen: what it goes on
-    from."""
+    from. until: the run ends after so many steps, saved, and another one goes on from there."""
 
     job: Job
     choice: Choice
@@ -48,6 +48,7 @@ class Checkpoints:
     placement: Placement
     out: Path | None
     chosen: Chosen | None = None
+    until: int | None = None
     newest: SavedState | None = None
     resumed_from: ResumedFrom | None = None
 
@@ -66,9 +67,16 @@ class Checkpoints:
         values: Mapping[str, Any] = self.chosen.manifest.values if self.chosen else {}
         return values
 
+    @property
+    def end(self) -> int:
+        """Return the steps after which this run ends."""
+        return self.until or self.job.train.steps or 0
+
     def is_due(self, done: int) -> bool:
         """Tell whether the state is saved after `done` steps; the last one is always saved."""
         every = self.job.checkpoint.every
+        if self.out is not None and done == self.until:
+            return True
         if self.out is None or every is None:
             return False
         return done % every == 0 or done == self.job.train.steps

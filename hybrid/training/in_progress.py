@@ -142,6 +142,26 @@ class RunInProgress:
         path = save_weights(state, self.out / CHECKPOINTS / "final", about, self.saved_names)
         return str(path.relative_to(self.out))
 
+    def end_early(self) -> Record:
+        """End before the last step, as was asked for; another run goes on from what is saved."""
+        record = Record(
+            strategy=self.choice.name,
+            status="failed",
+            reason=records.INTERRUPTED,
+            world_size=self.placement.world_size,
+            layout=self.engine.layout.to_dict(),
+            steps=self.steps.all(),
+            evals=self.evals,
+            variant_of=self.choice.variant_of,
+            checkpoint=self.checkpoints.newest,
+            resumed_from=self.checkpoints.resumed_from,
+        )
+        self.engine.close()
+        if self.out:
+            self.trackers.finish()
+            records.write(record, self.out / "record.json")
+        return record
+
     def finish(self) -> Record:
         """Evaluate, save the weights, and put the record together."""
         receipt = self.require_receipt()

@@ -48,24 +48,26 @@ def train(
     model: Callable[..., Any] | None = None,
     data: Callable[..., Any] | None = None,
     resume: Path | str | None = None,
+    until: int | None = None,
 ) -> Record:
     """Train the job under one strategy in this process, and return the record on every rank.
 
     strategy: its name, or that of a variant in the job. placement: this process's rank; left out,
     it is found from a launcher's variables, and without these the process is alone. model, data:
     functions in place of those that the job names (`hybrid.job.given`). resume: "auto", or the
-    folder of a checkpoint or of a run, to go on from. Rank 0 also writes `out/job.json`,
+    folder of a checkpoint or of a run, to go on from. until: the run ends after so many steps,
+    saved and not evaluated. Rank 0 also writes `out/job.json`,
     `out/record.json`, `out/steps.jsonl` and `out/checkpoints/final/`. Raises JobError or
     Unsupported where the job cannot run, RunError where the run is not what was asked for,
     PeerFailed where another rank failed first, NoRoom where `out` cannot be written to."""
     if model is not None or data is not None:
         with naming(job, model, data) as named:
-            return train(named, strategy, out, on_step, placement, resume=resume)
+            return train(named, strategy, out, on_step, placement, resume=resume, until=until)
     if placement is None:
         placement = find_placement()
         print_warnings(job.warnings() if placement.rank == 0 else [])
     folder = Path(out) if out else None
-    return _train_and_clean_up(job, strategy, folder, on_step, placement, resume)
+    return _train_and_clean_up(job, strategy, folder, on_step, placement, resume, until)
 
 
 def _train_and_clean_up(
@@ -75,6 +77,7 @@ def _train_and_clean_up(
     on_step: OnStep | None,
     placement: Placement,
     resume: Path | str | None,
+    until: int | None,
 ) -> Record:
     """Train, and leave nothing behind, whatever happens: the cause of an error comes first."""
     choice = resolve(job, strategy)
@@ -85,7 +88,7 @@ def _train_and_clean_up(
         if recorded:
             begin_run(recorded, job, choice, resume is not None)
         with needs_room(out):
-            return _train(choice, placement, out, on_step, status, resume)
+            return _train(choice, placement, out, on_step, status, resume, until)
     except BaseException as error:
         # This comes before `cleanup`, which can wait for a peer that is gone.
         cause = leave_error(error, status)
@@ -108,6 +111,7 @@ def _train(
     on_step: OnStep | None,
     status: RankStatus,
     resume: Path | str | None,
+    until: int | None,
 ) -> Record:
     call_vector_functions_once()
     job, strategy = choice.job, choice.strategy
@@ -142,7 +146,7 @@ def _train(
         sizes = job.train.global_batch, engine.layout.dp, job.micro_batches(strategy)
         plan = BatchPlan(len(data[0]), *sizes, job.train.seed)
         folder = out if placement.rank == 0 else None
-        saved = Checkpoints(job, choice, engine, placement, out, chosen)
+        saved = Checkpoints(job, choice, engine, placement, out, chosen, until)
         rest = placement, folder, on_step, status, names, *data, warnings, saved, plan, known
         run = _Run(job, choice, engine, instruments, *rest)
         return run.go()
@@ -175,12 +179,12 @@ class _Run(RunInProgress):
         """Train, evaluate, and put the record together."""
         self.begin()
         self._train_steps()
-        return self.finish()
+        return self.finish() if self.checkpoints.until is None else self.end_early()
 
     def _train_steps(self) -> None:
         """Take all optimizer steps that are left."""
         job, engine, saved = self.job, self.engine, self.checkpoints
-        total, every, start = job.train.steps or 0, job.train.eval_every, saved.start
+        total, every, start = saved.end, job.train.eval_every, saved.start
         steps = range(start, total)
         loader = make_loader(job, self.plan, engine, self.train_set, steps, self.known)
         for step in steps:

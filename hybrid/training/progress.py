@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..records import Record, StepRecord
+from ..records import INTERRUPTED, Record, StepRecord
 from ..report.formats import format_bytes, format_number
 
 if TYPE_CHECKING:
@@ -133,7 +133,10 @@ class Progress(Watcher):
                 line += f", eval loss {record.eval.loss:.4f}"
                 line += "".join(f", {n} {v:.5g}" for n, v in record.eval.metrics.items())
         else:
-            row = Row({}, words=f"{record.status.replace('_', ' ')}: {record.reason}")
+            words = f"{record.status.replace('_', ' ')}: {record.reason}"
+            if record.reason == INTERRUPTED and record.checkpoint:
+                words = f"interrupted after step {record.checkpoint.step}, where its state is saved"
+            row = Row({}, words=words)
             line = f"{name}: {row.words}"
         self.rows[name] = row
         self._show(line)
@@ -219,7 +222,8 @@ def make_row(
 
 def summary_row(record: Record, seconds: float) -> Row:
     """Make the row of a run that ended well: last step, speed and peak of the run, time taken."""
-    last = dataclasses.asdict(record.steps[-1])
+    last = dataclasses.asdict(record.steps[-1]) if record.steps else {}
+    done = last["step"] + 1 if last else 0  # a resumed run may lack the steps before it
     pace = record.throughput
     unit, rate = "samples/s", pace.samples_per_s if pace else None
     if pace and pace.tokens_per_s and not math.isclose(pace.tokens_per_s, pace.samples_per_s):
@@ -228,7 +232,7 @@ def summary_row(record: Record, seconds: float) -> Row:
         last["memory_bytes"] = max(record.memory.peak_bytes)
     step_s = pace.step_s_median if pace else None
     took = f"in {format_time(seconds)}"
-    return make_row(f"{len(record.steps)}/{len(record.steps)}", last, unit, rate, step_s, took)
+    return make_row(f"{done}/{done}" if last else NOTHING, last, unit, rate, step_s, took)
 
 
 def plain_line(row: Row) -> str:

@@ -38,13 +38,14 @@ def run_job(
     parent: int | None = None,
     fresh_ranks: bool = False,
     resume: str | None = None,
+    until: int | None = None,
 ) -> Record | None:
     """Run a job once, on the ranks of a launcher or on `nproc` processes that this one starts.
 
     strategy: its name, or that of a variant in the job. parent: the process id of the `hybrid` that
     started this rank. fresh_ranks: start each rank afresh; left out, all are forked from one
-    process. resume: see `train`. Returns the record in the process that shows it, None in the
-    others. Raises JobError, Unsupported, RunFailed, NoRoom or the run's error.
+    process. resume, until: see `train`. Returns the record in the process that shows it, None in
+    the others. Raises JobError, Unsupported, RunFailed, NoRoom or the run's error.
     """
     placement = find_placement(started_by_hybrid=parent is not None)
     if placement.rank == 0 and parent is None:
@@ -52,7 +53,7 @@ def run_job(
     registry.check_settings(job, [strategy])
     if placement.launcher is None:
         with needs_room(out), warm_ranks(fresh_ranks):
-            return _launch_checked(job, strategy, out, nproc, resume)
+            return _launch_checked(job, strategy, out, nproc, resume, until)
     end_with_launcher(parent)
     if nproc not in (None, placement.world_size):
         raise JobError(f"--nproc {nproc}: the launcher started {placement.world_size} processes")
@@ -70,12 +71,17 @@ def run_job(
     set_num_threads(placement)
     from .loop import train
 
-    record = train(job, strategy, out, on_step, placement, resume=resume)
+    record = train(job, strategy, out, on_step, placement, resume=resume, until=until)
     return record if placement.rank == 0 and placement.launcher != OWN else None
 
 
 def _launch_checked(
-    job: Job, strategy: str, out: Path, nproc: int | None, resume: str | None
+    job: Job,
+    strategy: str,
+    out: Path,
+    nproc: int | None,
+    resume: str | None,
+    until: int | None,
 ) -> Record:
     """Check the job, then start its ranks and show their progress."""
     choice = resolve(job, strategy)
@@ -91,10 +97,9 @@ def _launch_checked(
     chosen = choose(out, resume, checked.job) if resume else None
     print_warnings(f"{strategy}: {line}" for line in (chosen.notes if chosen else []))
     folder = chosen.folder if chosen else None
+    rest = checked.job, strategy, world_size, out, watcher
     try:
-        return launch(
-            checked.job, strategy, world_size, out, watcher, warnings=found, resume=folder
-        )
+        return launch(*rest, warnings=found, resume=folder, until=until)
     finally:
         watcher.close()
 
@@ -110,13 +115,15 @@ def launch(
     warnings: Sequence[str] = (),
     cores_for: int | None = None,
     resume: Path | None = None,
+    until: int | None = None,
 ) -> Record:
     """Start `nproc` ranks of a checked job, wait for them and return the record.
 
     label: the run's name for the watcher, if it is not the strategy's. program: the command that
     starts a rank, `PROGRAM` if it is left out. warnings: of the try-out, for the record. cores_for:
-    see `run_ranks`. resume: the checkpoint from which the run goes on. Raises RunFailed with the
-    first cause; the record then says `failed` or `not_possible`."""
+    see `run_ranks`. resume: the checkpoint from which the run goes on. until: see `train`; the
+    record then says `interrupted`, though all went well. Raises RunFailed with the first cause; the
+    record then says `failed` or `not_possible`."""
     label, choice = label or strategy, resolve(job, strategy)
     file = begin_run(out, job, choice, resume is not None)
     watcher.started(label, job.train.steps or 0, out)
@@ -124,6 +131,8 @@ def launch(
     arguments += ["--parent", str(os.getpid())]
     if resume:
         arguments += ["--resume", str(resume)]
+    if until:
+        arguments += ["--until", str(until)]
     try:
         modules = registry.modules(choice.strategy)
         # An emulation computes with the threads of a rank that it plays: more of them sum up in

@@ -1,0 +1,6 @@
+"""This module names the folders of checkpoints. No torch here."""
+
+
+def step_name(step: int) -> str:
+    """Return the name of the folder of the checkpoint after `step` optimizer steps."""
+    return f"step-{step:08d}"
