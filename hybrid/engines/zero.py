@@ -1,11 +1,12 @@
 """This module holds the engine behind ZeRO-1, 2 and 3: Accelerate runs DeepSpeed's optimizer."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ..checkpoint.pieces import Piece
 from ..data.loader import MicroBatch
 from ..job.schema import Job
 from ..launch.exchange import gather_objects
@@ -26,8 +27,14 @@ from .deepspeed_setup import (
     set_masters,
     stepped,
 )
+from .deepspeed_state import (
+    make_room_in_partitions,
+    numbers_in_partitions,
+    pieces_of_partitions,
+    update_parameters,
+)
 from .precision import Stepped
-from .protocol import make_receipt
+from .protocol import OwnState, Shapes, make_receipt
 from .state import copy_state, local_part, named_tensors
 from .tally import Tally
 
@@ -83,6 +90,28 @@ class ZeroEngine(AcceleratedEngine):
 
     def _stepped(self) -> Stepped:
         return stepped(self.live.optimizer)
+
+    def pieces(self) -> list[Piece]:
+        return pieces_of_partitions(self._tensors(), self.live.optimizer, self._copies())
+
+    def make_room(self, shapes: Shapes, numbers: Collection[str]) -> None:
+        make_room_in_partitions(self._tensors(), self.live.optimizer, shapes, numbers)
+
+    def numbers_kept(self) -> list[str]:
+        return numbers_in_partitions(self.live.optimizer)
+
+    def begin_at(
+        self, step: int, loss_scale: Mapping[str, float] | None, own: OwnState | None
+    ) -> None:
+        super().begin_at(step, loss_scale, own)
+        update_parameters(self.live.optimizer)
+        self._set_counters(step)
+
+    def _set_counters(self, step: int) -> None:
+        """Tell DeepSpeed how many steps were made: its schedules of layers to drop follow it."""
+        live = self.live
+        live.global_steps, live.micro_steps = step, step * live.gradient_accumulation_steps()
+        live.global_samples = step * live.train_batch_size()
 
     def close(self) -> None:
         self.live.destroy()
