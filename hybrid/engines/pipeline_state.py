@@ -17,6 +17,14 @@ from ..stages.assignment import StageAssignment
 from .base import BaseEngine
 from .buffers import OneSet
 from .deepspeed_setup import full_tensor, set_masters
+from .deepspeed_state import (
+    make_room_in_partitions,
+    numbers_in_partitions,
+    pieces_of_partitions,
+    read_loss_scale,
+    set_loss_scale,
+    update_parameters,
+)
 from .protocol import OwnState, Shapes
 from .state import copy_state, named_tensors
 from .training_state import Copies, make_room, numbers_of, pieces_of
@@ -51,21 +59,34 @@ class StageState(BaseEngine):
 
     def _pieces_of(self, tensors: Mapping[str, torch.Tensor]) -> list[Piece]:
         """Return this rank's parts of the stage's tensors, as its column shares out the writing."""
-        copies = Copies(self.placement.dp_rank, self.layout.dp)
-        return pieces_of(tensors, self.engine.optimizer, copies)
+        find = pieces_of_partitions if self.zero_stage else pieces_of
+        return find(tensors, self.engine.optimizer, Copies(self.placement.dp_rank, self.layout.dp))
 
     def make_room(self, shapes: Shapes, numbers: Collection[str]) -> None:
-        make_room(self._own_tensors(shared=True), self.engine.optimizer, shapes, numbers)
+        make = make_room_in_partitions if self.zero_stage else make_room
+        make(self._own_tensors(shared=True), self.engine.optimizer, shapes, numbers)
 
     def numbers_kept(self) -> list[str]:
         """Return the keys of all stages: an optimizer may treat their parameters differently."""
-        kept: Sequence[list[str]] = gather_objects(numbers_of(self.engine.optimizer))
+        find = numbers_in_partitions if self.zero_stage else numbers_of
+        kept: Sequence[list[str]] = gather_objects(find(self.engine.optimizer))
         return sorted({key for keys in kept for key in keys})
+
+    def loss_scale_state(self) -> dict[str, float] | None:
+        fp16 = self.job.train.precision == "fp16"
+        return read_loss_scale(self.engine.optimizer.loss_scaler) if fp16 else None
 
     def begin_at(
         self, step: int, loss_scale: Mapping[str, float] | None, own: OwnState | None
     ) -> None:
         super().begin_at(step, loss_scale, own)
+        live = self.engine
+        if self.zero_stage:
+            update_parameters(live.optimizer)
+        if loss_scale and self.job.train.precision == "fp16":
+            set_loss_scale(live.optimizer.loss_scaler, loss_scale)
+        live.global_steps, live.micro_steps = step, step * live.gradient_accumulation_steps()
+        live.global_samples = step * live.train_batch_size()
         self.one_set = self._make_one_set()
 
     def state(self) -> dict[str, torch.Tensor]:
