@@ -233,9 +233,10 @@ def update_parameters(optimizer: Any) -> None:
 def read_loss_scale(scaler: Any) -> dict[str, float]:
     """Return the scale of one of DeepSpeed's loss scalers, and how many good steps it has had.
 
-    DeepSpeed counts from the step before which the last overflow was, or the run's first."""
-    since = scaler.cur_iter - scaler.last_overflow_iter - 1
-    good = since % scaler.scale_window if since <= scaler.scale_window else 0
+    DeepSpeed counts from the last overflow, or the run's first step, and doubles the scale in the
+    good step that follows upon a whole number of windows: `good_steps` is then a whole window."""
+    since, window = scaler.cur_iter - scaler.last_overflow_iter - 1, scaler.scale_window
+    good = since if since <= window else (since - 1) % window + 1
     return {"scale": float(scaler.cur_scale), "good_steps": good}
 
 
