@@ -12,6 +12,7 @@ import torch
 
 WEIGHT = "weight"  # the key of a parameter's or a buffer's value; others are the optimizer's
 SHARED_FROM = 2**14  # elements from which several ranks write a tensor that each of them has
+WRITTEN_ELSEWHERE = (-1, 1)  # `copies` of a part that this rank loads, and that others write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +74,15 @@ class Share:
 def shares_of(pieces: Iterable[Piece]) -> list[Share]:
     """Return what this rank writes of its pieces, in canonical order.
 
-    A small tensor is written whole by one of the ranks that hold it. Which one that is follows from
-    its name: the ranks may hold different other pieces, so they could not count turns."""
+    A small tensor is written whole by one of the ranks that hold it, which take turns by its name:
+    that is all that these ranks surely have in common."""
     found = []
-    ordered = sorted(pieces, key=lambda piece: (*order_of(*piece.entry), piece.start))
-    for piece in ordered:
+    for piece in sorted(pieces, key=lambda piece: (*order_of(*piece.entry), piece.start)):
         (mine, ranks), size = piece.copies, piece.tensor.numel()
+        if mine < 0:
+            continue
         if size < SHARED_FROM or ranks == 1:
-            if zlib.crc32(f"{piece.name}/{piece.key}/{piece.start}".encode()) % ranks == mine:
+            if zlib.crc32("\0".join(piece.entry).encode()) % ranks == mine:
                 found.append(Share(piece, 0, size))
             continue
         first, end = size * mine // ranks, size * (mine + 1) // ranks

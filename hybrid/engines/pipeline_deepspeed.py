@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..data.loader import MicroBatch
@@ -20,16 +19,12 @@ from ..models.layers import Layers
 from ..models.losses import Loss
 from ..records import EvalResult, Receipt
 from ..stages.assignment import StageAssignment
-from .base import BaseEngine
-from .buffers import OneSet
 from .deepspeed_setup import (
     full_config,
-    full_tensor,
     loss_scale,
     norm_or_overflow,
     pipeline_stage,
     prepare_process,
-    set_masters,
     stepped,
 )
 from .hashes import hash_ids
@@ -49,15 +44,16 @@ from .pipeline_instructions import (
     tie,
     wrap_optimizer_step,
 )
+from .pipeline_state import StageState
 from .precision import Observer, Stepped, names_of
 from .protocol import StepResult, make_receipt
 from .schedule import learning_rate
-from .state import copy_state, named_tensors, num_held, on_device
+from .state import num_held, on_device
 from .step_queue import StartedStep, StepRow, make_row
 from .tally import Tally, eval_result
 
 
-class StageEngine(BaseEngine):
+class StageEngine(StageState):
     """Trains one stage of a pipeline in one data-parallel column.
 
     The first stage reads inputs, and so does each stage of a module that is cut; the last reads
@@ -85,10 +81,7 @@ class StageEngine(BaseEngine):
         self.engine = self._build(layers, config)
         self.model = self.engine.module
         self.num_held = num_held(self.model)
-        if self.layout.dp > 1:
-            columns_group = self.engine.grid.get_data_parallel_group()
-            first = placement.rank - placement.dp_rank
-            self.one_set = OneSet(self.model, columns_group, first)
+        self.one_set = self._make_one_set()
         self.tally = Tally(self.device)
         self.input_digest = 0
         self.norm: torch.Tensor | float = math.nan  # of the gradients' norm in this step
@@ -211,37 +204,6 @@ class StageEngine(BaseEngine):
                 num_micro_batches=len(micro_batches),
             )
         return eval_result(self.tally)
-
-    def _own_tensors(self, shared: bool) -> dict[str, torch.Tensor]:
-        """Return the live stage's tensors; `shared`: also those that an earlier stage holds."""
-        return self.assignment.own_tensors(named_tensors(self.model), shared)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Send the first column's tensors to rank 0, one by one."""
-        if self.one_set:
-            self.one_set.before_use()
-        own = {name: full_tensor(t) for name, t in self._own_tensors(shared=False).items()}
-        rank = self.placement.rank
-        mine = {n: (tuple(t.shape), t.dtype) for n, t in own.items()} if self.shares == (0,) else {}
-        full: dict[str, torch.Tensor] = {}
-        for owner, tensors in enumerate(gather_objects(mine)):
-            for name, (shape, dtype) in tensors.items():
-                if rank == owner == 0:
-                    full[name] = own[name]
-                elif rank == owner:
-                    dist.send(own[name].to(self.device).contiguous(), 0)
-                elif rank == 0:
-                    buffer = torch.empty(shape, dtype=dtype, device=self.device)
-                    dist.recv(buffer, owner)
-                    full[name] = buffer.cpu()
-        return full
-
-    def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        own = self._own_tensors(shared=True)
-        mine = {name: state[name] for name in own if name in state}
-        copy_state(own, mine)
-        if self.zero_stage:
-            set_masters(own, mine)
 
     def receipt(self) -> Receipt:
         """Show every rank's stage, the layers it holds, and their parameters."""

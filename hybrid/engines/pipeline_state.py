@@ -1,0 +1,117 @@
+"""This module reads and writes the training state of a pipeline's stage, in `pipeline` and `2d`.
+
+A stage has its own layers' tensors by their canonical names. What several stages hold, tied
+parameters and buffers, stands once in a checkpoint: the first of these stages writes it with its
+optimizer's state, and each of them loads it."""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..checkpoint.pieces import WRITTEN_ELSEWHERE, Piece
+from ..launch.exchange import gather_objects
+from ..stages.assignment import StageAssignment
+from .base import BaseEngine
+from .buffers import OneSet
+from .deepspeed_setup import full_tensor, set_masters
+from .deepspeed_state import (
+    make_room_in_partitions,
+    numbers_in_partitions,
+    pieces_of_partitions,
+    read_loss_scale,
+    set_loss_scale,
+    update_parameters,
+)
+from .protocol import OwnState, Shapes
+from .state import copy_state, named_tensors
+from .training_state import Copies, make_room, numbers_of, pieces_of
+
+
+class StageState(BaseEngine):
+    """Holds the state of one stage in one data-parallel column, for the engine that trains it."""
+
+    engine: Any  # DeepSpeed's
+    assignment: StageAssignment
+    zero_stage: int  # that DeepSpeed runs
+
+    def _own_tensors(self, shared: bool) -> dict[str, torch.Tensor]:
+        """Return the live stage's tensors; `shared`: also those that an earlier stage holds."""
+        return self.assignment.own_tensors(named_tensors(self.model), shared)
+
+    def _make_one_set(self) -> OneSet | None:
+        """Return what keeps the columns' buffers alike, where there are several columns."""
+        if self.layout.dp == 1:
+            return None
+        group = self.engine.grid.get_data_parallel_group()
+        return OneSet(self.model, group, self.placement.rank - self.placement.dp_rank)
+
+    def pieces(self) -> list[Piece]:
+        if self.one_set:
+            self.one_set.before_use()
+        written, held = self._own_tensors(shared=False), self._own_tensors(shared=True)
+        return [
+            p if p.name in written else dataclasses.replace(p, copies=WRITTEN_ELSEWHERE)
+            for p in self._pieces_of(held)
+        ]
+
+    def _pieces_of(self, tensors: Mapping[str, torch.Tensor]) -> list[Piece]:
+        """Return this rank's parts of the stage's tensors, as its column shares out the writing."""
+        find = pieces_of_partitions if self.zero_stage else pieces_of
+        return find(tensors, self.engine.optimizer, Copies(self.placement.dp_rank, self.layout.dp))
+
+    def make_room(self, shapes: Shapes, numbers: Collection[str]) -> None:
+        make = make_room_in_partitions if self.zero_stage else make_room
+        make(self._own_tensors(shared=True), self.engine.optimizer, shapes, numbers)
+
+    def numbers_kept(self) -> list[str]:
+        """Return the keys of all stages: an optimizer may treat their parameters differently."""
+        find = numbers_in_partitions if self.zero_stage else numbers_of
+        kept: Sequence[list[str]] = gather_objects(find(self.engine.optimizer))
+        return sorted({key for keys in kept for key in keys})
+
+    def loss_scale_state(self) -> dict[str, float] | None:
+        fp16 = self.job.train.precision == "fp16"
+        return read_loss_scale(self.engine.optimizer.loss_scaler) if fp16 else None
+
+    def begin_at(
+        self, step: int, loss_scale: Mapping[str, float] | None, own: OwnState | None
+    ) -> None:
+        super().begin_at(step, loss_scale, own)
+        live = self.engine
+        if self.zero_stage:
+            update_parameters(live.optimizer)
+        if loss_scale and self.job.train.precision == "fp16":
+            set_loss_scale(live.optimizer.loss_scaler, loss_scale)
+        live.global_steps, live.micro_steps = step, step * live.gradient_accumulation_steps()
+        live.global_samples = step * live.train_batch_size()
+        self.one_set = self._make_one_set()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Send the first column's tensors to rank 0, one by one."""
+        if self.one_set:
+            self.one_set.before_use()
+        own = {name: full_tensor(t) for name, t in self._own_tensors(shared=False).items()}
+        rank = self.placement.rank
+        mine = {n: (tuple(t.shape), t.dtype) for n, t in own.items()} if self.shares == (0,) else {}
+        full: dict[str, torch.Tensor] = {}
+        for owner, tensors in enumerate(gather_objects(mine)):
+            for name, (shape, dtype) in tensors.items():
+                if rank == owner == 0:
+                    full[name] = own[name]
+                elif rank == owner:
+                    dist.send(own[name].to(self.device).contiguous(), 0)
+                elif rank == 0:
+                    buffer = torch.empty(shape, dtype=dtype, device=self.device)
+                    dist.recv(buffer, owner)
+                    full[name] = buffer.cpu()
+        return full
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        own = self._own_tensors(shared=True)
+        mine = {name: state[name] for name in own if name in state}
+        copy_state(own, mine)
+        if self.zero_stage:
+            set_masters(own, mine)
