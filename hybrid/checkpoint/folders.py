@@ -37,21 +37,40 @@ def step_of(folder: Path) -> int:
     return int(found[1])
 
 
+def replaced_name(folder: Path) -> Path:
+    """Return the name that a checkpoint has while another of the same step takes its place."""
+    return folder.with_name(f"{folder.name}.old{PART}")
+
+
 def remove_unfinished(checkpoints: Path) -> None:
-    """Remove what saves that did not end have left, and checkpoints half removed."""
+    """Remove what saves that did not end have left, and checkpoints half removed.
+
+    One that was to be replaced, and was not, gets its name back."""
+    for old in checkpoints.glob(f"step-*.old{PART}"):
+        folder = old.with_name(old.name.removesuffix(f".old{PART}"))
+        if (old / MANIFEST).exists() and not folder.exists():
+            os.rename(old, folder)
     for path in checkpoints.glob(f"step-*{PART}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def prune(checkpoints: Path, keep: int | None, kept: Collection[int] = ()) -> None:
+def prune(checkpoints: Path, keep: int | None, kept: Collection[int], newest: int) -> None:
     """Remove all but the newest `keep` checkpoints and those of the steps `kept`.
 
-    A folder loses its name first, so that no half of a checkpoint ever bears one."""
-    for folder in list_checkpoints(checkpoints)[keep:] if keep else []:
-        if step_of(folder) not in kept:
+    newest: the step that was saved last. Checkpoints of later steps were left by a run that went on
+    from there, which this one has taken the place of: they do not count as newer. A folder loses
+    its name first, so that no half of a checkpoint ever bears one."""
+    if keep is None:
+        return
+    found = [path for path in list_checkpoints(checkpoints) if step_of(path) <= newest]
+    left = {*(step_of(path) for path in found[:keep]), *kept}
+    for folder in list_checkpoints(checkpoints):
+        if step_of(folder) not in left:
             part = folder.with_name(folder.name + PART)
-            shutil.rmtree(part, ignore_errors=True)
+            if part.exists():
+                shutil.rmtree(part)
             os.rename(folder, part)
+            # Over NFS a file that a reader has open keeps its folder: the next start removes it.
             shutil.rmtree(part, ignore_errors=True)
 
 

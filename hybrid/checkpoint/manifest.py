@@ -121,7 +121,7 @@ def _check(values: Any) -> Manifest:
     for name, keys in values["tensors"].items():
         for key, value in keys.items():
             entries[name, key] = entry = _entry(value, values["files"])
-            if problem := _uncovered(entry):
+            if problem := uncovered(entry):
                 raise BadManifest(f"{MANIFEST}: {name} {key}: {problem}")
     return Manifest(values, entries)
 
@@ -166,7 +166,7 @@ def rows_of(piece: FilePiece, shape: Sequence[int]) -> Iterator[tuple[int, int, 
         yield place, row * width, width
 
 
-def _uncovered(entry: Entry) -> str | None:
+def uncovered(entry: Entry) -> str | None:
     """Say which elements of a tensor no piece has, or two have; None: each stands once."""
     ranges = sorted(
         (start, count) for piece in entry.pieces for start, _, count in rows_of(piece, entry.shape)

@@ -1,28 +1,35 @@
 """Saves a checkpoint: every rank its own pieces, rank 0 the manifest, and then the name.
 
 The order is what makes it safe. A new folder gets a temporary name; every rank writes and flushes
-its file there; rank 0 writes the manifest, flushes it and the folder, and gives the folder its
-name. Whatever ends a process on the way leaves older checkpoints as they were."""
+its file there; rank 0 writes the manifest, flushes it and the folder, gives the folder its name and
+flushes that. Older checkpoints are removed only then. Whatever ends a process on the way leaves
+older checkpoints as they were, and what it leaves besides has a temporary name, by which the next
+start knows it (`hybrid.checkpoint.folders.remove_unfinished`)."""
 
+import contextlib
 import dataclasses
+import errno
 import functools
+import hashlib
 import os
 import shutil
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..job.errors import NoRoom, RunError, needs_room
-from .folders import PART, folder_of
-from .manifest import FORMAT, MANIFEST, Entry, FilePiece, Manifest, rank_file, seal
+from .folders import PART, folder_of, replaced_name
+from .manifest import FORMAT, MANIFEST, Entry, FilePiece, Manifest, rank_file, seal, uncovered
 from .pieces import Share
 from .state_hash import hash_of_files
-from .tensor_file import Flusher, Part, dtype_name, write_file
+from .tensor_file import Flusher, Part, dtype_name, raw_bytes, write_file
 
 Gather = Callable[[Any], list[Any]]  # returns every rank's value
-Problem = tuple[bool, str] | None  # whether it is a lack of room, and its words
+RNG = "rng/"  # how the labels of generators' states begin, among the tensors of one rank
+SHARED = "all hosts must share the file system of the run's folder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,54 +45,129 @@ class Snapshot:
     numbers: Mapping[str, Any]
     values: Mapping[str, Any]
 
-    def copy(self) -> "Snapshot":
-        """Return a snapshot of copies on the CPU, which training does not change any more."""
+    def copy(self, into: "Snapshot | None" = None) -> "Snapshot":
+        """Return a snapshot of copies on the CPU, which training does not change any more.
+
+        into: an earlier copy that nobody needs now; its memory is used again where it fits, since
+        new memory takes longer than the copying."""
+        room = {(s.piece.entry, s.start): s.piece.tensor for s in into.shares} if into else {}
         shares = []
         for share in self.shares:
-            part = share.read(0, share.count).to("cpu", copy=True)
-            piece = dataclasses.replace(share.piece, tensor=part, start=share.start)
+            part = share.read(0, share.count)
+            copied = room.get((share.piece.entry, share.start))
+            if copied is None or (copied.shape, copied.dtype) != (part.shape, part.dtype):
+                copied = torch.empty(part.shape, dtype=part.dtype)
+            copied.copy_(part)
+            piece = dataclasses.replace(share.piece, tensor=copied, start=share.start)
             shares.append(Share(piece, 0, share.count))
-        own = {name: tensor.to("cpu", copy=True) for name, tensor in self.own.items()}
+        own = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.own.items()}
         return dataclasses.replace(self, shares=shares, own=own)
+
+
+class Saved(NamedTuple):
+    """Tells one state from another: the hash of the state, and that of what ranks have of their
+    own beside it and their generators (empty where they have nothing)."""
+
+    state_hash: str
+    own_hash: str = ""
+
+
+class _Problem(NamedTuple):
+    """Says what a rank could not do. room: it lacked room, or the right to write."""
+
+    words: str
+    room: bool
+    host: str
+
+    def error(self, rank: int, step: int) -> Exception:
+        """Return the error that ends the run, the same on every rank."""
+        who = f"rank {rank} on {self.host}"
+        if self.room:
+            return NoRoom(f"{self.words} ({who}, saving the state after {step} steps)")
+        return RunError(f"{who} could not save the state after {step} steps: {self.words}")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Written:
-    """Says what a rank has written, or why it could not."""
+    """Says what a rank has written."""
 
     file: Mapping[str, Any]
     entries: Sequence[tuple[str, str, str, tuple[int, ...], FilePiece]]
     own: Mapping[str, Any]
     numbers: Mapping[str, Any]
-    problem: "Problem" = None
+    own_hash: str
+    host: str
 
 
-def save(checkpoints: Path, snapshot: Snapshot, rank: int, gather: Gather) -> str:
-    """Save a checkpoint into a new folder of `checkpoints`, and return the hash of its state.
+def save(
+    checkpoints: Path,
+    snapshot: Snapshot,
+    rank: int,
+    gather: Gather,
+    unlike: Saved | None = None,
+    tidy: Callable[[], None] = lambda: None,
+) -> Saved:
+    """Save a checkpoint into a new folder of `checkpoints`, and return the hashes of its state.
 
-    Every rank calls it; `gather` is collective. Raises NoRoom or RunError on every rank if one of
-    them could not write, and leaves nothing then."""
+    Every rank calls it; `gather` is collective. unlike: the state of an earlier checkpoint, which
+    the steps since then must have changed. tidy: removes old checkpoints, on rank 0, once this one
+    is committed. Raises NoRoom or RunError on every rank if one of them could not do its part; of
+    the new checkpoint there is nothing then, unless only `tidy` failed."""
     folder = folder_of(checkpoints, snapshot.step)
     part = folder.with_name(folder.name + PART)
-    if rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-    problem = _caught(lambda: part.mkdir(parents=True), part) if rank == 0 else None
-    _require(gather(problem), part, rank)
-    written = _write(part, snapshot, rank)
-    everyone: list[_Written] = gather(written)
-    _require([one.problem for one in everyone], part, rank)
-    state_hash, problem = "", None
-    if rank == 0:
-        found: list[str] = []
-        problem = _caught(lambda: found.append(_commit(part, folder, snapshot, everyone)), part)
-        state_hash = found[0] if found else ""
-    answers = gather((state_hash, problem))
-    _require([answer[1] for answer in answers], part, rank)
-    return str(answers[0][0])
+
+    def exchange(value: Any, problem: _Problem | None) -> list[Any]:
+        answers = gather((value, problem))
+        for number, (_, found) in enumerate(answers):
+            if found is not None:
+                raise found.error(number, snapshot.step)
+        return [answer for answer, _ in answers]
+
+    flushers: list[Flusher] = []  # of this rank's file
+
+    def on_rank_0(work: Callable[[], Any]) -> list[Any]:
+        return exchange(*(_try(work, checkpoints) if rank == 0 else (None, None)))
+
+    try:
+        on_rank_0(lambda: _make(part))
+        everyone = exchange(*_try(lambda: _write(part, snapshot, rank, flushers), checkpoints))
+
+        def finish() -> tuple[dict[str, Any], Saved] | None:
+            # Rank 0 takes the hash while the disk is busy with what all have written.
+            described = _describe(part, snapshot, everyone, unlike) if rank == 0 else None
+            flushers.pop().finish()
+            return described
+
+        values, saved = exchange(*_try(finish, checkpoints))[0]
+        on_rank_0(lambda: _commit(part, folder, values))
+    except (NoRoom, RunError):
+        # All ranks are here, so nobody still writes. Hosts that do not share the file system each
+        # have a folder of their own.
+        with contextlib.suppress(OSError):
+            for flusher in flushers:
+                flusher.finish()
+        with contextlib.suppress(OSError):
+            (part / rank_file(rank)).unlink(missing_ok=True)
+        if rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
+    on_rank_0(tidy)
+    return saved
 
 
-def _write(part: Path, snapshot: Snapshot, rank: int) -> _Written:
-    name = rank_file(rank)
+def _make(part: Path) -> None:
+    """Make the folder anew, and flush the names of the folders around it that are new."""
+    if part.exists():
+        shutil.rmtree(part)
+    new = [path for path in part.parents if not path.exists()]
+    part.mkdir(parents=True)
+    for path in new:
+        _flush(path.parent)
+
+
+def _write(part: Path, snapshot: Snapshot, rank: int, flushers: list[Flusher]) -> _Written:
+    """Write this rank's file; what flushes it to the disk is added to `flushers`."""
+    name, host = rank_file(rank), socket.gethostname()
     parts, entries = [], []
     for share in snapshot.shares:
         piece = share.piece
@@ -94,31 +176,78 @@ def _write(part: Path, snapshot: Snapshot, rank: int) -> _Written:
         entries.append((piece.name, piece.key, dtype_name(piece.tensor.dtype), piece.shape, place))
         parts.append(Part(key, piece.tensor.dtype, share.count, share.read))
     own: dict[str, Any] = {}
-    for label, tensor in snapshot.own.items():
+    digest = hashlib.sha256()
+    for label, tensor in sorted(snapshot.own.items()):
         flat = tensor.detach().reshape(-1)
         key = f"own/{label}"
         parts.append(Part(key, flat.dtype, len(flat), functools.partial(_slice, flat)))
         own[label] = {"key": key, "dtype": dtype_name(flat.dtype), "shape": list(tensor.shape)}
-    file: dict[str, Any] = {}
-    flushers: list[Flusher] = []
-
-    def write() -> None:
-        about, flusher = write_file(part / name, parts)
-        file.update(about)
-        flushers.append(flusher)
-
-    problem = _caught(write, part)
-    for flusher in flushers:
-        problem = problem or _caught(flusher.finish, part)
-    return _Written(file, entries, own, dict(snapshot.numbers), problem)
+        if not label.startswith(RNG):
+            digest.update(raw_bytes(flat))
+    own_hash = digest.hexdigest() if any(not label.startswith(RNG) for label in own) else ""
+    try:
+        file, flusher = write_file(part / name, parts)
+    except FileNotFoundError as error:
+        raise RunError(f"{part.name}: {error.strerror}; {SHARED}") from None
+    flushers.append(flusher)
+    return _Written(file, entries, own, dict(snapshot.numbers), own_hash, host)
 
 
 def _slice(flat: torch.Tensor, first: int, count: int) -> torch.Tensor:
     return flat[first : first + count]
 
 
-def _commit(part: Path, folder: Path, snapshot: Snapshot, everyone: Sequence[_Written]) -> str:
-    """Write the manifest and give the folder its name; return the hash of the state."""
+def _describe(
+    part: Path, snapshot: Snapshot, everyone: Sequence[_Written], unlike: Saved | None
+) -> tuple[dict[str, Any], Saved]:
+    """Return the manifest of what all ranks have written, and the hashes of the state."""
+    files: dict[str, Mapping[str, Any]] = {}
+    for rank, one in enumerate(everyone):
+        files[rank_file(rank)] = dict(one.file)
+        if _size_of(part / rank_file(rank)) != one.file["bytes"]:
+            raise RunError(f"it does not see what rank {rank} on {one.host} has written; {SHARED}")
+    tensors = _gather_entries(everyone)
+    own = [{"numbers": dict(one.numbers), "tensors": dict(one.own)} for one in everyone]
+    values = {"format": FORMAT, "step": snapshot.step, **snapshot.values, "files": files}
+    values |= {"ranks": own, "tensors": _as_json(tensors)}
+    state_hash = hash_of_files(part, Manifest(values, tensors))
+    saved = Saved(state_hash, "".join(one.own_hash for one in everyone))
+    if saved == unlike:
+        raise RunError(
+            f"it is the state of the checkpoint before, bit for bit (state hash {state_hash}), "
+            "though steps in between had a learning rate and a gradient: what is saved is not what "
+            "is trained, or the steps change nothing"
+        )
+    return values | {"state_hash": state_hash}, saved
+
+
+def _commit(part: Path, folder: Path, values: Mapping[str, Any]) -> None:
+    """Write the manifest and give the folder its name."""
+    _write_flushed(part / MANIFEST, seal(values))
+    _flush(part)
+    if folder.exists():  # of an earlier run of these steps
+        old = replaced_name(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+        os.rename(part, folder)
+        _flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(part, folder)
+        _flush(folder.parent)
+
+
+def _size_of(path: Path) -> int | None:
+    """Return the bytes of a file as a process that opens it now sees them, None: it sees none."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return None
+
+
+def _gather_entries(everyone: Sequence[_Written]) -> dict[tuple[str, str], Entry]:
+    """Return the canonical tensors of all ranks; raises RunError unless each is there once."""
     tensors: dict[tuple[str, str], Entry] = {}
     for one in everyone:
         for name, key, dtype, shape, place in one.entries:
@@ -126,24 +255,10 @@ def _commit(part: Path, folder: Path, snapshot: Snapshot, everyone: Sequence[_Wr
             if (entry.dtype, entry.shape) != (dtype, shape):
                 raise RunError(f"{name} {key}: ranks hold it as {entry[:2]} and {(dtype, shape)}")
             entry.pieces.append(place)  # type: ignore[attr-defined]
-    files = {rank_file(rank): dict(one.file) for rank, one in enumerate(everyone)}
-    own = [{"numbers": dict(one.numbers), "tensors": dict(one.own)} for one in everyone]
-    values = {"format": FORMAT, "step": snapshot.step, **snapshot.values, "files": files}
-    values |= {"ranks": own, "tensors": _as_json(tensors)}
-    state_hash = hash_of_files(part, Manifest(values, tensors))
-    values["state_hash"] = state_hash
-    _write_flushed(part / MANIFEST, seal(values))
-    _flush(part)
-    if folder.exists():  # of an earlier run of these steps
-        old = folder.with_name(f"{folder.name}.old{PART}")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-        os.rename(part, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(part, folder)
-    _flush(folder.parent)
-    return state_hash
+    for (name, key), entry in tensors.items():
+        if problem := uncovered(entry):
+            raise RunError(f"{name} {key}: {problem} among what the ranks hold")
+    return tensors
 
 
 def _as_json(tensors: Mapping[tuple[str, str], Entry]) -> dict[str, dict[str, Any]]:
@@ -168,27 +283,21 @@ def _flush(folder: Path) -> None:
     number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(number)
+    except OSError as error:  # not every file system can, which PostgreSQL passes over as well
+        if error.errno not in (errno.EINVAL, errno.EBADF):  # (fsync_fname_ext)
+            raise
     finally:
         os.close(number)
 
 
-def _caught(write: Callable[[], Any], folder: Path) -> Problem:
-    """Do something, and return what went wrong: other ranks wait to hear of it."""
+def _try(work: Callable[[], Any], checkpoints: Path) -> tuple[Any, _Problem | None]:
+    """Return what `work` returns, and what went wrong: other ranks wait to hear of it."""
+    host = socket.gethostname()
     try:
-        with needs_room(folder):
-            write()
+        with needs_room(checkpoints):
+            return work(), None
     except Exception as error:
-        return isinstance(error, NoRoom), str(error) or type(error).__name__
-    return None
-
-
-def _require(problems: Sequence[Problem], part: Path, rank: int) -> None:
-    """Raise the first rank's problem on every rank, and remove what was written."""
-    for number, problem in enumerate(problems):
-        if problem is not None:
-            if rank == 0:
-                shutil.rmtree(part, ignore_errors=True)
-            is_room, words = problem
-            if is_room:
-                raise NoRoom(words)
-            raise RunError(f"rank {number} could not save a checkpoint: {words}")
+        words = str(error) or type(error).__name__
+        if isinstance(error, OSError):
+            words = f"{Path(str(error.filename or '')).name}: {error.strerror}".removeprefix(": ")
+        return None, _Problem(words, isinstance(error, NoRoom), host)

@@ -24,7 +24,7 @@ from ..records import Kind
 from .traces import at_users_line, sent_message, users_line
 
 # What the system says of a disk that is full, and of one that may not be written to.
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 _NO_RIGHT = {errno.EACCES, errno.EPERM}
 NO_ROOM = "cannot be written to: "  # in the words of `NoRoom`
 

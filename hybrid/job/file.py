@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from .errors import JobError
 from .messages import describe
 from .reading import parse, read_json, read_text, show_key
-from .schema import Job
+from .schema import EVALUATED, Job
 from .variants import check_variants
 
 MAX_TOML_BYTES = 2**16
@@ -73,7 +73,17 @@ def _make_job(data: dict[str, Any], pairs: Iterable[tuple[str, Any]], where: str
     except ValidationError as error:
         raise JobError(f"{where}: {describe(error, Job)}") from None
     check_variants(job, where)
+    _check_best(job, where)
     return job
+
+
+def _check_best(job: Job, where: str) -> None:
+    """Raise JobError if an evaluation of the job has no such metric as `checkpoint.best`."""
+    best, valid = job.checkpoint.best, list(EVALUATED)
+    valid += [metric.rpartition(":")[2] for metric in job.train.metrics]
+    if best is not None and best not in valid:
+        valid.append("the name of a function in train.metrics")
+        raise JobError(f"{where}: checkpoint.best = {best!r}: unknown; valid: {', '.join(valid)}")
 
 
 def flatten(section: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:

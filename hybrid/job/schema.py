@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from .strategy_settings import Count, Positive, Seconds, Section, Strategies, StrategySettings
 
+EVALUATED = ("loss", "accuracy", "perplexity")  # what an evaluation has, besides the job's metrics
 MAX_DEPTH = 100  # levels of options; pydantic writes 255 and no more
 
 
@@ -135,7 +136,8 @@ class Checkpoint(Section):
 
     every: so many optimizer steps, and after the last one; left out, the final weights alone are
     saved. keep: so many of the newest, all where it is left out; best: and the one whose evaluation
-    is best by this metric. async: a thread writes a copy of the state while training goes on."""
+    is best by this metric: loss, accuracy, perplexity or a name in `train.metrics`. async: a thread
+    writes a copy of the state while training goes on."""
 
     model_config = ConfigDict(validate_by_name=True)
 
@@ -143,6 +145,22 @@ class Checkpoint(Section):
     keep: Positive | None = None
     best: str | None = None
     asynchronous: bool = Field(default=False, alias="async")
+
+    @property
+    def evaluates(self) -> bool:
+        """Tell whether the state is evaluated each time that it is saved."""
+        return None not in (self.every, self.keep, self.best)
+
+    def warnings(self) -> list[str]:
+        """Return a line for each key that has no effect for want of another."""
+        found = []
+        if self.every is None:
+            given = {"keep": self.keep, "best": self.best, "async": self.asynchronous or None}
+            keys = [key for key, value in given.items() if value is not None]
+            found = [f"checkpoint.{key} has no effect without checkpoint.every" for key in keys]
+        elif self.best and self.keep is None:
+            found = ["checkpoint.best has no effect without checkpoint.keep: all are kept"]
+        return found
 
 
 class Log(Section):
@@ -217,7 +235,7 @@ class Job(Section):
         unused += [("schedule", key, "name", schedule) for key in keys]
         if ddp.comm_hook != "powersgd":
             unused.append(("strategy.ddp", "powersgd_rank", "comm_hook", ddp))
-        return [
+        return self.checkpoint.warnings() + [
             f"{where}.{key} has no effect with {where}.{because} = {getattr(section, because)!r}"
             for where, key, because, section in unused
             if getattr(section, key) != type(section).model_fields[key].default

@@ -21,8 +21,11 @@ PERIOD_S = 1.0  # between signs of life
 PATIENCE_S = 2.0  # for another rank's report of a failure
 _CAUSE = "hybrid/cause"
 # The files in which a rank waits for others: in a collective, in a backward pass that starts some,
-# for the numbers of a step.
-_WAITING = ("torch/distributed/", "torch/autograd/", "deepspeed/comm/", "engines/step_queue.py")
+# for the numbers of a step, for a checkpoint.
+_WAITING = (
+    *("torch/distributed/", "torch/autograd/", "deepspeed/comm/"),
+    *("engines/step_queue.py", "checkpoint/writer.py"),
+)
 _ENDED = threading._shutdown.__code__  # type: ignore[attr-defined]
 # Errors with these words say that a peer is gone or did not come: an effect, never the first cause.
 PEER_LOSS_MESSAGES = (

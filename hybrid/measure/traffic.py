@@ -16,6 +16,7 @@ the autograd keys would miss calls that are already below autograd: those under 
 those of functional collectives, of which FSDP2's gradient norm is one.
 The counter does not see symmetric memory and communication outside of torch.distributed."""
 
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -23,6 +24,7 @@ import struct
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -113,6 +115,19 @@ def _operators() -> Iterator[tuple[Any, _Meaning | None]]:
         yield operator, _MEANINGS.get(max(known, key=len, default=""))
 
 
+_uncounted = ContextVar("uncounted", default=False)
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Leave this thread's collectives out of every count: they are no part of a step."""
+    token = _uncounted.set(True)
+    try:
+        yield
+    finally:
+        _uncounted.reset(token)
+
+
 class CollectiveCounter:
     """Counts this process's collectives between `start()` and `stop()`, over any number of windows.
 
@@ -171,7 +186,9 @@ class CollectiveCounter:
         below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 
         def count_and_call(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-            if meaning is None:
+            if _uncounted.get():
+                pass
+            elif meaning is None:
                 with self._lock:
                     self._not_counted.add(operator._schema.name)
             else:

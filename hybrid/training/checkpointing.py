@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import random
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +16,10 @@ import torch
 from ..checkpoint.folders import prune, remove_unfinished
 from ..checkpoint.load import Reader, load
 from ..checkpoint.pieces import shares_of
-from ..checkpoint.save import Snapshot, save
+from ..checkpoint.save import RNG, Saved, Snapshot, save
 from ..checkpoint.state_hash import hash_of_pieces
 from ..checkpoint.tensor_file import dtype_of
+from ..checkpoint.writer import Writer
 from ..data.loader import MicroBatch
 from ..engines.protocol import Engine, OwnState
 from ..engines.schedule import learning_rate
@@ -28,11 +30,11 @@ from ..job.variants import Choice
 from ..launch.exchange import gather_objects
 from ..launch.placement import Placement
 from ..records import ResumedFrom, SavedState
+from .best import Scores
 from .folder import CHECKPOINTS
 from .resume import Chosen
 
 PACKAGES = ("hybrid", "torch", "accelerate", "deepspeed")
-RNG = "rng/"
 
 
 @dataclasses.dataclass
@@ -53,8 +55,17 @@ class Checkpoints:
     resumed_from: ResumedFrom | None = None
 
     def __post_init__(self) -> None:
+        asked = self.job.checkpoint
         if self.out and self.placement.rank == 0:
             remove_unfinished(self.out / CHECKPOINTS)
+        saves = self.out is not None and asked.every is not None
+        # How long ranks wait for one another is the same as in the training.
+        limits = self.placement.world_size, self.job.launch.collective_timeout_s
+        self._writer = Writer(*limits) if saves and asked.asynchronous else None
+        self._copied: Snapshot | None = None  # what the writer writes, or wrote last
+        self._saving = 0  # the step of it
+        self._last: Saved | None = None  # the newest, by which the next is known to be another
+        self._scores = Scores(asked.best) if asked.best else None
 
     @property
     def start(self) -> int:
@@ -81,11 +92,14 @@ class Checkpoints:
             return False
         return done % every == 0 or done == self.job.train.steps
 
-    def save(self, step: int, samples: int, record: Mapping[str, Any]) -> None:
+    def save(self, step: int, samples: int, record: Mapping[str, Any], changed: bool) -> None:
         """Save the state after `step` optimizer steps; collective.
 
-        record: what the run's record needs of the steps until now."""
+        record: what the run's record needs of the steps until now, as JSON. changed: the steps
+        since the last save must have changed the state. Where saving is asynchronous, it goes on
+        after this call, and `check` and `wait` say how it ended. Raises RunError or NoRoom."""
         assert self.out is not None
+        self.wait()
         own = self.engine.own_state()
         values = {
             "samples": samples,
@@ -104,11 +118,37 @@ class Checkpoints:
         tensors = {**own.tensors, **_read_generators()}
         shares = shares_of(self.engine.pieces())
         snapshot = Snapshot(step, shares, tensors, own.numbers, values)
-        folder = self.out / CHECKPOINTS
-        found = save(folder, snapshot, self.placement.rank, gather_objects)
-        self.newest = SavedState(step, found)
-        if self.placement.rank == 0:
-            prune(folder, self.job.checkpoint.keep)
+        if self._scores:
+            self._scores.note(step, record["evals"])
+        rest = self._last if changed else None, functools.partial(self._tidy, step)
+        folder, rank = self.out / CHECKPOINTS, self.placement.rank
+        if self._writer is None:
+            self._take(step, save(folder, snapshot, rank, gather_objects, *rest))
+            return
+        self._copied, self._saving = snapshot.copy(self._copied), step
+        work = functools.partial(save, folder, self._copied, rank, self._writer.gather, *rest)
+        self._writer.start(work)
+
+    def check(self) -> None:
+        """Note a save that has ended meanwhile; raises RunError or NoRoom if it failed."""
+        if self._writer:
+            self._take(self._saving, self._writer.take(wait=False))
+
+    def wait(self) -> None:
+        """Wait until what is being saved is committed; raises RunError or NoRoom if it failed."""
+        if self._writer:
+            self._take(self._saving, self._writer.take(wait=True))
+
+    def _take(self, step: int, saved: Saved | None) -> None:
+        if saved is not None:
+            self._last, self.newest = saved, SavedState(step, saved.state_hash)
+
+    def _tidy(self, step: int) -> None:
+        """Remove the checkpoints that the job does not keep, after that of `step` is committed."""
+        assert self.out is not None
+        folder, keep = self.out / CHECKPOINTS, self.job.checkpoint.keep
+        if keep is not None:
+            prune(folder, keep, self._scores.best(folder, step) if self._scores else (), step)
 
     def load(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Load the chosen checkpoint, and take the hash of the live state after it; collective.
@@ -142,7 +182,7 @@ class Checkpoints:
                 f"{folder}: the state has the hash {found} after loading, "
                 f"{manifest.state_hash} in the manifest"
             )
-        self.newest = SavedState(manifest.step, found)
+        self._take(manifest.step, Saved(found))
         self.resumed_from = ResumedFrom(str(folder), manifest.step, found)
 
 

@@ -1,6 +1,7 @@
 """Holds one run in progress on one rank: what the loop trains, and what becomes of it."""
 
 import dataclasses
+import json
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..launch.failures import RankStatus
 from ..launch.placement import Placement
 from ..measure.clock import Instruments, StepCost
 from ..measure.machine import describe_machine
+from ..measure.traffic import uncounted
 from ..records import EvalResult, Receipt, Record, StepEval, StepRecord, Weights
 from ..strategies import registry
 from .check import check_fingerprints, print_warnings
@@ -75,7 +77,7 @@ class RunInProgress:
             self.checkpoints.load(self._first_batches())
             print_warnings(self.engine.notes if self.placement.rank == 0 else [])
             self.warnings += self.engine.notes
-            self.first = saved["record"]["first"]
+            self.first = {name: float(n) for name, n in saved["record"]["first"].items()}
             self.evals = [records.from_dict(StepEval, one) for one in saved["record"]["evals"]]
 
     def _first_batches(self) -> Sequence[MicroBatch]:
@@ -87,14 +89,23 @@ class RunInProgress:
         loader.close()
         return batches
 
-    def save_state(self) -> None:
-        """Save the state of the training after the steps so far; collective."""
-        self.status.set(f"saving the state after {self.steps.count} steps")
+    def save_state(self, hurried: bool = False) -> None:
+        """Save the state of the training after the steps so far; collective.
+
+        hurried: without the evaluation by which the best checkpoint is kept."""
+        if self.job.checkpoint.evaluates and not hurried:
+            self.evaluate()
+        steps = self.steps
+        self.status.set(f"saving the state after {steps.count} steps")
         evals = [records.to_dict(one) for one in self.evals]
         record: dict[str, Any] = {"first": self.first, "evals": evals}
-        if self.steps.count == self.job.train.steps:
+        if steps.count == self.job.train.steps:
             record["receipt"] = records.to_dict(self.require_receipt())
-        self.checkpoints.save(self.steps.count, self.steps.samples, record)
+        with uncounted():  # it is no part of a step
+            # JSON has no NaN and no infinity, as an evaluation may have: they stand as text.
+            plain = json.loads(records.dumps(record))
+            self.checkpoints.save(steps.count, steps.samples, plain, steps.changed)
+        steps.changed = False
 
     @property
     def period(self) -> int:
@@ -103,10 +114,13 @@ class RunInProgress:
         return min(self.job.train.steps or 0, every)
 
     def evaluate(self) -> EvalResult:
-        """Evaluate on the test set after the steps so far; collective."""
+        """Evaluate on the test set after the steps so far, unless that was done; collective."""
+        if self.evals and self.evals[-1].step == self.steps.count:
+            return self.evals[-1].result
         self.status.set(f"in the evaluation after {self.steps.count} steps")
         micro_batches = self.job.micro_batches(self.choice.strategy)
-        result = evaluate(self.engine, self.test_set, self.job, micro_batches)
+        with uncounted():  # it is no part of a step
+            result = evaluate(self.engine, self.test_set, self.job, micro_batches)
         self.evals.append(StepEval(self.steps.count, result))
         if self.out:
             self.trackers.log_eval(records.to_dict(result), self.steps.count)
@@ -167,6 +181,8 @@ class RunInProgress:
         receipt = self.require_receipt()
         receipt.evidence["precision"]["reductions"] = self._reductions()
         result, file, batch = self.evaluate(), self._save(), self.job.train.global_batch
+        self.status.set("writing the last checkpoint")
+        self.checkpoints.wait()
         record = Record(
             strategy=self.choice.name,
             variant_of=self.choice.variant_of,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.writer import end_writers
 from ..data import build_data
 from ..data.batches import BatchPlan
 from ..data.targets import targets_per_sample
@@ -100,6 +101,7 @@ def _train_and_clean_up(
         raise
     finally:
         end_workers()
+        end_writers()
         status.close()
         cleanup()
 
@@ -206,6 +208,7 @@ class _Run(RunInProgress):
                 self.require_receipt()
             if done == self.period:
                 self.first = project(engine.state())
+            saved.check()
             if saved.is_due(done):
                 self.save_state()
         loader.close()

@@ -44,6 +44,7 @@ def choose(out: Path, resume: str | Path, job: Job, verified: bool = False) -> C
     used, or where no checkpoint of several is whole."""
     given, path = f"--resume {resume}", Path(resume)
     if resume == AUTO:
+        _clear(out / CHECKPOINTS)
         found, skipped = _newest(out / CHECKPOINTS)
         if found is None and skipped:
             raise JobError(f"{given}: no checkpoint can be used; {'; '.join(skipped)}")
@@ -69,6 +70,13 @@ def choose(out: Path, resume: str | Path, job: Job, verified: bool = False) -> C
     if found is None:
         raise JobError(f"{given}: no checkpoint can be used; {'; '.join(skipped)}")
     return _compared(found, job, skipped)
+
+
+def _clear(checkpoints: Path) -> None:
+    """Clear away what the run before has left unfinished."""
+    from ..checkpoint.folders import remove_unfinished
+
+    remove_unfinished(checkpoints)
 
 
 def _newest(checkpoints: Path) -> tuple[Chosen | None, list[str]]:

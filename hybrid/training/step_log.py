@@ -23,6 +23,7 @@ class StepLog:
         self.count = start
         self.samples = samples  # of all steps
         self._before = samples
+        self.changed = False  # a step since the last checkpoint must have changed the state
         self.targets: int | float = 0  # of the steps that are made here
         self._here, self._kept = here, list[StepRecord]()
         if out:
@@ -34,6 +35,7 @@ class StepLog:
         """Take the next step and return its line: the record, and what the step took."""
         self.count += 1
         self.samples += record.samples
+        self.changed |= bool(record.lr and record.grad_norm and not record.skipped)
         self.targets += record.targets or 0
         line = vars(record) | dict(figures)
         if self._file:

@@ -1,0 +1,88 @@
+"""Writes checkpoints in a thread beside the training, one at a time.
+
+The threads of all ranks exchange what `save` needs over a gloo group of their own, so that it never
+mixes with what the training sends. They touch no GPU and no other group."""
+
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from ..job.errors import RunError
+from ..measure.traffic import uncounted
+from .save import Saved
+
+LOOK_S = 0.005  # between looks at whether the thread is done
+PATIENCE_S = 2.0  # for a checkpoint that is nearly written when the run fails
+_open: "weakref.WeakSet[Writer]" = weakref.WeakSet()
+
+
+class Writer:
+    """Does one save after the other in a thread. Making it is collective.
+
+    timeout_s: after which a rank stops waiting for another one."""
+
+    def __init__(self, world_size: int, timeout_s: float) -> None:
+        self.world_size = world_size
+        timeout = timedelta(seconds=timeout_s)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
+        self._thread: threading.Thread | None = None
+        self._saved: Saved | None = None
+        self._error: BaseException | None = None
+        _open.add(self)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value; for the thread alone."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def start(self, work: Callable[[], Saved]) -> None:
+        """Begin a save, after the one before has been waited for."""
+        if self._thread is not None:
+            raise RunError("a checkpoint is still being written")
+        self._saved = None
+        # The interpreter ends without waiting for it where a run has failed.
+        self._thread = threading.Thread(target=self._run, args=(work,), name="save", daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], Saved]) -> None:
+        try:
+            with uncounted():
+                self._saved = work()
+        except BaseException as error:
+            self._error = error
+
+    def take(self, wait: bool) -> Saved | None:
+        """Return what has been saved since the last call, and raise what has gone wrong.
+
+        wait: until the thread is done; left out, None is returned while it is not."""
+        if self._thread is None:
+            return None
+        # It waits in this file, by which `hybrid.launch.heartbeat` knows that it waits.
+        while wait and self._thread.is_alive():
+            time.sleep(LOOK_S)
+        if self._thread.is_alive():
+            return None
+        self._thread = None
+        if self._error is not None:
+            raise self._error
+        return self._saved
+
+    def close(self) -> None:
+        """Give a save that is still being written a moment to end."""
+        if self._thread is not None:
+            self._thread.join(PATIENCE_S)
+        _open.discard(self)
+
+
+def end_writers() -> None:
+    """End the threads of this process that write, as after an error."""
+    for writer in list(_open):
+        writer.close()

@@ -1,0 +1,117 @@
+"""Runs on four ranks whose saving fails or is killed, and the runs that go on from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybrid.checkpoint.folders import list_checkpoints, step_of, verify
+from hybrid.job.errors import NoRoom, RunFailed, exit_status
+from hybrid.launch.warm import warm_ranks
+from hybrid.records import Record
+from hybrid.training.progress import Watcher
+from hybrid.training.resume import choose
+from hybrid.training.run import launch
+from tests.accidents import Accident
+from tests.conftest import small_job
+from tests.test_failures import ranks_of
+
+ASKED = {"every": 2, "keep": 2, "async": True, "best": "loss"}
+ADAM = {"name": "adamw", "lr": 0.01}
+
+
+def job(**changes: Any) -> Any:
+    """Seven steps, saved beside the training after 2, 4, 6 and 7."""
+    limits = {"collective_timeout_s": 20}
+    more = {"optimizer": ADAM, "checkpoint": ASKED, "train__steps": 7, "launch": limits}
+    return small_job(**(more | changes))
+
+
+def run(out: Path, accident: Accident, resume: Path | None = None, **changes: Any) -> Record:
+    """Train under fsdp on four ranks."""
+    rest = {"program": accident.program(), "resume": resume}
+    return launch(job(**changes), "fsdp", 4, out, Watcher(), **rest)
+
+
+def steps_in(out: Path) -> list[int]:
+    """The steps of the committed checkpoints, all of which are whole."""
+    found = list_checkpoints(out / "checkpoints")
+    assert [verify(path, whole=True)[1] for path in found] == [[]] * len(found)
+    return sorted(map(step_of, found))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Record]]:
+    """A run that nothing befalls."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with warm_ranks():
+        yield out, run(out, Accident())
+
+
+def test_the_newest_and_the_best_are_kept(uninterrupted: tuple[Path, Record]) -> None:
+    """Each evaluation is made once: at the saves, and the last one counts for the end."""
+    out, record = uninterrupted
+    assert [one.step for one in record.evals] == [2, 4, 6, 7]
+    assert record.eval == record.evals[-1].result and record.checkpoint is not None
+    losses = {one.step: one.result.loss for one in record.evals}
+    assert min(losses, key=losses.__getitem__) == 2 and steps_in(out) == [2, 6, 7]
+    manifest = verify(out / "checkpoints" / "step-00000007")[0]
+    assert manifest is not None and manifest.state_hash == record.checkpoint.state_hash
+    saved = {one["step"]: one["result"]["loss"] for one in manifest.values["record"]["evals"]}
+    assert saved == losses
+    assert not list((out / "checkpoints").glob("*.part"))
+
+
+def test_an_asynchronous_save_that_fails_stops_the_run(
+    uninterrupted: tuple[Path, Record], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(RunFailed) as failed:
+        run(out, Accident(2, "saving", 1, "block", 3, what="full"))
+    words = str(failed.value.failure.message)
+    assert (
+        f"{out / 'checkpoints'}: cannot be written to: No space left on device (rank 2 o" in words
+    )
+    assert words.endswith("saving the state after 4 steps)") and "\n" not in words
+    assert exit_status(failed.value) == exit_status(NoRoom("")) == 3
+    assert steps_in(out) == [2] and ranks_of(out) == []
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize(
+    ("accident", "steps"),
+    [
+        (Accident(3, "saving", 1, "block", 4), [2]),
+        (Accident(0, "saving", 1, "rename", 0), [2]),
+        (Accident(0, "saving", 3, "unlink", 2), [2, 6, 7]),
+    ],
+    ids=["writing", "commit", "pruning"],
+)
+def test_a_killed_save_loses_nothing(
+    accident: Accident, steps: list[int], uninterrupted: tuple[Path, Record], tmp_path: Path
+) -> None:
+    whole, record = uninterrupted
+    out = tmp_path / "run"
+    with pytest.raises(RunFailed, match="SIGKILL"):
+        run(out, accident)
+    assert steps_in(out) == steps and list((out / "checkpoints").glob("*.part"))
+    chosen = choose(out, "auto", job())
+    assert chosen is not None and step_of(chosen.folder) == steps[-1]
+    again = run(out, Accident(), chosen.folder)
+    assert again.checkpoint == record.checkpoint and steps_in(out) == [2, 6, 7]
+    assert again.steps == record.steps and again.evals == record.evals
+    weights = [path / "checkpoints" / "final" / "model.safetensors" for path in (out, whole)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert not list((out / "checkpoints").glob("*.part"))
+
+
+def test_a_snapshot_that_is_never_renewed_is_noticed(
+    uninterrupted: tuple[Path, Record], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(RunFailed, match="after 4 steps: it is the state of the checkpoint before"):
+        run(out, Accident(what="old"))
+    assert steps_in(out) == [2]
