@@ -136,11 +136,14 @@ def _judge_fault(drawn: DrawnFault, wrong: Comparison, right: Comparison, folder
     if record.status != "ok":
         return row | {"outcome": "refused" if "RunError" in (record.reason or "") else "broken"}
     # One that is cut alike can have the same bits as the right run, and shows no rounding then.
-    references = dict.fromkeys((right.reference, right.parity[strategy].reference))
+    # Between merges, local SGD is another algorithm than the comparison's reference.
+    references = {right.parity[strategy].reference}
+    if strategy != "local_sgd":
+        references.add(right.reference)
     effect = measure_effect(
         load_run(folder / "faulty" / strategy),
         load_run(folder / "right" / strategy),
-        [load_run(folder / "right" / name) for name in references],
+        [load_run(folder / "right" / name) for name in sorted(references)],
         _start(drawn.job),
         drawn.job.sections["train"]["precision"],
     )
