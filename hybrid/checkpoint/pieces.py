@@ -72,13 +72,14 @@ class Share:
 def shares_of(pieces: Iterable[Piece]) -> list[Share]:
     """Return what this rank writes of its pieces, in canonical order.
 
-    A small tensor is written whole by one of the ranks that hold it, which take turns."""
+    A small tensor is written whole by one of the ranks that hold it, which take turns: so these
+    have pieces of the same tensors, if only empty ones. An empty piece is not written."""
     found = []
     ordered = sorted(pieces, key=lambda piece: (*order_of(*piece.entry), piece.start))
     for turn, piece in enumerate(ordered):
         (mine, ranks), size = piece.copies, piece.tensor.numel()
         if size < SHARED_FROM or ranks == 1:
-            if turn % ranks == mine:
+            if turn % ranks == mine and (size or 0 in piece.shape):
                 found.append(Share(piece, 0, size))
             continue
         first, end = size * mine // ranks, size * (mine + 1) // ranks
