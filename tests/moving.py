@@ -2,10 +2,10 @@
 
 moving.py TASKS OUT     (ranks by the usual variables)
 
-A task is an object: `job`, `strategy`, and either `steps` and `save` (a folder of checkpoints; it
-begins anew and saves after each of the named steps) or `loads` (checkpoints; `steps` are made after
-each). OUT/results.json has an object for each start: its strategy, the checkpoint, the losses or
-the error.
+A task is an object: `job`, `strategy`, and either `save` (a run's folder: it begins anew, saves
+after `steps`, and, in the folder with `-after` in its name, after `more`) or `loads` (checkpoints:
+`steps` are made after each; it saves then in the folder `after`). OUT/results.json has an object
+for each start: the strategy, the checkpoint, the losses or the error, the hashes.
 """
 
 from __future__ import annotations
@@ -51,6 +51,15 @@ class Run:
         """The losses of some steps."""
         return [self.engine.train_step(self.batches(start + i)).loss for i in range(steps)]
 
+    def save(self, folder: str, step: int) -> str:
+        """Go on to a step if there is none, save there, and return the hash of the state."""
+        if self.engine.step == 0:
+            self.train(0, step)
+        self.checkpoints.out = Path(folder)
+        self.checkpoints.save(step, 0, {})
+        assert self.checkpoints.newest
+        return self.checkpoints.newest.state_hash
+
     def load(self, folder: str) -> int:
         """Load a checkpoint, which compares hashes, and return its step."""
         chosen = Chosen(Path(folder), read_manifest(Path(folder)))
@@ -62,25 +71,19 @@ class Run:
 @restored_environment()  # engines set variables that others refuse
 def do(task: dict[str, Any]) -> list[dict[str, Any]]:
     """What one task gives."""
-    run, found = Run(task), []
+    run, found, steps = Run(task), [], task["steps"]
     if "save" in task:
-        losses = run.train(0, task["steps"])
-        run.checkpoints.out = Path(task["save"])
-        run.checkpoints.save(task["steps"], 0, {})
-        losses += run.train(task["steps"], task.get("more", 0))
-        run.checkpoints.out = Path(task["save"]) / "after"
-        run.checkpoints.save(task["steps"] + task.get("more", 0), 0, {})
-        found.append({"strategy": task["strategy"], "losses": losses})
+        result = {"strategy": task["strategy"], "hash": run.save(task["save"], steps)}
+        result["losses"] = run.train(steps, task["more"])
+        result["after"] = run.save(task["save"] + "-after", steps + task["more"])
+        found.append(result)
     for folder in task.get("loads", []):
-        result: dict[str, Any] = {"strategy": task["strategy"], "from": folder}
+        result = {"strategy": task["strategy"], "from": folder}
         try:
             step = run.load(folder)
-            result["losses"] = run.train(step, task["steps"])
-            result["hash"] = run.checkpoints.newest and run.checkpoints.newest.state_hash
+            result["losses"] = run.train(step, steps)
             if "after" in task:
-                run.checkpoints.out = Path(task["after"])
-                run.checkpoints.save(step + task["steps"], 0, {})
-                result["after"] = run.checkpoints.newest and run.checkpoints.newest.state_hash
+                result["after"] = run.save(task["after"], step + steps)
         except (JobError, RunError) as error:
             result["error"] = str(error)
         found.append(result)
