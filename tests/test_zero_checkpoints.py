@@ -22,7 +22,9 @@ from hybrid.job.file import to_dict
 from hybrid.launch.local import run_ranks
 from hybrid.strategies import registry
 from tests.conftest import ROOT, small_job
+from tests.moving import do
 
+MOVING = ROOT / "tests" / "moving.py"
 Results = dict[tuple[str, str], dict[str, Any]]  # by the strategy, and that of the checkpoint
 STEP, MORE = 3, 2
 ADAMW = {"name": "adamw", "lr": 3e-3, "weight_decay": 0.1, "no_decay": ["norms", "biases"]}
@@ -66,13 +68,16 @@ class Place:
 
     def run(self, nproc: int, *tasks: dict[str, Any]) -> Results:
         """What the tasks give in one launch of some ranks."""
-        out = self.folder / f"ranks{nproc}"
-        out.mkdir()
-        records.write(list(tasks), out / "tasks.json")
-        program = [sys.executable, str(ROOT / "tests" / "moving.py")]
-        modules = sorted({m for task in tasks for m in registry.modules(task["strategy"])})
-        run_ranks(nproc, [str(out / "tasks.json"), str(out)], out, program=program, modules=modules)
-        results = json.loads((out / "results.json").read_text())
+        if nproc == 1:
+            results = [result for task in tasks for result in do(task)]
+        else:
+            out = self.folder / f"ranks{nproc}"
+            out.mkdir()
+            records.write(list(tasks), out / "tasks.json")
+            words, program = [str(out / "tasks.json"), str(out)], [sys.executable, str(MOVING)]
+            modules = sorted({m for task in tasks for m in registry.modules(task["strategy"])})
+            run_ranks(nproc, words, out, program=program, modules=modules)
+            results = json.loads((out / "results.json").read_text())
         return {(r["strategy"], Path(r.get("from", "-/-/-")).parts[-3]): r for r in results}
 
 
@@ -126,11 +131,32 @@ def test_every_tensor_stands_as_one_process_saves_it(name: str, gpt: tuple[Place
 def test_checkpoints_move_between_strategies_and_world_sizes(gpt: tuple[Place, Results]) -> None:
     """That the hashes are equal after loading is for `Checkpoints.load` to see."""
     place, saved = gpt
-    names = [*ZERO, "fsdp"]
-    found = place.run(3, *(place.load(name, *ALL) for name in names), place.load("ddp", "zero3"))
-    found |= place.run(1, place.load("single", *names))
-    assert len(found) == len(names) * len(ALL) + 1 + len(names)
+    all_of = {"zero1": ALL, "zero3": ALL, "fsdp": ALL, "zero2": ("single", "zero3")}
+    tasks = [place.load(name, *sources) for name, sources in all_of.items()]
+    found = place.run(3, *tasks, place.load("ddp", "zero3"))
+    found |= place.run(1, place.load("single", *ZERO, "fsdp"))
+    assert len(found) == 3 * len(ALL) + 3 + 4
     assert {pair: r["error"] for pair, r in found.items() if "error" in r} == {}
     for (strategy, source), result in found.items():
         wanted = pytest.approx(saved[source, "-"]["losses"], rel=1e-5)
         assert result["losses"] == wanted, (strategy, source)
+
+
+def test_bf16_saves_masters_and_what_frozen_parameters_were(tmp_path: Path) -> None:
+    place = Place(tmp_path, small_job(**FROZEN, optimizer=ADAMW, train__clip_norm=0.5))
+    found = place.run(1, place.save("single"))
+    tasks = [place.save("zero1"), place.save("zero3"), place.load("zero1", "zero3", after=True)]
+    tasks += [place.load("zero3", "zero1", "single"), place.load("zero1", "zero1", after=True)]
+    found |= place.run(3, *tasks)
+    moved = place.run(1, place.load("single", "zero1", "zero3"))
+    errors = {pair: r["error"] for pair, r in (found | moved).items() if "error" in r}
+    assert errors == {}
+    assert found["zero1", "zero1"]["after"] == found["zero1", "-"]["after"]
+    for (_, source), result in (found | moved).items():
+        assert source == "-" or result["losses"] == pytest.approx(
+            found[source, "-"]["losses"], rel=1e-5
+        )
+    wanted, got = (bytes_of(place.checkpoint(name)) for name in ("single", "zero3"))
+    frozen = [n for n, key in got if n.endswith("shift")]
+    assert len(frozen) == 2 and all(got[n, "weight"] == wanted[n, "weight"] for n in frozen)
+    assert {e.dtype for e in read_manifest(place.checkpoint("zero1")).entries.values()} == {"F32"}

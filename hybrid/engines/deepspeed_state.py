@@ -245,6 +245,7 @@ def update_parameters(optimizer: Any) -> None:
     """Give all ranks' parameters the values of the fp32 master weights; collective.
 
     It does what DeepSpeed does after a step."""
+    _repeat_counts(optimizer.optimizer)
     if not hasattr(optimizer, "fp16_groups"):
         optimizer.update_lp_params()
         return
@@ -254,36 +255,17 @@ def update_parameters(optimizer: Any) -> None:
     optimizer._post_step(set())
 
 
-def read_loss_scale(scaler: Any) -> dict[str, float] | None:
-    """Return the scale of fp16's loss scaler, and for how many good steps it has been in force.
+def _repeat_counts(optimizer: Any) -> None:
+    """Bring the powers of beta to where they were in DeepSpeed's AdamW for offloading.
 
-    torch's scaler would then double it in the same step as this one. None: it is not fp16's."""
-    if not getattr(scaler, "dynamic", False):
-        return None
-    since = scaler.cur_iter - scaler.last_overflow_iter - 1  # good steps since the last overflow
-    # DeepSpeed doubles in the step that finds `scale_window` good ones before it; torch counts it.
-    good = (since - 1) % scaler.scale_window if since else 0
-    return {"scale": float(scaler.cur_scale), "good_steps": good}
-
-
-def set_loss_scale(scaler: Any, state: Mapping[str, float] | None) -> None:
-    """Take over what `read_loss_scale`, or torch's scaler under another strategy, returned."""
-    if getattr(scaler, "dynamic", False) and state:
-        scaler.cur_scale = float(state["scale"])
-        scaler.cur_iter, scaler.last_overflow_iter = int(state["good_steps"]) + 1, -1
-
-
-def read_counts(scaler: Any) -> dict[str, int]:
-    """Return what a loss scaler counts beside: the first doubling comes a step later than others,
-    which the good steps do not tell."""
-    return {key: int(getattr(scaler, key)) for key in _COUNTS if hasattr(scaler, key)}
-
-
-def set_counts(scaler: Any, counts: Mapping[str, int]) -> None:
-    """Take over what `read_counts` returned."""
-    for key in _COUNTS:
-        if key in counts and hasattr(scaler, key):
-            setattr(scaler, key, counts[key])
-
-
-_COUNTS = "cur_iter", "last_overflow_iter", "cur_hysteresis"
+    It multiplies one rounded power by beta in each step, but takes the power at once where a step
+    does not follow the last (`IncrementStep` in csrc/includes/cpu_adam.h, 0.19.8), and rounds
+    otherwise. So the steps are repeated, on no elements."""
+    if not _counts_in_integers(optimizer):
+        return
+    group, none = optimizer.param_groups[0], torch.empty(0)
+    steps = max((state.get("step", 0) for state in optimizer.state.values()), default=0)
+    for step in range(1, steps + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, True, *[none] * 4
+        )

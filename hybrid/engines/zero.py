@@ -16,6 +16,7 @@ from ..models.losses import Loss
 from ..records import Receipt
 from .accelerated import AcceleratedEngine, State
 from .accelerator import prepare_zero
+from .deepspeed_scale import read_counts, read_loss_scale, set_counts, set_loss_scale
 from .deepspeed_setup import (
     add_biases_before_rounding,
     fp32_partitions,
@@ -31,10 +32,6 @@ from .deepspeed_state import (
     make_room_in_partitions,
     numbers_in_partitions,
     pieces_of_partitions,
-    read_counts,
-    read_loss_scale,
-    set_counts,
-    set_loss_scale,
     update_parameters,
 )
 from .frozen import FrozenParts

@@ -1,0 +1,136 @@
+"""DeepSpeed's flat tensors as pieces of parameters, on objects like its own; fp16's loss scale."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hybrid.engines.deepspeed_config import check_saved
+from hybrid.engines.deepspeed_scale import read_counts, read_loss_scale, set_counts, set_loss_scale
+from hybrid.engines.deepspeed_state import (
+    pieces_of_partitions,
+)
+from hybrid.engines.frozen import FrozenParts
+from hybrid.engines.training_state import Copies
+from hybrid.job.errors import JobError, Unsupported
+from tests.conftest import small_job
+
+
+def flat_optimizer(sizes: list[int], rank: int, ranks: int) -> Any:
+    """What DeepSpeed has on one of some ranks, for parameters of these sizes."""
+    align = 2 * ranks
+    whole = torch.arange(float(-(-sum(sizes) // align) * align))
+    split = whole.split([*sizes, len(whole) - sum(sizes)])[: len(sizes)]
+    parameters = [torch.nn.Parameter(part) for part in split]
+    flat = torch.nn.Parameter(whole.clone().chunk(ranks)[rank])
+    return SimpleNamespace(
+        bf16_groups=[parameters],
+        bf16_groups_flat=[whole],
+        fp32_groups_flat_partition=[flat],
+        real_dp_process_group=[None],
+        optimizer=torch.optim.AdamW([flat]),
+    )
+
+
+def flat_pieces(optimizer: Any) -> list[Any]:
+    """The pieces of its parameters, by their numbers."""
+    tensors = {str(i): p for i, p in enumerate(optimizer.bf16_groups[0])}
+    return pieces_of_partitions(tensors, optimizer, Copies(), FrozenParts((), 0, 1))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_the_parts_of_all_ranks_are_the_whole(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, taken = [5, 1, 101, 0, 2, 17], dict[str, list[float]]()
+    for rank in range(ranks):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda group, rank=rank: rank)
+        pieces = flat_pieces(flat_optimizer(sizes, rank, ranks))
+        assert len(pieces) == len(sizes), "each rank has a piece of each tensor"
+        for piece in pieces:
+            assert not piece.tensor.numel() or piece.start == len(taken.get(piece.name, []))
+            taken.setdefault(piece.name, []).extend(piece.tensor.tolist())
+    assert [len(taken[str(i)]) for i in range(len(sizes))] == sizes
+    assert list(itertools.chain.from_iterable(taken.values())) == list(range(sum(sizes)))
+
+
+def test_one_step_count_for_all_parameters_that_are_stepped_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.distributed.get_rank", lambda group: 1)
+    optimizer = flat_optimizer([5, 9], 1, 2)
+    state: Any = optimizer.optimizer.state[optimizer.fp32_groups_flat_partition[0]]
+    state |= {"step": torch.tensor(0.0), "beats": 0}
+    for key, live in (("step", lambda: state["step"].item()), ("beats", lambda: state["beats"])):
+        first, second = (piece for piece in flat_pieces(optimizer) if piece.key == key)
+        first.write(0, torch.tensor([4]))
+        assert live() == 4 and first.shape == ()
+        second.write(0, torch.tensor([4]))
+        words = f"has {key} = 3 of 1 and 4 of 0; DeepSpeed keeps one for both"
+        with pytest.raises(JobError, match=words):
+            second.write(0, torch.tensor([3]))
+
+
+def doubling(scaler: Any) -> int:
+    """After how many good steps a loss scale doubles."""
+    before, steps = scaler.cur_scale, 0
+    while scaler.cur_scale == before:
+        scaler.update_scale(False)
+        steps += 1
+    return steps
+
+
+def test_the_loss_scale_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under DeepSpeed exactly; under torch's scaler, which doubles where the good steps are 7."""
+    from deepspeed.runtime.fp16 import loss_scaler
+
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)
+    draw = torch.Generator().manual_seed(3)
+
+    def make() -> Any:
+        return loss_scaler.DynamicLossScaler(2.0**16, 7, 1, 1, False)
+
+    scaler, other = make(), make()
+    for _ in range(200):
+        scaler.update_scale(bool(torch.rand((), generator=draw) < 0.06))
+        state, counts = read_loss_scale(scaler), read_counts(scaler)
+        assert state and 0 <= state["good_steps"] < 7
+        again, moved = make(), make()
+        set_loss_scale(again, state)
+        set_counts(again, counts)
+        set_loss_scale(moved, state)
+        left = doubling(again)
+        assert read_loss_scale(moved) == state
+        late = counts["cur_iter"] == counts["last_overflow_iter"] + 1  # an overflow just before
+        assert doubling(moved) == left - late
+        assert left - late == 7 - state["good_steps"]
+        set_loss_scale(other, state)
+        set_counts(other, counts)
+        assert vars(other) == vars(scaler)
+    assert read_loss_scale(loss_scaler.LossScaler()) is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "words"),
+    [
+        (3, {"offload_optimizer": {"device": "nvme"}}, "offload_optimizer.device"),
+        (3, {"offload_param": {"device": "nvme"}}, "offload_param.device"),
+        (2, {"zenflow": {"topk_ratio": 0.1}}, "zenflow"),
+        (3, {"zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights"),
+    ],
+)
+def test_state_that_deepspeed_keeps_apart_is_refused(
+    stage: int, keys: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage} | keys}))
+    section = {f"strategy__zero{stage}": {"ds_config": str(file)}}
+    check_saved(small_job(**section), f"zero{stage}")
+    with pytest.raises(Unsupported, match=f"zero_optimization.{words}: a checkpoint cannot"):
+        check_saved(small_job(**section, checkpoint__every=2), f"zero{stage}")
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    check_saved(small_job(**section, checkpoint__every=2), f"zero{stage}")
