@@ -123,7 +123,7 @@ def test_every_tensor_stands_as_one_process_saves_it(name: str, gpt: tuple[Place
         assert got[entry][:2] == wanted[entry][:2], entry
         assert all(piece.size for piece in got[entry].pieces), entry
     cut = [e for (_, key), e in got.items() if key == "exp_avg" and len(e.pieces) > 1]
-    assert len(cut) == {"zero1": 4, "zero2": 4, "zero3": 61}[name]
+    assert len(cut) == {"zero1": 4, "zero2": 4, "zero3": 58}[name]
     steps = {b for (_, key), b in bytes_of(place.checkpoint(name)).items() if key == "step"}
     assert steps == {torch.tensor(float(STEP)).numpy().tobytes()}
 
@@ -131,11 +131,11 @@ def test_every_tensor_stands_as_one_process_saves_it(name: str, gpt: tuple[Place
 def test_checkpoints_move_between_strategies_and_world_sizes(gpt: tuple[Place, Results]) -> None:
     """That the hashes are equal after loading is for `Checkpoints.load` to see."""
     place, saved = gpt
-    all_of = {"zero1": ALL, "zero3": ALL, "fsdp": ALL, "zero2": ("single", "zero3")}
+    all_of = {"zero1": ALL, "zero3": ALL, "fsdp": ZERO, "zero2": ("single", "zero3")}
     tasks = [place.load(name, *sources) for name, sources in all_of.items()]
-    found = place.run(3, *tasks, place.load("ddp", "zero3"))
+    found = place.run(2, *tasks, place.load("ddp", "zero3"))
     found |= place.run(1, place.load("single", *ZERO, "fsdp"))
-    assert len(found) == 3 * len(ALL) + 3 + 4
+    assert len(found) == 2 * len(ALL) + 3 + 2 + 1 + 4
     assert {pair: r["error"] for pair, r in found.items() if "error" in r} == {}
     for (strategy, source), result in found.items():
         wanted = pytest.approx(saved[source, "-"]["losses"], rel=1e-5)
@@ -152,11 +152,10 @@ def test_bf16_saves_masters_and_what_frozen_parameters_were(tmp_path: Path) -> N
     errors = {pair: r["error"] for pair, r in (found | moved).items() if "error" in r}
     assert errors == {}
     assert found["zero1", "zero1"]["after"] == found["zero1", "-"]["after"]
-    for (_, source), result in (found | moved).items():
-        assert source == "-" or result["losses"] == pytest.approx(
-            found[source, "-"]["losses"], rel=1e-5
-        )
-    wanted, got = (bytes_of(place.checkpoint(name)) for name in ("single", "zero3"))
+    for (strategy, source), result in (found | moved).items():
+        wanted = pytest.approx(found.get((source, "-"), result)["losses"], rel=1e-4)
+        assert result["losses"] == wanted, (strategy, source)
+    exact, got = (bytes_of(place.checkpoint(name)) for name in ("single", "zero3"))
     frozen = [n for n, key in got if n.endswith("shift")]
-    assert len(frozen) == 2 and all(got[n, "weight"] == wanted[n, "weight"] for n in frozen)
+    assert len(frozen) == 2 and all(got[n, "weight"] == exact[n, "weight"] for n in frozen)
     assert {e.dtype for e in read_manifest(place.checkpoint("zero1")).entries.values()} == {"F32"}
