@@ -5,7 +5,8 @@ moving.py TASKS OUT     (ranks by the usual variables)
 A task is an object: `job`, `strategy`, and either `save` (a run's folder: it begins anew, saves
 after `steps`, and, in the folder with `-after` in its name, after `more`) or `loads` (checkpoints:
 `steps` are made after each; it saves then in the folder `after`). OUT/results.json has an object
-for each start: the strategy, the checkpoint, the losses or the error, the hashes.
+for each start: the strategy, the checkpoint, the losses or the error, the hashes, and `unlike`: the
+weights saved that are not those gathered.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import hybrid
+from hybrid.checkpoint.folders import folder_of
+from hybrid.checkpoint.load import Reader
 from hybrid.checkpoint.manifest import read_manifest
 from hybrid.job.errors import JobError, RunError
 from hybrid.job.variants import resolve
@@ -60,6 +63,16 @@ class Run:
         assert self.checkpoints.newest
         return self.checkpoints.newest.state_hash
 
+    def unlike(self) -> list[str]:
+        """Which weights of the newest checkpoint are not those that the engine gathers."""
+        whole, newest = self.engine.state(), self.checkpoints.newest
+        assert newest and self.checkpoints.out
+        folder = folder_of(self.checkpoints.out / "checkpoints", newest.step)
+        reader = Reader(folder, read_manifest(folder))
+        found = [n for n, t in whole.items() if not t.equal(reader.whole(n, "weight"))]
+        reader.close()
+        return found
+
     def load(self, folder: str) -> int:
         """Load a checkpoint, which compares hashes, and return its step."""
         chosen = Chosen(Path(folder), read_manifest(Path(folder)))
@@ -74,6 +87,7 @@ def do(task: dict[str, Any]) -> list[dict[str, Any]]:
     run, found, steps = Run(task), [], task["steps"]
     if "save" in task:
         result = {"strategy": task["strategy"], "hash": run.save(task["save"], steps)}
+        result["unlike"] = run.unlike()
         result["losses"] = run.train(steps, task["more"])
         result["after"] = run.save(task["save"] + "-after", steps + task["more"])
         found.append(result)

@@ -87,11 +87,11 @@ ALL = ("single", *ZERO, "fsdp")
 
 @pytest.fixture(scope="module")
 def gpt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, Results]:
-    """Strategies of four ranks and one, and what came of them."""
+    """Strategies of three ranks and one, and what came of them."""
     place = Place(tmp_path_factory.mktemp("gpt"), small_job(**GPT))
     found = place.run(1, place.save("single"))
     again = [place.load(name, name, after=True) for name in ZERO]
-    return place, found | place.run(4, *map(place.save, (*ZERO, "fsdp")), *again)
+    return place, found | place.run(3, *map(place.save, (*ZERO, "fsdp")), *again)
 
 
 def bytes_of(folder: Path) -> dict[tuple[str, str], bytes]:
@@ -107,7 +107,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     name: str, gpt: tuple[Place, Results]
 ) -> None:
     _, results = gpt
-    assert results[name, name].get("error") is None
+    assert results[name, name].get("error") is None and results[name, "-"]["unlike"] == []
     assert results[name, name]["losses"] == results[name, "-"]["losses"]
     assert results[name, name]["after"] == results[name, "-"]["after"]
     assert results[name, "-"]["after"] != results[name, "-"]["hash"]
@@ -123,7 +123,7 @@ def test_every_tensor_stands_as_one_process_saves_it(name: str, gpt: tuple[Place
         assert got[entry][:2] == wanted[entry][:2], entry
         assert all(piece.size for piece in got[entry].pieces), entry
     cut = [e for (_, key), e in got.items() if key == "exp_avg" and len(e.pieces) > 1]
-    assert len(cut) == {"zero1": 4, "zero2": 4, "zero3": 58}[name]
+    assert len(cut) == 58 if name == "zero3" else 2 <= len(cut) <= 4, "borders of two groups"
     steps = {b for (_, key), b in bytes_of(place.checkpoint(name)).items() if key == "step"}
     assert steps == {torch.tensor(float(STEP)).numpy().tobytes()}
 
@@ -133,9 +133,9 @@ def test_checkpoints_move_between_strategies_and_world_sizes(gpt: tuple[Place, R
     place, saved = gpt
     all_of = {"zero1": ALL, "zero3": ALL, "fsdp": ZERO, "zero2": ("single", "zero3")}
     tasks = [place.load(name, *sources) for name, sources in all_of.items()]
-    found = place.run(2, *tasks, place.load("ddp", "zero3"))
+    found = place.run(2, *tasks)
     found |= place.run(1, place.load("single", *ZERO, "fsdp"))
-    assert len(found) == 2 * len(ALL) + 3 + 2 + 1 + 4
+    assert len(found) == 2 * len(ALL) + 3 + 2 + 4
     assert {pair: r["error"] for pair, r in found.items() if "error" in r} == {}
     for (strategy, source), result in found.items():
         wanted = pytest.approx(saved[source, "-"]["losses"], rel=1e-5)
@@ -143,14 +143,23 @@ def test_checkpoints_move_between_strategies_and_world_sizes(gpt: tuple[Place, R
 
 
 def test_bf16_saves_masters_and_what_frozen_parameters_were(tmp_path: Path) -> None:
-    place = Place(tmp_path, small_job(**FROZEN, optimizer=ADAMW, train__clip_norm=0.5))
+    robin = tmp_path / "robin.json"
+    robin.write_text('{"zero_optimization": {"stage": 2, "round_robin_gradients": true}}')
+    settings: dict[str, Any] = {"strategy__zero2": {"ds_config": str(robin)}}
+    job = small_job(**FROZEN, optimizer=ADAMW, train__clip_norm=0.5, **settings)
+    place = Place(tmp_path, job)
     found = place.run(1, place.save("single"))
-    tasks = [place.save("zero1"), place.save("zero3"), place.load("zero1", "zero3", after=True)]
+    tasks = [*map(place.save, ZERO), place.load("zero1", "zero3", "zero2")]
     tasks += [place.load("zero3", "zero1", "single"), place.load("zero1", "zero1", after=True)]
+    new = tmp_path / "new" / "checkpoints" / "step-00000000"
+    tasks = [place.save("zero1") | {"steps": 0, "save": str(new.parents[1])}, *tasks]
+    tasks += [place.load("zero3") | {"loads": [str(new)]}]
     found |= place.run(3, *tasks)
-    moved = place.run(1, place.load("single", "zero1", "zero3"))
+    assert {key for _, key in read_manifest(new).entries} == {"weight"}, "no step was made"
+    moved = place.run(1, place.load("single", *ZERO))
     errors = {pair: r["error"] for pair, r in (found | moved).items() if "error" in r}
     assert errors == {}
+    assert [r["unlike"] for r in found.values() if "unlike" in r] == [[]] * 4
     assert found["zero1", "zero1"]["after"] == found["zero1", "-"]["after"]
     for (strategy, source), result in (found | moved).items():
         wanted = pytest.approx(found.get((source, "-"), result)["losses"], rel=1e-4)

@@ -60,8 +60,7 @@ def _cut_together(
 ) -> Iterator[tuple[Any, Fragment]]:
     """Yield this rank's parts of parameters that are views of `whole`, of which it has `flat`.
 
-    DeepSpeed's own `_hp_mapping` is wrong under `round_robin_gradients` (0.19.8): it takes the
-    parameters to lie in the order that they have in the model."""
+    Where they lie is read off the tensors: DeepSpeed's own links were wrong (`link_reordered`)."""
     first = flat.numel() * dist.get_rank(ranks)
     for parameter in group:
         place = parameter.storage_offset() - whole.storage_offset()
