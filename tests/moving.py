@@ -36,7 +36,11 @@ class Run:
         self.job = hybrid.load_job(task["job"])
         strategy = task["strategy"]
         self.samples, _ = hybrid.build_data(self.job)
-        self.engine = hybrid.open_engine(self.job, strategy, *hybrid.build_model(self.job))
+        layers, loss = hybrid.build_model(self.job)
+        for parameter in layers.names():
+            if "save" in task and not parameter.requires_grad:
+                parameter.data.mul_(1.3)  # so that what loads has to take it over
+        self.engine = hybrid.open_engine(self.job, strategy, layers, loss)
         batch, cuts = self.job.train.global_batch, self.job.micro_batches(strategy)
         dp, seed = self.engine.layout.dp, self.job.train.seed
         self.plan = hybrid.BatchPlan(len(self.samples), batch, dp, cuts, seed)

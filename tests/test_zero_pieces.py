@@ -75,6 +75,23 @@ def test_one_step_count_for_all_parameters_that_are_stepped_together(
             second.write(0, torch.tensor([3]))
 
 
+def test_frozen_parameters_take_what_was_loaded_for_their_parts() -> None:
+    frozen = torch.nn.Parameter(torch.linspace(0.1, 0.7, 14).view(2, 7), requires_grad=False)
+    cut = [FrozenParts([frozen], rank, 4).piece("x", frozen) for rank in range(4)]
+    assert [(p.start, p.tensor.numel()) for p in cut] == [(0, 4), (4, 4), (8, 4), (12, 2)]
+    assert torch.cat([p.tensor for p in cut]).view(2, 7).equal(frozen)
+    parts = FrozenParts([frozen, torch.nn.Parameter(torch.ones(3))], 0, 1)
+    assert list(parts.parts) == [frozen]
+    frozen.data = frozen.data.bfloat16()
+    value = torch.linspace(0.3, 0.9, 14)
+    parts.piece("x", frozen).write(0, value)
+    parts.round()
+    assert frozen.dtype == torch.bfloat16 and frozen.equal(value.bfloat16().view(2, 7))
+    assert parts.whole(frozen).equal(value.view(2, 7))
+    parts.take({"x": frozen}, {"x": -value.view(2, 7)})
+    assert parts.whole(frozen).equal(-value.view(2, 7))
+
+
 def doubling(scaler: Any) -> int:
     """After how many good steps a loss scale doubles."""
     before, steps = scaler.cur_scale, 0
