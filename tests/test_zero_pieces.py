@@ -14,12 +14,21 @@ import torch
 from hybrid.engines.deepspeed_config import check_saved
 from hybrid.engines.deepspeed_scale import read_counts, read_loss_scale, set_counts, set_loss_scale
 from hybrid.engines.deepspeed_state import (
+    make_room_in_partitions,
+    numbers_in_partitions,
     pieces_of_partitions,
+    update_parameters,
 )
 from hybrid.engines.frozen import FrozenParts
 from hybrid.engines.training_state import Copies
 from hybrid.job.errors import JobError, Unsupported
 from tests.conftest import small_job
+
+STEP = torch.float32, ()
+
+
+def _of(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
+    return tensor.dtype, tuple(tensor.shape)
 
 
 def flat_optimizer(sizes: list[int], rank: int, ranks: int) -> Any:
@@ -73,6 +82,39 @@ def test_one_step_count_for_all_parameters_that_are_stepped_together(
         words = f"has {key} = 3 of 1 and 4 of 0; DeepSpeed keeps one for both"
         with pytest.raises(JobError, match=words):
             second.write(0, torch.tensor([3]))
+
+
+class DeepSpeedCPUAdam(torch.optim.AdamW):
+    """Stands in for DeepSpeed's AdamW of that name, the op of which is compiled at first use."""
+
+    def __init__(self, parameters: list[Any]) -> None:
+        super().__init__(parameters)
+        self.opt_id, self.steps, self.ds_opt_adam = 3, list[int](), self
+
+    def adam_update(self, number: int, step: int, *rest: Any) -> None:
+        """Note a step on no elements."""
+        assert number == 3 and [t.numel() for t in rest[-4:]] == [0] * 4
+        self.steps.append(step)
+
+
+def test_the_optimizer_for_offloading_counts_in_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.get_rank", lambda group: 0)
+    optimizer = flat_optimizer([5, 9], 0, 1)
+    flat = optimizer.fp32_groups_flat_partition[0]
+    optimizer.optimizer = inner = DeepSpeedCPUAdam([flat])
+    tensors = {str(i): p for i, p in enumerate(optimizer.bf16_groups[0])}
+    shapes = {n: {"weight": _of(p), "exp_avg": _of(p), "step": STEP} for n, p in tensors.items()}
+    make_room_in_partitions(tensors, optimizer, shapes, [])
+    assert inner.state[flat]["step"] == 0 and inner.state[flat]["exp_avg"].shape == flat.shape
+    assert numbers_in_partitions(optimizer) == []
+    for piece in flat_pieces(optimizer):
+        if piece.key == "step":
+            assert piece.tensor.dtype == torch.float32, "as torch's AdamW has it"
+            piece.write(0, torch.tensor([4.0]))
+    assert inner.state[flat]["step"] == 4 and type(inner.state[flat]["step"]) is int
+    optimizer.update_lp_params = lambda: None
+    update_parameters(optimizer)
+    assert inner.steps == [1, 2, 3, 4]
 
 
 def test_frozen_parameters_take_what_was_loaded_for_their_parts() -> None:

@@ -26,8 +26,9 @@ def set_loss_scale(scaler: Any, state: Mapping[str, float] | None) -> None:
 
 
 def read_counts(scaler: Any) -> dict[str, int]:
-    """Return what a loss scaler counts beside: the first doubling comes a step later than others,
-    which the good steps do not tell."""
+    """Return what a loss scaler counts, as numbers that only DeepSpeed has a use for.
+
+    The good steps alone do not tell that the first doubling comes a step later than others."""
     return {key: int(getattr(scaler, key)) for key in _COUNTS if hasattr(scaler, key)}
 
 

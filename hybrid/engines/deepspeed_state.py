@@ -27,9 +27,10 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class Fragment(NamedTuple):
-    """Is this rank's part of a trained parameter: `size` elements from `start` on in it, which are
-    those from `offset` on in a flat fp32 tensor. A rank may have none, and the tensor all the same:
-    then `size` is 0."""
+    """Says where this rank's part of a trained parameter lies.
+
+    It is `size` elements from `start` on in the parameter, and from `offset` on in a flat fp32
+    tensor. `size` is 0 where the rank has none; the flat tensor is then that of the others."""
 
     flat: torch.Tensor
     offset: int
