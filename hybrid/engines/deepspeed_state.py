@@ -82,18 +82,18 @@ def _cut_alone(group: Sequence[Any], flat: torch.Tensor) -> Iterator[tuple[Any, 
 
 
 def pieces_of_partitions(
-    tensors: Tensors, optimizer: Any, copies: Copies, frozen: FrozenParts
+    tensors: Tensors, optimizer: Any, copies: Copies, frozen: FrozenParts | None = None
 ) -> list[Piece]:
     """Return this rank's parts of a model's tensors (by canonical name) and of their state.
 
     Every rank returns a piece of each tensor, empty where it has nothing of it.
 
-    optimizer: DeepSpeed's. copies: of what is not cut. frozen: what it has rounded."""
+    optimizer: DeepSpeed's. copies: of what is not cut. frozen: the parameters that it rounded."""
     fragments, found = fragments_of(optimizer), list[Piece]()
     states: dict[torch.Tensor, _FlatState] = {}
     for name, tensor in tensors.items():
         fragment = fragments.get(tensor)
-        if tensor in frozen.parts:
+        if frozen and tensor in frozen.parts:
             found.append(frozen.piece(name, tensor))
             continue
         if fragment is None:
