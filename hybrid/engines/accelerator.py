@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from ..job.schema import Job
 from ..launch.placement import Placement
 from ..models.layers import Layers
-from .deepspeed_setup import restore_fp32_masters
+from .deepspeed_setup import link_reordered, restore_fp32_masters
 from .optimizer import build_optimizer, no_decay_names
 from .own_optimizer import is_own
 from .precision import DTYPES, Observer, names_of, round_at_use
@@ -152,6 +152,7 @@ def _prepare(
     with contextlib.nullcontext() if restores_masters else _no_deepspeed():
         live, live_optimizer = accelerator.prepare(model, optimizer)
     if restore:
+        link_reordered(live.optimizer)
         restore()
     if is_own(job) and isinstance(next(live.parameters()), DTensor):
         # Accelerate gives an optimizer the shards in place of its parameters, but leaves what the

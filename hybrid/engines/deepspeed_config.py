@@ -39,6 +39,8 @@ NOT_HERE = {
     "hybrid_engine": "it generates text with another engine",
     "autotuning": "it starts runs of its own",
 }
+# With these, DeepSpeed keeps state in files, in an optimizer of its own, or in a few bits.
+NOT_SAVED = ("zenflow", "zero_quantized_nontrainable_weights")
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "pipeline": 0}  # the job has the stage of 2d
 SHIPPED = (*STAGES, "2d")
 KEYS_FILE = Path(__file__).parent / "deepspeed_keys.json"
@@ -50,6 +52,22 @@ def check_ds_config(job: Job, strategy: str) -> None:
     if path is not None:
         stage = job.strategy.two_d.zero_stage if strategy == "2d" else STAGES[strategy]
         load_ds_config(path, stage)
+
+
+def check_saved(job: Job, strategy: str) -> None:
+    """Raise Unsupported where checkpoints are asked for of a state that DeepSpeed keeps apart."""
+    path = getattr(job.settings(strategy), "ds_config", None)
+    if path is None or job.checkpoint.every is None:
+        return
+    zero = load_ds_config(path, STAGES[strategy]).get("zero_optimization", {})
+    found = [key for key in NOT_SAVED if zero.get(key)]
+    for key in ("offload_optimizer", "offload_param"):
+        found += [f"{key}.device"] if (zero.get(key) or {}).get("device") == "nvme" else []
+    if found:
+        raise Unsupported(
+            f"ds_config = {path!r}: zero_optimization.{found[0]}: a checkpoint cannot read what "
+            "DeepSpeed then keeps; leave it out, or checkpoint.every"
+        )
 
 
 def load_ds_config(name: str, stage: int) -> dict[str, Any]:

@@ -155,6 +155,18 @@ def fp32_partitions(optimizer: Any) -> list[torch.Tensor]:
     return list(next(getattr(optimizer, name) for name in names if hasattr(optimizer, name)))
 
 
+def link_reordered(optimizer: Any) -> None:
+    """Link parameters to their fp32 values where `round_robin_gradients` has reordered them.
+
+    DeepSpeed takes them to lie in the model's order, unless it has padded them (0.19.8,
+    `_link_all_hp_params`): whole values read or set by its functions would be others' values."""
+    if getattr(optimizer, "round_robin_gradients", False):
+        found = optimizer.round_robin_bit16_padding
+        optimizer.round_robin_bit16_padding = [[True]] * len(found)
+        optimizer._link_all_hp_params()
+        optimizer.round_robin_bit16_padding = found
+
+
 def restore_fp32_masters(model: nn.Module, precision: str) -> Callable[[], None]:
     """Keep a model's fp32 values, and return a function that puts them into the master weights.
 

@@ -9,7 +9,8 @@ An optimizer's number, such as AdamW's `step`, stands once for a flat tensor. In
 parameter has its own."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from ..checkpoint.pieces import WEIGHT, Piece
 from ..job.errors import JobError
 from .deepspeed_setup import fp32_partitions
+from .frozen import FrozenParts
 from .protocol import Shapes
 from .training_state import NUMBERS, Copies, make_piece
 
@@ -25,41 +27,52 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class Fragment(NamedTuple):
-    """Is this rank's part of a trained parameter: `count` elements from `start` on in it, which are
-    those from `offset` on in a flat fp32 tensor. A rank may have none, and the tensor all the same:
-    then `count` is 0."""
+    """Says where this rank's part of a trained parameter lies.
+
+    It is `size` elements from `start` on in the parameter, and from `offset` on in a flat fp32
+    tensor. `size` is 0 where the rank has none; the flat tensor is then that of the others."""
 
     flat: torch.Tensor
     offset: int
     start: int
-    count: int
+    size: int
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the part of a tensor that is laid out as the flat one is, not copied."""
-        return tensor.detach().narrow(0, self.offset, self.count)
+        return tensor.detach().narrow(0, self.offset, self.size)
 
 
 def fragments_of(optimizer: Any) -> dict[Any, Fragment]:
     """Return this rank's part of each parameter that one of DeepSpeed's optimizers steps."""
     flats = fp32_partitions(optimizer)
     if hasattr(optimizer, "fp16_groups"):  # ZeRO-3
-        groups = zip(optimizer.fp16_groups, flats, strict=True)
-        return {p: f for group, flat in groups for p, f in _cut_alone(optimizer, group, flat)}
-    groups = getattr(optimizer, "bf16_groups", None) or optimizer.bit16_groups
-    return {p: _linked(p, flat) for group, flat in zip(groups, flats, strict=True) for p in group}
+        cuts = map(_cut_alone, optimizer.fp16_groups, flats)
+    elif hasattr(optimizer, "bf16_groups"):  # ZeRO-1 in bf16
+        groups, wholes = optimizer.bf16_groups, optimizer.bf16_groups_flat
+        cuts = map(_cut_together, groups, wholes, flats, optimizer.real_dp_process_group)
+    else:
+        groups, wholes = optimizer.bit16_groups, optimizer.bit16_groups_flat
+        cuts = map(_cut_together, groups, wholes, flats, optimizer.real_dp_process_group)
+    return dict(itertools.chain.from_iterable(cuts))
 
 
-def _linked(parameter: Any, flat: torch.Tensor) -> Fragment:
-    """Return the part that DeepSpeed has linked to a parameter; it links none to an empty one."""
-    link = parameter._hp_mapping
-    if link is None:
-        return Fragment(flat, 0, 0, 0)
-    here, there = link.hp_fragment_address, link.lp_fragment_address
-    return Fragment(flat, here.start, there.start, here.numel)
+def _cut_together(
+    group: Sequence[Any], whole: torch.Tensor, flat: torch.Tensor, ranks: Any
+) -> Iterator[tuple[Any, Fragment]]:
+    """Yield this rank's parts of parameters that are views of `whole`, of which it has `flat`.
+
+    Where they lie is read off the tensors: DeepSpeed's own links were wrong (`link_reordered`)."""
+    first = flat.numel() * dist.get_rank(ranks)
+    for parameter in group:
+        place = parameter.storage_offset() - whole.storage_offset()
+        begin = max(place, first)
+        count = min(place + parameter.numel(), first + flat.numel()) - begin
+        found = Fragment(flat, begin - first, begin - place, count)
+        yield parameter, found if count > 0 else Fragment(flat, 0, 0, 0)
 
 
-def _cut_alone(optimizer: Any, group: Any, flat: torch.Tensor) -> Iterator[tuple[Any, Fragment]]:
-    """Yield ZeRO-3's parts of some parameters, without the padding of the last one."""
+def _cut_alone(group: Sequence[Any], flat: torch.Tensor) -> Iterator[tuple[Any, Fragment]]:
+    """Yield this rank's parts of parameters that ZeRO-3 cuts one by one, without the padding."""
     offset = 0
     for parameter in group:
         size = parameter.partition_numel()
@@ -68,16 +81,21 @@ def _cut_alone(optimizer: Any, group: Any, flat: torch.Tensor) -> Iterator[tuple
         offset += size
 
 
-def pieces_of_partitions(tensors: Tensors, optimizer: Any, copies: Copies) -> list[Piece]:
+def pieces_of_partitions(
+    tensors: Tensors, optimizer: Any, copies: Copies, frozen: FrozenParts | None = None
+) -> list[Piece]:
     """Return this rank's parts of a model's tensors (by canonical name) and of their state.
 
     Every rank returns a piece of each tensor, empty where it has nothing of it.
 
-    optimizer: DeepSpeed's. copies: of what is not cut."""
+    optimizer: DeepSpeed's. copies: of what is not cut. frozen: the parameters that it rounded."""
     fragments, found = fragments_of(optimizer), list[Piece]()
     states: dict[torch.Tensor, _FlatState] = {}
     for name, tensor in tensors.items():
         fragment = fragments.get(tensor)
+        if frozen and tensor in frozen.parts:
+            found.append(frozen.piece(name, tensor))
+            continue
         if fragment is None:
             found.append(_untrained(name, tensor, copies))
             continue
@@ -180,23 +198,43 @@ def make_room_in_partitions(
 
     numbers: the keys under which the optimizer keeps numbers, not tensors."""
     inner, fragments = optimizer.optimizer, fragments_of(optimizer)
+    found: dict[tuple[torch.Tensor, str], list[_Kept]] = {}
     for name, tensor in tensors.items():
-        if tensor not in fragments:
-            continue
-        flat = fragments[tensor].flat
+        if tensor in fragments:
+            flat = fragments[tensor].flat
+            for key, (dtype, shape) in shapes.get(name, {}).items():
+                kept = _Kept(dtype, shape, shape == shape_of(tensor))
+                found.setdefault((flat, key), []).append(kept)
+    for (flat, key), of_all in found.items():
         state: Any = inner.state[flat]
-        for key, (dtype, shape) in shapes.get(name, {}).items():
-            if key == WEIGHT or state.get(key) is not None:
-                continue
-            if key == "step" and _counts_in_integers(inner):
-                state[key] = 0
-            elif key in numbers:
-                state[key] = torch.zeros((), dtype=dtype).item()
-            elif shape == shape_of(tensor):
-                state[key] = torch.zeros_like(flat, dtype=dtype, requires_grad=False)
-            else:
-                device = flat.device if key != "step" or _on_device(inner) else "cpu"
-                state[key] = torch.zeros(shape, dtype=dtype, device=device)
+        if key != WEIGHT and state.get(key) is None:
+            state[key] = _zeros(inner, flat, key, of_all, numbers)
+
+
+class _Kept(NamedTuple):
+    """Describes what a checkpoint has under one key of a parameter; is_cut: as the parameter is."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    is_cut: bool
+
+
+def _zeros(
+    optimizer: torch.optim.Optimizer,
+    flat: torch.Tensor,
+    key: str,
+    of_all: Sequence[_Kept],
+    numbers: Collection[str],
+) -> Any:
+    dtype, shape, _ = of_all[0]
+    if key == "step" and _counts_in_integers(optimizer):
+        return 0
+    if key in numbers:
+        return torch.zeros((), dtype=dtype).item()
+    if all(kept.is_cut for kept in of_all):
+        return torch.zeros_like(flat, dtype=dtype)
+    device = flat.device if key != "step" or _on_device(optimizer) else "cpu"
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _counts_in_integers(optimizer: torch.optim.Optimizer) -> bool:
@@ -221,6 +259,7 @@ def update_parameters(optimizer: Any) -> None:
     """Give all ranks' parameters the values of the fp32 master weights; collective.
 
     It does what DeepSpeed does after a step."""
+    _repeat_counts(optimizer.optimizer)
     if not hasattr(optimizer, "fp16_groups"):
         optimizer.update_lp_params()
         return
@@ -230,17 +269,17 @@ def update_parameters(optimizer: Any) -> None:
     optimizer._post_step(set())
 
 
-def read_loss_scale(scaler: Any) -> dict[str, float]:
-    """Return the scale of one of DeepSpeed's loss scalers, and how many good steps it has had.
+def _repeat_counts(optimizer: Any) -> None:
+    """Bring the powers of beta to where they were in DeepSpeed's AdamW for offloading.
 
-    DeepSpeed counts from the last overflow, or the run's first step, and doubles the scale in the
-    good step that follows upon a whole number of windows: `good_steps` is then a whole window."""
-    since, window = scaler.cur_iter - scaler.last_overflow_iter - 1, scaler.scale_window
-    good = since if since <= window else (since - 1) % window + 1
-    return {"scale": float(scaler.cur_scale), "good_steps": good}
-
-
-def set_loss_scale(scaler: Any, state: Mapping[str, float]) -> None:
-    """Take over what `read_loss_scale`, or torch's scaler under another strategy, returned."""
-    scaler.cur_scale = float(state["scale"])
-    scaler.cur_iter, scaler.last_overflow_iter = int(state["good_steps"]), -1
+    It multiplies one rounded power by beta in each step, but takes the power at once where a step
+    does not follow the last (`IncrementStep` in csrc/includes/cpu_adam.h, 0.19.8), and rounds
+    otherwise. So the steps are repeated, on no elements."""
+    if not _counts_in_integers(optimizer):
+        return
+    group, none = optimizer.param_groups[0], torch.empty(0)
+    steps = max((state.get("step", 0) for state in optimizer.state.values()), default=0)
+    for step in range(1, steps + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, True, *[none] * 4
+        )

@@ -16,13 +16,12 @@ from ..launch.exchange import gather_objects
 from ..stages.assignment import StageAssignment
 from .base import BaseEngine
 from .buffers import OneSet
+from .deepspeed_scale import read_counts, read_loss_scale, set_counts, set_loss_scale
 from .deepspeed_setup import full_tensor, set_masters
 from .deepspeed_state import (
     make_room_in_partitions,
     numbers_in_partitions,
     pieces_of_partitions,
-    read_loss_scale,
-    set_loss_scale,
     update_parameters,
 )
 from .protocol import OwnState, Shapes
@@ -73,8 +72,15 @@ class StageState(BaseEngine):
         return sorted({key for keys in kept for key in keys})
 
     def loss_scale_state(self) -> dict[str, float] | None:
-        fp16 = self.job.train.precision == "fp16"
-        return read_loss_scale(self.engine.optimizer.loss_scaler) if fp16 else None
+        return read_loss_scale(self._scaler)
+
+    @property
+    def _scaler(self) -> Any:
+        """Return DeepSpeed's loss scaler; without ZeRO there is none."""
+        return getattr(self.engine.optimizer, "loss_scaler", None)
+
+    def own_state(self) -> OwnState:
+        return OwnState({}, read_counts(self._scaler))
 
     def begin_at(
         self, step: int, loss_scale: Mapping[str, float] | None, own: OwnState | None
@@ -83,8 +89,8 @@ class StageState(BaseEngine):
         live = self.engine
         if self.zero_stage:
             update_parameters(live.optimizer)
-        if loss_scale and self.job.train.precision == "fp16":
-            set_loss_scale(live.optimizer.loss_scaler, loss_scale)
+        set_loss_scale(self._scaler, loss_scale)
+        set_counts(self._scaler, own.numbers if own else {})
         live.global_steps, live.micro_steps = step, step * live.gradient_accumulation_steps()
         live.global_samples = step * live.train_batch_size()
         self.one_set = self._make_one_set()

@@ -16,6 +16,7 @@ from ..models.losses import Loss
 from ..records import Receipt
 from .accelerated import AcceleratedEngine, State
 from .accelerator import prepare_zero
+from .deepspeed_scale import read_counts, read_loss_scale, set_counts, set_loss_scale
 from .deepspeed_setup import (
     add_biases_before_rounding,
     fp32_partitions,
@@ -33,6 +34,7 @@ from .deepspeed_state import (
     pieces_of_partitions,
     update_parameters,
 )
+from .frozen import FrozenParts
 from .precision import Stepped
 from .protocol import OwnState, Shapes, make_receipt
 from .state import copy_state, local_part, named_tensors
@@ -50,9 +52,13 @@ class ZeroEngine(AcceleratedEngine):
         prepare_process(placement)
         if zero_stage == 3:
             add_biases_before_rounding()
+        rounds = job.train.precision != "fp32"
+        parts = FrozenParts(
+            layers.names() if rounds else (), placement.dp_rank, placement.layout.dp
+        )
         prepared = prepare_zero(job, placement, layers, job.micro_batches(name), config)
         super().__init__(job, placement, loss, prepared, _inspect, _gather, _scatter)
-        self.zero_stage = zero_stage
+        self.zero_stage, self.frozen = zero_stage, parts
         # DeepSpeed would sum the gradients of rounded parameters in their own precision.
         exact, accumulates = job.train.precision == "fp32", job.micro_batches(name) > 1
         wanted = zero_stage == 2 and job.strategy.zero2.reduce_once
@@ -92,7 +98,9 @@ class ZeroEngine(AcceleratedEngine):
         return stepped(self.live.optimizer)
 
     def pieces(self) -> list[Piece]:
-        return pieces_of_partitions(self._tensors(), self.live.optimizer, self._copies())
+        return pieces_of_partitions(
+            self._tensors(), self.live.optimizer, self._copies(), self.frozen
+        )
 
     def make_room(self, shapes: Shapes, numbers: Collection[str]) -> None:
         make_room_in_partitions(self._tensors(), self.live.optimizer, shapes, numbers)
@@ -100,15 +108,29 @@ class ZeroEngine(AcceleratedEngine):
     def numbers_kept(self) -> list[str]:
         return numbers_in_partitions(self.live.optimizer)
 
+    @property
+    def _scaler(self) -> Any:
+        """Return DeepSpeed's loss scaler; its optimizer for bf16 has none."""
+        return getattr(self.live.optimizer, "loss_scaler", None)
+
+    def loss_scale_state(self) -> dict[str, float] | None:
+        return read_loss_scale(self._scaler)
+
+    def own_state(self) -> OwnState:
+        return OwnState({}, read_counts(self._scaler))
+
     def begin_at(
         self, step: int, loss_scale: Mapping[str, float] | None, own: OwnState | None
     ) -> None:
         super().begin_at(step, loss_scale, own)
+        set_loss_scale(self._scaler, loss_scale)
+        set_counts(self._scaler, own.numbers if own else {})
+        self.frozen.round()
         update_parameters(self.live.optimizer)
         self._set_counters(step)
 
     def _set_counters(self, step: int) -> None:
-        """Tell DeepSpeed how many steps were made: its schedules of layers to drop follow it."""
+        """Tell DeepSpeed how many steps were made: its profiler and its monitors count on."""
         live = self.live
         live.global_steps, live.micro_steps = step, step * live.gradient_accumulation_steps()
         live.global_samples = step * live.train_batch_size()
@@ -161,9 +183,10 @@ def _gather(engine: ZeroEngine) -> State:
     """Gather the full tensors one by one; keep them on rank 0 alone."""
     full = {}
     for name, tensor in named_tensors(engine.live.module).items():
-        whole = full_tensor(tensor)  # collective
+        exact = engine.frozen.whole if tensor in engine.frozen.parts else full_tensor
+        whole = exact(tensor)  # collective
         if engine.accelerator.is_main_process:
-            full[name] = whole
+            full[name] = whole.cpu()
     return full
 
 
@@ -175,4 +198,5 @@ def _scatter(engine: ZeroEngine, state: Mapping[str, torch.Tensor]) -> None:
     partitioned = [t for t in tensors.values() if hasattr(t, "ds_id")]
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0, enabled=bool(partitioned)):
         copy_state(tensors, state)
+    engine.frozen.take(tensors, state)
     set_masters(tensors, state)

@@ -3,7 +3,7 @@ Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054."""
 
 import dataclasses
 
-from ..engines.deepspeed_config import check_fp16
+from ..engines.deepspeed_config import check_fp16, check_saved
 from ..engines.refusals import DEEPSPEED_SCALARS, check_cuts, check_parameters
 from ..job.known_bad import check_release
 from ..job.schema import Job
@@ -32,6 +32,7 @@ class ZeroStrategy:
     def check(self, job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
         """Refuse what DeepSpeed does, and a DeepSpeed that trains this stage wrongly."""
         check_fp16(job)
+        check_saved(job, self.name)
         empty = "ZeRO-3 cannot make pieces of it; make it a buffer" if self.stage == 3 else None
         check_parameters(summary, DEEPSPEED_SCALARS, empty)
         check_cuts(job, self.name, summary, ["flat"])
