@@ -5,14 +5,13 @@ the model gives it, whichever way a strategy cuts it. A rank shows its parts of 
 the checkpoint reads and writes these in place: no rank ever holds a whole tensor for it."""
 
 import dataclasses
-import zlib
 from collections.abc import Iterable
 
 import torch
 
 WEIGHT = "weight"  # the key of a parameter's or a buffer's value; others are the optimizer's
 SHARED_FROM = 2**14  # elements from which several ranks write a tensor that each of them has
-WRITTEN_ELSEWHERE = (-1, 1)  # `copies` of a part that this rank loads, and that others write
+WRITTEN_ELSEWHERE = (-1, 1)  # `copies` of a part that this rank holds, and that others write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +73,13 @@ class Share:
 def shares_of(pieces: Iterable[Piece]) -> list[Share]:
     """Return what this rank writes of its pieces, in canonical order.
 
-    A small tensor is written whole by one of the ranks that hold it, which take turns by its name:
-    that is all that these ranks surely have in common."""
+    A small tensor is written whole by one of the ranks that hold it, which take turns."""
     found = []
-    for piece in sorted(pieces, key=lambda piece: (*order_of(*piece.entry), piece.start)):
+    ordered = sorted(pieces, key=lambda piece: (*order_of(*piece.entry), piece.start))
+    for turn, piece in enumerate(ordered):
         (mine, ranks), size = piece.copies, piece.tensor.numel()
-        if mine < 0:
-            continue
         if size < SHARED_FROM or ranks == 1:
-            if zlib.crc32("\0".join(piece.entry).encode()) % ranks == mine:
+            if turn % ranks == mine:
                 found.append(Share(piece, 0, size))
             continue
         first, end = size * mine // ranks, size * (mine + 1) // ranks
