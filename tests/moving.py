@@ -2,10 +2,11 @@
 
 moving.py TASKS OUT     (ranks by the usual variables)
 
-A task is an object: `job`, `strategy`, and either `steps` and `save` (a folder of checkpoints; it
-begins anew and saves after each of the named steps) or `loads` (checkpoints; `steps` are made after
-each). OUT/results.json has an object for each start: its strategy, the checkpoint, the losses or
-the error.
+A task is an object: `job`, `strategy`, and either `save` (a run's folder: it begins anew, saves
+after `steps`, and, in the folder with `-after` in its name, after `more`) or `loads` (checkpoints:
+`steps` are made after each; it saves then in the folder `after`). OUT/results.json has an object
+for each start: the strategy, the checkpoint, the losses or the error, the hashes, and `unlike`: the
+weights saved that are not those gathered.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import hybrid
+from hybrid.checkpoint.folders import folder_of
+from hybrid.checkpoint.load import Reader
 from hybrid.checkpoint.manifest import read_manifest
 from hybrid.job.errors import JobError, RunError
 from hybrid.job.variants import resolve
@@ -33,7 +36,11 @@ class Run:
         self.job = hybrid.load_job(task["job"])
         strategy = task["strategy"]
         self.samples, _ = hybrid.build_data(self.job)
-        self.engine = hybrid.open_engine(self.job, strategy, *hybrid.build_model(self.job))
+        layers, loss = hybrid.build_model(self.job)
+        for parameter in layers.names():
+            if "save" in task and not parameter.requires_grad:
+                parameter.data.mul_(1.3)  # so that what loads has to take it over
+        self.engine = hybrid.open_engine(self.job, strategy, layers, loss)
         batch, cuts = self.job.train.global_batch, self.job.micro_batches(strategy)
         dp, seed = self.engine.layout.dp, self.job.train.seed
         self.plan = hybrid.BatchPlan(len(self.samples), batch, dp, cuts, seed)
@@ -51,6 +58,25 @@ class Run:
         """The losses of some steps."""
         return [self.engine.train_step(self.batches(start + i)).loss for i in range(steps)]
 
+    def save(self, folder: str, step: int) -> str:
+        """Go on to a step if there is none, save there, and return the hash of the state."""
+        if self.engine.step == 0:
+            self.train(0, step)
+        self.checkpoints.out = Path(folder)
+        self.checkpoints.save(step, 0, {})
+        assert self.checkpoints.newest
+        return self.checkpoints.newest.state_hash
+
+    def unlike(self) -> list[str]:
+        """Which weights of the newest checkpoint are not those that the engine gathers."""
+        whole, newest = self.engine.state(), self.checkpoints.newest
+        assert newest and self.checkpoints.out
+        folder = folder_of(self.checkpoints.out / "checkpoints", newest.step)
+        reader = Reader(folder, read_manifest(folder))
+        found = [n for n, t in whole.items() if not t.equal(reader.whole(n, "weight"))]
+        reader.close()
+        return found
+
     def load(self, folder: str) -> int:
         """Load a checkpoint, which compares hashes, and return its step."""
         chosen = Chosen(Path(folder), read_manifest(Path(folder)))
@@ -62,25 +88,20 @@ class Run:
 @restored_environment()  # engines set variables that others refuse
 def do(task: dict[str, Any]) -> list[dict[str, Any]]:
     """What one task gives."""
-    run, found = Run(task), []
+    run, found, steps = Run(task), [], task["steps"]
     if "save" in task:
-        losses = run.train(0, task["steps"])
-        run.checkpoints.out = Path(task["save"])
-        run.checkpoints.save(task["steps"], 0, {})
-        losses += run.train(task["steps"], task.get("more", 0))
-        run.checkpoints.out = Path(task["save"]) / "after"
-        run.checkpoints.save(task["steps"] + task.get("more", 0), 0, {})
-        found.append({"strategy": task["strategy"], "losses": losses})
+        result = {"strategy": task["strategy"], "hash": run.save(task["save"], steps)}
+        result["unlike"] = run.unlike()
+        result["losses"] = run.train(steps, task["more"])
+        result["after"] = run.save(task["save"] + "-after", steps + task["more"])
+        found.append(result)
     for folder in task.get("loads", []):
-        result: dict[str, Any] = {"strategy": task["strategy"], "from": folder}
+        result = {"strategy": task["strategy"], "from": folder}
         try:
             step = run.load(folder)
-            result["losses"] = run.train(step, task["steps"])
-            result["hash"] = run.checkpoints.newest and run.checkpoints.newest.state_hash
+            result["losses"] = run.train(step, steps)
             if "after" in task:
-                run.checkpoints.out = Path(task["after"])
-                run.checkpoints.save(step + task["steps"], 0, {})
-                result["after"] = run.checkpoints.newest and run.checkpoints.newest.state_hash
+                result["after"] = run.save(task["after"], step + steps)
         except (JobError, RunError) as error:
             result["error"] = str(error)
         found.append(result)
