@@ -75,7 +75,7 @@ LAUNCHES: list[list[tuple[str, list[str]]]] = [
 
 
 class Moves:
-    """What all launches gave: the losses of each row after its checkpoint, and what loading gave."""
+    """What all launches gave: the losses of rows after their checkpoints, and what loading gave."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
