@@ -171,13 +171,9 @@ def restore_fp32_masters(model: nn.Module, precision: str) -> Callable[[], None]
     """Keep a model's fp32 values, and return a function that puts them into the master weights.
 
     Call this before DeepSpeed takes the model, and what it returns afterwards: DeepSpeed rounds the
-    parameters first and makes its fp32 master weights from the rounded ones. It makes none of
-    parameters that are not trained: their values stay on the host, as `p.unrounded`."""
+    parameters first and makes its fp32 master weights from the rounded ones."""
     if precision == "fp32":
         return lambda: None
-    for p in model.parameters():
-        if not p.requires_grad and p.is_floating_point():
-            p.unrounded = p.detach().cpu().clone()  # type: ignore[attr-defined]
     start = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
 
     def restore() -> None:
@@ -194,8 +190,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    unrounded = getattr(tensor, "unrounded", None)
-    master = safe_get_full_fp32_param(tensor) if tensor.requires_grad else unrounded
+    master = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
     if master is not None:
         return master.detach().cpu().clone()
     with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
@@ -207,8 +202,6 @@ def set_masters(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.T
     for name, tensor in tensors.items():
         if tensor.requires_grad:
             _set_master(tensor, state[name])
-        elif hasattr(tensor, "unrounded"):
-            tensor.unrounded.copy_(state[name])
 
 
 def _set_master(parameter: Any, value: torch.Tensor) -> None:

@@ -115,26 +115,12 @@ def shape_of(tensor: Any) -> tuple[int, ...]:
 
 def _untrained(name: str, tensor: Any, copies: Copies) -> Piece:
     """Return what this rank holds of a buffer, or of a parameter that is not trained."""
-    if hasattr(tensor, "unrounded") and not hasattr(tensor, "ds_id"):
-        whole = tensor.unrounded
-        return UnroundedPiece(name, WEIGHT, tuple(whole.shape), whole, 0, copies, tensor)
     if not hasattr(tensor, "ds_id"):
         return make_piece(name, WEIGHT, tensor, copies)
     part = tensor.ds_tensor.detach().view(-1)
     start = min(part.numel() * dist.get_rank(tensor.ds_process_group), tensor.ds_numel)
     count = min(part.numel(), tensor.ds_numel - start)
     return Piece(name, WEIGHT, shape_of(tensor), part[:count], start)
-
-
-@dataclasses.dataclass(frozen=True)
-class UnroundedPiece(Piece):
-    """Is a parameter that is not trained, as it was before DeepSpeed rounded it."""
-
-    live: Any = None  # the rounded parameter
-
-    def write(self, first: int, values: torch.Tensor) -> None:
-        super().write(first, values)
-        Piece(self.name, self.key, self.shape, self.live).write(first, values)
 
 
 class _FlatState:

@@ -209,11 +209,9 @@ class LossScale(torch.amp.GradScaler):
         return {"scale": float(state["scale"]), "good_steps": int(state["_growth_tracker"])}
 
     def set_state(self, state: Mapping[str, float] | None) -> None:
-        """Take over what `read_state` returned, here or under DeepSpeed."""
+        """Take over what `read_state` returned."""
         if self.is_enabled() and state:
-            # DeepSpeed waits for one step more, and torch never doubles a scale past that number.
-            good_steps = min(int(state["good_steps"]), self.get_growth_interval() - 1)
-            kept = {"scale": state["scale"], "_growth_tracker": good_steps}
+            kept = {"scale": state["scale"], "_growth_tracker": int(state["good_steps"])}
             self.load_state_dict(self.state_dict() | kept)
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
