@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import hybrid
 from hybrid.checkpoint.pieces import Piece
 from hybrid.engines.merged_state import merged_pieces
 from hybrid.engines.optimizer_numbers import note_groups, put_numbers, read_numbers
@@ -180,6 +181,19 @@ def test_emulations_go_on(strategy: str, settings: dict[str, Any], tmp_path: Pat
     case = Case(name="c", strategy=strategy, job=ADAMW | NORMED | settings, saves=[3])
     case["goes_on"] = [{"at": 3}]
     assert same(run_case(case, tmp_path), 0)
+
+
+def test_a_run_of_replicas_goes_on_between_merges(tmp_path: Path) -> None:
+    """Its record has all merges. The loss must see an output before the first step here."""
+    settings = {"sync_every": 4, "emulate_replicas": 3}
+    changes = ADAMW | POINTS | {"model": {"name": "tests.workloads:regression"}}
+    job = small_job(**changes, strategy__local_sgd=settings, checkpoint__every=3)
+    whole = hybrid.train(job, "local_sgd", tmp_path / "whole")
+    for step in (3, 6):
+        folder = tmp_path / "whole" / "checkpoints" / f"step-{step:08d}"
+        record = hybrid.train(job, "local_sgd", tmp_path / f"from{step}", resume=folder)
+        assert record.steps == whole.steps[step:] and record.checkpoint == whole.checkpoint
+        assert record.drift == whole.drift and len(record.drift or []) == 2
 
 
 OPTIMIZERS = {
