@@ -128,7 +128,7 @@ def make_room(
                 state[key] = torch.zeros((), dtype=dtype).item()
             elif shape == tensor.shape and shape:
                 state[key] = torch.zeros_like(tensor, dtype=dtype)
-            elif isinstance(tensor, DTensor) and len(shape) > 1 and shape[0] == tensor.shape[0]:
+            elif isinstance(tensor, DTensor) and shape[:1] == tensor.shape[:1]:
                 state[key] = zeros(  # such as a mean of each row
                     shape, dtype=dtype, device_mesh=tensor.device_mesh, placements=tensor.placements
                 )
