@@ -21,6 +21,7 @@ from hybrid.checkpoint.state_hash import hash_of_pieces
 from hybrid.data.batches import BatchPlan
 from hybrid.engines import optimizer
 from hybrid.engines.protocol import Engine
+from hybrid.job.errors import JobError
 from hybrid.job.variants import resolve
 from hybrid.launch.exchange import gather_objects
 from hybrid.launch.placement import find_placement
@@ -50,7 +51,8 @@ class Case(TypedDict, total=False):
 
 
 def run_case(case: Case, out: Path) -> dict[str, Any]:
-    """What the run without a stop came to, and the runs that went on: see `_Run.ended`."""
+    """What the run without a stop came to, and the runs that went on (see `_Run.ended`), or the
+    error for which all ranks refused."""
     growth = optimizer.GROWTH_STEPS
     optimizer.GROWTH_STEPS = case.get("growth", growth)
     try:
@@ -66,6 +68,8 @@ def run_case(case: Case, out: Path) -> dict[str, Any]:
                     run.engine.rehearse = lambda _: None  # type: ignore[method-assign]
                 found["goes_on"].append(run.train(one["at"], []))
         return found
+    except JobError as error:
+        return {"error": str(error)}
     finally:
         optimizer.GROWTH_STEPS = growth
 

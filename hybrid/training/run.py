@@ -92,9 +92,12 @@ def _launch_checked(
     print_warnings(f"{strategy}: {line}" for line in (chosen.notes if chosen else []))
     folder = chosen.folder if chosen else None
     try:
-        return launch(
+        record = launch(
             checked.job, strategy, world_size, out, watcher, warnings=found, resume=folder
         )
+        told = (line for line in record.warnings if line not in found)  # by the engine itself
+        print_warnings(f"{strategy}: {line}" for line in told)
+        return record
     finally:
         watcher.close()
 
