@@ -156,6 +156,79 @@ class CountsAll(_Plain):
         return p.grad * -group["lr"]
 
 
+class Keeps(_Plain):
+    """Keeps numbers of parameters, None, small tensors, and numbers in its groups."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0) -> None:
+        super().__init__(params, lr, weight_decay=weight_decay, k=0, least=float("inf"))
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of each parameter, which its group counts."""
+        super().step()
+        for group in self.param_groups:
+            group["k"] += 1
+            if group["k"] > 2:
+                group["weight"] = 1 / group["k"]
+                group["least"] = 0.5
+
+    def update(self, p: Any, group: dict[str, Any]) -> Any:
+        """What is added to a parameter."""
+        state = self.state[p]
+        if not state:
+            state |= {"count": 0, "share": 1.0, "odd": False, "best": None, "mean": p * 0}
+        state["count"] += 1
+        state["share"] *= 0.7
+        state["odd"] = not state["odd"]
+        if state["count"] > 3:  # made late
+            late = state.setdefault("late", torch.zeros((), dtype=torch.float64))
+            late += 0.1
+        state["mean"].lerp_(p.grad, 0.3 * state["share"] + 0.1 * state["odd"])
+        decay = p * group["weight_decay"]
+        return (state["mean"] + decay) * (-group["lr"] / (1 + 0.01 * group["k"]))
+
+
+class KeepsList(_Plain):
+    """Keeps a list of each parameter."""
+
+    def update(self, p: Any, group: dict[str, Any]) -> Any:
+        """What is added to a parameter."""
+        self.state[p].setdefault("history", []).append(float(p.grad.sum()))
+        return p.grad * -group["lr"]
+
+
+class ChangesList(_Plain):
+    """Changes a list in its groups."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr, rates=[0.0])
+
+    def update(self, p: Any, group: dict[str, Any]) -> Any:
+        """What is added to a parameter."""
+        group["rates"][0] += 1
+        return p.grad * -group["lr"]
+
+
+class RowsMean(_Plain):
+    """Keeps a mean of each row, which FSDP2 cuts as it cuts the rows."""
+
+    def update(self, p: Any, group: dict[str, Any]) -> Any:
+        """What is added to a parameter."""
+        rows = p.grad.abs().mean(-1, keepdim=True) if p.dim() > 1 else p.grad.abs()
+        mean = self.state[p].setdefault("rows", torch.zeros_like(rows))
+        mean.lerp_(rows, 0.5)
+        return p.grad / (mean + 0.1) * -group["lr"]
+
+
+class KeepsOwnRows(_Plain):
+    """Keeps plain tensors of the rows that a rank has."""
+
+    def update(self, p: Any, group: dict[str, Any]) -> Any:
+        """What is added to a parameter."""
+        local = p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
+        self.state[p]["mean"] = local.clone()
+        return p.grad * -group["lr"]
+
+
 def fails(groups: Groups) -> Optimizer:
     """Raise what nobody expects."""
     raise KeyError("no such thing")

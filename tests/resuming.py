@@ -21,9 +21,11 @@ from hybrid.checkpoint.state_hash import hash_of_pieces
 from hybrid.data.batches import BatchPlan
 from hybrid.engines import optimizer
 from hybrid.engines.protocol import Engine
+from hybrid.job.errors import JobError
 from hybrid.job.variants import resolve
 from hybrid.launch.exchange import gather_objects
 from hybrid.launch.placement import find_placement
+from hybrid.launch.process_group import join_process_group, restored_environment
 from hybrid.models import build_model
 from hybrid.strategies.registry import open_engine, place
 from hybrid.training.checkpointing import Checkpoints
@@ -38,7 +40,7 @@ class Case(TypedDict, total=False):
     """One strategy that trains `steps` steps and saves after some, and runs that go on from there.
 
     job: overrides of the small job, by dotted key. goes_on: each has `at`, and may have another
-    `strategy`, `job`, or the name of the case that it goes on `from`. growth: of fp16's scale."""
+    `strategy` or `job`, or be `unrehearsed`. growth: of fp16's scale, in steps."""
 
     name: str
     strategy: str
@@ -49,20 +51,25 @@ class Case(TypedDict, total=False):
 
 
 def run_case(case: Case, out: Path) -> dict[str, Any]:
-    """What the run without a stop came to, and the runs that went on: see `_Run.ended`."""
+    """What the run without a stop came to, and the runs that went on (see `_Run.ended`), or the
+    error for which all ranks refused."""
     growth = optimizer.GROWTH_STEPS
     optimizer.GROWTH_STEPS = case.get("growth", growth)
     try:
-        first = _Run(case["strategy"], case.get("job", {}), out / case["name"])
-        found = {"whole": first.train(0, case.get("saves", [])), "goes_on": []}
+        job, saves = case.get("job", {}), case.get("saves", [])
+        with restored_environment():
+            whole = _Run(case["strategy"], job, out / case["name"]).train(0, saves)
+        found: dict[str, Any] = {"whole": whole, "goes_on": []}
         for one in case.get("goes_on", []):
-            run = _Run(
-                one.get("strategy", case["strategy"]),
-                case.get("job", {}) | one.get("job", {}),
-                out / one.get("from", case["name"]),
-            )
-            found["goes_on"].append(run.train(one["at"], []))
+            strategy = one.get("strategy", case["strategy"])
+            with restored_environment():
+                run = _Run(strategy, job | one.get("job", {}), out / case["name"])
+                if one.get("unrehearsed"):
+                    run.engine.rehearse = lambda _: None  # type: ignore[method-assign]
+                found["goes_on"].append(run.train(one["at"], []))
         return found
+    except JobError as error:
+        return {"error": str(error)}
     finally:
         optimizer.GROWTH_STEPS = growth
 
@@ -131,10 +138,11 @@ class _Run:
 def main(cases: str, out: str) -> None:
     """Run the cases on this rank."""
     found = {}
+    join_process_group(find_placement())
     for case in json.loads(Path(cases).read_text()):
         found[case["name"]] = run_case(case, Path(out))
-    if find_placement().rank == 0:
-        (Path(out) / "result.json").write_text(json.dumps(found))
+        if find_placement().rank == 0:
+            (Path(out) / "result.json").write_text(json.dumps(found))
     hybrid.cleanup()
 
 

@@ -129,3 +129,22 @@ def odd(shape: list[int], trained: bool = True) -> tuple[list[nn.Module], object
     layers = [nn.Linear(12, 7), nn.Linear(7, 7), nn.Linear(7, 3)]
     layers[1].register_parameter("odd", nn.Parameter(torch.ones(shape), requires_grad=trained))
     return list(layers), squared_error
+
+
+class Scalar(nn.Module):
+    """A gain without axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(1.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, width] to itself."""
+        return torch.tanh(x * self.gain)
+
+
+def strided() -> tuple[list[nn.Module], object]:
+    """12 numbers in, 3 out: a weight that is stored by columns, and a gain without axes."""
+    first = nn.Linear(12, 7)
+    first.weight = nn.Parameter(torch.randn(12, 7).mul_(0.3).T)
+    return [first, Scalar(), nn.Linear(7, 3)], squared_error

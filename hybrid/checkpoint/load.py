@@ -1,7 +1,7 @@
 """Loads a checkpoint into a live run: each rank reads the ranges that it holds, and no more."""
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from ..job.errors import JobError
 from ..launch.exchange import gather_objects
-from .manifest import Entry, Manifest
+from .manifest import Entry, Manifest, rank_file
 from .pieces import Piece
 from .state_hash import ranges_of
 from .tensor_file import BUFFER_BYTES, TensorFile, dtype_name, dtype_of
@@ -62,15 +62,12 @@ class Reader:
         entry = self.manifest.entries[name, key]
         return self.read(name, key, 0, entry.size).view(entry.shape)
 
-    def own(self, rank: int) -> dict[str, torch.Tensor]:
-        """Return the tensors that belong to one rank alone, by their labels."""
-        held: Mapping[str, Any] = self.manifest.values["ranks"][rank]["tensors"]
-        file = self._file(f"rank{rank:05d}.safetensors")
-        found = {}
-        for label, place in held.items():
-            count = file.spans[place["key"]].size
-            found[label] = file.read(place["key"], 0, count).view(place["shape"])
-        return found
+    def own(self, rank: int) -> Mapping[str, torch.Tensor]:
+        """Return the tensors that belong to one rank alone, by their labels.
+
+        Each is read when it is asked for: a replica's are as many as its model's and its state's,
+        which a rank need not hold twice."""
+        return _OwnTensors(self, rank)
 
     def _file(self, name: str) -> TensorFile:
         if name not in self._files:
@@ -81,6 +78,26 @@ class Reader:
         """Close the files."""
         for file in self._files.values():
             file.close()
+
+
+class _OwnTensors(Mapping[str, torch.Tensor]):
+    """Reads the tensors that belong to one rank alone."""
+
+    def __init__(self, reader: Reader, rank: int) -> None:
+        self._reader = reader
+        self._places: Mapping[str, Any] = reader.manifest.values["ranks"][rank]["tensors"]
+        self._name = rank_file(rank)
+
+    def __getitem__(self, label: str) -> torch.Tensor:
+        place, file = self._places[label], self._reader._file(self._name)
+        count = file.spans[place["key"]].size
+        return file.read(place["key"], 0, count).view(place["shape"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _require_same(folder: Path, manifest: Manifest, pieces: Sequence[Piece]) -> None:

@@ -56,10 +56,10 @@ def put_hook(model: Any, settings: Mapping[str, Any], own: OwnState | None) -> s
             "checkpoint has none for these"
         )
     device = next(model.parameters()).device
-    for label, tensor in own.tensors.items():
+    for label in own.tensors:
         if label.startswith(f"{_LABEL}/") and label != f"{_LABEL}/rng":
             _, kind, bucket = label.split("/")
-            getattr(state, kind)[int(bucket)] = tensor.to(device)
+            getattr(state, kind)[int(bucket)] = own.tensors[label].to(device)
     for name in _NUMBERS:
         setattr(state, name, saved[name])
     keys = own.tensors[f"{_LABEL}/rng"].numpy().astype(numpy.uint32)

@@ -14,6 +14,7 @@ from ..checkpoint.pieces import Piece, Share, shares_of
 from ..job.errors import JobError, RunError
 from ..launch.exchange import gather_objects, group_device
 
+_LABEL = "replica"
 BLOCK = 2**20  # elements whose mean is taken at once, in float64
 Entry = tuple[str, str]
 Kinds = dict[Entry, tuple[torch.dtype, tuple[int, ...]]]
@@ -147,7 +148,7 @@ def put_own_tensors(
     """Take over what `own_tensors` returned; yield the pieces, by replica, that it had not.
 
     Raises JobError where something is left over."""
-    left = set(tensors)
+    left = {label for label in tensors if label.startswith(_LABEL)}
     for i, pieces in enumerate(replicas):
         for piece in pieces:
             label = _label(i, piece)
@@ -161,7 +162,7 @@ def put_own_tensors(
 
 
 def _label(replica: int, piece: Piece) -> str:
-    return f"replica{replica}/{piece.key}/{piece.name}"
+    return f"{_LABEL}{replica}/{piece.key}/{piece.name}"
 
 
 def buckets_of(tensors: Sequence[torch.Tensor]) -> list[list[int]]:

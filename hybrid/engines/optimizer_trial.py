@@ -18,6 +18,7 @@ from ..job.errors import JobError, first_line
 from ..job.schema import Job
 from ..models.layers import Layers
 from .optimizer import build_optimizer, no_decay_names, set_learning_rate
+from .optimizer_numbers import unsaved
 from .own_optimizer import is_own
 from .precision import state_dtypes
 
@@ -108,6 +109,8 @@ class _Trial:
             raise JobError(f"{self.given}: its step leaves all parameters as they are")
         if (dtypes := state_dtypes(optimizer)) not in ("fp32", "none"):
             raise JobError(f"{self.given}: keeps its state in {dtypes}; valid: fp32")
+        if self.job.checkpoint.every and (problem := unsaved(optimizer)):
+            raise JobError(f"{self.given}: {problem}; or leave checkpoint.every out")
         self.check_settings(whole)
         return whole
 

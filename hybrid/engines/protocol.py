@@ -129,7 +129,9 @@ class Engine(Protocol):
     ) -> None:
         """Go on after `step` optimizer steps, with what was written into the pieces.
 
-        own: what `own_state` of this rank returned, None where the layout was another one."""
+        own: what `own_state` of this rank returned, None where the layout was another one. Its
+        tensors are read when they are asked for; labels of others, such as `rng/`, are among them.
+        """
 
     def receipt(self) -> Receipt:
         """Return what really runs, read off the live objects of all ranks.

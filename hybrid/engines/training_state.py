@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, zeros
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..checkpoint.pieces import WEIGHT, Piece
@@ -34,9 +34,29 @@ def pieces_of(
     for name, tensor in tensors.items():
         found.append(make_piece(name, WEIGHT, tensor, copies))
         state: Any = optimizer.state.get(tensor, {})
+        for key in state:
+            _require_cut_alike(name, key, state[key], tensor)
         kept = (make_piece_of_state(name, key, state, copies) for key in state)
         found += [piece for piece in kept if piece is not None]
     return found
+
+
+def _require_cut_alike(name: str, key: str, value: Any, parameter: torch.Tensor) -> None:
+    """Raise JobError where a state's tensor is not cut in a way that can be put together again."""
+    if not (isinstance(parameter, DTensor) and isinstance(value, torch.Tensor)):
+        return
+    given, whole, local = f"optimizer.name: its {key!r} of {name}", parameter.shape, value.shape
+    if not isinstance(value, DTensor):
+        if local == parameter.to_local().shape != whole:
+            raise JobError(
+                f"{given} is a plain tensor of this rank's rows alone; valid in a checkpoint: a "
+                "DTensor, as torch.zeros_like(parameter) gives one"
+            )
+    elif value.placements != parameter.placements or value.shape[:1] != whole[:1]:
+        raise JobError(
+            f"{given} is a DTensor {list(value.shape)} placed as {value.placements}; valid in a "
+            f"checkpoint: rows placed as the parameter's, {parameter.placements}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +128,10 @@ def make_room(
                 state[key] = torch.zeros((), dtype=dtype).item()
             elif shape == tensor.shape and shape:
                 state[key] = torch.zeros_like(tensor, dtype=dtype)
+            elif isinstance(tensor, DTensor) and shape[:1] == tensor.shape[:1]:
+                state[key] = zeros(  # such as a mean of each row
+                    shape, dtype=dtype, device_mesh=tensor.device_mesh, placements=tensor.placements
+                )
             else:
                 state[key] = torch.zeros(shape, dtype=dtype, device=_device(optimizer, tensor, key))
 

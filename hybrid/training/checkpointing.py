@@ -167,14 +167,12 @@ class Checkpoints:
         load(folder, manifest, engine.pieces())
         engine.set_optimizer_numbers(values.get("optimizer_numbers", {}))
         own, generators = None, dict[str, torch.Tensor]()
-        if alike:
-            reader = Reader(folder, manifest)
-            tensors = reader.own(self.placement.rank)
-            reader.close()
-            generators = {n: t for n, t in tensors.items() if n.startswith(RNG)}
-            rest = {n: t for n, t in tensors.items() if n not in generators}
-            own = OwnState(rest, values["ranks"][self.placement.rank]["numbers"])
-        engine.begin_at(manifest.step, values["loss_scale"], own)
+        with contextlib.closing(Reader(folder, manifest)) as reader:
+            if alike:
+                tensors = reader.own(self.placement.rank)
+                generators = {name: tensors[name] for name in tensors if name.startswith(RNG)}
+                own = OwnState(tensors, values["ranks"][self.placement.rank]["numbers"])
+            engine.begin_at(manifest.step, values["loss_scale"], own)
         _set_generators(generators)
         found = hash_of_pieces(engine.pieces())
         if found != manifest.state_hash:

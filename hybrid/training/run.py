@@ -99,7 +99,10 @@ def _launch_checked(
     folder = chosen.folder if chosen else None
     rest = checked.job, strategy, world_size, out, watcher
     try:
-        return launch(*rest, warnings=found, resume=folder, until=until)
+        record = launch(*rest, warnings=found, resume=folder, until=until)
+        told = (line for line in record.warnings if line not in found)  # by the engine itself
+        print_warnings(f"{strategy}: {line}" for line in told)
+        return record
     finally:
         watcher.close()
 
