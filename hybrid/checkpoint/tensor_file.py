@@ -57,8 +57,10 @@ class Part(NamedTuple):
     read: Callable[[int, int], torch.Tensor]
 
 
-def write_file(path: Path, parts: Sequence[Part]) -> dict[str, Any]:
-    """Write a new file of 1-D tensors, flush it, and return its `bytes` and `sha256`."""
+def write_file(path: Path, parts: Sequence[Part], flush: bool = True) -> dict[str, Any]:
+    """Write a new file of 1-D tensors, and return its `bytes` and `sha256`.
+
+    flush: it is on the disk when this returns."""
     header: dict[str, Any] = {}
     end = 0
     for part in parts:
@@ -73,8 +75,9 @@ def write_file(path: Path, parts: Sequence[Part]) -> dict[str, Any]:
             file.write(block)
             digest.update(block)
             size += len(block)
-        file.flush()
-        os.fdatasync(file.fileno())
+        if flush:
+            file.flush()
+            os.fdatasync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
