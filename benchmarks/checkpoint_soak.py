@@ -44,7 +44,7 @@ from .kill_cases import (
 
 PACE_S = 0.1  # which each step takes more
 STEPS = 300
-STRATEGIES = ("fsdp", "single", "ddp")
+STRATEGIES = ("single", "fsdp", "ddp")
 
 
 class Fault(NamedTuple):

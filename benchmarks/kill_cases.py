@@ -177,7 +177,7 @@ def run_case(case: Case, reference: Reference, out: Path) -> Row:
     # One that is written beside the training may be a whole interval behind.
     if case.kind != "replacing" and lost > EVERY * (1 + case.asynchronous):
         problems.append(f"{lost} steps were lost")
-    if start and step_of(start) != max(before):
+    if (step_of(start) if start else 0) < max(before, default=0):
         problems.append(f"went on from {start.name}, not the newest")
     problems += at_end(out, reference, found)
     return row | {"lost": lost, "problems": problems, "seconds": time.monotonic() - began}
