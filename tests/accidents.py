@@ -12,7 +12,6 @@ import os
 import resource
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,7 +49,7 @@ class _Saves:
 
     def __init__(self, accident: Accident) -> None:
         self.accident, self.saves, self.calls = accident, 0, 0
-        self.thread: int | None = None  # which saves
+        self.active = False  # a save is being made
 
     def around(self, call: str, work: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function of the system with the accident before or after it."""
@@ -69,7 +68,7 @@ class _Saves:
     def is_due(self, call: str) -> bool:
         """Whether the accident happens at this call."""
         accident = self.accident
-        mine = self.thread == threading.get_ident() and self.saves == accident.at + 1
+        mine = self.active and self.saves == accident.at + 1
         if not mine or call != accident.call:
             return False
         self.calls += 1
@@ -137,14 +136,14 @@ def _plant_in_save(saves: _Saves) -> None:
     from hybrid.checkpoint import save, tensor_file
     from hybrid.training import checkpointing
 
-    work, blocks, write = checkpointing.save, tensor_file._blocks_of, save._write_flushed
+    work, blocks, write = checkpointing.save, tensor_file._blocks_of, save.write_flushed
 
     def saving(*arguments: Any, **options: Any) -> Any:
-        saves.saves, saves.calls, saves.thread = saves.saves + 1, 0, threading.get_ident()
+        saves.saves, saves.calls, saves.active = saves.saves + 1, 0, True
         try:
             return work(*arguments, **options)
         finally:
-            saves.thread = None
+            saves.active = False
 
     def with_blocks(parts: Any) -> Iterator[Any]:
         for block in blocks(parts):
@@ -160,7 +159,7 @@ def _plant_in_save(saves: _Saves) -> None:
 
     checkpointing.save = saving
     tensor_file._blocks_of = with_blocks
-    save._write_flushed = half
+    save.write_flushed = half
     for call in CALLS:
         setattr(os, call, saves.around(call, getattr(os, call)))
 

@@ -1,14 +1,13 @@
 """Saves a checkpoint: every rank its own pieces, rank 0 the manifest, and then the name.
 
 The order is what makes it safe. A new folder gets a temporary name; every rank writes and flushes
-its file there; rank 0 writes the manifest, flushes it and the folder, gives the folder its name and
-flushes that. Older checkpoints are removed only then. Whatever ends a process on the way leaves
-older checkpoints as they were, and what it leaves besides has a temporary name, by which the next
-start knows it (`hybrid.checkpoint.folders.remove_unfinished`)."""
+its file there; then rank 0 writes the manifest, flushes it and the folder, gives the folder its
+name and flushes that. Older checkpoints are removed only then. Whatever ends a process on the way
+leaves older checkpoints as they were, and what it leaves besides has a temporary name, by which the
+next start knows it (`hybrid.checkpoint.folders.remove_unfinished`)."""
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import os
@@ -16,16 +15,17 @@ import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from ..job.errors import NoRoom, RunError, needs_room
+from .flushing import Flusher, flush_folder, make_folder, write_flushed
 from .folders import PART, folder_of, replaced_name
 from .manifest import FORMAT, MANIFEST, Entry, FilePiece, Manifest, rank_file, seal, uncovered
 from .pieces import Share
 from .state_hash import hash_of_files
-from .tensor_file import Flusher, Part, dtype_name, raw_bytes, write_file
+from .tensor_file import Part, dtype_name, raw_bytes, write_file
 
 Gather = Callable[[Any], list[Any]]  # returns every rank's value
 RNG = "rng/"  # how the labels of generators' states begin, among the tensors of one rank
@@ -129,17 +129,16 @@ def save(
         return exchange(*(_try(work, checkpoints) if rank == 0 else (None, None)))
 
     try:
-        on_rank_0(lambda: _make(part))
+        on_rank_0(lambda: make_folder(part))
         everyone = exchange(*_try(lambda: _write(part, snapshot, rank, flushers), checkpoints))
-
-        def finish() -> tuple[dict[str, Any], Saved] | None:
-            # Rank 0 takes the hash while the disk is busy with what all have written.
-            described = _describe(part, snapshot, everyone, unlike) if rank == 0 else None
-            flushers.pop().finish()
-            return described
-
-        values, saved = exchange(*_try(finish, checkpoints))[0]
-        on_rank_0(lambda: _commit(part, folder, values))
+        # Rank 0 takes the hash of what all have written while that goes on to the disks.
+        manifest, problem = cast(Any, None), None
+        if rank == 0:
+            take = functools.partial(_take_hash, part, snapshot, everyone, unlike)
+            manifest, problem = _try(take, checkpoints)
+        flushed = _try(flushers[0].finish, checkpoints)[1]
+        exchange(None, problem or flushed)
+        saved: Saved = on_rank_0(lambda: _commit(part, folder, *manifest))[0]
     except (NoRoom, RunError):
         # All ranks are here, so nobody still writes. Hosts that do not share the file system each
         # have a folder of their own.
@@ -153,16 +152,6 @@ def save(
         raise
     on_rank_0(tidy)
     return saved
-
-
-def _make(part: Path) -> None:
-    """Make the folder anew, and flush the names of the folders around it that are new."""
-    if part.exists():
-        shutil.rmtree(part)
-    new = [path for path in part.parents if not path.exists()]
-    part.mkdir(parents=True)
-    for path in new:
-        _flush(path.parent)
 
 
 def _write(part: Path, snapshot: Snapshot, rank: int, flushers: list[Flusher]) -> _Written:
@@ -197,10 +186,10 @@ def _slice(flat: torch.Tensor, first: int, count: int) -> torch.Tensor:
     return flat[first : first + count]
 
 
-def _describe(
+def _take_hash(
     part: Path, snapshot: Snapshot, everyone: Sequence[_Written], unlike: Saved | None
 ) -> tuple[dict[str, Any], Saved]:
-    """Return the manifest of what all ranks have written, and the hashes of the state."""
+    """Return the manifest's values, and the hashes of the state that the files hold."""
     files: dict[str, Mapping[str, Any]] = {}
     for rank, one in enumerate(everyone):
         files[rank_file(rank)] = dict(one.file)
@@ -218,23 +207,24 @@ def _describe(
             "though steps in between had a learning rate and a gradient: what is saved is not what "
             "is trained, or the steps change nothing"
         )
-    return values | {"state_hash": state_hash}, saved
+    return {**values, "state_hash": state_hash}, saved
 
 
-def _commit(part: Path, folder: Path, values: Mapping[str, Any]) -> None:
+def _commit(part: Path, folder: Path, values: Mapping[str, Any], saved: Saved) -> Saved:
     """Write the manifest and give the folder its name."""
-    _write_flushed(part / MANIFEST, seal(values))
-    _flush(part)
+    write_flushed(part / MANIFEST, seal(values))
+    flush_folder(part)
     if folder.exists():  # of an earlier run of these steps
         old = replaced_name(folder)
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
         os.rename(part, folder)
-        _flush(folder.parent)
+        flush_folder(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.rename(part, folder)
-        _flush(folder.parent)
+        flush_folder(folder.parent)
+    return saved
 
 
 def _size_of(path: Path) -> int | None:
@@ -269,25 +259,6 @@ def _as_json(tensors: Mapping[tuple[str, str], Entry]) -> dict[str, dict[str, An
         value = {"dtype": entry.dtype, "shape": list(entry.shape), "pieces": places}
         found.setdefault(name, {})[key] = value
     return found
-
-
-def _write_flushed(path: Path, text: str) -> None:
-    with path.open("x") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush(folder: Path) -> None:
-    """Flush a folder's list of names to the disk."""
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(number)
-    except OSError as error:  # not every file system can, which PostgreSQL passes over as well
-        if error.errno not in (errno.EINVAL, errno.EBADF):  # (fsync_fname_ext)
-            raise
-    finally:
-        os.close(number)
 
 
 def _try(work: Callable[[], Any], checkpoints: Path) -> tuple[Any, _Problem | None]:

@@ -3,20 +3,21 @@
 The safetensors library keeps all tensors of a file in memory when it writes them, which would
 double what a rank holds. Format: https://github.com/huggingface/safetensors#format."""
 
+import contextlib
 import hashlib
 import itertools
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from .flushing import Flusher
+
 BUFFER_BYTES = 2**24
-FLUSH_EVERY_S = 0.1  # while a file is being written
 LONGEST_HEADER = 10**8  # bytes, as in the library
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -59,39 +60,6 @@ class Part(NamedTuple):
     read: Callable[[int, int], torch.Tensor]
 
 
-class Flusher(threading.Thread):
-    """Flushes a file to the disk while it is being written, and after `finish` once more.
-
-    A disk is busy then while the rest is copied and hashed, not afterwards alone."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(daemon=True)
-        self._file, self._written = file, threading.Event()
-        self._error: OSError | None = None
-        self.start()
-
-    def run(self) -> None:
-        """Flush until the whole file is on the disk."""
-        try:
-            while not self._written.wait(FLUSH_EVERY_S):
-                os.fdatasync(self._file.fileno())
-            os.fdatasync(self._file.fileno())
-        except OSError as error:
-            self._error = error
-
-    def end(self) -> None:
-        """Tell that all is written; this does not wait."""
-        self._written.set()
-
-    def finish(self) -> None:
-        """Wait until all is on the disk, and close the file; raises OSError where it is not."""
-        self.end()
-        self.join()
-        self._file.close()
-        if self._error is not None:
-            raise self._error
-
-
 def write_file(path: Path, parts: Sequence[Part]) -> tuple[dict[str, Any], Flusher]:
     """Write a new file of 1-D tensors; return its `bytes` and `sha256`, and what flushes it.
 
@@ -113,7 +81,8 @@ def write_file(path: Path, parts: Sequence[Part]) -> tuple[dict[str, Any], Flush
             digest.update(block)
             size += len(block)
     except BaseException:
-        flusher.finish()
+        with contextlib.suppress(OSError):
+            flusher.finish()
         raise
     flusher.end()
     return {"bytes": size, "sha256": digest.hexdigest()}, flusher

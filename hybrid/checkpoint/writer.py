@@ -3,6 +3,7 @@
 The threads of all ranks exchange what `save` needs over a gloo group of their own, so that it never
 mixes with what the training sends. They touch no GPU and no other group."""
 
+import pickle
 import threading
 import time
 import weakref
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ..job.errors import RunError
@@ -33,15 +35,33 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None
         self._error: BaseException | None = None
+        self._closed = False
         _open.add(self)
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value; for the thread alone."""
         if self._group is None:
             return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = [int(size) for size in self._all_gather(torch.tensor([len(mine)]))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(mine)] = mine
+        found = zip(self._all_gather(padded), sizes, strict=True)
+        return [pickle.loads(part[:size].numpy().tobytes()) for part, size in found]
+
+    def _all_gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """Return every rank's tensor; all have the same shape.
+
+        A thread that waits inside gloo cannot be ended, and would abort the process if its peers
+        went away while the interpreter ends. So it looks instead."""
+        found = [torch.empty_like(mine) for _ in range(self.world_size)]
+        work: Any = dist.all_gather(found, mine, group=self._group, async_op=True)
+        while not work.is_completed():
+            if self._closed:
+                raise RunError("the run has ended")
+            time.sleep(LOOK_S)
+        work.wait()
+        return found
 
     def start(self, work: Callable[[], Saved]) -> None:
         """Begin a save, after the one before has been waited for."""
@@ -79,6 +99,8 @@ class Writer:
         """Give a save that is still being written a moment to end."""
         if self._thread is not None:
             self._thread.join(PATIENCE_S)
+            self._closed = True
+            self._thread.join(20 * LOOK_S)
         _open.discard(self)
 
 

@@ -8,6 +8,7 @@ from ..job.errors import JobError, Unsupported
 from ..job.schema import Job
 from ..launch.placement import Placement
 from ..layout import Layout
+from ..stages.checks import ModelSummary
 from .protocol import Engine, Layers, Loss
 
 name = "local_sgd"
@@ -30,6 +31,22 @@ def steps_between_syncs(job: Job) -> int:
     if not isinstance(every, int):
         raise JobError("strategy.local_sgd.sync_every = 'epoch': its length in steps is not known")
     return every
+
+
+def check(job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
+    """Raise Unsupported where an evaluation would come between two merges."""
+    every, asked = steps_between_syncs(job), job.checkpoint
+    evaluations = {
+        "train.eval_every": job.train.eval_every,
+        "checkpoint.best: checkpoint.every": asked.every if asked.evaluates else 0,
+    }
+    for key, steps in evaluations.items():
+        if layout.dp > 1 and steps and steps % every:
+            raise Unsupported(
+                f"{key} = {steps}: replicas have no common weights to evaluate between merges; "
+                f"valid: multiples of strategy.local_sgd.sync_every = {every}"
+            )
+    return []
 
 
 def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:

@@ -60,7 +60,7 @@ def choose(out: Path, resume: str | Path, job: Job, verified: bool = False) -> C
         manifest, problems = verify(path, whole=True)
         if problems:
             raise JobError(f"{given}: cannot be used: {problems[0]}")
-        return _compared(Chosen(path, manifest), job, [])
+        return _compared(Chosen(path, manifest), job, _later(path, out / CHECKPOINTS))
     below = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     if not list_checkpoints(below):
         raise JobError(
@@ -70,6 +70,17 @@ def choose(out: Path, resume: str | Path, job: Job, verified: bool = False) -> C
     if found is None:
         raise JobError(f"{given}: no checkpoint can be used; {'; '.join(skipped)}")
     return _compared(found, job, skipped)
+
+
+def _later(folder: Path, checkpoints: Path) -> list[str]:
+    """Say that a run leaves later checkpoints of its own folder behind it, where it does."""
+    from ..checkpoint.folders import list_checkpoints
+
+    names = [path.name for path in list_checkpoints(checkpoints)]
+    if not names or folder.resolve() != (checkpoints / folder.name).resolve():
+        return []
+    found = f"{names[0]} is there too: until this run has saved that step, `--resume {AUTO}` goes"
+    return [f"{found} on from it, not from what this run saves"] if names[0] > folder.name else []
 
 
 def _clear(checkpoints: Path) -> None:
