@@ -117,8 +117,10 @@ class Pairs:
         try:
             figures = self._measure(pair)
         except (JobError, RunFailed) as error:
-            unsupported = isinstance(error, RunFailed) and error.failure.kind == "unsupported"
-            return self.refuse(pair, str(error), "not possible" if unsupported else "broken")
+            failure = error.failure if isinstance(error, RunFailed) else None
+            unsupported = failure is not None and failure.kind == "unsupported"
+            why = failure.message if failure else str(error)
+            return self.refuse(pair, why, "not possible" if unsupported else "broken")
         limit = NEXT_STEPS
         if pair.precision != "fp32":
             limit = tolerance(pair.precision)["loss"]
@@ -148,10 +150,8 @@ class Pairs:
         record = self._launch(pair.title, self.plain, pair.target, pair.target_ranks, None, folder)
         parity, against = self._judge(pair, record, folder)
         other = against if pair.mixes else source
-        run, uninterrupted = (
-            self._load(pair.title),
-            self._load(f"{pair.target}_{pair.target_ranks}"),
-        )
+        run = self._load(pair.title)
+        uninterrupted = self._load(f"{pair.target}_{pair.target_ranks}")
         apart = weight_differences(run.weights, uninterrupted.weights)
         first = parity.first_difference
         return {

@@ -61,7 +61,8 @@ def draw_pairs(
 ) -> list[Pair]:
     """Draw the sizes of all ordered pairs; a strategy with itself is there in the same size too.
 
-    What saves has several processes where it can, since a checkpoint of one is not cut. few: one target for each strategy that saves."""
+    What saves has several processes where it can, since a checkpoint of one is not cut.
+    few: one target for each strategy that saves."""
     draws = random.Random(f"{seed} {precision}")
     pairs = []
     for source, sizes in worlds.items():
