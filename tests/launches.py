@@ -15,7 +15,16 @@ from hybrid.comparison import runs
 from hybrid.job.schema import Job
 from hybrid.job.variants import resolve
 from hybrid.measure.machine import describe_machine
-from hybrid.records import Comparison, Receipt, Record, StepRecord, Weights
+from hybrid.records import (
+    INTERRUPTED,
+    Comparison,
+    Receipt,
+    Record,
+    ResumedFrom,
+    SavedState,
+    StepRecord,
+    Weights,
+)
 from hybrid.strategies import registry
 from hybrid.training.folder import begin_run, end_run
 from tests.conftest import small_job
@@ -30,19 +39,24 @@ class Launches:
     def __init__(self, out: Path) -> None:
         self.out, self.made = out, list[str]()
         self.ends: dict[str, BaseException] = {}  # by the folder of the run
+        self.only_resumed = False  # the ends are those of resumed runs alone
         self.losses: dict[str, float] = {}
         self.late: dict[str, float] = {}  # the loss from step 25 on
 
     def __call__(
-        self, job: Job, name: str, nproc: int, out: Path, watcher: Any, *more: Any, **rest: Any
+        self, job: Job, name: str, nproc: int, out: Path, watcher: Any, *more: Any, **how: Any
     ) -> Record:
         folder = str(out.relative_to(self.out))
         self.made.append(folder)
         choice = resolve(job, name)
-        begin_run(out, job, choice)
-        if error := self.ends.get(folder):
+        until, resume = how.get("until"), how.get("resume")
+        begin_run(out, job, choice, resume is not None)
+        if (error := self.ends.get(folder)) and (resume or not self.only_resumed):
             end_run(out, choice, nproc, error)
             raise error
+        if until:
+            saved = SavedState(until, "5" * 64)
+            return Record(name, "failed", INTERRUPTED, checkpoint=saved)
         loss = self.losses.get(folder, 2.0)
         losses = [loss] * 25 + [self.late.get(folder, loss)] * 25
         steps = [StepRecord(n, losses[n], 1.0, 0.1, 24, "0a") for n in range(job.train.steps or 0)]
@@ -59,6 +73,7 @@ class Launches:
             weights=Weights({}, {}, str(file.relative_to(out))),
             environment=describe_machine(),
             variant_of=choice.variant_of,
+            resumed_from=resume and ResumedFrom(str(resume), int(resume.name[5:]), "5" * 64),
         )
         records.write(record, out / "record.json")
         return record

@@ -106,16 +106,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, **by: float) -> None:
     launch = making.launch
 
     def off(
-        job: Any,
-        name: str,
-        nproc: int,
-        out: Path,
-        watcher: Any,
-        label: str,
-        *rest: Any,
-        **more: Any,
+        job: Any, name: str, nproc: int, out: Path, watcher: Any, label: str, *rest: Any, **how: Any
     ) -> Record:
-        record = launch(job, name, nproc, out, watcher, label, *rest, **more)
+        record = launch(job, name, nproc, out, watcher, label, *rest, **how)
         if label not in by:
             return record
         steps = [

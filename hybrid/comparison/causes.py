@@ -29,6 +29,8 @@ class Facts:
 
 def likely_cause(run: Record, reference: Record, found: Found, facts: Facts) -> str | None:
     """Return what would explain a difference; None if nothing fits."""
+    if where := _explain_resumption(run, found):
+        return where
     known = {
         "initial weights": "other initial weights",
         "samples": "other samples in the batch",
@@ -50,6 +52,17 @@ def likely_cause(run: Record, reference: Record, found: Found, facts: Facts) -> 
     if found.quantity == "weights":
         return _explain_updates(run, reference, facts) or _explain_end(run, reference, facts)
     return None
+
+
+def _explain_resumption(run: Record, found: Found) -> str | None:
+    """Tell whether a run parts where it was resumed: at once, or after the first update there."""
+    source = run.resumed_from
+    if source is None or found.step not in (source.step, source.step + 1):
+        return None
+    return (
+        f"it begins where the run was resumed, after step {source.step}: what was saved or loaded "
+        "is not the whole state"
+    )
 
 
 def _parts_by_cut(run: Record, reference: Record, facts: Facts) -> bool:

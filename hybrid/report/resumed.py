@@ -39,9 +39,10 @@ def tell_source(name: str, record: Record) -> list[str]:
     if source is None:
         return []
     path = "/".join(PurePath(source.path).parts[-PARTS:])
+    same = f"the state that it loaded has the hash that was saved, {source.state_hash[:SHOWN]}"
     return [
         f"It was interrupted after step {source.step} and resumed{_tell_other(name, record)} from "
-        f"{path}: the state that it loaded has the hash that was saved, {source.state_hash[:SHOWN]}."
+        f"{path}: {same}."
     ]
 
 

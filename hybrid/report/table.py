@@ -47,6 +47,7 @@ def make_legend(comparison: Comparison) -> str:
     runs = comparison.strategies
     unit, in_steps = find_meaning(runs)
     excused = any(parity.excused for parity in comparison.parity.values() if parity.ok)
+    resumed = any(run.resumed_from for run in runs.values())
     perplexity = any(run.eval and run.eval.perplexity is not None for run in runs.values())
     started = "building the engine is left out" if in_steps else "building the engine is part of it"
     sentences = [
@@ -58,6 +59,7 @@ def make_legend(comparison: Comparison) -> str:
         "Test result: perplexity (ppl), e to the mean loss of a target." if perplexity else "",
         "Differences: |a-b|/|b|, the greatest of any step or parameter.",
         "Rounding: how far rounding alone moves it, as controls show." if excused else "",
+        "Resumed: after this step the run was interrupted, and went on." if resumed else "",
         "Dash: not measured, or not shown, since only runs proved equal have their costs shown.",
     ]
     return " ".join(filter(None, sentences))
