@@ -26,7 +26,9 @@ from .job.arguments import (
     Reference,
     Resume,
 )
+from .job.errors import Stopped
 from .launch.endings import explain, say, suggest, versions
+from .launch.stopping import end_now
 
 app = typer.Typer(
     add_completion=False,
@@ -123,8 +125,8 @@ def train(
         print(records.dumps(record), file=_stdout)
     else:
         rate = f", {record.throughput.samples_per_s:.0f} samples/s" if record.throughput else ""
-        last = record.steps[-1]
-        print(f"{strategy}: {len(record.steps)} steps, loss {last.loss:.6f}{rate}; {out}")
+        loss = f"loss {record.steps[-1].loss:.6f}" if record.steps else "none of them recorded"
+        print(f"{strategy}: {len(record.steps)} steps, {loss}{rate}; {out}")
         suggest(f"`hybrid compare {job} --strategies {strategy}` holds it against one process")
 
 
@@ -260,7 +262,7 @@ _USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == 
 
 def main() -> None:
     """Run the command line and leave with its exit status."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, end_now)
     if "CROSS_RANK" in os.environ:  # deepspeed's launcher also passes LOCAL_RANK as an argument
         sys.argv = [word for word in sys.argv if not word.startswith("--local_rank=")]
     if len(sys.argv) == 1:
@@ -273,6 +275,9 @@ def main() -> None:
             status = say("interrupted", status)
     except _USAGE_ERROR as error:
         status = say(error.format_message(), 2)
+    except Stopped as error:
+        error.tell()
+        status = error.code
     except (KeyboardInterrupt, typer.Abort):
         status = say("interrupted", 130)
     except Exception as error:

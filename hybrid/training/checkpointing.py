@@ -56,6 +56,11 @@ class Checkpoints:
             remove_unfinished(self.out / CHECKPOINTS)
 
     @property
+    def saves(self) -> bool:
+        """Tell whether the run saves its state while it trains."""
+        return self.out is not None and self.job.checkpoint.every is not None
+
+    @property
     def start(self) -> int:
         """Return the steps that were made before this run began."""
         return self.chosen.manifest.step if self.chosen else 0
@@ -69,7 +74,7 @@ class Checkpoints:
     def is_due(self, done: int) -> bool:
         """Tell whether the state is saved after `done` steps; the last one is always saved."""
         every = self.job.checkpoint.every
-        if self.out is None or every is None:
+        if not self.saves or every is None:
             return False
         return done % every == 0 or done == self.job.train.steps
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -19,8 +19,10 @@ from ..job.errors import RunError
 from ..job.file import to_dict
 from ..job.schema import Job
 from ..job.variants import Choice
+from ..launch.exchange import gather_objects
 from ..launch.failures import RankStatus
 from ..launch.placement import Placement
+from ..launch.stopping import StopSignals, told
 from ..measure.clock import Instruments, StepCost
 from ..measure.machine import describe_machine
 from ..records import EvalResult, Receipt, Record, StepEval, StepRecord, Weights
@@ -28,7 +30,7 @@ from ..strategies import registry
 from .check import check_fingerprints, print_warnings
 from .checkpointing import Checkpoints
 from .evaluation import evaluate, make_loader
-from .folder import CHECKPOINTS
+from .folder import CHECKPOINTS, belongs_to
 from .projection import project
 from .step_log import StepLog
 from .trackers import Trackers
@@ -54,6 +56,7 @@ class RunInProgress:
     warnings: list[str]  # of the try-out, where this process made it
     checkpoints: Checkpoints
     plan: BatchPlan
+    stops: StopSignals
     known: int | None = None  # the targets of each sample, where the train set tells it
     unread: deque[StepCost] = dataclasses.field(default_factory=deque)  # of steps without numbers
     evals: list[StepEval] = dataclasses.field(default_factory=list)
@@ -73,6 +76,9 @@ class RunInProgress:
         if saved:
             self.status.set("loading the checkpoint")
             self.checkpoints.load(self._first_batches())
+            chosen = self.checkpoints.chosen
+            if chosen and self.checkpoints.out and belongs_to(chosen.folder, self.checkpoints.out):
+                self.stops.saved = self.checkpoints.start
             self.first = saved["record"]["first"]
             self.evals = [records.from_dict(StepEval, one) for one in saved["record"]["evals"]]
 
@@ -93,6 +99,19 @@ class RunInProgress:
         if self.steps.count == self.job.train.steps:
             record["receipt"] = records.to_dict(self.require_receipt())
         self.checkpoints.save(self.steps.count, self.steps.samples, record)
+        self.stops.saved = self.steps.count
+
+    def ask_all(self) -> int:
+        """Return the signal that told a rank to stop, 0: none; collective, so not in a step."""
+        return max(gather_objects(told())) if self.checkpoints.saves else 0
+
+    def leave(self, signal: int) -> NoReturn:
+        """Save the state after the steps so far, if it is not, and end the run; collective.
+
+        Raises Stopped on every rank. signal: the number of the one that told a rank to stop."""
+        if self.stops.saved != self.steps.count and self.steps.count:
+            self.save_state()
+        raise self.stops.stopped(signal, agreed=True)
 
     @property
     def period(self) -> int:
