@@ -48,10 +48,24 @@ def prune(checkpoints: Path, keep: int | None, kept: Collection[int] = ()) -> No
     A folder loses its name first, so that no half of a checkpoint ever bears one."""
     for folder in list_checkpoints(checkpoints)[keep:] if keep else []:
         if step_of(folder) not in kept:
-            part = folder.with_name(folder.name + PART)
-            shutil.rmtree(part, ignore_errors=True)
-            os.rename(folder, part)
-            shutil.rmtree(part, ignore_errors=True)
+            _remove(folder)
+
+
+def remove_later(checkpoints: Path, step: int) -> None:
+    """Remove the checkpoints after `step`, once that one is saved.
+
+    A run that went on from an earlier step makes them anew; else "auto" would take those of the
+    course that was given up."""
+    for folder in list_checkpoints(checkpoints):
+        if step_of(folder) > step:
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    part = folder.with_name(folder.name + PART)
+    shutil.rmtree(part, ignore_errors=True)
+    os.rename(folder, part)
+    shutil.rmtree(part, ignore_errors=True)
 
 
 def verify(folder: Path, whole: bool = False) -> tuple[Manifest | None, list[str]]:

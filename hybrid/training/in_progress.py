@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from .. import records
+from ..checkpoint.folders import remove_later
 from ..checkpoint.weights import save_weights
 from ..data.batches import BatchPlan
 from ..data.loader import MicroBatch
@@ -100,6 +101,8 @@ class RunInProgress:
             record["receipt"] = records.to_dict(self.require_receipt())
         self.checkpoints.save(self.steps.count, self.steps.samples, record)
         self.stops.saved = self.steps.count
+        if self.out:
+            remove_later(self.out / CHECKPOINTS, self.steps.count)
 
     def ask_all(self) -> int:
         """Return the signal that told a rank to stop, 0: none; collective, so not in a step."""
