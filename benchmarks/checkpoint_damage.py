@@ -24,6 +24,7 @@ import hybrid
 from hybrid.checkpoint.folders import list_checkpoints
 from hybrid.checkpoint.manifest import MANIFEST, seal
 from hybrid.job.schema import Job
+from hybrid.job.variants import resolve
 from hybrid.launch.warm import warm_ranks
 from hybrid.training.check import check_job
 from hybrid.training.progress import Watcher
@@ -180,7 +181,7 @@ def try_one(run: Path, copy: Path, job: Job, damage: Damage) -> str | None:
     newest, before = list_checkpoints(copy / "checkpoints")[:2]
     damage.do(newest)
     try:
-        found = choose(copy, "auto", job)
+        found = choose(copy, "auto", resolve(job, "ddp"))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     if (run / EXECUTED).exists():

@@ -28,7 +28,9 @@ from .job.arguments import (
     Resume,
     ResumeAs,
 )
+from .job.errors import Stopped
 from .launch.endings import explain, say, suggest, versions
+from .launch.stopping import end_now
 
 app = typer.Typer(
     add_completion=False,
@@ -129,10 +131,10 @@ def train(
         print(records.dumps(record), file=_stdout)
     else:
         rate = f", {record.throughput.samples_per_s:.0f} samples/s" if record.throughput else ""
-        loss = f", loss {record.steps[-1].loss:.6f}" if record.steps else ""
+        loss = f"loss {record.steps[-1].loss:.6f}" if record.steps else "none of them recorded"
         done = record.steps[-1].step + 1 if record.steps else 0
         done = max(done, record.checkpoint.step if record.checkpoint else 0)
-        print(f"{strategy}: {done} steps{loss}{rate}; {out}")
+        print(f"{strategy}: {done} steps, {loss}{rate}; {out}")
         suggest(f"`hybrid compare {job} --strategies {strategy}` holds it against one process")
 
 
@@ -268,7 +270,7 @@ _USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == 
 
 def main() -> None:
     """Run the command line and leave with its exit status."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, end_now)
     if "CROSS_RANK" in os.environ:  # deepspeed's launcher also passes LOCAL_RANK as an argument
         sys.argv = [word for word in sys.argv if not word.startswith("--local_rank=")]
     if len(sys.argv) == 1:
@@ -281,6 +283,9 @@ def main() -> None:
             status = say("interrupted", status)
     except _USAGE_ERROR as error:
         status = say(error.format_message(), 2)
+    except Stopped as error:
+        error.tell()
+        status = error.code
     except (KeyboardInterrupt, typer.Abort):
         status = say("interrupted", 130)
     except Exception as error:

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-Kind = Literal["job", "unsupported", "room", "error"]  # of a failure: whose fault it is
+Kind = Literal["job", "unsupported", "room", "stopped", "error"]  # of a failure: whose fault it is
 Status = Literal["running", "ok", "failed", "not_possible"]
 ParityState = Literal["equal", "not_equal", "not_compared", "not_decided"]
 PROXY = "proxy"  # `reference` of a run that a small job in its place was compared for

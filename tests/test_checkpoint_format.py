@@ -82,8 +82,11 @@ def saved_by(folder: Path, held: list[list[Piece]]) -> Path:
     part.mkdir(parents=True)
     for rank, pieces in enumerate(held):
         snapshot = Snapshot(4, shares_of(pieces), {}, {}, VALUES)
-        written.append(module._write(part, snapshot, rank))
-    module._commit(part, folder / "step-00000004", snapshot, written)
+        flushers: list[Any] = []
+        written.append(module._write(part, snapshot, rank, flushers))
+        flushers[0].finish()
+    manifest = module._take_hash(part, snapshot, written, None)
+    module._commit(part, folder / "step-00000004", *manifest)
     return folder / "step-00000004"
 
 
@@ -177,7 +180,7 @@ def test_checkpoints_are_listed_pruned_and_cleared(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     for name in ("step-00000200.part", "step-00000002.old.part", "final", "step-x"):
         (tmp_path / name).mkdir()
-    prune(tmp_path, 2, kept=[2])
+    prune(tmp_path, 2, [2], newest=123456789)
     remove_unfinished(tmp_path)
     assert [path.name for path in list_checkpoints(tmp_path)] == [
         "step-123456789",
@@ -192,7 +195,7 @@ def test_a_save_alone_returns_the_hash(tmp_path: Path) -> None:
     pieces = [Piece(n, k, tuple(t.shape), t) for (n, k), t in TENSORS.items()]
     snapshot = Snapshot(4, shares_of(pieces), {"rng/torch": torch.get_rng_state()}, {}, VALUES)
     found = save(tmp_path / "checkpoints", snapshot, 0, lambda value: [value])
-    assert found == hash_by_the_words()
+    assert found.state_hash == hash_by_the_words()
     folder = list_checkpoints(tmp_path / "checkpoints")[0]
     reader = Reader(folder, read_manifest(folder))
     assert torch.equal(reader.own(0)["rng/torch"], torch.get_rng_state())

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,17 @@ def status(out: Path) -> tuple[str, str]:
     return found["status"], str(found["reason"])
 
 
-def torchrun(job: Any, out: Path, *options: str, fault: str = "nothing") -> Any:
+def torchrun(
+    job: Any, out: Path, *options: str, fault: str = "nothing", more: Sequence[str] = ()
+) -> Any:
     """`hybrid train` of a job under torchrun with two ranks, with a fault of tests/failing.py."""
     out.parent.mkdir(parents=True, exist_ok=True)
     file = out.parent / "asked.json"
     records.write(to_dict(job), file)
     program = [str(ROOT / "tests" / "failing.py"), fault]
+    words = ["train", str(file), "--strategy", "ddp", "--out", str(out), *more]
     return subprocess.run(
-        [*TORCHRUN, *options, *program, "train", str(file), "--strategy", "ddp", "--out", str(out)],
+        [*TORCHRUN, *options, *program, *words],
         capture_output=True,
         text=True,
         timeout=120,

@@ -58,13 +58,12 @@ def prune(checkpoints: Path, keep: int | None, kept: Collection[int], newest: in
     """Remove all but the newest `keep` checkpoints and those of the steps `kept`.
 
     newest: the step that was saved last. Checkpoints of later steps were left by a run that went on
-    from there, which this one has taken the place of: they do not count as newer. A folder loses
-    its name first, so that no half of a checkpoint ever bears one."""
-    if keep is None:
-        return
-    found = [path for path in list_checkpoints(checkpoints) if step_of(path) <= newest]
-    left = {*(step_of(path) for path in found[:keep]), *kept}
-    for folder in list_checkpoints(checkpoints):
+    from there, which this one has taken the place of: they go. A folder loses its name first, so
+    that no half of a checkpoint ever bears one."""
+    found = list_checkpoints(checkpoints)
+    earlier = [step_of(path) for path in found if step_of(path) <= newest]
+    left = {*earlier[:keep], *kept} if keep else {*earlier}
+    for folder in found:
         if step_of(folder) not in left:
             part = folder.with_name(folder.name + PART)
             if part.exists():

@@ -19,7 +19,7 @@ from ..measure.machine import describe_machine
 from ..records import Record
 from ..training.check import print_warnings
 from ..training.folder import CHECKPOINTS
-from ..training.resume import AUTO, choose
+from ..training.resume import AUTO, Chosen, choose
 from .differences import find_lost_step
 
 SESSION = "session.json"
@@ -106,7 +106,7 @@ def find_run(
 
 def find_checkpoint(
     folder: Path, job: Job, name: str, world_size: int, session: Mapping[str, Any], shown: str
-) -> Path | None:
+) -> Chosen | None:
     """Return the newest good checkpoint from which the run in `folder` can go on, else None.
 
     It must be of the run that would run now, whose steps up to there are all in `steps.jsonl`, so
@@ -115,7 +115,7 @@ def find_checkpoint(
     if not any(saved.glob("step-*")) or _read_record(folder, job, name) is None:
         return None
     try:
-        chosen = choose(folder, AUTO, job)
+        chosen = choose(folder, AUTO, resolve(job, name))
     except JobError as error:
         print_warnings([f"{shown}: begins anew: {error}"])
         return None
@@ -129,7 +129,7 @@ def find_checkpoint(
     if not same or _count_steps(folder / "steps.jsonl") < chosen.manifest.step:
         return None
     print_warnings(f"{shown}: {line}" for line in chosen.notes)
-    return chosen.folder
+    return chosen
 
 
 def _read_record(folder: Path, job: Job, name: str) -> Record | None:

@@ -10,10 +10,12 @@ from typing import Any
 from ..checkpoint.names import step_name
 from ..job.errors import JobError, NoRoom, RunFailed
 from ..job.schema import Job
+from ..job.variants import resolve
 from ..records import INTERRUPTED, Record, read
 from ..training.check import CheckedJob
 from ..training.folder import CHECKPOINTS
 from ..training.progress import Watcher
+from ..training.resume import Chosen, read_chosen
 from ..training.run import Program, launch
 from .resume import find_checkpoint, find_run
 
@@ -62,7 +64,8 @@ class Runs:
         record = self._launch(label, job, *first, None, until=step)
         if record.reason != INTERRUPTED or record.checkpoint is None:
             return record
-        saved = folder / CHECKPOINTS / step_name(step)
+        choice = resolve(job, second[0])
+        saved = read_chosen(folder / CHECKPOINTS / step_name(step), choice)
         return self._launch(label, job, *second, None, resume=saved)
 
     def _launch(
@@ -72,7 +75,7 @@ class Runs:
         name: str,
         nproc: int,
         cores_for: int | None,
-        resume: Path | None = None,
+        resume: Chosen | None = None,
         until: int | None = None,
     ) -> Record:
         folder, found = self.out / label, self.checked.warnings(name)

@@ -58,7 +58,7 @@ class BaseEngine(Engine):
         self.training = False  # the model is in the mode for training
         self.digests: tuple[str, ...] = ()  # each rank's samples in the first step
         self.gradients = ""  # the dtypes of the gradients in the first step
-        self.queue = StepQueue(self.device)
+        self.queue = StepQueue(self.device, job.log.every, job.checkpoint.every is not None)
         # The ranks whose squares add up to that of the whole norm, where each knows but a part.
         self.norm_parts: list[list[int]] = []
         self._factor: tuple[tuple[float, torch.dtype], torch.Tensor] | None = None  # the last one
@@ -74,7 +74,7 @@ class BaseEngine(Engine):
             self._show([micro_batches[:1]])
         self._count, own = count, self._count_own(micro_batches)
         number = self._number_to_send(micro_batches, own, count)
-        if number is not None or len(self.queue.waiting) >= self.job.log.every:
+        if number is not None or self.queue.is_due():
             self.queue.send(number)
         self._step(micro_batches, own)
         self.step += 1

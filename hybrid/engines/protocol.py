@@ -31,7 +31,8 @@ class StepResult:
     Digests are hexadecimal. `digest_by_rank` has one a rank, "" where a rank computes no loss.
     `grad_norm` is taken before clipping; None in steps between two that are logged. `targets` is
     how many the loss counted. `loss_scale` and `skipped` are fp16's: a step whose gradients
-    overflowed changes nothing."""
+    overflowed changes nothing. `stop` is the number of the signal that told one of the ranks to
+    stop, 0 where none was."""
 
     loss: float
     grad_norm: float | None
@@ -42,6 +43,7 @@ class StepResult:
     targets: int | float = 0
     loss_scale: float | None = None
     skipped: bool = False
+    stop: int = 0
 
 
 class OwnState(NamedTuple):

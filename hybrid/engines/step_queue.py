@@ -3,10 +3,11 @@
 A rank's numbers are one row of float64. All rows that wait are gathered by one asynchronous
 collective when the next step begins, together with the number of targets that the rank has in this
 step, where the plan does not tell it (or of samples, where replicas are merged). Nothing waits for
-it but who reads it."""
+it but who reads it. So all ranks learn, at the same step, that one of them was told to stop."""
 
 import dataclasses
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +15,13 @@ import torch
 import torch.distributed as dist
 
 from ..job.errors import RunError
+from ..launch.stopping import told
 from .counting import number
 from .protocol import StepResult
 from .tally import Tally
 
 RANKS_AGREE = 1e-6  # relative; all ranks get norms and rates by one all-reduce and equal arithmetic
+SEND_EVERY_S = 1.0  # at least, where the state is saved: a rank may have been told to stop
 HALF = 2**32  # float64 holds a 64-bit digest as two halves
 
 
@@ -35,6 +38,8 @@ class StepRow(NamedTuple):
     input_high: float  # and of those that a pipeline's first stage read
     input_low: float
     lr: float
+    stop: float = 0.0  # the number of the signal that told this rank to stop; 0: none has
+    seconds: float = 0.0  # since the rank noted its last step
 
     @property
     def digest(self) -> int:
@@ -169,16 +174,29 @@ class _HostCopy:
 
 
 class StepQueue:
-    """Holds the steps whose numbers wait to be sent, are on their way, or wait to be read."""
+    """Holds the steps whose numbers wait to be sent, are on their way, or wait to be read.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    every: they are sent once in so many steps. hurried: and at least once in `SEND_EVERY_S`."""
+
+    def __init__(self, device: torch.device, every: int = 1, hurried: bool = False) -> None:
+        self.device, self.every, self.hurried = device, every, hurried
+        self._pace = math.nan  # seconds of a step by rank 0's clock: the same on all ranks
+        self._noted = time.monotonic()
         self.waiting: list[StartedStep] = []
         self.travelling: list[tuple[_Gathering, list[StartedStep]]] = []
 
     def add(self, step: StartedStep) -> None:
         """Take the numbers of a step."""
-        self.waiting.append(step)
+        now = time.monotonic()
+        more = (float(told()), now - self._noted)
+        rows = [row._replace(known=(*row.known, *more)) for row in step.rows]
+        self.waiting.append(dataclasses.replace(step, rows=rows))
+        self._noted = now
+
+    def is_due(self) -> bool:
+        """Tell whether what waits is to be sent; the same on all ranks."""
+        seconds = self._pace * (len(self.waiting) + 1)
+        return len(self.waiting) >= self.every or (self.hurried and not seconds <= SEND_EVERY_S)
 
     def send(self, number: int | float | None = None) -> None:
         """Send what waits, and one more number, such as of targets in this step; collective."""
@@ -197,11 +215,21 @@ class StepQueue:
         width = len(StepRow._fields)
         for gathering, steps in travelling:
             table, first = gathering.read(), 0
+            self._learn_pace(table[0], steps)
             for step in steps:
                 last = first + width * len(step.rows)
                 starts = range(first, last, width)
                 yield step, [StepRow(*rank[i : i + width]) for rank in table for i in starts]
                 first = last
+
+    def _learn_pace(self, numbers: Sequence[float], steps: Sequence[StartedStep]) -> None:
+        """Take the mean time of these steps by the numbers of rank 0."""
+        if steps:
+            seconds, first = 0.0, 0
+            for step in steps:
+                first += len(StepRow._fields) * len(step.rows)
+                seconds += numbers[first - 1]
+            self._pace = seconds / len(steps)
 
 
 def norms_of(
@@ -248,6 +276,7 @@ def step_result(step: StartedStep, rows: Sequence[StepRow], norms: Sequence[floa
         targets=number(targets),
         loss_scale=step.loss_scale,
         skipped=step.loss_scale is not None and not math.isfinite(norms[0]),
+        stop=int(max(row.stop for row in rows)),
     )
 
 

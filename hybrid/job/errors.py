@@ -8,6 +8,7 @@
 | `NoRoom` | the machine lacks room, or the right, to write in a folder | 3 |
 | `RunError`, `StartError`, `PeerFailed`, `RunFailed` | the run itself failed | 1 |
 | `CheckFailed` | the job's own code raised while it was tried out | 1 |
+| `Stopped` | nobody: a signal told the run to stop | 143; 130 by Ctrl-C |
 
 The module needs no torch."""
 
@@ -15,7 +16,9 @@ import contextlib
 import dataclasses
 import errno
 import os
+import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +36,10 @@ LONGEST = 300  # characters of a message of a user's code that are shown
 
 class JobError(ValueError):
     """Says in one line, for the author, what is wrong in the job or the command line."""
+
+
+class Refused(JobError):
+    """Says in one line why a run does not begin in a folder, which stays as it is."""
 
 
 class Unsupported(ValueError):
@@ -61,12 +68,32 @@ class NoRoom(RuntimeError):
     """Says that a folder cannot be written to, in the system's words."""
 
 
+class Stopped(SystemExit):
+    """Ends a run that a signal told to stop, once its state is saved; the message says which step.
+
+    It is a SystemExit, so that no `except Exception` of a user's code takes it for an error of its
+    own, and so that a script that a launcher started leaves with the same status. number: of the
+    signal. agreed: all ranks raise it at the same place."""
+
+    def __init__(self, message: str, number: int = signal.SIGTERM, agreed: bool = False) -> None:
+        super().__init__(message)
+        self.code = 128 + (number if number == signal.SIGINT else signal.SIGTERM)
+        self.number, self.agreed, self.told = number, agreed, False
+
+    def tell(self, more: str = "") -> None:
+        """Print the message as one line on stderr, with `more` behind it, unless that is done."""
+        if not self.told:
+            print(f"hybrid: {self}{more}", file=sys.stderr, flush=True)
+        self.told = True
+
+
 @dataclasses.dataclass(frozen=True)
 class Failure:
     """Holds the first cause of a failed run.
 
     `details` is a traceback or the end of a log; `kind` is `job` (a mistake in the job),
-    `unsupported`, `room` (the folder cannot be written to) or `error` (an error of the run)."""
+    `unsupported`, `room` (the folder cannot be written to), `stopped` (by a signal, the state is
+    saved) or `error` (an error of the run)."""
 
     rank: int
     message: str
@@ -88,12 +115,16 @@ def kind_of(error: BaseException) -> Kind:
         return "unsupported"
     if isinstance(error, NoRoom):
         return "room"
+    if isinstance(error, Stopped):
+        return "stopped"
     return "job" if isinstance(error, (JobError, LayoutError)) else "error"
 
 
 def exit_status(error: BaseException) -> int | None:
     """Return the status of a command that ends so, or None if the error needs a traceback."""
     kind = error.failure.kind if isinstance(error, RunFailed) else kind_of(error)
+    if kind == "stopped":
+        return 128 + signal.SIGTERM
     if kind != "error":
         return 3 if kind == "room" else 2
     if isinstance(error, RunFailed):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import records
-from ..job.errors import NO_ROOM, Failure, kind_of, needs_room
+from ..job.errors import NO_ROOM, Failure, Stopped, kind_of, needs_room
 from ..job.schema import Job
 from ..job.traces import at_users_line, sent_message, users_line
 from .heartbeat import Cause, Heartbeat, is_peer_loss
@@ -116,7 +116,7 @@ def leave_error(error: BaseException, status: RankStatus) -> Cause | None:
 def _first_words(error: BaseException) -> str:
     """Return the class of an error and the first line of its message."""
     if isinstance(error, SystemExit):
-        return "was told to end, by SIGTERM"
+        return str(error) if isinstance(error, Stopped) else "was told to end, by SIGTERM"
     if sent := sent_message(error):
         return sent
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])

@@ -15,9 +15,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from .placement import Placement
+from .stopping import STOPPED, give_up, told
 
 T = TypeVar("T")
 PERIOD_S = 1.0  # between signs of life
+QUIET_BEATS = 5  # of our own, in which another rank gives none
 PATIENCE_S = 2.0  # for another rank's report of a failure
 _CAUSE = "hybrid/cause"
 # The files in which a rank waits for others: in a collective, in a backward pass that starts some,
@@ -105,6 +107,7 @@ class Heartbeat:
         )
 
     def _beat(self) -> None:
+        signs, quiet = list[int](), 0
         while True:
             self._beats += 1
             line, waits = _line_of(threading.main_thread().ident)
@@ -112,10 +115,28 @@ class Heartbeat:
             sign |= {"line": line, "waits": waits}
             try:
                 self.store.set(f"hybrid/alive/{self.rank}", json.dumps(sign))
+                if told():
+                    before, signs = signs, self._beats_of_others()
+                    quiet = (
+                        quiet + 1 if any(a == b for a, b in zip(before, signs, strict=False)) else 0
+                    )
+                    if quiet == QUIET_BEATS or self._another_failed():
+                        give_up()
+                        return
             except RuntimeError:
                 return  # the store is gone, and the next collective will raise
             if self._stopped.wait(PERIOD_S):
                 return
+
+    def _beats_of_others(self) -> list[int]:
+        return [sign["beat"] for rank, sign in enumerate(self._signs()) if rank != self.rank]
+
+    def _another_failed(self) -> bool:
+        """Tell whether another rank has reported that it fails, and was not told to stop."""
+        if not self.store.check([_CAUSE]):
+            return False
+        cause = Cause(**json.loads(self.store.get(_CAUSE)))
+        return cause.rank != self.rank and not cause.message.startswith(STOPPED)
 
     def _reported(self) -> Cause | None:
         deadline = time.monotonic() + PATIENCE_S

@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..job.errors import Failure, RunFailed
+from ..job.errors import Failure, RunFailed, Stopped
 from .failures import first_cause
 from .heartbeat import is_peer_loss
+from .stopping import SIGNALS, STOPPED, PassedOn, told
 from .threads import num_cores
 from .warm import Rank, ServerGone, wait_policy, warm_process
 
@@ -39,26 +40,29 @@ def run_ranks(
     program: Program = PROGRAM,
     modules: Sequence[str] = (),
     cores_for: int | None = None,
+    stops: bool = False,
 ) -> None:
     """Run `program arguments` as `nproc` ranks until all have ended well, and call `on_poll` often.
 
     modules: what a warm process imports before it forks them. cores_for: a rank has the threads
-    that each of so many would have; left out, of `nproc`. Raises RunFailed as soon as a rank has
-    ended badly. No rank is left running."""
+    that each of so many would have; left out, of `nproc`. stops: the ranks save and leave at a
+    signal, which is passed on to them; a second one ends them at once. Raises RunFailed as soon as
+    a rank has ended badly, and Stopped where a signal was the cause. No rank is left running."""
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     for old in logs.glob("rank*"):
         old.unlink()
     ranks: Ranks = []
-    try:
-        port = _free_port()
-        for rank in range(nproc):
-            variables = _variables(rank, nproc, port, cores_for or nproc)
-            log = logs / f"rank{rank}.log"
-            ranks.append(_start(program, arguments, variables, log, modules))
-        _wait(ranks, logs, on_poll)
-    finally:
-        end(ranks)
+    with PassedOn() if stops else contextlib.nullcontext():
+        try:
+            port = _free_port()
+            for rank in range(nproc):
+                variables = _variables(rank, nproc, port, cores_for or nproc)
+                log = logs / f"rank{rank}.log"
+                ranks.append(_start(program, arguments, variables, log, modules))
+            _wait(ranks, logs, on_poll)
+        finally:
+            end(ranks)
 
 
 def _start(
@@ -110,12 +114,22 @@ def _variables(rank: int, nproc: int, port: int, cores_for: int) -> dict[str, st
 
 
 def _wait(ranks: Ranks, logs: Path, on_poll: Callable[[], None] | None) -> None:
+    passed_on = 0
     while True:
         codes = [rank.poll() for rank in ranks]
         if on_poll:
             on_poll()
         if any(codes):
-            raise RunFailed(_await_cause(ranks, logs, time.time()))
+            failure = _await_cause(ranks, logs, time.time())
+            if failure.kind == "stopped" or (passed_on and _is_by_signal(failure.message)):
+                _await_all(ranks)
+                raise Stopped(_how_stopped(failure), passed_on or signal.SIGTERM)
+            raise RunFailed(failure)
+        if told() and not passed_on:
+            passed_on = told()
+            for rank in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.pid, passed_on)  # and not its processes that load data
         if all(code == 0 for code in codes):
             return
         time.sleep(POLL_S)
@@ -133,6 +147,26 @@ def _await_cause(ranks: Ranks, logs: Path, seen: float) -> Failure:
         enough = len(dead) == len(ranks) or time.monotonic() > deadline
         if enough or not is_peer_loss(failure.message):
             return failure
+
+
+def _is_by_signal(message: str) -> bool:
+    """Tell whether a rank ended by a signal for which it had no handler yet."""
+    codes = [f"exited with {128 + number}" for number in SIGNALS]
+    codes += [f"was ended by {number.name}" for number in SIGNALS]
+    return message.startswith(tuple(codes))
+
+
+def _how_stopped(failure: Failure) -> str:
+    if failure.kind == "stopped":
+        return failure.message
+    return f"{STOPPED}{signal.Signals(told()).name} before the first step was saved"
+
+
+def _await_all(ranks: Ranks) -> None:
+    """Wait for ranks that leave together, since one may still write what it was doing."""
+    deadline = time.monotonic() + PATIENCE_S
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
 
 
 def end(ranks: Sequence[Started]) -> None:

@@ -68,6 +68,11 @@ class Checkpoints:
         self._scores = Scores(asked.best) if asked.best else None
 
     @property
+    def saves(self) -> bool:
+        """Tell whether the run saves its state while it trains."""
+        return self.out is not None and self.job.checkpoint.every is not None
+
+    @property
     def start(self) -> int:
         """Return the steps that were made before this run began."""
         return self.chosen.manifest.step if self.chosen else 0
@@ -88,7 +93,7 @@ class Checkpoints:
         every = self.job.checkpoint.every
         if self.out is not None and done == self.until:
             return True
-        if self.out is None or every is None:
+        if not self.saves or every is None:
             return False
         return done % every == 0 or done == self.job.train.steps
 
@@ -147,8 +152,8 @@ class Checkpoints:
         """Remove the checkpoints that the job does not keep, after that of `step` is committed."""
         assert self.out is not None
         folder, keep = self.out / CHECKPOINTS, self.job.checkpoint.keep
-        if keep is not None:
-            prune(folder, keep, self._scores.best(folder, step) if self._scores else (), step)
+        best = self._scores.best(folder, step) if self._scores and keep is not None else ()
+        prune(folder, keep, best, step)
 
     def load(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Load the chosen checkpoint, and take the hash of the live state after it; collective.

@@ -4,6 +4,8 @@ The record there says `running`, then `ok`, `failed` or `not_possible` with the 
 reader never takes the record or the weights of the run before for this run's. No torch."""
 
 import dataclasses
+import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,21 +19,57 @@ from ..job.variants import Choice
 from ..records import Record, Status
 
 CHECKPOINTS = "checkpoints"
+STEPS = "steps.jsonl"
 
 
-def begin_run(out: Path, job: Job, choice: Choice, resumes: bool = False) -> Path:
+def begin_run(out: Path, job: Job, choice: Choice, goes_on: Path | None = None) -> Path:
     """Remove what an earlier run left in `out`, and return the path of the new `job.json` there.
-    The new `record.json` says `running`. job: the one that `choice` was resolved in. resumes: the
-    run goes on from where it was, so its checkpoints and steps stay. Raises NoRoom."""
+    The new `record.json` says `running`. job: the one that `choice` was resolved in. goes_on: the
+    checkpoint from which the run goes on. If it is in `out`, other checkpoints and steps stay.
+    Raises NoRoom."""
     with needs_room(out):
         out.mkdir(parents=True, exist_ok=True)
-        if not resumes:
+        if goes_on and belongs_to(goes_on, out):
+            shutil.rmtree(out / CHECKPOINTS / "final", ignore_errors=True)
+        else:
             shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-            (out / "steps.jsonl").unlink(missing_ok=True)
+            (out / STEPS).unlink(missing_ok=True)
         record = Record(choice.name, "running", variant_of=choice.variant_of)
         records.write(record, out / "record.json")
         records.write(to_dict(job), out / "job.json")
     return out / "job.json"
+
+
+def belongs_to(checkpoint: Path, out: Path) -> bool:
+    """Tell whether a step's folder is one of the run in `out`."""
+    return checkpoint.resolve().parent == (out / CHECKPOINTS).resolve()
+
+
+def keep_steps(out: Path, checkpoint: Path, step: int) -> list[str]:
+    """Leave in `out/steps.jsonl` the lines of the first `step` steps alone; warn of missing ones.
+
+    They are taken from the run of the checkpoint if that is another one. A killed run has written
+    lines of later steps, and perhaps half a line."""
+    run = out if belongs_to(checkpoint, out) else checkpoint.resolve().parent.parent
+    kept, text = list[str](), ""
+    if (run / STEPS).exists():
+        text = (run / STEPS).read_text(errors="replace")
+    for line in text.splitlines(keepends=True):
+        try:
+            number = int(json.loads(line)["step"])
+        except (ValueError, TypeError, KeyError):
+            break
+        if number >= step or not line.endswith("\n"):
+            break
+        kept.append(line)
+    with needs_room(out):
+        part = out / f"{STEPS}.part"
+        part.write_text("".join(kept))
+        os.replace(part, out / STEPS)
+    if len(kept) == step:
+        return []
+    missing = f"{step - len(kept)} of the {step} steps before are not in the record"
+    return [f"{missing}: {run / STEPS} has no lines of them"]
 
 
 def end_run(out: Path, choice: Choice, world_size: int, error: BaseException) -> Record:
@@ -40,7 +78,7 @@ def end_run(out: Path, choice: Choice, world_size: int, error: BaseException) ->
     status: Status = "not_possible" if kind == "unsupported" else "failed"
     if isinstance(error, RunFailed):
         reason = str(error) if kind == "error" else error.failure.message
-    elif isinstance(error, (KeyboardInterrupt, SystemExit)):
+    elif isinstance(error, (KeyboardInterrupt, SystemExit)) and kind != "stopped":
         reason = records.INTERRUPTED
     else:
         reason = first_line(error)

@@ -5,7 +5,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,8 +20,10 @@ from ..job.errors import RunError
 from ..job.file import to_dict
 from ..job.schema import Job
 from ..job.variants import Choice
+from ..launch.exchange import gather_objects
 from ..launch.failures import RankStatus
 from ..launch.placement import Placement
+from ..launch.stopping import StopSignals, told
 from ..measure.clock import Instruments, StepCost
 from ..measure.machine import describe_machine
 from ..measure.traffic import uncounted
@@ -30,7 +32,7 @@ from ..strategies import registry
 from .check import check_fingerprints, print_warnings
 from .checkpointing import Checkpoints
 from .evaluation import evaluate, make_loader
-from .folder import CHECKPOINTS
+from .folder import CHECKPOINTS, belongs_to
 from .projection import project
 from .step_log import StepLog
 from .trackers import Trackers
@@ -56,6 +58,7 @@ class RunInProgress:
     warnings: list[str]  # of the try-out, where this process made it
     checkpoints: Checkpoints
     plan: BatchPlan
+    stops: StopSignals
     known: int | None = None  # the targets of each sample, where the train set tells it
     unread: deque[StepCost] = dataclasses.field(default_factory=deque)  # of steps without numbers
     evals: list[StepEval] = dataclasses.field(default_factory=list)
@@ -77,6 +80,9 @@ class RunInProgress:
             self.checkpoints.load(self._first_batches())
             print_warnings(self.engine.notes if self.placement.rank == 0 else [])
             self.warnings += self.engine.notes
+            chosen = self.checkpoints.chosen
+            if chosen and self.checkpoints.out and belongs_to(chosen.folder, self.checkpoints.out):
+                self.stops.saved = self.checkpoints.start
             self.first = {name: float(n) for name, n in saved["record"]["first"].items()}
             self.evals = [records.from_dict(StepEval, one) for one in saved["record"]["evals"]]
 
@@ -106,6 +112,20 @@ class RunInProgress:
             plain = json.loads(records.dumps(record))
             self.checkpoints.save(steps.count, steps.samples, plain, steps.changed)
         steps.changed = False
+        self.stops.saved = steps.count
+
+    def ask_all(self) -> int:
+        """Return the signal that told a rank to stop, 0: none; collective, so not in a step."""
+        return max(gather_objects(told())) if self.checkpoints.saves else 0
+
+    def leave(self, signal: int) -> NoReturn:
+        """Save the state after the steps so far, if it is not, and end the run; collective.
+
+        Raises Stopped on every rank. signal: the number of the one that told a rank to stop."""
+        if self.stops.saved != self.steps.count and self.steps.count:
+            self.save_state(hurried=True)
+            self.checkpoints.wait()
+        raise self.stops.stopped(signal, agreed=True)
 
     @property
     def period(self) -> int:

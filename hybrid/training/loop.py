@@ -4,6 +4,8 @@ Instead it asks the engine for its receipt. `train` runs in every process that a
 or in a process alone; `hybrid.training.run` starts the processes. `hybrid.records` describes what a
 run leaves in `out`."""
 
+import contextlib
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +17,16 @@ from ..data.batches import BatchPlan
 from ..data.targets import targets_per_sample
 from ..data.workers import AHEAD, end_workers
 from ..engines.protocol import StepResult
-from ..job.errors import JobError, PeerFailed, RunError, needs_room
+from ..job.errors import JobError, PeerFailed, Refused, RunError, Stopped, needs_room
 from ..job.given import naming
 from ..job.schema import Job, resolve_lengths
 from ..job.variants import Choice, resolve
 from ..launch.exchange import gather_objects
 from ..launch.failures import RankStatus, leave_error
+from ..launch.heartbeat import Cause, is_peer_loss
 from ..launch.placement import OWN, Placement, find_placement
 from ..launch.process_group import cleanup, join_process_group, restored_environment
+from ..launch.stopping import STOPPED, StopSignals, requeue, told
 from ..measure.clock import Instruments
 from ..models.shared import build_shared
 from ..models.vector_functions import call_vector_functions_once
@@ -31,10 +35,10 @@ from ..strategies import registry
 from .check import check_on_rank_0, print_warnings
 from .checkpointing import Checkpoints
 from .evaluation import make_loader
-from .folder import begin_run, end_run
+from .folder import begin_run, end_run, keep_steps
 from .in_progress import OnStep, RunInProgress
 from .projection import project
-from .resume import Chosen, choose
+from .resume import Start, decide, read_chosen, tell_start
 from .step_log import make_record
 from .tryout.samples import blame_samples
 
@@ -83,27 +87,47 @@ def _train_and_clean_up(
     """Train, and leave nothing behind, whatever happens: the cause of an error comes first."""
     choice = resolve(job, strategy)
     status = RankStatus(job, placement, out / "logs" if out else None)
-    folder = out if placement.rank == 0 else None
-    recorded = folder if placement.launcher != OWN else None  # else `launch` begins and ends it
-    try:
-        if recorded:
-            begin_run(recorded, job, choice, resume is not None)
-        with needs_room(out):
-            return _train(choice, placement, out, on_step, status, resume, until)
-    except BaseException as error:
-        # This comes before `cleanup`, which can wait for a peer that is gone.
-        cause = leave_error(error, status)
-        failure = error if cause is None else PeerFailed(cause.describe())
-        if recorded:
-            end_run(recorded, choice, placement.world_size, failure)
-        if failure is not error:
-            raise failure from error
-        raise
-    finally:
-        end_workers()
-        end_writers()
-        status.close()
-        cleanup()
+    stops = StopSignals()
+    stoppable = out is not None and job.checkpoint.every is not None
+    with stops if stoppable else contextlib.nullcontext():
+        try:
+            with needs_room(out):
+                return _train(choice, placement, out, on_step, status, stops, resume, until)
+        except BaseException as error:
+            stops.leaves = True
+            # This comes before `cleanup`, which can wait for a peer that is gone.
+            failure = _failure_of(error, leave_error(error, status), stops)
+            # `launch` begins and ends the record of a run that it started.
+            if out and placement.rank == 0 and placement.launcher != OWN:
+                if not isinstance(failure, Refused):
+                    end_run(out, choice, placement.world_size, failure)
+                if isinstance(failure, Stopped):
+                    failure.tell(requeue(failure))
+            if isinstance(failure, Stopped):
+                failure.told = True  # by rank 0, or by the process that started this one
+                if failure.agreed:  # a launcher may end the others when the first one leaves
+                    gather_objects(None)
+            if failure is not error:
+                raise failure from error
+            raise
+        finally:
+            end_workers()
+            end_writers()
+            status.close()
+            cleanup()
+
+
+def _failure_of(error: BaseException, cause: Cause | None, stops: StopSignals) -> BaseException:
+    """Return as what a rank ends that met this error, and whose peers say that cause.
+
+    A rank that was told to stop, and whose peers were too, has lost them for that."""
+    if isinstance(error, Stopped):
+        return error
+    if cause is not None and not cause.message.startswith(STOPPED):
+        return PeerFailed(cause.describe())
+    if told() and (cause is not None or is_peer_loss(str(error))):
+        return stops.stopped(told())
+    return error if cause is None else PeerFailed(cause.describe())
 
 
 def _train(
@@ -112,6 +136,7 @@ def _train(
     out: Path | None,
     on_step: OnStep | None,
     status: RankStatus,
+    stops: StopSignals,
     resume: Path | str | None,
     until: int | None,
 ) -> Record:
@@ -123,12 +148,16 @@ def _train(
         status.start_heartbeat(placement)
     status.set("loading the data")
     data = build_data(job)
+    choice = dataclasses.replace(choice, job=resolve_lengths(job, len(data[0])))
+    start = _decide(choice, placement, out, resume)
+    if start.ended:
+        return start.ended
     warnings = list[str]()
     if placement.launcher != OWN:  # our own launcher has checked the job before it started us
-        warnings = check_on_rank_0(job, strategy, data, placement)
-    job = resolve_lengths(job, len(data[0]))
+        warnings = _begin(status.job, choice, placement, out, start)
+        warnings += check_on_rank_0(job, strategy, data, placement)
+    job, chosen = choice.job, start.chosen
     assert job.train.steps is not None
-    chosen = _choose(job, placement, out, resume)
     left = job.train.steps - (chosen.manifest.step if chosen else 0)
     period = registry.steps_between_syncs(job, strategy)
     instruments = Instruments(
@@ -149,33 +178,49 @@ def _train(
         plan = BatchPlan(len(data[0]), *sizes, job.train.seed)
         folder = out if placement.rank == 0 else None
         saved = Checkpoints(job, choice, engine, placement, out, chosen, until)
-        rest = placement, folder, on_step, status, names, *data, warnings, saved, plan, known
+        rest = placement, folder, on_step, status, names, *data, warnings, saved, plan, stops, known
         run = _Run(job, choice, engine, instruments, *rest)
         return run.go()
     finally:
         instruments.close()
 
 
-def _choose(
-    job: Job, placement: Placement, out: Path | None, resume: Path | str | None
-) -> Chosen | None:
-    """Return the checkpoint that the run goes on from, which rank 0 chooses; collective."""
-    found, problem = None, None
-    if resume is not None and placement.rank == 0:
+def _decide(
+    choice: Choice, placement: Placement, out: Path | None, resume: Path | str | None
+) -> Start:
+    """Return how the run begins, which rank 0 decides; collective."""
+    if placement.launcher == OWN:  # our own launcher has decided before it started us
+        return Start(read_chosen(Path(resume), choice)) if resume else Start()
+    start, problem = Start(), None
+    if placement.rank == 0:
         try:
-            found = choose(out or Path(), resume, job, verified=placement.launcher == OWN)
+            start = decide(out, resume, choice)
         except JobError as error:
-            problem = error
-        if found and placement.launcher != OWN:
-            print_warnings(found.notes)
-    found, problem = gather_objects((found, problem))[0] if resume is not None else (None, None)
+            problem = Refused(str(error))
+        tell_start(start)
+    start, problem = gather_objects((start, problem))[0]
     if problem:
         raise problem
-    return found
+    return start
+
+
+def _begin(
+    job: Job, choice: Choice, placement: Placement, out: Path | None, start: Start
+) -> list[str]:
+    """Begin the record of a run that another launcher started, and return what to warn of."""
+    if out is None or placement.rank > 0:
+        return []
+    chosen = start.chosen
+    begin_run(out, job, choice, chosen.folder if chosen else None)
+    lines = keep_steps(out, chosen.folder, chosen.manifest.step) if chosen else []
+    print_warnings(lines)
+    return lines
 
 
 class _Run(RunInProgress):
     """Is one run in progress, with the loop."""
+
+    told = 0  # the number of the signal that told a rank to stop, as all ranks know it
 
     def go(self) -> Record:
         """Train, evaluate, and put the record together."""
@@ -187,12 +232,18 @@ class _Run(RunInProgress):
         """Take all optimizer steps that are left."""
         job, engine, saved = self.job, self.engine, self.checkpoints
         total, every, start = saved.end, job.train.eval_every, saved.start
+        self.stops.waits = saved.saves
         steps = range(start, total)
         loader = make_loader(job, self.plan, engine, self.train_set, steps, self.known)
         for step in steps:
             if every and step % every == 0:
                 self._note_steps()
                 self.evaluate()
+                self.told = self.told or self.ask_all()
+            if self.told:
+                loader.close()
+                self._note_steps()
+                self.leave(self.told)
             self.status.set(f"in step {step}")
             with self.instruments.loading():
                 batches = loader.step(step)
@@ -211,7 +262,11 @@ class _Run(RunInProgress):
             saved.check()
             if saved.is_due(done):
                 self.save_state()
+                self.told = self.told or self.ask_all()
         loader.close()
+        if self.told:
+            self.leave(self.told)
+        self.stops.act_at_once()
 
     def _note_steps(self, wait: bool = True) -> None:
         """Note the steps whose numbers have come; `wait`: all that have been made."""
@@ -231,6 +286,7 @@ class _Run(RunInProgress):
             raise RunError(
                 f"step {step}: loss {result.loss}, gradient norm {norm}: not finite; {cause}"
             )
+        self.told = self.told or result.stop
         record = make_record(step, result)
         line = self.steps.add(record, self.instruments.read(self.unread.popleft()))
         if self.out:

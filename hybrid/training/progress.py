@@ -95,13 +95,17 @@ class Progress(Watcher):
             self.live.start()
         self.rows: dict[str, Row] = {}
         self.name, self.total, self.file, self.offset = "", 0, Path(), 0
+        self.inode = 0  # of the file: a run that goes on writes a new one
         self.recent: collections.deque[Step] = collections.deque(maxlen=RECENT_STEPS)
         self.begun = self.arrived = self.shown = 0.0
 
     def started(self, name: str, steps: int, out: Path) -> None:
         """Show that a run begins; steps that are in its `steps.jsonl` already are not shown."""
         self.name, self.total, self.file = name, steps, out / "steps.jsonl"
-        self.offset = self.file.stat().st_size if self.file.exists() else 0
+        self.offset, self.inode = 0, 0
+        if self.file.exists():
+            found = self.file.stat()
+            self.offset, self.inode = found.st_size, found.st_ino
         self.recent.clear()
         self.begun = self.shown = time.monotonic()
         self.rows[name] = Row(dict.fromkeys(NUMBERS, "") | {"step": "starting"})
@@ -121,6 +125,8 @@ class Progress(Watcher):
         """Poll in the process that trains, after each step of `total`, if the display is due.
         It reads nothing at other times, because the other ranks wait for this process."""
         self.total = total
+        if not self.recent:
+            self.inode = 0  # an earlier run's file may have had its place when this one began
         if self._is_due():
             self.poll()
 
@@ -155,11 +161,11 @@ class Progress(Watcher):
     def _read(self) -> list[Step]:
         """Return the steps of the whole lines that were added, at most `RECENT_STEPS` of them."""
         try:
-            size = self.file.stat().st_size
-            if size == self.offset:
+            found = self.file.stat()
+            if found.st_size < self.offset or found.st_ino != self.inode:  # it begins anew
+                self.offset, self.inode = 0, found.st_ino
+            if found.st_size == self.offset:
                 return []
-            if size < self.offset:  # it begins anew
-                self.offset = 0
         except FileNotFoundError:
             return []
         with self.file.open("rb") as file:

@@ -1,23 +1,35 @@
-"""Chooses the checkpoint from which a run goes on, and says in what its job was another one."""
+"""Decides how a run begins: anew, from a checkpoint, or not at all since it has ended already.
+
+It says in one line what it found, which checkpoints it skipped, and in what the job was another
+one. Nothing is changed here."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import records
 from ..job.errors import JobError
 from ..job.file import flatten, to_dict
-from ..job.schema import Job
 from ..job.variants import Choice
 from ..layout import Layout
-from .folder import CHECKPOINTS
+from ..records import Record
+from .folder import CHECKPOINTS, belongs_to
 
 AUTO = "auto"
 # What the state or the samples follow from. Other keys may change: a warning names each.
 _THE_SAME = ("model", "data.name", "data.options", "optimizer.name", "optimizer.options",
              "train.global_batch", "train.seed")  # fmt: skip
+# What does not change what is computed, but for rounding.
 _FREE = ("checkpoint", "launch", "log", "variant", "proxy", "parallel", "strategy", "data.workers",
-         "train.micro_batches", "train.epochs", "train.eval_every")  # fmt: skip
+         "train.micro_batches", "train.epochs", "train.eval_every", "train.metrics",
+         "train.activation_checkpointing", "train.compile")  # fmt: skip
+# Settings of a strategy by which it computes another thing.
+_ALGORITHM = {"local_sgd": ("sync_every",), "ddp": ("comm_hook", "powersgd_rank")}
+_VALID = "valid: auto, a run's folder, a step's folder in it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,51 +48,125 @@ class Chosen:
         return bool(values["strategy"] == choice.strategy and values["layout"] == layout.to_dict())
 
 
-def choose(out: Path, resume: str | Path, job: Job, verified: bool = False) -> Chosen | None:
-    """Return the checkpoint that `resume` asks for: "auto", the folder of one, or that of a run.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Says how a run begins.
 
-    "auto" looks in `out` alone, and returns None where there is none. job: with its lengths in
-    steps. verified: another process has verified it. Raises JobError where what is named cannot be
-    used, or where no checkpoint of several is whole."""
+    chosen: from this checkpoint. ended: not at all, since the folder has the record of all of its
+    steps. said: this in words, empty where nothing was asked for. notes: warnings."""
+
+    chosen: Chosen | None = None
+    ended: Record | None = None
+    said: str = ""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Return what to warn of, a line each."""
+        return self.chosen.notes if self.chosen else ()
+
+
+def decide(out: Path | None, resume: str | Path | None, choice: Choice) -> Start:
+    """Return how the run begins that `resume` asks for: None, "auto", or a folder.
+
+    "auto" looks in `out` alone. The choice's job has its lengths in steps. Raises JobError where
+    what is named cannot be used, where no checkpoint of several is whole, or where a new run would
+    remove the checkpoints of one that did not end."""
+    if resume is None:
+        refuse_restart(out)
+        return Start()
+    if out is not None and (ended := find_ended(out, resume, choice)):
+        return ended
+    chosen = choose(out, resume, choice)
+    if chosen is None:
+        return Start(said=f"--resume {AUTO}: {out} has no checkpoint; the run starts at step 0")
+    if out is not None and not belongs_to(chosen.folder, out):
+        refuse_restart(out, f"--resume {resume}: ")
+    return Start(chosen, said=f"goes on from {chosen.folder}")
+
+
+def tell_start(start: Start) -> None:
+    """Print how the run begins, where that was asked for, and what to warn of."""
+    for line in start.notes:
+        print(f"hybrid: warning: {line}", file=sys.stderr)
+    if start.said:
+        print(f"hybrid: {start.said}", file=sys.stderr)
+
+
+def refuse_restart(out: Path | None, asked: str = "") -> None:
+    """Raise JobError where `out` has checkpoints of a run that did not end well."""
+    if out is None or not (steps := _saved_steps(out)):
+        return
+    status = _status(out)
+    if status == "ok":
+        return
+    again = "" if _restarts() == "0" else "this process was started again; "
+    raise JobError(
+        f"{asked}{again}{out / CHECKPOINTS} has the state after {steps[0]} steps of a run that did "
+        f"not end well (record.json: {status}), and a new run would remove it; "
+        "valid: --resume auto to go on, or another --out"
+    )
+
+
+def _restarts() -> str:
+    """Return how often torchrun or SLURM has started this run again."""
+    counts = (os.environ.get(f"{k}_RESTART_COUNT", "0") for k in ("TORCHELASTIC", "SLURM"))
+    return next((count for count in counts if count != "0"), "0")
+
+
+def _saved_steps(out: Path) -> list[int]:
+    """Return the steps of a run's checkpoints, the newest first, without torch."""
+    names = (path.name.removeprefix("step-") for path in (out / CHECKPOINTS).glob("step-*"))
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def _status(out: Path) -> str:
+    try:
+        return str(json.loads((out / "record.json").read_text())["status"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "missing"
+
+
+def find_ended(out: Path, resume: str | Path, choice: Choice) -> Start | None:
+    """Return a start that does nothing, where `out` has the whole run that is asked for."""
+    if resume != AUTO and Path(resume).resolve() != out.resolve():
+        return None
+    if _status(out) != "ok":
+        return None
+    try:
+        record = records.read(Record, out / "record.json")
+        before = json.loads((out / "job.json").read_text())
+    except (OSError, ValueError):
+        return None
+    step = record.checkpoint.step if record.checkpoint else len(record.steps)
+    if step != choice.job.train.steps:
+        return None
+    compare_jobs(f"--resume {resume}", choice, before, record.variant_of or record.strategy)
+    said = f"{out}: the run has ended well, after {step} steps; nothing is left to do"
+    return Start(ended=record, said=said)
+
+
+def choose(out: Path | None, resume: str | Path, choice: Choice) -> Chosen | None:
+    """Return the checkpoint that `resume` asks for, None where "auto" finds none."""
     given, path = f"--resume {resume}", Path(resume)
     if resume == AUTO:
+        if out is None:
+            raise JobError(f"{given}: the run has no folder; valid: a folder, or out=")
         _clear(out / CHECKPOINTS)
-        found, skipped = _newest(out / CHECKPOINTS)
-        if found is None and skipped:
-            raise JobError(f"{given}: no checkpoint can be used; {'; '.join(skipped)}")
-        return found and _compared(found, job, skipped)
+        return _newest(given, out / CHECKPOINTS, choice)
     from ..checkpoint.folders import list_checkpoints, verify
-    from ..checkpoint.manifest import MANIFEST, read_manifest
+    from ..checkpoint.manifest import MANIFEST
 
     if not path.is_dir():
-        raise JobError(f"{given}: is no folder; valid: auto, a run's folder, a step's folder in it")
+        raise JobError(f"{given}: is no folder; {_VALID}")
     if (path / MANIFEST).exists():
-        if verified:
-            return _compared(Chosen(path, read_manifest(path)), job, [])
         manifest, problems = verify(path, whole=True)
-        if problems:
+        if problems or manifest is None:
             raise JobError(f"{given}: cannot be used: {problems[0]}")
-        return _compared(Chosen(path, manifest), job, _later(path, out / CHECKPOINTS))
+        return _compared(given, Chosen(path, manifest), choice)
     below = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     if not list_checkpoints(below):
-        raise JobError(
-            f"{given}: holds no checkpoint; valid: auto, a run's folder, a step's folder"
-        )
-    found, skipped = _newest(below)
-    if found is None:
-        raise JobError(f"{given}: no checkpoint can be used; {'; '.join(skipped)}")
-    return _compared(found, job, skipped)
-
-
-def _later(folder: Path, checkpoints: Path) -> list[str]:
-    """Say that a run leaves later checkpoints of its own folder behind it, where it does."""
-    from ..checkpoint.folders import list_checkpoints
-
-    names = [path.name for path in list_checkpoints(checkpoints)]
-    if not names or folder.resolve() != (checkpoints / folder.name).resolve():
-        return []
-    found = f"{names[0]} is there too: until this run has saved that step, `--resume {AUTO}` goes"
-    return [f"{found} on from it, not from what this run saves"] if names[0] > folder.name else []
+        raise JobError(f"{given}: holds no checkpoint; {_VALID}")
+    return _newest(given, below, choice)
 
 
 def _clear(checkpoints: Path) -> None:
@@ -90,41 +176,71 @@ def _clear(checkpoints: Path) -> None:
     remove_unfinished(checkpoints)
 
 
-def _newest(checkpoints: Path) -> tuple[Chosen | None, list[str]]:
-    """Return the newest checkpoint that verifies, and why newer ones do not."""
+def read_chosen(folder: Path, choice: Choice) -> Chosen:
+    """Return the checkpoint that the process which started this rank has chosen and verified."""
+    from ..checkpoint.manifest import read_manifest
+
+    return _compared(f"--resume {folder}", Chosen(folder, read_manifest(folder)), choice)
+
+
+def _newest(given: str, checkpoints: Path, choice: Choice) -> Chosen | None:
+    """Return the newest checkpoint that verifies, None where there is none at all."""
     from ..checkpoint.folders import list_checkpoints, verify
 
     skipped: list[str] = []
     for folder in list_checkpoints(checkpoints):
         manifest, problems = verify(folder, whole=True)
         if not problems:
-            return Chosen(folder, manifest), skipped
+            return _compared(given, Chosen(folder, manifest, skipped), choice)
         skipped.append(f"{folder.name} is skipped: {problems[0]}")
-    return None, skipped
+    if skipped:
+        raise JobError(
+            f"{given}: no checkpoint in {checkpoints} can be used; {'; '.join(skipped)}; "
+            "valid: another checkpoint, or another --out to start at step 0"
+        )
+    return None
 
 
-def _compared(found: Chosen, job: Job, notes: Sequence[str]) -> Chosen:
+def _compared(given: str, found: Chosen, choice: Choice) -> Chosen:
     """Add what has changed in the job; raises JobError where the state would mean another thing."""
-    here, there = dict(flatten(to_dict(job))), dict(flatten(found.manifest.values["job"]))
-    changed = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
-    for key in _under(changed, _THE_SAME):
+    values, step = found.manifest.values, found.manifest.step
+    where = f"{given}: the checkpoint {found.folder}"
+    changed = compare_jobs(where, choice, values["job"], values["strategy"])
+    if step > (choice.job.train.steps or 0):
         raise JobError(
-            f"{key} = {here.get(key)!r}: the checkpoint {found.folder} is of a run with "
-            f"{there.get(key)!r}; a run goes on with the model, the data, the batch and the seed "
-            "that it had"
+            f"train.steps = {choice.job.train.steps}: {where} is after {step} steps; "
+            f"valid: {step} or more, or the checkpoint of an earlier step"
         )
-    if found.manifest.step > (job.train.steps or 0):
+    notes = [f"{key} = {new!r} from step {step} on; it was {old!r}" for key, new, old in changed]
+    return dataclasses.replace(found, notes=[*found.notes, *notes])
+
+
+def compare_jobs(
+    where: str, choice: Choice, before: Mapping[str, Any], strategy: str
+) -> list[tuple[str, Any, Any]]:
+    """Return the keys that compute another thing from here on, with the new and the old value.
+
+    before: the earlier job, under this strategy. Raises JobError where a key must stay the same."""
+    here, there = dict(flatten(to_dict(choice.job))), dict(flatten(before))
+    keys = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
+    for key in _under(keys, _THE_SAME):
         raise JobError(
-            f"train.steps = {job.train.steps}: the checkpoint {found.folder} is after "
-            f"{found.manifest.step} steps"
+            f"{key} = {here.get(key)!r}: {where} is of a run with {there.get(key)!r}; a run goes "
+            "on with the model, the data, the batch and the seed that it had"
         )
-    free = set(_under(changed, _FREE))
-    more = [
-        f"{key} = {here.get(key)!r} from step {found.manifest.step} on; it was {there.get(key)!r}"
-        for key in changed
-        if key not in free
-    ]
-    return dataclasses.replace(found, notes=[*notes, *more])
+    momenta = [values.get("optimizer.momentum", 0.0) for values in (here, there)]
+    if choice.job.optimizer.name == "sgd" and all(momenta) != any(momenta):
+        raise JobError(
+            f"optimizer.momentum = {momenta[0]}: {where} is of a run with {momenta[1]}, "
+            "and with 0 there is no momentum to keep"
+        )
+    free = set(_under(keys, _FREE))
+    if strategy == choice.strategy:
+        settings = [f"strategy.{strategy}.{key}" for key in _ALGORITHM.get(strategy, ())]
+        free -= set(_under(keys, settings))
+    if choice.job.schedule.name == "constant":
+        free.add("train.steps")  # no rate follows from it
+    return [(key, here.get(key), there.get(key)) for key in keys if key not in free]
 
 
 def _under(keys: Sequence[str], sections: Sequence[str]) -> Iterator[str]:

@@ -5,11 +5,13 @@ starts the ranks where no other launcher has; comparisons call it too. `hybrid.r
 what a run leaves in its folder. No torch until a job is checked."""
 
 import os
+import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import records
-from ..job.errors import JobError, RunFailed, needs_room
+from ..job.errors import JobError, RunFailed, Stopped, needs_room
 from ..job.schema import Job
 from ..job.variants import resolve, warnings_of
 from ..launch.accelerate_env import check_started
@@ -18,6 +20,7 @@ from ..launch.logs import redirect_output
 from ..launch.ops_cache import remove_stale_locks
 from ..launch.orphans import end_with_launcher
 from ..launch.placement import OWN, export_rank_variables, find_placement
+from ..launch.stopping import end_now, requeue
 from ..launch.threads import set_num_threads
 from ..launch.warm import warm_ranks
 from ..records import Record
@@ -25,9 +28,9 @@ from ..strategies import registry
 from .apart import check_apart
 from .branches import explain
 from .check import print_warnings
-from .folder import add_warnings, begin_run, end_run
+from .folder import add_warnings, begin_run, end_run, keep_steps
 from .progress import Progress, Watcher
-from .resume import choose
+from .resume import Chosen, decide, refuse_restart, tell_start
 
 
 def run_job(
@@ -51,6 +54,8 @@ def run_job(
     if placement.rank == 0 and parent is None:
         print_warnings(warnings_of(job, [strategy]))
     registry.check_settings(job, [strategy])
+    if job.checkpoint.every and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, end_now)  # until the run has steps to save
     if placement.launcher is None:
         with needs_room(out), warm_ranks(fresh_ranks):
             return _launch_checked(job, strategy, out, nproc, resume, until)
@@ -64,8 +69,6 @@ def run_job(
         redirect_output(out / "logs", placement)
         if placement.rank == 0:
             watcher = Progress(shared=True)
-            if resume is None:
-                (out / "steps.jsonl").unlink(missing_ok=True)
             watcher.started(strategy, job.train.steps or 0, out)
             on_step = watcher.follow
     set_num_threads(placement)
@@ -83,8 +86,12 @@ def _launch_checked(
     resume: str | None,
     until: int | None,
 ) -> Record:
-    """Check the job, then start its ranks and show their progress."""
+    """Check the job, then start its ranks and show their progress.
+
+    Where the folder has the whole run that is to go on, its record is returned."""
     choice = resolve(job, strategy)
+    if resume is None:
+        refuse_restart(out)
     checked = check_apart(job, registry.modules(choice.strategy)).require()
     remove_stale_locks()
     layout, warnings = checked.plan(strategy, nproc or default_nproc(choice.job))
@@ -93,16 +100,20 @@ def _launch_checked(
     print_warnings([*(f"{strategy}: {line}" for line in warnings), *found])
     replicas = choice.job.strategy.local_sgd.emulate_replicas
     emulating = choice.strategy == "local_sgd" and replicas
+    start = decide(out, resume, resolve(checked.job, strategy))
+    tell_start(start)
+    if start.ended:
+        return start.ended
     watcher, world_size = Progress(), 1 if emulating else layout.world_size
-    chosen = choose(out, resume, checked.job) if resume else None
-    print_warnings(f"{strategy}: {line}" for line in (chosen.notes if chosen else []))
-    folder = chosen.folder if chosen else None
-    rest = checked.job, strategy, world_size, out, watcher
+    rest, chosen = (checked.job, strategy, world_size, out, watcher), start.chosen
     try:
-        record = launch(*rest, warnings=found, resume=folder, until=until)
+        record = launch(*rest, warnings=found, resume=chosen, until=until)
         told = (line for line in record.warnings if line not in found)  # by the engine itself
         print_warnings(f"{strategy}: {line}" for line in told)
         return record
+    except Stopped as stopped:
+        stopped.tell(requeue(stopped))
+        raise
     finally:
         watcher.close()
 
@@ -117,7 +128,7 @@ def launch(
     program: Program | None = None,
     warnings: Sequence[str] = (),
     cores_for: int | None = None,
-    resume: Path | None = None,
+    resume: Chosen | None = None,
     until: int | None = None,
 ) -> Record:
     """Start `nproc` ranks of a checked job, wait for them and return the record.
@@ -125,15 +136,19 @@ def launch(
     label: the run's name for the watcher, if it is not the strategy's. program: the command that
     starts a rank, `PROGRAM` if it is left out. warnings: of the try-out, for the record. cores_for:
     see `run_ranks`. resume: the checkpoint from which the run goes on. until: see `train`; the
-    record then says `interrupted`, though all went well. Raises RunFailed with the first cause; the
-    record then says `failed` or `not_possible`."""
+    record then says `interrupted`, though all went well. Raises RunFailed with the first cause, and
+    Stopped where a signal stopped the run; the record then says `failed` or `not_possible`."""
     label, choice = label or strategy, resolve(job, strategy)
-    file = begin_run(out, job, choice, resume is not None)
+    file = begin_run(out, job, choice, resume.folder if resume else None)
+    if resume:
+        missing = keep_steps(out, resume.folder, resume.manifest.step)
+        print_warnings(f"{label}: {line}" for line in missing)
+        warnings = [*warnings, *missing]
     watcher.started(label, job.train.steps or 0, out)
     arguments = ["train", str(file), "--strategy", strategy, "--out", str(out)]
     arguments += ["--parent", str(os.getpid())]
     if resume:
-        arguments += ["--resume", str(resume)]
+        arguments += ["--resume", str(resume.folder)]
     if until:
         arguments += ["--until", str(until)]
     try:
@@ -142,7 +157,8 @@ def launch(
         # another order, and round otherwise.
         if choice.strategy == "local_sgd":
             cores_for = choice.job.strategy.local_sgd.emulate_replicas or cores_for
-        run_ranks(nproc, arguments, out, watcher.poll, program or PROGRAM, modules, cores_for)
+        rest = program or PROGRAM, modules, cores_for, job.checkpoint.every is not None
+        run_ranks(nproc, arguments, out, watcher.poll, *rest)
         record = add_warnings(out, records.read(Record, out / "record.json"), warnings)
     except BaseException as raised:
         error = raised

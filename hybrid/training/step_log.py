@@ -3,7 +3,6 @@
 With a folder they are lines of `steps.jsonl` there, and memory does not grow with the steps."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ class StepLog:
     """Holds the records of the steps so far.
 
     here: this process keeps them. out: the run's folder, None: they stay in memory. start, samples:
-    the steps that a run had made before it goes on here, of which the file may have the lines."""
+    the steps that a run had made before it goes on here, whose lines the file has."""
 
     def __init__(self, here: bool, out: Path | None, start: int = 0, samples: int = 0) -> None:
         self.count = start
@@ -26,8 +25,6 @@ class StepLog:
         self.changed = False  # a step since the last checkpoint must have changed the state
         self.targets: int | float = 0  # of the steps that are made here
         self._here, self._kept = here, list[StepRecord]()
-        if out:
-            _keep_lines(out / "steps.jsonl", start)
         self._file = (out / "steps.jsonl").open("a+") if out else None
         self._lines = list[str]()  # not written yet
 
@@ -70,26 +67,6 @@ class StepLog:
             self._kept = [StepRecord(**{name: line[name] for name in names}) for line in lines]
             self._file.close()
         return gather_objects(self._kept if self._here else None)[0]
-
-
-def _keep_lines(path: Path, start: int) -> None:
-    """Leave in the file of an earlier run the lines of the steps before `start` alone.
-
-    A killed run has written lines of later steps, and perhaps half a line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):
-            break
-        if step >= start or not line.endswith("\n"):
-            break
-        kept.append(line)
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept))
-    os.replace(part, path)
 
 
 def make_record(step: int, result: StepResult) -> StepRecord:
