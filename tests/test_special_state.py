@@ -108,8 +108,8 @@ CASES: list[Case] = [
             strategy=strategy,
             job=STEEP | SYNC | {"train.steps": 10},
             growth=2,
-            saves=[1, 4, 7],
-            goes_on=[{"at": 1}, {"at": 4}, {"at": 7}],
+            saves=[1, 5, 7],  # after an overflow, and between two of the steps that a growth takes
+            goes_on=[{"at": 1}, {"at": 5}, {"at": 7}],
         )
         for strategy in ("fsdp", "local_sgd")
     ),

@@ -26,9 +26,10 @@ def note_groups(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def read_numbers(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return, as JSON, what `put_numbers` gives back: of each group the numbers that are not what
-    they were when the optimizer was made, and the keys under which it keeps None of a parameter.
+    """Return, as JSON, what `put_numbers` takes back.
 
+    These are the numbers of each group that are not what they were when the optimizer was made, and
+    the keys under which it keeps None of a parameter.
     Raises JobError where it keeps what a checkpoint cannot hold."""
     if problem := unsaved(optimizer):
         raise JobError(f"optimizer.name: {problem}")

@@ -110,8 +110,9 @@ class Engine(Protocol):
         """Return the keys under which the optimizer keeps numbers, not tensors."""
 
     def optimizer_numbers(self) -> dict[str, Any]:
-        """Return, as JSON, what an optimizer of a user's own holds beside the state by parameter:
-        numbers in its groups that it changes by itself, keys under which it keeps None."""
+        """Return, as JSON, what an optimizer of a user's own holds beside the state by parameter.
+
+        These are numbers in its groups that it changes, and keys under which it keeps None."""
 
     def set_optimizer_numbers(self, saved: Mapping[str, Any]) -> None:
         """Take over what `optimizer_numbers` returned, after the pieces have been written."""

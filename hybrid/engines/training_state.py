@@ -143,8 +143,10 @@ def numbers_of(optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def _device(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, key: str) -> torch.device:
-    """Return where an optimizer keeps a small tensor: torch's keep step counts on the host, unless
-    they are fused (torch/optim/optimizer.py)."""
+    """Return where an optimizer keeps a small tensor.
+
+    Those of torch keep step counts on the host, unless they are fused (torch/optim/optimizer.py).
+    """
     for group in optimizer.param_groups:
         if any(p is tensor for p in group["params"]):
             on_device = key != "step" or group.get("fused") or group.get("capturable")
