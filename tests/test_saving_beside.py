@@ -18,6 +18,9 @@ from hybrid.training.run import launch
 from tests.accidents import Accident
 from tests.conftest import small_job
 from tests.test_failures import ranks_of
+from tests.test_no_room import small_disk
+
+__all__ = ["small_disk"]  # a fixture
 
 ASKED = {"every": 2, "keep": 2, "async": True, "best": "loss"}
 ADAM = {"name": "adamw", "lr": 0.01}
@@ -113,3 +116,13 @@ def test_a_snapshot_that_is_never_renewed_is_noticed(
     with pytest.raises(RunFailed, match="after 4 steps: it is the state of the checkpoint before"):
         run(out, Accident(what="old"))
     assert steps_in(out) == [2]
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills(small_disk: Any) -> None:
+    out = small_disk("size=400k") / "run"
+    asked = {"every": 1, "async": True}
+    with warm_ranks(), pytest.raises((RunFailed, NoRoom)) as failed:
+        run(out, Accident(), checkpoint=asked, train__steps=60)
+    assert exit_status(failed.value) == 3 and "No space left on device" in str(failed.value)
+    assert len(steps_in(out)) > 2 and not list((out / "checkpoints").glob("*.part"))

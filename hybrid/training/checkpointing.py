@@ -66,6 +66,8 @@ class Checkpoints:
         self._saving = 0  # the step of it
         self._last: Saved | None = None  # the newest, by which the next is known to be another
         self._scores = Scores(asked.best) if asked.best else None
+        if saves and self.placement.rank == 0 and self.start == self.job.train.steps:
+            self._tidy(self.start)  # the run before may have ended between its last save and this
 
     @property
     def saves(self) -> bool:
