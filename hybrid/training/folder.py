@@ -48,7 +48,8 @@ def belongs_to(checkpoint: Path, out: Path) -> bool:
 def keep_steps(out: Path, checkpoint: Path, step: int) -> list[str]:
     """Leave in `out/steps.jsonl` the lines of the first `step` steps alone; warn of missing ones.
 
-    They are taken from the run of the checkpoint if that is another one. A killed run has written lines of later steps, and perhaps half a line."""
+    They are taken from the run of the checkpoint if that is another one. A killed run has written
+    lines of later steps, and perhaps half a line."""
     run = out if belongs_to(checkpoint, out) else checkpoint.resolve().parent.parent
     kept, text = list[str](), ""
     if (run / STEPS).exists():
