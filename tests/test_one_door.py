@@ -53,15 +53,6 @@ def torchrun(
     )
 
 
-def test_a_second_attempt_of_torchrun_trains_to_its_end(tmp_path: Path) -> None:
-    """Without a prefix of its own it would meet the first attempt's keys in torchrun's store."""
-    out = tmp_path / "run"
-    done = torchrun(small_job(), out, "--max-restarts", "1", fault="dies_once")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert status(out) == ("ok", "None")
-    assert len(records.read(records.Record, out / "record.json").steps) == 6
-
-
 def test_another_launcher_s_run_has_the_files_and_warnings_of_our_own(tmp_path: Path) -> None:
     """`global_batch = 24` in five micro-batches pads rows: a pipeline would be warned of it."""
     job = small_job(optimizer__eps=1e-6, train__steps=2)

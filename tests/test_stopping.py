@@ -1,4 +1,4 @@
-"""A signal has a run save and leave, all ranks after the same step, whichever process has it."""
+"""A signal has a run save and leave, all ranks after the same step, whoever got it."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def test_all_ranks_save_after_the_same_step(
 
 
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    job, out = small_job(checkpoint__every=4, train__steps=6), tmp_path / "run"
+    job, out = small_job(checkpoint__every=50, train__steps=9), tmp_path / "run"
     whole = hybrid.train(job, "single", tmp_path / "whole")
 
     def stop(step: Any, total: int) -> None:
         if step.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Stopped, match="after step 3, which is saved") as left:
+    with pytest.raises(Stopped, match="after step 5, which is saved") as left:
         hybrid.train(job, "single", out, stop)
     assert left.value.code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     after = hybrid.train(job, "single", out, resume="auto")
@@ -206,13 +206,13 @@ def test_one_rank_s_word_reaches_all() -> None:
 
 
 def test_torchrun_starts_it_again_and_it_goes_on(tmp_path: Path) -> None:
-    """A rank kills itself once; then the run goes on, and once more on another number of ranks."""
+    """A rank kills itself once; then the run goes on, and once more on another number of ranks.
+
+    Without a prefix of its own the second attempt would meet the first one's keys in torchrun's
+    store."""
     job, out = small_job(checkpoint__every=2, train__steps=5), tmp_path / "again" / "run"
     whole = hybrid.train(job, "single", tmp_path / "whole")
     attempts = ("--max-restarts", "1", "--nproc-per-node", "4")
-    refused = torchrun(job, tmp_path / "no" / "run", *attempts, fault="dies_once")
-    assert refused.returncode == 1 and "was started again; " in refused.stderr
-    assert "valid: --resume auto to go on" in refused.stderr
     done = torchrun(job, out, *attempts, fault="dies_once", more=("--resume", "auto"))
     assert done.returncode == 0, done.stderr[-3000:]
     record = records.read(Record, out / "record.json")

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import psutil
 
+from .stopping import saves_at_signals
+
 _LAUNCHERS = {
     *("torchrun", "torch.distributed.run", "accelerate", "accelerate.commands.launch"),
     *("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch"),
     *("mpirun", "mpirun.openmpi", "mpirun.mpich", "mpiexec", "mpiexec.hydra"),
 }
+SAVING_S = 30  # in which a rank whose launcher is gone may save its state
 _PDEATHSIG = 1  # PR_SET_PDEATHSIG, prctl(2)
 
 
@@ -80,6 +83,9 @@ def _watch(above: list[psutil.Process]) -> None:
                 with contextlib.suppress(OSError):  # the launcher may have read our stderr
                     line = f"hybrid: the launcher (process {process.pid}) is gone: ending"
                     print(line, file=sys.stderr)
+                if saves_at_signals():
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(SAVING_S)
                 os._exit(1)
 
 

@@ -28,11 +28,17 @@ class _Told:
 
     number = 0
     gave_up = False  # there is nothing left to wait for
+    saves = False  # a signal has this rank save its state
 
 
 def told() -> int:
     """Return the number of the signal that told this rank to stop, 0: none has."""
     return _Told.number
+
+
+def saves_at_signals() -> bool:
+    """Tell whether this rank saves its state when a signal tells it to stop."""
+    return _Told.saves
 
 
 def give_up() -> None:
@@ -82,6 +88,15 @@ class StopSignals(_Handlers):
         self.saved: int | None = None
         self.waits = self.leaves = False
         self._since = 0.0
+
+    def __enter__(self) -> "StopSignals":
+        _Told.saves = True
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _Told.saves = False
+        super().__exit__(*error)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if not _Told.number:
