@@ -217,7 +217,9 @@ def _entry(value: Mapping[str, Any], files: Mapping[str, Any]) -> Entry:
 def _require_room(piece: FilePiece, files: Mapping[str, Any]) -> None:
     """Raise ValueError for a piece of more elements than its file has bytes."""
     if not 0 <= piece.size <= files[piece.file]["bytes"]:
-        raise ValueError(f"{piece.key!r} has {piece.size} elements, more than {piece.file} can hold")
+        raise ValueError(
+            f"{piece.key!r} has {piece.size} elements, more than {piece.file} can hold"
+        )
 
 
 def rows_of(piece: FilePiece, shape: Sequence[int]) -> Iterator[tuple[int, int, int]]:

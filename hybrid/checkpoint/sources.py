@@ -4,6 +4,7 @@ What can be read: a checkpoint of ours, a run's folder, its final weights, a fil
 index of several, a Hugging Face folder. Pickles (`hybrid.checkpoint.pickled`) only where they are
 trusted. Values are read a range at a time, so that no second copy of a model is in memory."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -33,6 +34,11 @@ class Form(NamedTuple):
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Return the number of elements."""
+        return math.prod(self.shape)
 
 
 class Weights(Protocol):

@@ -25,6 +25,7 @@ from ..job.arguments import (
     Overrides,
     Reference,
     Resume,
+    TrustPickle,
 )
 from ..launch.endings import explain, say, suggest, versions
 from . import checkpoints
@@ -72,6 +73,7 @@ def compare(
         bool, typer.Option(help="Exit with 1 where the reference did not repeat itself.")
     ] = False,
     allow_known_bad: KnownBad = False,
+    trust_pickle: TrustPickle = False,
     json: Json = False,
 ) -> None:
     """Run the job under each strategy and hold every run against one, such as `single`."""
@@ -80,7 +82,7 @@ def compare(
     from ..comparison.session import compare as compare_strategies
     from ..training.progress import Progress
 
-    loaded, out = _load(job, overrides, allow_known_bad), choose_folder(out, resume)
+    loaded, out = _load(job, overrides, allow_known_bad, trust_pickle), choose_folder(out, resume)
     names, watcher = _split(strategies), Progress()
     try:
         result = compare_strategies(
@@ -109,6 +111,7 @@ def train(
     fresh_ranks: FreshRanks = False,
     resume: GoOn = None,
     allow_known_bad: KnownBad = False,
+    trust_pickle: TrustPickle = False,
     json: Json = False,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -116,7 +119,7 @@ def train(
     from .. import records
     from ..training.run import run_job
 
-    loaded = _load(job, overrides, allow_known_bad)
+    loaded = _load(job, overrides, allow_known_bad, trust_pickle)
     record = run_job(loaded, strategy, out, nproc, parent, fresh_ranks, resume)
     if record is None:
         return
@@ -150,13 +153,14 @@ def check(
     nproc: Nproc = None,
     overrides: Overrides = None,
     allow_known_bad: KnownBad = False,
+    trust_pickle: TrustPickle = False,
     json: Json = False,
 ) -> None:
     """Try the job out on a few samples, and say what stands in the way of which strategy."""
     from .. import records
     from ..training.feasible import check_strategies
 
-    loaded = _load(job, overrides, allow_known_bad)
+    loaded = _load(job, overrides, allow_known_bad, trust_pickle)
     answer = check_strategies(loaded, _split(strategies), nproc)
     if json:
         print(records.dumps(answer), file=_stdout)
@@ -201,13 +205,16 @@ def doctor(
     raise typer.Exit(run_on_files(files, to) if files else run(self_test, to))
 
 
-def _load(path: Path, overrides: list[str] | None, allow_known_bad: bool = False) -> Any:
+def _load(
+    path: Path, overrides: list[str] | None, allow_known_bad: bool, trust_pickle: bool
+) -> Any:
     from ..data import SOURCES
     from ..job.file import load_job
     from ..job.imports import check_name
     from ..models import check_model_name
 
     allowed = ["launch.allow_known_bad=true"] if allow_known_bad else []
+    allowed += ["launch.trust_pickle=true"] if trust_pickle else []
     job = load_job(path, [*(overrides or []), *allowed])
     check_model_name(job.model.name)
     check_name("data", job.data.name, SOURCES)

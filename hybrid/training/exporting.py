@@ -95,8 +95,7 @@ def write_weights(weights: Weights, layers: Layers, names: dict[str, str], path:
         source = places[canonical][0]
         form = weights.tensors[source]
         read = functools.partial(weights.read, source)
-        size = torch.Size(form.shape).numel()
-        parts.append(Part(name, form.dtype, size, read, form.shape))
+        parts.append(Part(name, form.dtype, form.size, read, form.shape))
     write_file(path, parts, METADATA)
 
 
