@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from hybrid.checkpoint.inspection import inspect
 from hybrid.checkpoint.manifest import MANIFEST
 from hybrid.job.errors import JobError
 from hybrid.training.saved import JobFrom, find_saved
-from tests.conftest import small_job
+from tests.conftest import ROOT, small_job
 from tests.saved import edit, save_checkpoint
 
 KEYS = ["step", "strategy", "layout", "state_hash", "tensors", "bytes", "verified", "problems"]
@@ -300,3 +301,16 @@ def test_a_file_with_a_hostile_header_is_named(case: str, folder: Path) -> None:
     edit(folder, lambda values: values["files"].update({FIRST: about}))
     found = inspect(folder).problems
     assert found and all(problem.startswith((FIRST, MANIFEST)) for problem in found), found
+
+
+def test_the_hash_in_ten_lines_that_import_nothing_of_ours(saved: Path) -> None:
+    """The script on the page prints the hash in the manifest."""
+    page = (ROOT / "docs" / "checkpoints.md").read_text()
+    (script,) = [part for part in page.split("```python\n")[1:] if "hashlib" in part]
+    script = script.partition("```")[0]
+    assert "hybrid" not in script and len(script.splitlines()) <= 12
+    folder = saved / "checkpoints" / "step-00000003"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == json.loads((folder / MANIFEST).read_text())["state_hash"]

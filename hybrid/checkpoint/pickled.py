@@ -10,16 +10,17 @@ import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..job.errors import JobError, first_line
-from ..job.reading import read_json
+from ..job.reading import read_json, read_text
 from .pickle_protocol import in_protocol_2
 from .sources import Form
 
 INNER = ("module", "model", "state_dict", "model_state_dict")  # keys under which weights may stand
+T = TypeVar("T")
 Makers = Mapping[str, tuple[Form, Callable[[], torch.Tensor]]]
 
 
@@ -72,7 +73,7 @@ class PickledWeights:
         """Return elements of a flattened tensor, 1-D on the CPU."""
         if self._made is None or self._made[0] != name:
             form, make = self._makers[name]
-            made = make()
+            made = _tried(Path(self.where), make)
             if made.numel() != form.size:
                 raise JobError(f"{self.where}: {name} is cut off")
             self._made = name, made.reshape(-1)
@@ -87,11 +88,16 @@ def open_pickled(path: Path) -> PickledWeights:
     """Open a pickled file, or a folder of DeepSpeed's, of DCP's or of Hugging Face's.
 
     Raises JobError where torch's restricted loader refuses it, or it is none of these."""
+    return _tried(path, lambda: _open(path))
+
+
+def _tried(path: Path, read: Callable[[], T]) -> T:
+    """Read something, and raise JobError for whatever else is raised: a file may hold anything."""
     try:
-        return _open(path)
+        return read()
     except JobError:
         raise
-    except Exception as error:  # a file may hold anything
+    except Exception as error:
         words = f"{type(error).__name__}: {first_line(error)}"
         raise JobError(f"{path}: holds no weights in a form that is known: {words}") from None
 
@@ -105,9 +111,7 @@ def _open(path: Path) -> PickledWeights:
         from .dcp import open_dcp
 
         return PickledWeights(path, "DCP folder", open_dcp(path))
-    tag = path / (path / "latest").read_text().strip() if (path / "latest").is_file() else path
-    if tag.parent != path and tag != path:
-        raise JobError(f"{path}: latest names no folder in it")
+    tag = _folder_of_tag(path)
     if any(tag.glob("*_model_states.pt")):
         from .zero_files import open_zero
 
@@ -120,6 +124,15 @@ def _open(path: Path) -> PickledWeights:
         names = ", ".join(file.name for file in files) or "none"
         raise JobError(f"{path}: which file has its weights? found: {names}; valid: its path")
     return PickledWeights(path, "pickled file", _by_name(_weights_in(files[0], load(files[0]))))
+
+
+def _folder_of_tag(path: Path) -> Path:
+    """Return the folder that DeepSpeed's `latest` names; without it, the folder itself."""
+    latest = path / "latest"
+    name = read_text(latest, str(latest)).strip() if latest.is_file() else "."
+    if name != "." and (Path(name).name != name or name == ".."):
+        raise JobError(f"{path}: latest names no folder in it")
+    return path / name
 
 
 def load(source: Path | io.BytesIO, name: str = "") -> Any:

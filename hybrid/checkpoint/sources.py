@@ -44,12 +44,18 @@ class Form(NamedTuple):
 class Weights(Protocol):
     """Is an open source of weights.
 
-    where: names it in errors. kind: in a word. about: what is known of it, for the record."""
+    where: names it in errors. kind: in a word."""
 
     where: str
     kind: str
-    about: Mapping[str, Any]
-    tensors: Mapping[str, Form]
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """Return what is known of it, for the record."""
+
+    @property
+    def tensors(self) -> Mapping[str, Form]:
+        """Return the form of each tensor by its name."""
 
     def read(self, name: str, first: int, count: int) -> torch.Tensor:
         """Return elements of a flattened tensor, 1-D on the CPU."""
@@ -65,8 +71,11 @@ class CheckpointWeights:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.where, self._reader = str(folder), Reader(folder, manifest)
-        self.about = {"step": manifest.step, "state_hash": manifest.state_hash}
-        self.tensors = {
+        self.about: Mapping[str, Any] = {
+            "step": manifest.step,
+            "state_hash": manifest.state_hash,
+        }
+        self.tensors: Mapping[str, Form] = {
             name: Form(dtype_of(entry.dtype), entry.shape)
             for (name, key), entry in manifest.entries.items()
             if key == WEIGHT
@@ -197,7 +206,7 @@ def _of_safetensors(path: Path) -> Weights | None:
     files = sorted(path.glob("*.safetensors"))
     one = path / FILE
     if one in files:
-        found: Weights | None = FileWeights(one)
+        found: FileWeights | None = FileWeights(one)
     elif len(indices) > 1 or (not indices and len(files) > 1):
         names = ", ".join(file.name for file in indices or files)
         raise JobError(f"{path}: holds several: {names}; valid: the path of one of them")

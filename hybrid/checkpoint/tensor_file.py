@@ -101,7 +101,7 @@ class _Span(NamedTuple):
 
 
 class TensorFile:
-    """Reads ranges of the flattened tensors in a file; raises Damaged where that is no such file."""
+    """Reads ranges of a file's flattened tensors; raises Damaged where it is no such file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

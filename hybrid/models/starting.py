@@ -121,9 +121,9 @@ def fill(weights: Weights, pieces: Iterable[Piece], names: Names) -> None:
 
     names: of `match_names`. Raises JobError where one tied tensor has two values there."""
     for piece in pieces:
-        first, *others = names.get(piece.name, [None])
-        if first is None:
+        if piece.name not in names:
             continue
+        first, *others = names[piece.name]
         step = max(1, BUFFER_BYTES // piece.tensor.dtype.itemsize)
         for begin in range(0, piece.tensor.numel(), step):
             place = piece.start + begin, min(step, piece.tensor.numel() - begin)
