@@ -61,6 +61,14 @@ def own() -> tuple[nn.Module, Loss]:
     return Own(), cross_entropy
 
 
+def listed() -> tuple[list[nn.Module], Loss]:
+    """Layers in a list, two of which are tied, with buffers that are kept and one that is not."""
+    first, last = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+    last.weight = first.weight
+    first.register_buffer("made", torch.ones(2), persistent=False)
+    return [first, nn.BatchNorm1d(32), last], cross_entropy
+
+
 def own_job(**changes: Any) -> Any:
     """The small job with the module above."""
     return small_job(model={"name": f"{ME}:own"}, **changes)
@@ -158,6 +166,23 @@ def test_an_exported_file_starts_another_run(tmp_path: Path) -> None:
     }
     layers, _ = build_model(load_job(to_dict(job), {"model.weights": str(folder)}))
     assert layers.weights_from is not None and layers.weights_from["step"] == 6
+
+
+@pytest.mark.parametrize("name", ["gpt", f"{ME}:listed"])
+def test_exported_layers_are_what_a_sequential_takes(name: str, tmp_path: Path) -> None:
+    options = GPT if name == "gpt" else {}
+    job = small_job(model={"name": name, "options": options}, data={"name": "random"})
+    folder, file = save_checkpoint(tmp_path / "run", job), tmp_path / "out.safetensors"
+    export(folder, str(file), TRUSTED)
+    layers, truth = build_model(job)[0], build_model(job)[0].whole().state_dict()
+    module = nn.Sequential(*layers)
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            tensor.zero_()
+    module.load_state_dict(load_file(file), strict=True)
+    found = module.state_dict()
+    assert found.keys() == truth.keys()
+    assert not [key for key in truth if not torch.equal(found[key], truth[key])]
 
 
 def test_nothing_that_is_there_is_written_over(tmp_path: Path) -> None:

@@ -81,10 +81,23 @@ def _build(saved: Saved) -> Layers:
 def _write_module(saved: Saved, part: Path) -> int:
     """Write one file, with each name that `load_state_dict` needs; return how many tensors."""
     layers = _build(saved)
-    names = layers.saved_names()
+    names = _names(layers)
     with contextlib.closing(saved.open()) as weights:
         write_weights(weights, layers, names, part)
     return len(names)
+
+
+def _names(layers: Layers) -> dict[str, str]:
+    """Return the canonical name of each tensor in the `state_dict` of the module that was brought.
+
+    Of a list of layers that is `nn.Sequential(*layers)`, whose tied parameters have several names
+    too."""
+    if hasattr(layers, "model"):
+        return layers.saved_names()
+    canonical = {id(tensor): name for name, tensor in layers.tensors().items()}
+    keyed = zip(layers.keys, layers, strict=True)
+    named = ((f"{k}.{n}", t) for k, x in keyed for n, t in x.state_dict(keep_vars=True).items())
+    return {name: canonical[id(tensor)] for name, tensor in named if id(tensor) in canonical}
 
 
 def write_weights(weights: Weights, layers: Layers, names: dict[str, str], path: Path) -> None:
