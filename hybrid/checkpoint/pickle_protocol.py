@@ -15,8 +15,9 @@ Token = tuple[bytes, str | None]  # an instruction, and the text that it pushes,
 
 
 def in_protocol_2(data: bytes) -> bytes:
-    """Return the same program in protocol 2; raises ValueError where it is none, or a global's name
-    is not written out beside it."""
+    """Return the same program in protocol 2.
+
+    Raises ValueError where it is no pickle, or a global's name is not written out beside it."""
     operations = [*pickletools.genops(data), (None, None, len(data))]
     tokens: list[Token] = [(b"\x80\x02", None)]
     memo: dict[int, str | None] = {}
