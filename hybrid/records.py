@@ -157,6 +157,8 @@ class Record:
     `strategy` is the name that was asked for; where that is a variant's, `variant_of` is the
     strategy whose variant it is. `warnings` are what the try-out found that this run can live with.
     Of a resumed run `steps` has those before it too, where their `steps.jsonl` is still there.
+    `weights_from` says which weights `model.weights` named: `path`, `kind`, and what is known of
+    them.
     """
 
     strategy: str
@@ -178,6 +180,7 @@ class Record:
     warnings: list[str] = dataclasses.field(default_factory=list)
     checkpoint: SavedState | None = None
     resumed_from: ResumedFrom | None = None
+    weights_from: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,10 +43,10 @@ KINDS = {  # every field of the job, by the kind of value it takes
     "bool": [
         *("train.activation_checkpointing", "train.compile"),
         *("strategy.fsdp.reshard_after_forward", "strategy.zero2.reduce_once"),
-        "launch.allow_known_bad",
+        *("launch.allow_known_bad", "launch.trust_pickle"),
     ],
     "text": [
-        *("model.name", "data.name"),
+        *("model.name", "data.name", "model.weights"),
         *(f"strategy.{name}.ds_config" for name in ("zero1", "zero2", "zero3", "pipeline", "2d")),
     ],
     "section": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -17,11 +18,12 @@ from hybrid.job.errors import JobError
 from hybrid.job.file import load_job, to_dict
 from hybrid.models import build_model
 from hybrid.models.losses import Loss, cross_entropy
-from hybrid.training.generate import generate
+from hybrid.training.generate import generate as generate_text
 
 CONTEXT = 12
 END = 256
 ME = "tests.test_generate"
+generate = functools.partial(generate_text, trust=True)  # these jobs name functions of this file
 
 
 class Causal(nn.Module):
@@ -212,7 +214,7 @@ FOLDERS: dict[str, tuple[Any, list[str]]] = {
     ),
     "no weights": (remove("checkpoints/final/model.safetensors"), ["No such file", "has ended"]),
     "no checksum": (remove(CHECKPOINT), ["checkpoint.json", "No such file"]),
-    "not JSON": (rewrite(CHECKPOINT, "{"), ["checkpoint.json", "sha256"]),
+    "not JSON": (rewrite(CHECKPOINT, "{"), ["checkpoint.json", "not a JSON file"]),
     "another JSON": (rewrite(CHECKPOINT, "[]"), ["checkpoint.json", "sha256"]),
     "no job": (rewrite("job.json", "{}"), ["job.json", "missing"]),
     "damaged": (
@@ -222,7 +224,7 @@ FOLDERS: dict[str, tuple[Any, list[str]]] = {
     "a tensor too few": (change_state(lambda s: s.pop("1.mix.bias")), ["has no 1.mix.bias"]),
     "a tensor too many": (
         change_state(lambda s: s.update(more=torch.ones(2))),
-        ["has more, which the model of job.json has not"],
+        ["has more, which the model has not"],
     ),
     "another shape": (
         change_state(lambda s: s.update({"2.bias": torch.ones(9)})),

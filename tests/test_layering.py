@@ -21,8 +21,8 @@ __init__ __main__
 cli doctor
 comparison training report
 strategies
-engines checkpoint
-stages models data measure
+engines
+stages models data measure checkpoint
 launch job
 layout records
 """

@@ -9,16 +9,62 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..job.errors import JobError
+from ..job.reading import read_json
 
 FORMAT = 1
+LONGEST = 2**28  # bytes of a manifest: about a million pieces
 MANIFEST = "manifest.json"
 KEYS = (
     "step", "samples", "strategy", "layout", "world_size", "job", "versions", "rng", "loss_scale",
     "state_hash", "tensors", "files",
 )  # fmt: skip
 _WRONG = ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError
-RANK_FILE = re.compile(r"rank\d{5}\.safetensors")
+RANK_FILE = re.compile(r"rank[0-9]{5}\.safetensors")
+
+
+SHA256 = r"^[0-9a-f]{64}$"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _File(_Strict):
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=SHA256)
+
+
+class _Own(_Strict):
+    key: str
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0)]]
+
+
+class _Rank(_Strict):
+    numbers: dict[str, Any]
+    tensors: dict[str, _Own]
+
+
+class _Head(_Strict):
+    """Says of which types the manifest's values are, but for its tensors."""
+
+    step: int = Field(ge=0)
+    samples: int = Field(ge=0)
+    strategy: str
+    layout: dict[str, int]
+    world_size: int = Field(ge=1)
+    job: dict[str, Any]
+    versions: dict[str, str]
+    loss_scale: dict[str, float] | None
+    state_hash: str = Field(pattern=SHA256)
+    tensors: dict[str, dict[str, dict[str, Any]]]
+    files: dict[str, _File]
+    ranks: list[_Rank] = []
 
 
 class BadManifest(ValueError):
@@ -90,21 +136,21 @@ def seal(values: Mapping[str, Any]) -> str:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest in a checkpoint's folder; raises BadManifest."""
     path = folder / MANIFEST
+    if path.is_symlink():
+        raise BadManifest(f"{MANIFEST}: is no regular file")
     try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise BadManifest(f"{MANIFEST}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise BadManifest(f"{MANIFEST}: is not JSON") from None
+        values = read_json(path, MANIFEST, LONGEST)
+    except JobError as error:
+        raise BadManifest(str(error)) from None
     try:
-        return _check(values)
+        return _check(values, folder)
     except BadManifest:
         raise
     except _WRONG as error:
         raise BadManifest(f"{MANIFEST}: is no manifest of a checkpoint: {error!r}") from None
 
 
-def _check(values: Any) -> Manifest:
+def _check(values: Any, folder: Path) -> Manifest:
     if not isinstance(values, dict):
         raise BadManifest(f"{MANIFEST}: is no JSON object")
     if values.get("format") != FORMAT:
@@ -114,16 +160,35 @@ def _check(values: Any) -> Manifest:
         raise BadManifest(f"{MANIFEST}: is damaged, its SHA-256 is not the one that it states")
     if missing := [key for key in KEYS if key not in values]:
         raise BadManifest(f"{MANIFEST}: has no {missing[0]!r}")
-    for name, file in values["files"].items():
-        if not RANK_FILE.fullmatch(name) or not (int(file["bytes"]) >= 0 and file["sha256"]):
-            raise BadManifest(f"{MANIFEST}: files: {name!r} is no file of a rank")
+    _check_head(values)
+    whole = all(_size(folder / name) == file["bytes"] for name, file in values["files"].items())
     entries = {}
     for name, keys in values["tensors"].items():
         for key, value in keys.items():
             entries[name, key] = entry = _entry(value, values["files"])
-            if problem := uncovered(entry):
+            # Where a file has another size, `verify` says so, and no piece is worth looking at.
+            if whole and (problem := uncovered(entry)):
                 raise BadManifest(f"{MANIFEST}: {name} {key}: {problem}")
     return Manifest(values, entries)
+
+
+def _check_head(values: Mapping[str, Any]) -> None:
+    """Raise BadManifest unless the values have their types, and the files names of ours."""
+    try:
+        _Head.model_validate(values)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise BadManifest(f"{MANIFEST}: {where}: {error.errors()[0]['msg']}") from None
+    for name in values["files"]:
+        if not RANK_FILE.fullmatch(name):
+            raise BadManifest(f"{MANIFEST}: files: {name!r} is no file of a rank")
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def _entry(value: Mapping[str, Any], files: Mapping[str, Any]) -> Entry:
@@ -137,6 +202,7 @@ def _entry(value: Mapping[str, Any], files: Mapping[str, Any]) -> Entry:
         if "flat" in piece:
             start, count = map(int, piece["flat"])
             pieces.append(FilePiece(piece["file"], piece["key"], start, count))
+            _require_room(pieces[-1], files)
             continue
         offsets, sizes = (tuple(int(n) for n in part) for part in piece["box"])
         fits = zip(offsets, sizes, shape, strict=True)
@@ -144,7 +210,16 @@ def _entry(value: Mapping[str, Any], files: Mapping[str, Any]) -> Entry:
             raise ValueError(f"a box outside the tensor: {offsets}, {sizes}")
         box = offsets, sizes
         pieces.append(FilePiece(piece["file"], piece["key"], 0, math.prod(sizes), box))
+        _require_room(pieces[-1], files)
     return Entry(str(value["dtype"]), shape, pieces)
+
+
+def _require_room(piece: FilePiece, files: Mapping[str, Any]) -> None:
+    """Raise ValueError for a piece of more elements than its file has bytes."""
+    if not 0 <= piece.size <= files[piece.file]["bytes"]:
+        raise ValueError(
+            f"{piece.key!r} has {piece.size} elements, more than {piece.file} can hold"
+        )
 
 
 def rows_of(piece: FilePiece, shape: Sequence[int]) -> Iterator[tuple[int, int, int]]:

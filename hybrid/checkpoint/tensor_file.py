@@ -9,12 +9,13 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from ..job.reading import unique
 from .flushing import Flusher
 
 BUFFER_BYTES = 2**24
@@ -58,18 +59,22 @@ class Part(NamedTuple):
     dtype: torch.dtype
     size: int  # in elements
     read: Callable[[int, int], torch.Tensor]
+    shape: tuple[int, ...] | None = None  # None: it stands in the file as 1-D
 
 
-def write_file(path: Path, parts: Sequence[Part]) -> tuple[dict[str, Any], Flusher]:
-    """Write a new file of 1-D tensors; return its `bytes` and `sha256`, and what flushes it.
+def write_file(
+    path: Path, parts: Sequence[Part], metadata: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], Flusher]:
+    """Write a new file of tensors; return its `bytes` and `sha256`, and what flushes it.
 
     The file is on the disk once `finish` of the flusher has returned."""
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for part in parts:
         begin, end = end, end + part.size * part.dtype.itemsize
         name = dtype_name(part.dtype)
-        header[part.key] = {"dtype": name, "shape": [part.size], "data_offsets": [begin, end]}
+        shape = [part.size] if part.shape is None else list(part.shape)
+        header[part.key] = {"dtype": name, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     digest, size = hashlib.sha256(), 0
@@ -108,13 +113,16 @@ class _Span(NamedTuple):
     dtype: torch.dtype
     size: int
     begin: int
+    shape: tuple[int, ...]
 
 
 class TensorFile:
-    """Reads ranges of the 1-D tensors in a file; raises Damaged where that is no such file."""
+    """Reads ranges of a file's flattened tensors; raises Damaged where it is no such file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not path.is_file():  # to open a pipe would wait for ever
+            raise Damaged(f"{path.name}: is no regular file")
         self._file = path.open("rb")
         try:
             self.spans = self._read_header()
@@ -127,17 +135,20 @@ class TensorFile:
         length = int.from_bytes(self._file.read(8), "little")
         if not 2 <= length <= min(LONGEST_HEADER, size - 8):
             raise ValueError("its header is cut off")
-        header = json.loads(self._file.read(length))
+        header = json.loads(self._file.read(length), object_pairs_hook=unique)
         header.pop("__metadata__", None)
         spans = {}
         for key, value in header.items():
             dtype, (begin, end) = _DTYPES[value["dtype"]], value["data_offsets"]
-            count = math.prod(value["shape"])
+            shape = tuple(value["shape"])
+            if any(type(n) is not int or n < 0 for n in (begin, end, *shape)):
+                raise ValueError(f"{key!r} has a place or a shape that is no list of numbers")
+            count = math.prod(shape)
             if not 0 <= begin <= end <= size - 8 - length:
                 raise ValueError(f"{key!r} lies outside the file")
-            if end - begin != count * dtype.itemsize or count < 0:
+            if end - begin != count * dtype.itemsize:
                 raise ValueError(f"{key!r} has another size than its shape")
-            spans[key] = _Span(dtype, count, 8 + length + begin)
+            spans[key] = _Span(dtype, count, 8 + length + begin, shape)
         return spans
 
     def read(self, key: str, first: int, count: int) -> torch.Tensor:
@@ -148,7 +159,7 @@ class TensorFile:
 
     def read_into(self, values: torch.Tensor, key: str, first: int) -> None:
         """Fill a 1-D tensor on the CPU, of the same dtype, with elements from `first` on."""
-        dtype, _, begin = self.spans[key]
+        dtype, begin = self.spans[key].dtype, self.spans[key].begin
         if len(values):
             view = values.view(torch.uint8).numpy().data
             self._file.seek(begin + first * dtype.itemsize)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..job.errors import JobError
+from ..job.reading import read_json
 
 FILE = "model.safetensors"
 
@@ -40,16 +41,18 @@ def save_weights(
 def verify_weights(folder: Path) -> Path:
     """Return the path of the weights in a checkpoint's folder.
     Raises JobError unless they are what was written."""
-    file = folder / FILE
+    file, about = folder / FILE, folder / "checkpoint.json"
+    for path in (about, file):
+        if not path.is_file():  # also a pipe, to open which would wait for ever
+            words = "No such file or directory" if not path.exists() else "is no regular file"
+            raise JobError(f"{path}: {words}; a run that has ended has its final weights there")
     try:
-        expected = json.loads((folder / "checkpoint.json").read_text())["sha256"]
+        expected = read_json(about, str(about))["sha256"]
         found = _sha256(file)
     except OSError as error:
-        raise JobError(
-            f"{error.filename}: {error.strerror}; a run that has ended has its final weights there"
-        ) from None
-    except (ValueError, TypeError, KeyError):
-        raise JobError(f"{folder / 'checkpoint.json'}: does not name the weights' sha256") from None
+        raise JobError(f"{error.filename}: {error.strerror}") from None
+    except (TypeError, KeyError):
+        raise JobError(f"{about}: does not name the weights' sha256") from None
     if found != expected:
         raise JobError(f"{file}: is damaged, its SHA-256 is not the one in checkpoint.json")
     return file

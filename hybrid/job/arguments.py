@@ -70,4 +70,22 @@ GoOn = Annotated[
         "--resume", metavar="auto|PATH", help="Go on from OUT's newest checkpoint, or from PATH."
     ),
 ]
+CheckpointPath = Annotated[
+    Path,
+    typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, or a run's: its newest."),
+]
+EvalOut = Annotated[
+    Path, typer.Option(file_okay=False, metavar="DIR", help="Folder for eval.json and logs.")
+]
+JobOfCheckpoint = Annotated[
+    Path | None,
+    typer.Option("--job", metavar="JOB", help="The job, in place of the one in the folder."),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Run the code that the folder's job names by import path.")
+]
+TrustPickle = Annotated[
+    bool,
+    typer.Option("--trust-pickle", help="Read pickled model.weights, by a loader that runs none."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]

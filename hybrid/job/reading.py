@@ -35,12 +35,12 @@ def read_text(path: Path, what: str, max_bytes: int = MAX_BYTES) -> str:
         raise JobError(f"{what}: cannot be read: {problem}") from None
 
 
-def read_json(path: Path, what: str) -> Any:
+def read_json(path: Path, what: str, max_bytes: int = MAX_BYTES) -> Any:
     """Return what a JSON file holds; `what` names the file in errors.
 
     Raises JobError where `read_text` does, and where the text is not JSON, holds a key twice (a
     parser would drop one in silence) or a number that JSON does not have."""
-    return parse(read_text(path, what), what, "JSON", _parse_json)
+    return parse(read_text(path, what, max_bytes), what, "JSON", _parse_json)
 
 
 def parse(text: str, what: str, kind: str, parser: Callable[[str], Any]) -> Any:
@@ -54,10 +54,11 @@ def parse(text: str, what: str, kind: str, parser: Callable[[str], Any]) -> Any:
 
 
 def _parse_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+    return json.loads(text, object_pairs_hook=unique, parse_constant=_refuse, parse_float=_finite)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object of its pairs; raises ValueError where a key stands twice."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:

@@ -50,6 +50,8 @@ class _Named(Section):
 class Model(_Named):
     """Names the model: linear, mlp, gpt, hf:NAME_OR_PATH, or package.module:function."""
 
+    weights: str | None = None  # a path: the weights to start from (docs/checkpoints.md)
+
 
 class Data(_Named):
     """Names the data: random, mnist, text, or package.module:function."""
@@ -178,11 +180,13 @@ class Launch(Section):
     """Sets after how many seconds a run gives up, and which releases may run.
 
     allow_known_bad: runs a release of DeepSpeed that is known to train wrongly, which is otherwise
-    refused."""
+    refused. trust_pickle: reads `model.weights` also where they are pickled, by a loader that runs
+    no code."""
 
     start_timeout_s: Seconds = 60  # on ranks that do not start or meet
     collective_timeout_s: Seconds = 300  # on a rank that others wait for in a collective
     allow_known_bad: bool = False
+    trust_pickle: bool = False
 
 
 class Variant(Section):

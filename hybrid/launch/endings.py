@@ -40,10 +40,14 @@ def _is_said_by_another_rank() -> bool:
 
 def say(message: str, status: int) -> int:
     """Print a message as one line on stderr, and return the status."""
-    line = " ".join(message.split())
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    print(f"hybrid: {shown}", file=sys.stderr)
+    line = printable(" ".join(message.split()))
+    print(f"hybrid: {line}", file=sys.stderr)
     return status
+
+
+def printable(line: str) -> str:
+    """Return a line in which what cannot be shown, such as a part of a file's name, is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def suggest(message: str) -> None:

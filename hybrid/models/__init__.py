@@ -51,6 +51,7 @@ def _call(job: Job) -> Any:
 def build_model(job: Job) -> tuple[Layers, Loss]:
     """Builds the whole model from the job's seed, the same on every rank and in every run.
 
+    It has the weights in `model.weights`, where the job names any (`hybrid.models.starting`).
     Raises JobError where the name, the options or what the function returned are wrong."""
     import torch
 
@@ -66,4 +67,8 @@ def build_model(job: Job) -> tuple[Layers, Loss]:
         raise JobError(f"model.name = {job.model.name!r}: {error}") from None
     if not any(p.requires_grad for layer in layers for p in layer.parameters()):
         raise JobError(f"model.name = {job.model.name!r}: has no parameter to train")
+    if job.model.weights is not None:
+        from .starting import start_from
+
+        layers.weights_from = start_from(job, layers)
     return layers, taken

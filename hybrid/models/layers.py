@@ -17,6 +17,7 @@ class Layers(list[nn.Module]):
 
     cut_problem: str | None = None  # says why, if the model cannot be cut into stages
     feeds_all_stages = False  # each stage takes the input of a micro-batch, not the first alone
+    weights_from: dict[str, Any] | None = None  # where they came from, if not from the seed
     input_dtype: torch.dtype | None = None  # of a module's floating inputs, where not their own
 
     def __init__(self, layers: Iterable[nn.Module] = (), keys: Sequence[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Generates text from the final weights of a run, for a person to look at.
+"""Generates text from the weights of a run, for a person to look at.
 
 `hybrid generate RUN` calls `generate`. Each token costs one forward pass over the whole context:
 keys and values are not cached between passes."""
@@ -10,17 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.weights import FILE, verify_weights
+from ..checkpoint.pieces import WEIGHT, Piece
 from ..data.text import CONTEXT
 from ..data.text.tokenizers import BYTES, Tokenizer, load_tokenizer
 from ..job.errors import JobError
-from ..job.file import load_job
 from ..job.schema import Job
 from ..models import build_model
+from ..models.starting import fill, match_names
 from ..models.vector_functions import call_vector_functions_once
-from .folder import CHECKPOINTS
-
-FINAL = Path(CHECKPOINTS, "final")
+from .saved import JobFrom, Saved, find_saved
 
 
 def generate(
@@ -30,22 +28,28 @@ def generate(
     temperature: float = 0.8,
     seed: int = 0,
     top_k: int | None = None,
+    trust: bool = False,
+    job: Path | None = None,
 ) -> str:
     """Return the prompt and at most `num_tokens` tokens that the run's model writes after it.
 
-    run: the folder of one run, with job.json and checkpoints/final. The prompt is the beginning of
+    run: the folder of one run, or that of a checkpoint. trust: see `hybrid.training.saved`; job: a
+    file with the job, if it is not that of the folder. The prompt is the beginning of
     a document; the text stops early where the model ends that document. temperature: the divisor of
     the logits; 0 takes the likeliest token each time. top_k: draw from so many likeliest tokens
     only. The same arguments give the same text on one machine. Raises JobError where an argument or
     the folder is wrong."""
     _check(num_tokens, temperature, seed, top_k)
     call_vector_functions_once()
-    job = _load_job(run)
-    tokenizer = _load_tokenizer(job)
-    model = _load_model(run, job)
+    saved = find_saved(run, JobFrom(job, (), trust))
+    if saved.job.data.name != "text":
+        name = saved.job.data.name
+        raise JobError(f"{run}: data.name = {name!r}: only a run on 'text' writes text")
+    tokenizer = _load_tokenizer(saved.job)
+    model = _load_model(saved)
     _require_vocabulary(model, tokenizer.vocab_size)
     ids = [tokenizer.end, *tokenizer.encode(_utf8(prompt)).tolist()]
-    context = job.data.options.get("context", CONTEXT)
+    context = saved.job.data.options.get("context", CONTEXT)
     draw = torch.Generator().manual_seed(seed)
     for _ in range(num_tokens):
         logits = _next_logits(model, ids[-context:], tokenizer.vocab_size)
@@ -67,17 +71,6 @@ def _check(num_tokens: int, temperature: float, seed: int, top_k: int | None) ->
         raise JobError(f"top_k = {top_k}: valid: 1 or more")
 
 
-def _load_job(run: Path) -> Job:
-    if not (run / "job.json").is_file():
-        runs = sorted(p.parents[2] for p in run.glob(str(Path("*", FINAL, FILE))))
-        below = f"; runs below it: {', '.join(map(str, runs))}" if runs else ""
-        raise JobError(f"{run}: no run's folder, it has no job.json{below}")
-    job = load_job(run / "job.json")
-    if job.data.name != "text":
-        raise JobError(f"{run}: data.name = {job.data.name!r}: only a run on 'text' writes text")
-    return job
-
-
 def _load_tokenizer(job: Job) -> Tokenizer:
     try:
         return load_tokenizer(job.data.options.get("tokenizer", BYTES))
@@ -85,25 +78,16 @@ def _load_tokenizer(job: Job) -> Tokenizer:
         raise JobError(f"data.options.{error}") from None
 
 
-def _load_model(run: Path, job: Job) -> nn.Module:
-    """Make the job's model with the run's final weights, in eval mode, on a GPU if there is one."""
-    from safetensors.torch import load_file
-
-    file = verify_weights(run / FINAL)
-    layers = build_model(job)[0]
-    canonical = layers.tensors()
-    tensors = {name: canonical[source] for name, source in layers.saved_names().items()}
-    model, saved = layers.whole(), load_file(file)
-    if missing := sorted(tensors.keys() - saved.keys()):
-        raise JobError(f"{file}: has no {missing[0]}, which the model of job.json has")
-    if extra := sorted(saved.keys() - tensors.keys()):
-        raise JobError(f"{file}: has {extra[0]}, which the model of job.json has not")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if tensor.shape != saved[name].shape:
-                shapes = f"shape {list(saved[name].shape)}, the model's has {list(tensor.shape)}"
-                raise JobError(f"{file}: {name} has {shapes}")
-            tensor.copy_(saved[name])
+def _load_model(saved: Saved) -> nn.Module:
+    """Make the job's model with the saved weights, in eval mode, on a GPU if there is one."""
+    layers = build_model(saved.job)[0]
+    weights, tensors = saved.open(), layers.tensors()
+    try:
+        names = match_names(weights, layers)
+        model = layers.whole()
+        fill(weights, (Piece(n, WEIGHT, tuple(t.shape), t) for n, t in tensors.items()), names)
+    finally:
+        weights.close()
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

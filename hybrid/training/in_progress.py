@@ -64,6 +64,7 @@ class RunInProgress:
     evals: list[StepEval] = dataclasses.field(default_factory=list)
     initial: dict[str, float] = dataclasses.field(default_factory=dict)  # projections of weights
     first: dict[str, float] = dataclasses.field(default_factory=dict)  # after the first period
+    weights_from: dict[str, Any] | None = None  # what `model.weights` named
 
     def begin(self) -> None:
         """Open what the run writes, and load what it goes on from."""
@@ -224,6 +225,7 @@ class RunInProgress:
             | {"known_bad_allowed": self.job.launch.allow_known_bad},
             checkpoint=self.checkpoints.newest,
             resumed_from=self.checkpoints.resumed_from,
+            weights_from=self.weights_from,
         )
         self.engine.close()
         if self.out:

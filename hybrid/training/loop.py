@@ -169,7 +169,7 @@ def _train(
             layers, loss = build_shared(job, placement)
             status.parameters = sum(p.numel() for p in layers.names() if p.requires_grad)
             status.set("building the engine")
-            names = layers.saved_names()
+            names, weights_from = layers.saved_names(), layers.weights_from
             engine = registry.open_engine(job, strategy, layers, loss, placement, data[0])
             del layers
         status.held = engine.num_held
@@ -179,7 +179,7 @@ def _train(
         folder = out if placement.rank == 0 else None
         saved = Checkpoints(job, choice, engine, placement, out, chosen, until)
         rest = placement, folder, on_step, status, names, *data, warnings, saved, plan, stops, known
-        run = _Run(job, choice, engine, instruments, *rest)
+        run = _Run(job, choice, engine, instruments, *rest, weights_from=weights_from)
         return run.go()
     finally:
         instruments.close()

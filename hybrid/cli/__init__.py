@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .job.arguments import (
+from ..job.arguments import (
     CompareOut,
     FreshRanks,
     GoOn,
@@ -27,10 +27,12 @@ from .job.arguments import (
     Reference,
     Resume,
     ResumeAs,
+    TrustPickle,
 )
-from .job.errors import Stopped
-from .launch.endings import explain, say, suggest, versions
-from .launch.stopping import end_now
+from ..job.errors import Stopped
+from ..launch.endings import explain, say, suggest, versions
+from ..launch.stopping import end_now
+from . import checkpoints
 
 app = typer.Typer(
     add_completion=False,
@@ -77,15 +79,16 @@ def compare(
         bool, typer.Option(help="Exit with 1 where the reference did not repeat itself.")
     ] = False,
     allow_known_bad: KnownBad = False,
+    trust_pickle: TrustPickle = False,
     json: Json = False,
 ) -> None:
     """Run the job under each strategy and hold every run against one, such as `single`."""
-    from . import records
-    from .comparison.resume import choose_folder
-    from .comparison.session import compare as compare_strategies
-    from .training.progress import Progress
+    from .. import records
+    from ..comparison.resume import choose_folder
+    from ..comparison.session import compare as compare_strategies
+    from ..training.progress import Progress
 
-    loaded, out = _load(job, overrides, allow_known_bad), choose_folder(out, resume)
+    loaded, out = _load(job, overrides, allow_known_bad, trust_pickle), choose_folder(out, resume)
     names, watcher = _split(strategies), Progress()
     how: Any = {"interrupt": interrupt, "resume_as": resume_as, "resume": resume is not None}
     try:
@@ -115,15 +118,16 @@ def train(
     fresh_ranks: FreshRanks = False,
     resume: GoOn = None,
     allow_known_bad: KnownBad = False,
+    trust_pickle: TrustPickle = False,
     json: Json = False,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
     until: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Run the job once, on a launcher's processes or on `--nproc` of its own."""
-    from . import records
-    from .training.run import run_job
+    from .. import records
+    from ..training.run import run_job
 
-    loaded = _load(job, overrides, allow_known_bad)
+    loaded = _load(job, overrides, allow_known_bad, trust_pickle)
     record = run_job(loaded, strategy, out, nproc, parent, fresh_ranks, resume, until)
     if record is None:
         return
@@ -143,8 +147,8 @@ def init(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name for the new module.")],
 ) -> None:
     """Write NAME.toml and NAME.py: a job, a model and data of your own to start from."""
-    from .job.errors import needs_room
-    from .job.starter import write_starter
+    from ..job.errors import needs_room
+    from ..job.starter import write_starter
 
     with needs_room("."):
         job, module = write_starter(name)
@@ -159,13 +163,14 @@ def check(
     nproc: Nproc = None,
     overrides: Overrides = None,
     allow_known_bad: KnownBad = False,
+    trust_pickle: TrustPickle = False,
     json: Json = False,
 ) -> None:
     """Try the job out on a few samples, and say what stands in the way of which strategy."""
-    from . import records
-    from .training.feasible import check_strategies
+    from .. import records
+    from ..training.feasible import check_strategies
 
-    loaded = _load(job, overrides, allow_known_bad)
+    loaded = _load(job, overrides, allow_known_bad, trust_pickle)
     answer = check_strategies(loaded, _split(strategies), nproc)
     if json:
         print(records.dumps(answer), file=_stdout)
@@ -175,30 +180,14 @@ def check(
     raise typer.Exit(0 if answer.ok else say(answer.why_not(), 2))
 
 
-@app.command("sample", hidden=True)
-@app.command()
-def generate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder: OUT, OUT/STRATEGY.")],
-    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
-    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to write at most.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest only.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    json: Json = False,
-) -> None:
-    """Write text from the final weights of a run on text."""
-    from . import records
-    from .training.generate import generate as generate_text
-
-    text = generate_text(run, prompt, tokens, temperature, seed, top_k)
-    print(records.dumps({"prompt": prompt, "text": text}) if json else text, file=_stdout)
+checkpoints.add_to(app)
 
 
 @app.command()
 def strategies(json: Json = False) -> None:
     """List the strategies and what each accepts."""
-    from . import records
-    from .report.listing import lines, table
+    from .. import records
+    from ..report.listing import lines, table
 
     print(records.dumps(table()) if json else "\n".join(lines()), file=_stdout)
 
@@ -218,7 +207,7 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Say what this machine lacks and how to mend it; under a launcher, how fast its links are."""
-    from .doctor import run, run_on_files
+    from ..doctor import run, run_on_files
 
     if files and not self_test:
         raise typer.BadParameter("--no-self-test: valid without FILE, which starts no test")
@@ -226,13 +215,16 @@ def doctor(
     raise typer.Exit(run_on_files(files, to) if files else run(self_test, to))
 
 
-def _load(path: Path, overrides: list[str] | None, allow_known_bad: bool = False) -> Any:
-    from .data import SOURCES
-    from .job.file import load_job
-    from .job.imports import check_name
-    from .models import check_model_name
+def _load(
+    path: Path, overrides: list[str] | None, allow_known_bad: bool, trust_pickle: bool
+) -> Any:
+    from ..data import SOURCES
+    from ..job.file import load_job
+    from ..job.imports import check_name
+    from ..models import check_model_name
 
     allowed = ["launch.allow_known_bad=true"] if allow_known_bad else []
+    allowed += ["launch.trust_pickle=true"] if trust_pickle else []
     job = load_job(path, [*(overrides or []), *allowed])
     check_model_name(job.model.name)
     check_name("data", job.data.name, SOURCES)
@@ -246,7 +238,7 @@ def _split(names: str | None) -> list[str] | None:
 def _print_table(result: Any) -> None:
     from rich.console import Console
 
-    from . import report
+    from .. import report
 
     console = Console()
     console.width = max(80, console.width)
@@ -254,6 +246,11 @@ def _print_table(result: Any) -> None:
 
 
 _stdout: Any = sys.stdout
+
+
+def put(text: Any) -> None:
+    """Print a command's result."""
+    print(text, file=_stdout)
 
 
 def _keep_stdout() -> None:

@@ -1,0 +1,125 @@
+"""This module has the commands on checkpoints: inspect, eval, export, generate."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..job.arguments import (
+    CheckpointPath,
+    EvalOut,
+    FreshRanks,
+    JobOfCheckpoint,
+    Json,
+    Nproc,
+    Overrides,
+    Trust,
+)
+
+
+def inspect(
+    checkpoint: CheckpointPath,
+    json: Json = False,
+) -> None:
+    """Verify a checkpoint; say its step, its layout, its sizes, the hash of its state."""
+    from .. import records
+    from ..checkpoint.inspection import inspect as inspect_folder
+
+    found = inspect_folder(checkpoint)
+    _print(records.dumps(found.to_dict()) if json else "\n".join(map(_shown, found.lines())))
+    raise typer.Exit(1 if found.problems else 0)
+
+
+def evaluate(
+    checkpoint: CheckpointPath,
+    strategy: Annotated[str, typer.Option(help="The strategy that evaluates.")] = "single",
+    nproc: Nproc = None,
+    out: EvalOut = Path("out/eval"),
+    job: JobOfCheckpoint = None,
+    overrides: Overrides = None,
+    fresh_ranks: FreshRanks = False,
+    trust: Trust = False,
+    json: Json = False,
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Evaluate a checkpoint as its run does, under any strategy; writes OUT/eval.json."""
+    from .. import records
+    from ..training.evaluating import Asked, evaluate_saved
+    from ..training.saved import JobFrom
+
+    given = JobFrom(job, overrides or (), trust)
+    asked = Asked(checkpoint, strategy, given, out, nproc, parent, fresh_ranks)
+    result = evaluate_saved(asked)
+    if result is None:
+        return
+    if json:
+        _print(records.dumps(result))
+    else:
+        figures = ("loss", "accuracy", "perplexity")
+        shown = [f"{key} {result[key]:.6f}" for key in figures if result[key] is not None]
+        step = result["checkpoint"]["step"]
+        _print(f"{strategy}: step {step}, {', '.join(shown)}; {out / 'eval.json'}")
+
+
+def export(
+    checkpoint: CheckpointPath,
+    to: Annotated[
+        str, typer.Option("--to", metavar="PATH", help="A new file; for hf: models a new folder.")
+    ],
+    job: JobOfCheckpoint = None,
+    overrides: Overrides = None,
+    trust: Trust = False,
+    json: Json = False,
+) -> None:
+    """Write the weights as one safetensors file, or as a Hugging Face folder."""
+    from .. import records
+    from ..training.exporting import export as export_weights
+    from ..training.saved import JobFrom
+
+    result = export_weights(checkpoint, to, JobFrom(job, overrides or (), trust))
+    if json:
+        _print(records.dumps(result))
+    else:
+        _print(f"{result['path']}: {result['tensors']} tensors, {result['bytes']:,} bytes")
+
+
+def generate(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run's folder, OUT or OUT/STRATEGY; a step's.")
+    ],
+    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to write at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest only.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    job: JobOfCheckpoint = None,
+    trust: Trust = False,
+    json: Json = False,
+) -> None:
+    """Write text from the weights of a run on text, or of a checkpoint."""
+    from .. import records
+    from ..training.generate import generate as generate_text
+
+    text = generate_text(run, prompt, tokens, temperature, seed, top_k, trust, job)
+    _print(records.dumps({"prompt": prompt, "text": text}) if json else text)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add these commands to the command line."""
+    app.command("inspect")(inspect)
+    app.command("eval")(evaluate)
+    app.command("export")(export)
+    app.command("sample", hidden=True)(generate)
+    app.command("generate")(generate)
+
+
+def _print(text: Any) -> None:
+    from . import put
+
+    put(text)
+
+
+def _shown(line: str) -> str:
+    from ..launch.endings import printable
+
+    return printable(line)

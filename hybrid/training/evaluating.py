@@ -1,0 +1,170 @@
+"""Evaluates the weights of a checkpoint as a run does, under any strategy: `hybrid eval`.
+
+The ranks start as those of a run do: by a launcher, or by this command. They load weights alone;
+the optimizer's state is neither read nor made."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import records
+from ..checkpoint.pieces import WEIGHT
+from ..data import build_data
+from ..engines.protocol import Engine
+from ..job.errors import JobError, PeerFailed, needs_room
+from ..job.file import to_dict
+from ..job.schema import Job, resolve_lengths
+from ..job.variants import Choice, resolve
+from ..launch.failures import RankStatus, leave_error
+from ..launch.local import run_ranks
+from ..launch.logs import redirect_output
+from ..launch.ops_cache import remove_stale_locks
+from ..launch.orphans import end_with_launcher
+from ..launch.placement import OWN, Placement, export_rank_variables, find_placement
+from ..launch.process_group import cleanup, join_process_group, restored_environment
+from ..launch.threads import set_num_threads
+from ..launch.warm import warm_ranks
+from ..models.shared import build_shared
+from ..models.starting import fill, match_names
+from ..models.vector_functions import call_vector_functions_once
+from ..strategies import registry
+from .check import print_warnings
+from .evaluation import evaluate
+from .run import default_nproc
+from .saved import JobFrom, Saved, find_saved
+
+RESULT = "eval.json"
+JOB = "eval.job.json"  # what the ranks of the own launcher read
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Holds what `hybrid eval` was asked for: of which weights, under which strategy, where to."""
+
+    path: Path
+    strategy: str
+    given: JobFrom
+    out: Path
+    nproc: int | None = None
+    parent: int | None = None  # the process id of the `hybrid` that started this rank
+    fresh_ranks: bool = False
+
+
+def evaluate_saved(asked: Asked) -> dict[str, Any] | None:
+    """Evaluate on the ranks of a launcher, or on ranks that this process starts.
+
+    Writes `OUT/eval.json` and returns it in the process that shows it, None in the others. Raises
+    JobError, Unsupported, RunFailed, NoRoom or the run's error."""
+    placement = find_placement(started_by_hybrid=asked.parent is not None)
+    if placement.launcher is None:
+        with needs_room(asked.out), warm_ranks(asked.fresh_ranks):
+            return _launch(asked)
+    end_with_launcher(asked.parent)
+    if asked.nproc not in (None, placement.world_size):
+        world = placement.world_size
+        raise JobError(f"--nproc {asked.nproc}: the launcher started {world} processes")
+    saved = find_saved(asked.path, asked.given, verified=placement.launcher == OWN)
+    registry.check_settings(saved.job, [asked.strategy])
+    placement = registry.place(saved.job, asked.strategy, placement)
+    export_rank_variables(placement)
+    if placement.launcher != OWN:
+        redirect_output(asked.out / "logs", placement)
+    set_num_threads(placement)
+    result = _evaluate_and_clean_up(saved, asked, placement)
+    return result if placement.rank == 0 and placement.launcher != OWN else None
+
+
+def _launch(asked: Asked) -> dict[str, Any]:
+    """Verify the checkpoint, start the ranks, and return what they have written."""
+    saved = find_saved(asked.path, asked.given)
+    print_warnings(saved.notes)
+    job, strategy = saved.job, asked.strategy
+    registry.check_settings(job, [strategy])
+    choice = resolve(job, strategy)
+    nproc = asked.nproc or default_nproc(choice.job)
+    layout = registry.get(choice.strategy).layout(choice.job, nproc)
+    remove_stale_locks()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    (asked.out / RESULT).unlink(missing_ok=True)
+    file = asked.out / JOB
+    records.write(to_dict(job), file)
+    arguments = ["eval", str(saved.folder), "--job", str(file), "--strategy", strategy]
+    arguments += ["--out", str(asked.out), "--parent", str(os.getpid())]
+    try:
+        modules = registry.modules(choice.strategy)
+        run_ranks(layout.world_size, arguments, asked.out, modules=modules)
+    finally:
+        file.unlink(missing_ok=True)
+    result: dict[str, Any] = records.read(dict[str, Any], asked.out / RESULT)
+    return result
+
+
+@restored_environment()
+def _evaluate_and_clean_up(saved: Saved, asked: Asked, placement: Placement) -> dict[str, Any]:
+    """Evaluate, and leave nothing behind, whatever happens: the cause of an error comes first."""
+    status = RankStatus(saved.job, placement, asked.out / "logs")
+    try:
+        with needs_room(asked.out):
+            return _evaluate(saved, asked, placement, status)
+    except BaseException as error:
+        cause = leave_error(error, status)
+        if cause is not None:
+            raise PeerFailed(cause.describe()) from error
+        raise
+    finally:
+        status.close()
+        cleanup()
+
+
+def _evaluate(
+    saved: Saved, asked: Asked, placement: Placement, status: RankStatus
+) -> dict[str, Any]:
+    call_vector_functions_once()
+    choice = resolve(saved.job, asked.strategy)
+    if placement.world_size > 1:
+        placement = join_process_group(placement, choice.job.launch)
+        status.start_heartbeat(placement)
+    status.set("loading the data")
+    data = build_data(choice.job)
+    job = resolve_lengths(choice.job, len(data[0]))
+    engine = _open(saved, choice, job, placement, data[0], status)
+    status.set("in the evaluation")
+    found = evaluate(engine, data[1], job, job.micro_batches(choice.strategy))
+    result = {
+        **records.to_dict(found),
+        "strategy": choice.name,
+        "layout": engine.layout.to_dict(),
+        "world_size": placement.world_size,
+        "checkpoint": saved.describe(),
+    }
+    engine.close()
+    if placement.rank == 0:
+        records.write(result, asked.out / RESULT)
+    return result
+
+
+def _open(
+    saved: Saved,
+    choice: Choice,
+    job: Job,
+    placement: Placement,
+    train_set: Sequence[Any],
+    status: RankStatus,
+) -> Engine:
+    """Build the engine, and put the weights into its live parts."""
+    weights = saved.open()
+    try:
+        status.set("building the model")
+        layers, loss = build_shared(job, placement)
+        names = match_names(weights, layers)
+        status.set("building the engine")
+        engine = registry.open_engine(job, choice.strategy, layers, loss, placement, train_set)
+        status.set("loading the weights")
+        fill(weights, (piece for piece in engine.pieces() if piece.key == WEIGHT), names)
+    finally:
+        weights.close()
+    scale = saved.manifest and saved.manifest.values["loss_scale"]
+    engine.begin_at(saved.step or 0, scale, None)
+    return engine
