@@ -112,7 +112,9 @@ class StageEngine(StageState):
             # stages differently and reports None. So clipping is done here, over all stages.
             # test_workarounds.py tells when DeepSpeed has corrected this.
             config = config | {"gradient_clipping": 0.0}
+        self.frozen = self._keep_frozen(own)
         engine = make_pipeline(self.job, self.placement, own, self._take_loss, config, optimizer)
+        self.frozen.group = engine.grid.get_data_parallel_group()
         tie(engine, self.assignment.tied())
         if self.zero_stage == 0:
             wrap_optimizer_step(engine, self._clip)

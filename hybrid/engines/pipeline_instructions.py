@@ -10,7 +10,7 @@ from torch import nn
 
 from ..job.schema import Job
 from ..launch.placement import Placement
-from .deepspeed_setup import restore_fp32_masters
+from .deepspeed_setup import link_reordered, restore_fp32_masters
 
 
 def make_pipeline(
@@ -40,6 +40,7 @@ def make_pipeline(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False
     )
+    link_reordered(engine.optimizer)
     restore()
     return engine
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ..checkpoint.pieces import WRITTEN_ELSEWHERE, Piece
 from ..launch.exchange import gather_objects
@@ -24,6 +25,7 @@ from .deepspeed_state import (
     pieces_of_partitions,
     update_parameters,
 )
+from .frozen import FrozenParts
 from .protocol import OwnState, Shapes
 from .state import copy_state, named_tensors
 from .training_state import Copies, make_room, numbers_of, pieces_of
@@ -35,6 +37,7 @@ class StageState(BaseEngine):
     engine: Any  # DeepSpeed's
     assignment: StageAssignment
     zero_stage: int  # that DeepSpeed runs
+    frozen: FrozenParts  # of what DeepSpeed has rounded
 
     def _own_tensors(self, shared: bool) -> dict[str, torch.Tensor]:
         """Return the live stage's tensors; `shared`: also those that an earlier stage holds."""
@@ -47,6 +50,13 @@ class StageState(BaseEngine):
         group = self.engine.grid.get_data_parallel_group()
         return OneSet(self.model, group, self.placement.rank - self.placement.dp_rank)
 
+    def _keep_frozen(self, stage: nn.Module) -> FrozenParts:
+        """Return the fp32 values of what DeepSpeed is about to round and no optimizer has.
+        Each column keeps a part of them."""
+        rounds = self.job.train.precision != "fp32"
+        parameters = stage.parameters() if rounds else ()
+        return FrozenParts(parameters, self.placement.dp_rank, self.layout.dp)
+
     def pieces(self) -> list[Piece]:
         if self.one_set:
             self.one_set.before_use()
@@ -58,8 +68,10 @@ class StageState(BaseEngine):
 
     def _pieces_of(self, tensors: Mapping[str, torch.Tensor]) -> list[Piece]:
         """Return this rank's parts of the stage's tensors, as its column shares out the writing."""
-        find = pieces_of_partitions if self.zero_stage else pieces_of
-        return find(tensors, self.engine.optimizer, Copies(self.placement.dp_rank, self.layout.dp))
+        copies = Copies(self.placement.dp_rank, self.layout.dp)
+        if self.zero_stage:
+            return pieces_of_partitions(tensors, self.engine.optimizer, copies, self.frozen)
+        return pieces_of(tensors, self.engine.optimizer, copies)
 
     def make_room(self, shapes: Shapes, numbers: Collection[str]) -> None:
         make = make_room_in_partitions if self.zero_stage else make_room
@@ -71,13 +83,13 @@ class StageState(BaseEngine):
         kept: Sequence[list[str]] = gather_objects(find(self.engine.optimizer))
         return sorted({key for keys in kept for key in keys})
 
-    def loss_scale_state(self) -> dict[str, float] | None:
-        return read_loss_scale(self._scaler)
-
     @property
     def _scaler(self) -> Any:
-        """Return DeepSpeed's loss scaler; without ZeRO there is none."""
+        """Return DeepSpeed's loss scaler; not all of its optimizers have one."""
         return getattr(self.engine.optimizer, "loss_scaler", None)
+
+    def loss_scale_state(self) -> dict[str, float] | None:
+        return read_loss_scale(self._scaler)
 
     def own_state(self) -> OwnState:
         return OwnState({}, read_counts(self._scaler))
@@ -86,11 +98,12 @@ class StageState(BaseEngine):
         self, step: int, loss_scale: Mapping[str, float] | None, own: OwnState | None
     ) -> None:
         super().begin_at(step, loss_scale, own)
-        live = self.engine
-        if self.zero_stage:
-            update_parameters(live.optimizer)
         set_loss_scale(self._scaler, loss_scale)
         set_counts(self._scaler, own.numbers if own else {})
+        live = self.engine
+        if self.zero_stage:
+            self.frozen.round()
+            update_parameters(live.optimizer)
         live.global_steps, live.micro_steps = step, step * live.gradient_accumulation_steps()
         live.global_samples = step * live.train_batch_size()
         self.one_set = self._make_one_set()
@@ -99,7 +112,10 @@ class StageState(BaseEngine):
         """Send the first column's tensors to rank 0, one by one."""
         if self.one_set:
             self.one_set.before_use()
-        own = {name: full_tensor(t) for name, t in self._own_tensors(shared=False).items()}
+        own = {}
+        for name, tensor in self._own_tensors(shared=False).items():
+            exact = self.frozen.whole if tensor in self.frozen.parts else full_tensor
+            own[name] = exact(tensor).cpu()
         rank = self.placement.rank
         mine = {n: (tuple(t.shape), t.dtype) for n, t in own.items()} if self.shares == (0,) else {}
         full: dict[str, torch.Tensor] = {}
@@ -121,3 +137,4 @@ class StageState(BaseEngine):
         copy_state(own, mine)
         if self.zero_stage:
             set_masters(own, mine)
+            self.frozen.take(own, mine)
