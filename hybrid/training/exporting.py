@@ -109,7 +109,8 @@ def write_weights(weights: Weights, layers: Layers, names: dict[str, str], path:
         form = weights.tensors[source]
         read = functools.partial(weights.read, source)
         parts.append(Part(name, form.dtype, form.size, read, form.shape))
-    write_file(path, parts, METADATA)
+    _, flusher = write_file(path, parts, METADATA)
+    flusher.finish()
 
 
 def _write_folder(saved: Saved, part: Path) -> int:
