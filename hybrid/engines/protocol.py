@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint.pieces import Piece
     from ..data.loader import MicroBatch
+    from .guard import Guard
 
     # What a checkpoint has: dtype and shape, by a tensor's canonical name and its key.
     Shapes = Mapping[str, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]
@@ -30,8 +31,8 @@ class StepResult:
 
     Digests are hexadecimal. `digest_by_rank` has one a rank, "" where a rank computes no loss.
     `grad_norm` is taken before clipping; None in steps between two that are logged. `targets` is
-    how many the loss counted. `loss_scale` and `skipped` are fp16's: a step whose gradients
-    overflowed changes nothing."""
+    how many the loss counted. `loss_scale` is fp16's: a step whose gradients overflowed is
+    `skipped`, it changes nothing. So is one that the guard held back, for its `fault`."""
 
     loss: float
     grad_norm: float | None
@@ -42,6 +43,7 @@ class StepResult:
     targets: int | float = 0
     loss_scale: float | None = None
     skipped: bool = False
+    fault: str | None = None
 
 
 class OwnState(NamedTuple):
@@ -57,7 +59,8 @@ class Engine(Protocol):
     `shares` are the data-parallel ranks whose samples this process computes (all but an emulation
     have one). `micro_batch_size` is the fixed number of rows that a micro-batch must have, or None
     if any number will do. `reads_inputs` and `reads_targets` tell which parts of a micro-batch this
-    process uses. `num_held` is how many trained parameters it holds."""
+    process uses. `num_held` is how many trained parameters it holds. `step` is how many
+    optimizer steps are done. `guard` is there where the job has [guard]."""
 
     layout: Layout
     shares: tuple[int, ...]
@@ -65,6 +68,8 @@ class Engine(Protocol):
     reads_inputs: bool
     reads_targets: bool
     num_held: int
+    step: int
+    guard: Guard | None = None
 
     def start_step(
         self, micro_batches: Sequence[MicroBatch], count: int | float | None = None

@@ -78,13 +78,15 @@ class StartedStep:
     """Holds one step whose numbers are not read yet.
 
     rows: one for each replica in this process. norm_is_whole: each row has the whole norm, not that
-    of a part. has_norm: the norm was taken. loss_scale: fp16's, else None."""
+    of a part. has_norm: the norm was taken. loss_scale: fp16's, else None. fault: why the guard
+    held its update back, None: it did not."""
 
     number: int
     rows: list[LocalRow]
     norm_is_whole: bool
     has_norm: bool
     loss_scale: float | None
+    fault: str | None = None
 
 
 def make_row(
@@ -247,7 +249,8 @@ def step_result(step: StartedStep, rows: Sequence[StepRow], norms: Sequence[floa
         digest_by_rank=tuple(f"{row.digest:016x}" if row.samples else "" for row in rows),
         targets=number(targets),
         loss_scale=step.loss_scale,
-        skipped=step.loss_scale is not None and not math.isfinite(norms[0]),
+        skipped=bool(step.fault) or (step.loss_scale is not None and not math.isfinite(norms[0])),
+        fault=step.fault,
     )
 
 

@@ -20,12 +20,14 @@ from .deepspeed_setup import (
     fp32_partitions,
     full_config,
     full_tensor,
+    hold_steps,
     loss_scale,
     norm_or_overflow,
     prepare_process,
     set_masters,
     stepped,
 )
+from .guard import is_held
 from .precision import Stepped
 from .protocol import make_receipt
 from .state import copy_state, local_part, named_tensors
@@ -46,6 +48,8 @@ class ZeroEngine(AcceleratedEngine):
         prepared = prepare_zero(job, placement, layers, job.micro_batches(name), config)
         super().__init__(job, placement, loss, prepared, _inspect, _gather, _scatter)
         self.zero_stage = zero_stage
+        if self.guard:
+            hold_steps(self.live.optimizer, lambda norm: is_held(self, norm))
         # DeepSpeed would sum the gradients of rounded parameters in their own precision.
         exact, accumulates = job.train.precision == "fp32", job.micro_batches(name) > 1
         wanted = zero_stage == 2 and job.strategy.zero2.reduce_once

@@ -8,7 +8,15 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from .strategy_settings import Count, Positive, Seconds, Section, Strategies, StrategySettings
@@ -67,6 +75,13 @@ def _known_or_path(*known: str) -> AfterValidator:
         return name
 
     return AfterValidator(check)
+
+
+def _over_one(factor: float) -> float:
+    """Allow 0, which is off, and factors above 1: the usual loss is no spike."""
+    if factor != 0 and not 1 < factor < float("inf"):
+        raise PydanticCustomError("factor", "valid: 0 (off), or a number above 1")
+    return factor
 
 
 class Optimizer(Section):
@@ -145,6 +160,24 @@ class Checkpoint(Section):
     asynchronous: bool = Field(default=False, alias="async")
 
 
+Policy = Literal["stop", "skip", "roll_back"]
+
+
+class Guard(Section):
+    """Says what becomes of a step that goes wrong, before its update (docs/checkpoints.md).
+
+    non_finite: of one whose loss or gradient norm is not finite. on_spike: of one whose loss is
+    over `spike_factor` times the median of the last `window` good ones; 0: none is. stop: the run
+    ends. skip: no update is made. roll_back: nor any since the newest checkpoint, whose state comes
+    back. max_in_a_row: so many such steps one after another end the run under each policy."""
+
+    non_finite: Policy = "stop"
+    spike_factor: Annotated[float, AfterValidator(_over_one)] = 0.0
+    window: Positive = 20
+    on_spike: Policy = "stop"
+    max_in_a_row: Positive = 10
+
+
 class Log(Section):
     """Says how often the ranks' numbers are read, and names trackers besides `steps.jsonl`.
 
@@ -190,12 +223,23 @@ class Job(Section):
     train: Train
     schedule: Schedule = Schedule()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard | None = None  # left out: a step that is not finite ends the run one step later
     log: Log = Log()
     launch: Launch = Launch()
     parallel: Parallel = Parallel()
     strategy: Strategies = Strategies()
     variant: dict[str, Variant] = Field(default={})
     proxy: Options = Field(default={})  # overrides that make a small job of this one
+
+    @field_validator("guard")
+    @classmethod
+    def _has_what_to_go_back_to(cls, guard: Guard | None, given: ValidationInfo) -> Guard | None:
+        for key in ("non_finite", "on_spike"):
+            every = getattr(given.data.get("checkpoint"), "every", None)
+            if getattr(guard, key, None) == "roll_back" and every is None:
+                why = f"{key} = 'roll_back' goes back to a checkpoint, and there are none"
+                raise ValueError(f"{why}; valid: stop, skip, or checkpoint.every = N")
+        return guard
 
     def settings(self, strategy: str) -> StrategySettings:
         """Return the section of one strategy, or the defaults if it has no section."""
@@ -217,6 +261,8 @@ class Job(Section):
         unused += [("schedule", key, "name", schedule) for key in keys]
         if ddp.comm_hook != "powersgd":
             unused.append(("strategy.ddp", "powersgd_rank", "comm_hook", ddp))
+        if self.guard and not self.guard.spike_factor:
+            unused += [("guard", key, "spike_factor", self.guard) for key in ("window", "on_spike")]
         return [
             f"{where}.{key} has no effect with {where}.{because} = {getattr(section, because)!r}"
             for where, key, because, section in unused

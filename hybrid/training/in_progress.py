@@ -56,6 +56,7 @@ class RunInProgress:
     plan: BatchPlan
     known: int | None = None  # the targets of each sample, where the train set tells it
     unread: deque[StepCost] = dataclasses.field(default_factory=deque)  # of steps without numbers
+    back: dict[int, int] = dataclasses.field(default_factory=dict)  # `rolled_back_to` of steps
     evals: list[StepEval] = dataclasses.field(default_factory=list)
     initial: dict[str, float] = dataclasses.field(default_factory=dict)  # projections of weights
     first: dict[str, float] = dataclasses.field(default_factory=dict)  # after the first period
@@ -73,6 +74,8 @@ class RunInProgress:
         if saved:
             self.status.set("loading the checkpoint")
             self.checkpoints.load(self._first_batches())
+            if self.engine.guard:
+                self.engine.guard.set_state(saved["record"].get("guard", {}))
             self.first = saved["record"]["first"]
             self.evals = [records.from_dict(StepEval, one) for one in saved["record"]["evals"]]
 
@@ -90,6 +93,8 @@ class RunInProgress:
         self.status.set(f"saving the state after {self.steps.count} steps")
         evals = [records.to_dict(one) for one in self.evals]
         record: dict[str, Any] = {"first": self.first, "evals": evals}
+        if self.engine.guard:
+            record["guard"] = self.engine.guard.state()
         if self.steps.count == self.job.train.steps:
             record["receipt"] = records.to_dict(self.require_receipt())
         self.checkpoints.save(self.steps.count, self.steps.samples, record)

@@ -31,6 +31,7 @@ from .check import check_on_rank_0, print_warnings
 from .checkpointing import Checkpoints
 from .evaluation import make_loader
 from .folder import begin_run, end_run
+from .guard import go_back, rolls_back, warn
 from .in_progress import OnStep, RunInProgress
 from .projection import project
 from .resume import Chosen, choose
@@ -195,9 +196,11 @@ class _Run(RunInProgress):
                 engine.start_step(batches, count)
             self.unread.append(self.instruments.last_step)
             # The numbers of a step come with the next one. These steps need them at once.
-            done = step + 1
-            at_once = step == start or done in (self.period, total) or saved.is_due(done)
+            done, back = step + 1, rolls_back(self, step)
+            at_once = back or step == start or done in (self.period, total) or saved.is_due(done)
             self._note_steps(wait=at_once)
+            if back:
+                go_back(self, step)
             if step == start:
                 self.require_receipt()
             if done == self.period:
@@ -217,14 +220,16 @@ class _Run(RunInProgress):
     def _note(self, step: int, result: StepResult) -> None:
         norm = result.grad_norm
         finite = math.isfinite(result.loss) and (norm is None or math.isfinite(norm))
-        if not (finite or (result.skipped and math.isfinite(result.loss))):
+        if not (finite or result.fault or (result.skipped and math.isfinite(result.loss))):
             cause = None if result.targets else "no target of this batch counts"
             cause = cause or blame_samples(self.train_set, self.plan.batch(step))
             cause = cause or "lower optimizer.lr or set train.clip_norm"
             raise RunError(
                 f"step {step}: loss {result.loss}, gradient norm {norm}: not finite; {cause}"
             )
-        record = make_record(step, result)
+        record = make_record(step, result, self.back.get(step))
+        if result.fault:
+            warn(self, record, result.fault)
         line = self.steps.add(record, self.instruments.read(self.unread.popleft()))
         if self.out:
             self.trackers.log(line, step)

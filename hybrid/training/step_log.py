@@ -3,6 +3,7 @@
 With a folder they are lines of `steps.jsonl` there, and memory does not grow with the steps."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from ..engines.protocol import StepResult
 from ..launch.exchange import gather_objects
-from ..records import StepRecord
+from ..records import StepRecord, read_line
 
 
 class StepLog:
@@ -23,6 +24,7 @@ class StepLog:
         self.count = start
         self.samples = samples  # of all steps
         self._before = samples
+        self.changed = False  # a step since the last checkpoint must have changed the state
         self.targets: int | float = 0  # of the steps that are made here
         self._here, self._kept = here, list[StepRecord]()
         if out:
@@ -34,10 +36,14 @@ class StepLog:
         """Take the next step and return its line: the record, and what the step took."""
         self.count += 1
         self.samples += record.samples
+        self.changed |= bool(record.lr and record.grad_norm and not record.skipped)
         self.targets += record.targets or 0
         line = vars(record) | dict(figures)
         if self._file:
-            self._lines.append(json.dumps(line) + "\n")
+            loss = (
+                record.loss if math.isfinite(record.loss) else str(record.loss)
+            )  # JSON has no nan
+            self._lines.append(json.dumps(line | {"loss": loss}) + "\n")
         elif self._here:
             self._kept.append(record)
         return line
@@ -64,8 +70,8 @@ class StepLog:
         if self._file:
             self._file.seek(0)
             names = StepRecord.__dataclass_fields__
-            lines = [json.loads(line) for line in self._file]
-            self._kept = [StepRecord(**{name: line[name] for name in names}) for line in lines]
+            lines = [read_line(line) for line in self._file]
+            self._kept = [StepRecord(**{n: line[n] for n in names if n in line}) for line in lines]
             self._file.close()
         return gather_objects(self._kept if self._here else None)[0]
 
@@ -90,8 +96,8 @@ def _keep_lines(path: Path, start: int) -> None:
     os.replace(part, path)
 
 
-def make_record(step: int, result: StepResult) -> StepRecord:
-    """Make the record of a step from what the engine says of it."""
+def make_record(step: int, result: StepResult, back: int | None = None) -> StepRecord:
+    """Make the record of a step from what the engine says of it; back: see `rolled_back_to`."""
     return StepRecord(
         step=step,
         loss=result.loss,
@@ -102,4 +108,5 @@ def make_record(step: int, result: StepResult) -> StepRecord:
         targets=result.targets,
         loss_scale=result.loss_scale,
         skipped=result.skipped,
+        rolled_back_to=back,
     )
