@@ -230,7 +230,7 @@ class BaseEngine(Engine):
 
         loss_scale: in force in the step; only fp16 has one. whole: see `StartedStep`."""
         scale = loss_scale if self.job.train.precision == "fp16" else None
-        fault = self.guard and self.guard.fault
+        fault = self.guard.fault if self.guard else None
         step = StartedStep(self.step, list(rows), whole, self._takes_norm(), scale, fault)
         self.queue.add(step)
 

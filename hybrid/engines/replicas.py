@@ -48,7 +48,7 @@ class _Pass(NamedTuple):
     """Holds what one replica's forward and backward passes gave."""
 
     tally: Tally
-    count: int | float  # of targets, by which the loss was divided
+    expected: int | float  # targets, by which the loss was divided
     norm: torch.Tensor | float
 
 
@@ -113,7 +113,7 @@ class ReplicaEngine(BaseEngine):
         for i, one in enumerate(passes):
             finish_step(self.optimizers[i], self.scales[i], held)
             rate = read_learning_rate(self.optimizers[i])
-            rows.append(make_row(one.tally, one.count, one.norm, rate))
+            rows.append(make_row(one.tally, one.expected, one.norm, rate))
             self.seen[i] += 0 if held else rows[-1].samples
         self._note_step(rows, scale)
         if self._merges():
@@ -218,6 +218,7 @@ class ReplicaEngine(BaseEngine):
         """Return the weight of each replica here: its samples over the mean; collective.
 
         It is empty where the guard has held every step since the last merge."""
+        every: Sequence[float]
         if self.guard:
             every = [n for row in gather_rows(self.seen) for n in row]
         else:
