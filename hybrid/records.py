@@ -25,7 +25,9 @@ class StepRecord:
     `loss` is the sum over the global batch divided by its count, taken before the update;
     `grad_norm` is global and before clipping; `sample_digest` is the sum modulo 2**64 of a hash of
     each sample id, in hexadecimal; `targets` is the count. fp16 scales its loss by `loss_scale`,
-    and where a gradient overflows the step is `skipped`: it has no norm and no update."""
+    and where a gradient overflows the step is `skipped`: it has no norm and no update. So is a step
+    that [guard] held back. `rolled_back_to`: the steps after which the state was then taken from a
+    checkpoint, so that the updates since are lost too."""
 
     step: int
     loss: float
@@ -36,6 +38,7 @@ class StepRecord:
     targets: int | float | None = None
     loss_scale: float | None = None
     skipped: bool = False
+    rolled_back_to: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,6 +307,12 @@ def write(value: Any, path: Path) -> None:
 def read(kind: type[T], path: Path) -> T:
     """Read back what `write` wrote; raises ValueError where the file does not hold a `kind`."""
     return from_dict(kind, json.loads(path.read_text()))
+
+
+def read_line(line: str | bytes) -> dict[str, Any]:
+    """Read a line of `steps.jsonl`, in which a loss that is no number stands as text."""
+    found: dict[str, Any] = json.loads(line)
+    return found | {"loss": float(found["loss"])}
 
 
 def from_dict(kind: type[T], data: Any) -> T:

@@ -19,9 +19,8 @@ from hybrid.engines.step_queue import (
     StartedStep,
     StepQueue,
     StepRow,
-    norms_of,
-    step_result,
 )
+from hybrid.engines.step_results import norms_of, step_result
 from hybrid.job.errors import RunError, RunFailed
 from hybrid.models.losses import cross_entropy
 from hybrid.records import Record

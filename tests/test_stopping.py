@@ -16,7 +16,8 @@ import torch
 import hybrid
 from hybrid import records
 from hybrid.checkpoint.folders import list_checkpoints
-from hybrid.engines.step_queue import LocalRow, StartedStep, StepQueue, StepRow, step_result
+from hybrid.engines.step_queue import LocalRow, StartedStep, StepQueue, StepRow
+from hybrid.engines.step_results import step_result
 from hybrid.job.errors import Stopped
 from hybrid.job.file import to_dict
 from hybrid.launch import stopping

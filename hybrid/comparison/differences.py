@@ -58,11 +58,13 @@ def find_lost_step(record: Record) -> str | None:
 
 
 def relative(got: float | None, expected: float | None) -> float:
-    """Return |a-b|/|b|, 0 where both are equal, infinity where one is missing or NaN."""
+    """Return |a-b|/|b|, 0 where both are equal or NaN, infinity where one is missing or NaN."""
     if got == expected:
         return 0.0
     if got is None or expected is None:
         return math.inf
+    if math.isnan(got) and math.isnan(expected):  # steps without an update, by [guard]
+        return 0.0
     size = abs(got - expected) / abs(expected) if expected else math.inf
     return math.inf if math.isnan(size) else size
 

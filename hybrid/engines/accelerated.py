@@ -69,10 +69,13 @@ class AcceleratedEngine(BaseEngine):
         self._set_training(self.model)
         set_learning_rate(self.optimizer, learning_rate(self.job, self.step))
         scale = self._loss_scale()
+        self.tallies = [tally]
         self._accumulate(micro_batches, tally)
         norm = self._update()
         row = make_row(tally, own, norm, read_learning_rate(self.optimizer))
         self._note_step([row], scale, whole=self._norm_is_whole())
+        if self.guard and self.guard.fault:
+            return  # the buffers are those from before the step
         if self.constant:
             self.constant.after_step(self.step)
         if self.one_set:

@@ -20,14 +20,17 @@ from ..models.own_loss import OwnLoss, model_input
 from ..records import EvalResult, Receipt
 from .buffers import OneSet
 from .counting import TargetCounter, num_rows
+from .guard import Guard, is_held
+from .guard_search import guarded_step
 from .layers import sample_seeds
-from .optimizer import LossScale, clip, norm_of, parameters_of
+from .optimizer import LossScale, clip, finish_step, norm_of, parameters_of
 from .optimizer_numbers import put_numbers, read_numbers
 from .own_optimizer import is_own
 from .precision import Observer, Stepped, check_ledger, make_ledger
 from .protocol import Engine, OwnState, Shapes, StepResult, extend_receipt
 from .state import gradient_dtypes, on_device
-from .step_queue import LocalRow, StartedStep, StepQueue, StepRow, norms_of, step_result
+from .step_queue import LocalRow, StartedStep, StepQueue, StepRow
+from .step_results import norms_of, step_result
 from .tally import Tally, eval_result
 from .training_state import Copies, make_room, numbers_of, pieces_of
 
@@ -65,6 +68,8 @@ class BaseEngine(Engine):
         self.one_set: OneSet | None = None  # of buffers, where nothing else keeps one
         # The targets of all ranks in this step, once they are known.
         self._count: int | float | None = None
+        self.guard = Guard(job) if job.guard else None
+        self.tallies: list[Tally] = []  # of each replica here in this step, for the guard
 
     def start_step(
         self, micro_batches: Sequence[MicroBatch], count: int | float | None = None
@@ -76,7 +81,7 @@ class BaseEngine(Engine):
         number = self._number_to_send(micro_batches, own, count)
         if number is not None or self.queue.is_due():
             self.queue.send(number)
-        self._step(micro_batches, own)
+        guarded_step(self, micro_batches, lambda: self._step(micro_batches, own))
         self.step += 1
         self.observer.stop()
 
@@ -195,10 +200,11 @@ class BaseEngine(Engine):
         loss_sum.backward(scale.scale(self._factor[1]))
 
     def _takes_norm(self) -> bool:
-        """Tell whether this step's gradient norm is needed: to clip, to log, or for fp16."""
+        """Tell whether this step's norm is needed: to clip, to log, for fp16, or for the guard."""
         train, done = self.job.train, self.step + 1
         logged = self.step == 0 or done == train.steps or done % self.job.log.every == 0
-        return bool(train.clip_norm) or train.precision == "fp16" or logged
+        asked = bool(train.clip_norm) or train.precision == "fp16" or self.guard is not None
+        return asked or logged
 
     def _clip_gradients(
         self,
@@ -231,11 +237,7 @@ class BaseEngine(Engine):
         if scale.is_enabled():
             scale.unscale(optimizer)
         norm = self._clip_gradients(parameters_of(optimizer), groups)
-        if scale.is_enabled():
-            scale.step(optimizer)
-        else:
-            optimizer.step()
-        optimizer.zero_grad()
+        finish_step(optimizer, scale, is_held(self, norm))
         return norm
 
     def _note_step(self, rows: Sequence[LocalRow], loss_scale: float, whole: bool = True) -> None:
@@ -243,7 +245,9 @@ class BaseEngine(Engine):
 
         loss_scale: in force in the step; only fp16 has one. whole: see `StartedStep`."""
         scale = loss_scale if self.job.train.precision == "fp16" else None
-        self.queue.add(StartedStep(self.step, list(rows), whole, self._takes_norm(), scale))
+        fault = self.guard.fault if self.guard else None
+        step = StartedStep(self.step, list(rows), whole, self._takes_norm(), scale, fault)
+        self.queue.add(step)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:

@@ -31,6 +31,14 @@ def put_buffers(model: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
         buffer.copy_(buffers[name])
 
 
+@torch.no_grad()
+def restore_buffers(model: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Do so for those buffers alone that have changed: the others keep their versions."""
+    for name, buffer in model.named_buffers():
+        if name in buffers and not same_values(buffers[name], buffer):
+            buffer.copy_(buffers[name])
+
+
 def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Tell whether two tensors are equal, where NaN is equal to NaN."""
     if torch.equal(one, other):

@@ -145,6 +145,36 @@ def norm_or_overflow(optimizer: Any, norm: torch.Tensor | float | None) -> torch
     return norm
 
 
+def hold_steps(optimizer: Any, holds: Callable[[torch.Tensor | float], bool]) -> None:
+    """Make one of DeepSpeed's optimizers ask `holds(norm)` once a step, before its update.
+
+    Where that is true, the optimizer within it makes no step. DeepSpeed then copies fp32 master
+    weights that have not changed. The loss scale is put back, and so is the note that parameters
+    know their optimizer's state, which has not been made yet in a first step."""
+    whole, inner = optimizer.step, optimizer.optimizer.step
+    answers = list[bool]()
+
+    def ask() -> bool:
+        if not answers:
+            answers.append(holds(norm_or_overflow(optimizer, optimizer._global_grad_norm)))
+        return answers[0]
+
+    def step_part(*arguments: Any, **options: Any) -> Any:  # ZeRO steps its groups one by one
+        return None if ask() else inner(*arguments, **options)
+
+    def step(*arguments: Any, **options: Any) -> None:
+        answers.clear()
+        scaler, linked = getattr(optimizer, "loss_scaler", None), "_hp_optimizer_states_linked"
+        before, knew = dict(vars(scaler)) if scaler else {}, getattr(optimizer, linked, None)
+        whole(*arguments, **options)
+        if ask():  # DeepSpeed has asked nothing where it found an overflow itself
+            vars(scaler).update(before) if scaler else None
+            if knew is not None:
+                setattr(optimizer, linked, knew)
+
+    optimizer.step, optimizer.optimizer.step = step, step_part
+
+
 def fp32_partitions(optimizer: Any) -> list[torch.Tensor]:
     """Return this rank's fp32 partitions, which each of DeepSpeed's optimizers names otherwise."""
     names = (

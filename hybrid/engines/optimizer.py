@@ -214,8 +214,24 @@ class LossScale(torch.amp.GradScaler):
             kept = {"scale": state["scale"], "_growth_tracker": int(state["good_steps"])}
             self.load_state_dict(self.state_dict() | kept)
 
+    def leave(self) -> None:
+        """Forget gradients that were unscaled for a step that is not made."""
+        if self.is_enabled():
+            self._per_optimizer_states.clear()
+
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Step, unless a gradient overflowed, and update the scale."""
         result = super().step(optimizer, *args, **kwargs)
         self.update()
         return result
+
+
+def finish_step(optimizer: torch.optim.Optimizer, scale: LossScale, held: bool = False) -> None:
+    """Make the update, unless the guard holds it back, and drop the gradients."""
+    if held:
+        scale.leave()
+    elif scale.is_enabled():
+        scale.step(optimizer)
+    else:
+        optimizer.step()
+    optimizer.zero_grad()

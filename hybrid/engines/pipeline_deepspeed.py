@@ -21,12 +21,14 @@ from ..records import EvalResult, Receipt
 from ..stages.assignment import StageAssignment
 from .deepspeed_setup import (
     full_config,
+    hold_steps,
     loss_scale,
     norm_or_overflow,
     pipeline_stage,
     prepare_process,
     stepped,
 )
+from .guard import is_held, step_unless
 from .hashes import hash_ids
 from .layers import set_sample_seeds
 from .optimizer import (
@@ -119,10 +121,15 @@ class StageEngine(StageState):
         if self.zero_stage == 0:
             wrap_optimizer_step(engine, self._clip)
             reduce_in_buckets(engine)
+        if self.guard and self.zero_stage:
+            hold_steps(engine.optimizer, lambda norm: is_held(self, norm))
+        elif self.guard:
+            step_unless(engine.optimizer, lambda: is_held(self, self.norm))
         return engine
 
     def _step(self, micro_batches: Sequence[MicroBatch], own: int | float) -> None:
         self.tally, self.input_digest = Tally(self.device), 0
+        self.tallies = [self.tally]
         optimizer = self.engine.optimizer
         scale = loss_scale(optimizer)
         set_learning_rate(optimizer, learning_rate(self.job, self.step))
@@ -132,7 +139,7 @@ class StageEngine(StageState):
         rate = read_learning_rate(optimizer)
         row = make_row(self.tally, own, self.norm, rate, self.input_digest)
         self._note_step([row], scale, bool(self.zero_stage or self.job.train.clip_norm))
-        if self.one_set:
+        if self.one_set and not (self.guard and self.guard.fault):
             self.one_set.after_step()
 
     def _count_own(self, micro_batches: Iterable[MicroBatch]) -> int | float:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint.pieces import Piece
     from ..data.loader import MicroBatch
+    from .guard import Guard
 
     # What a checkpoint has: dtype and shape, by a tensor's canonical name and its key.
     Shapes = Mapping[str, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]
@@ -30,9 +31,9 @@ class StepResult:
 
     Digests are hexadecimal. `digest_by_rank` has one a rank, "" where a rank computes no loss.
     `grad_norm` is taken before clipping; None in steps between two that are logged. `targets` is
-    how many the loss counted. `loss_scale` and `skipped` are fp16's: a step whose gradients
-    overflowed changes nothing. `stop` is the number of the signal that told one of the ranks to
-    stop, 0 where none was."""
+    how many the loss counted. `loss_scale` is fp16's: a step whose gradients overflowed is
+    `skipped`, it changes nothing. So is one that the guard held back, for its `fault`. `stop` is
+    the number of the signal that told one of the ranks to stop, 0 where none was."""
 
     loss: float
     grad_norm: float | None
@@ -44,6 +45,7 @@ class StepResult:
     loss_scale: float | None = None
     skipped: bool = False
     stop: int = 0
+    fault: str | None = None
 
 
 class OwnState(NamedTuple):
@@ -60,7 +62,8 @@ class Engine(Protocol):
     have one). `micro_batch_size` is the fixed number of rows that a micro-batch must have, or None
     if any number will do. `reads_inputs` and `reads_targets` tell which parts of a micro-batch this
     process uses. `num_held` is how many trained parameters it holds. `notes` are warnings of a
-    run that goes on from a checkpoint: what it could not take over."""
+    run that goes on from a checkpoint: what it could not take over. `step` is how many optimizer
+    steps are done. `guard` is there where the job has [guard]."""
 
     layout: Layout
     shares: tuple[int, ...]
@@ -69,6 +72,8 @@ class Engine(Protocol):
     reads_targets: bool
     num_held: int
     notes: list[str]
+    step: int
+    guard: Guard | None = None
 
     def start_step(
         self, micro_batches: Sequence[MicroBatch], count: int | float | None = None

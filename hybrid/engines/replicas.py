@@ -6,6 +6,7 @@ replicas in one process and merges them by the same rule; a real run is compared
 import copy
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,18 +15,21 @@ from torch import nn
 from ..data.loader import MicroBatch
 from ..job.errors import RunError
 from ..job.schema import Job
-from ..launch.exchange import gather_objects
+from ..launch.exchange import gather_objects, gather_rows
 from ..launch.placement import Placement
 from ..models.layers import Layers
 from ..models.losses import Loss
 from ..records import EvalResult, Receipt
 from .buffers import SharesInTurn
+from .guard import is_held
 from .merged_state import buckets_of
 from .optimizer import (
     LossScale,
     build_optimizer,
+    finish_step,
     length,
     no_decay_names,
+    parameters_of,
     read_learning_rate,
     set_learning_rate,
 )
@@ -34,11 +38,20 @@ from .protocol import StepResult, extend_receipt, make_receipt
 from .replica_state import ReplicaState
 from .schedule import learning_rate
 from .state import copy_of_state, named_tensors, num_held
-from .step_queue import LocalRow, StartedStep, StepRow, make_row, step_result
+from .step_queue import StartedStep, StepRow, make_row
+from .step_results import step_result
 from .tally import Tally
 
 ROUNDING = 2.0**-23  # of an fp32 number, relative
 UNREAD = 1000  # merges whose drift may wait on the device
+
+
+class _Pass(NamedTuple):
+    """Holds what one replica's forward and backward passes gave."""
+
+    tally: Tally
+    expected: int | float  # targets, by which the loss was divided
+    norm: torch.Tensor | float
 
 
 class ReplicaEngine(ReplicaState):
@@ -91,11 +104,19 @@ class ReplicaEngine(ReplicaState):
         """Make one step of each replica alone, by the mean loss over its own targets."""
         each, scale = len(micro_batches) // len(self.models), self.scales[0].value
         self._set_training(*self.models)
-        rows = []
-        for i in range(len(self.models)):
-            part = micro_batches[i * each : (i + 1) * each]
-            rows.append(self._step_replica(i, part, own if each == len(micro_batches) else None))
-            self.seen[i] += rows[-1].samples
+        parts = [micro_batches[i * each : (i + 1) * each] for i in range(len(self.models))]
+        whole = own if each == len(micro_batches) else None
+        passes: Iterable[_Pass] = (self._pass(i, part, whole) for i, part in enumerate(parts))
+        held, rows = False, []
+        if self.guard:  # all replicas step, or none, so the gradients of all wait for the verdict
+            passes = list(passes)
+            self.tallies = [one.tally for one in passes]
+            held = is_held(self, *(one.norm for one in passes))
+        for i, one in enumerate(passes):
+            finish_step(self.optimizers[i], self.scales[i], held)
+            rate = read_learning_rate(self.optimizers[i])
+            rows.append(make_row(one.tally, one.expected, one.norm, rate))
+            self.seen[i] += 0 if held else rows[-1].samples
         self._note_step(rows, scale)
         if self._merges():
             self._merge()
@@ -124,13 +145,14 @@ class ReplicaEngine(ReplicaState):
         self, micro_batches: Sequence[MicroBatch], own: int | float, count: int | float | None
     ) -> int | float | None:
         """Before a merge the ranks tell one another how many samples they saw since the last."""
-        if not self._merges() or len(self.models) > 1:
-            return None
+        if not self._merges() or len(self.models) > 1 or self.guard:
+            return None  # with a guard it is not known before the step whether they count
         return self.seen[0] + sum(micro_batch.ids.shape[0] for micro_batch in micro_batches)
 
-    def _step_replica(
+    def _pass(
         self, i: int, micro_batches: Sequence[MicroBatch], count: int | float | None
-    ) -> LocalRow:
+    ) -> _Pass:
+        """Take and clip the gradients of one replica."""
         model, optimizer, scale = self.models[i], self.optimizers[i], self.scales[i]
         tally = Tally(self.device)
         count = self._count_own(micro_batches) if count is None else count
@@ -145,8 +167,9 @@ class ReplicaEngine(ReplicaState):
         if buffers:
             buffers.end_step()
         set_learning_rate(optimizer, learning_rate(self.job, self.step))
-        norm = self._clip_and_step(optimizer, scale)
-        return make_row(tally, count, norm, read_learning_rate(optimizer))
+        if scale.is_enabled():
+            scale.unscale(optimizer)
+        return _Pass(tally, count, self._clip_gradients(parameters_of(optimizer)))
 
     def _result(self, step: StartedStep, rows: list[StepRow]) -> StepResult:
         """Give several replicas the root mean square of their norms."""
@@ -158,6 +181,8 @@ class ReplicaEngine(ReplicaState):
         """Replace every replica by their weighted mean, and note how far each was from it.
         This goes bucket by bucket: all at once would take the memory of two more copies."""
         groups, weights = [_merged_tensors(model) for model in self.models], self._weights()
+        if not weights:
+            return  # the replicas are what they were then
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         square, apart = zero, [zero] * len(groups)
         for bucket in buckets_of(groups[0]):
@@ -192,10 +217,16 @@ class ReplicaEngine(ReplicaState):
         return tensor if self.finite else torch.where(mean.isfinite(), tensor, 0.0)
 
     def _weights(self) -> list[float]:
-        """Return the weight of each replica here: its samples over the mean."""
-        every = self.seen if len(self.seen) > 1 else self.queue.sent()
+        """Return the weight of each replica here: its samples over the mean; collective.
+
+        It is empty where the guard has held every step since the last merge."""
+        every: Sequence[float]
+        if self.guard:
+            every = [n for row in gather_rows(self.seen) for n in row]
+        else:
+            every = self.seen if len(self.seen) > 1 else self.queue.sent()
         # Around 1, divided at the end: equal shares then lose nothing to a rounded 1/3.
-        return [n * len(every) / sum(every) for n in self.seen]
+        return [n * len(every) / sum(every) for n in self.seen] if any(every) else []
 
     def _show(self, batches: Iterable[Sequence[MicroBatch]]) -> None:
         super().evaluate(batches)

@@ -22,6 +22,7 @@ from .deepspeed_setup import (
     fp32_partitions,
     full_config,
     full_tensor,
+    hold_steps,
     loss_scale,
     norm_or_overflow,
     prepare_process,
@@ -35,6 +36,7 @@ from .deepspeed_state import (
     update_parameters,
 )
 from .frozen import FrozenParts
+from .guard import is_held
 from .precision import Stepped
 from .protocol import OwnState, Shapes, make_receipt
 from .state import copy_state, local_part, named_tensors
@@ -59,6 +61,8 @@ class ZeroEngine(AcceleratedEngine):
         prepared = prepare_zero(job, placement, layers, job.micro_batches(name), config)
         super().__init__(job, placement, loss, prepared, _inspect, _gather, _scatter)
         self.zero_stage, self.frozen = zero_stage, parts
+        if self.guard:
+            hold_steps(self.live.optimizer, lambda norm: is_held(self, norm))
         # DeepSpeed would sum the gradients of rounded parameters in their own precision.
         exact, accumulates = job.train.precision == "fp32", job.micro_batches(name) > 1
         wanted = zero_stage == 2 and job.strategy.zero2.reduce_once

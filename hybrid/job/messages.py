@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from types import UnionType
 from typing import Any, TypeGuard, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -44,7 +45,7 @@ def _locate(loc: Sequence[int | str], root: type[BaseModel]) -> tuple[str, list[
         if name not in fields:
             break
         names.append(name)
-        kind = fields[name].annotation
+        kind = _without_none(fields[name].annotation)
         if get_origin(kind) is dict and parts and _is_section(get_args(kind)[1]):
             names.append(show_key(parts.pop(0)))  # a name that the author chose
             kind = get_args(kind)[1]
@@ -52,6 +53,12 @@ def _locate(loc: Sequence[int | str], root: type[BaseModel]) -> tuple[str, list[
             break
         section = kind
     return ".".join(names), [f.alias or n for n, f in section.model_fields.items()]
+
+
+def _without_none(kind: Any) -> Any:
+    """Return the section that may be left out, where an annotation is `Section | None`."""
+    members = [member for member in get_args(kind) if member is not type(None)]
+    return members[0] if isinstance(kind, UnionType) and len(members) == 1 else kind
 
 
 def _is_section(kind: Any) -> TypeGuard[type[BaseModel]]:

@@ -8,9 +8,18 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
+from .recovery import Checkpoint, Guard
 from .strategy_settings import Count, Positive, Seconds, Section, Strategies, StrategySettings
 
 EVALUATED = ("loss", "accuracy", "perplexity")  # what an evaluation has, besides the job's metrics
@@ -133,38 +142,6 @@ class Parallel(Section):
     shard: Positive | None = None
 
 
-class Checkpoint(Section):
-    """Says when the whole training state is saved, for a run to go on from (docs/checkpoints.md).
-
-    every: so many optimizer steps, and after the last one; left out, the final weights alone are
-    saved. keep: so many of the newest, all where it is left out; best: and the one whose evaluation
-    is best by this metric: loss, accuracy, perplexity or a name in `train.metrics`. async: a thread
-    writes a copy of the state while training goes on."""
-
-    model_config = ConfigDict(validate_by_name=True)
-
-    every: Positive | None = None
-    keep: Positive | None = None
-    best: str | None = None
-    asynchronous: bool = Field(default=False, alias="async")
-
-    @property
-    def evaluates(self) -> bool:
-        """Tell whether the state is evaluated each time that it is saved."""
-        return None not in (self.every, self.keep, self.best)
-
-    def warnings(self) -> list[str]:
-        """Return a line for each key that has no effect for want of another."""
-        found = []
-        if self.every is None:
-            given = {"keep": self.keep, "best": self.best, "async": self.asynchronous or None}
-            keys = [key for key, value in given.items() if value is not None]
-            found = [f"checkpoint.{key} has no effect without checkpoint.every" for key in keys]
-        elif self.best and self.keep is None:
-            found = ["checkpoint.best has no effect without checkpoint.keep: all are kept"]
-        return found
-
-
 class Log(Section):
     """Says how often the ranks' numbers are read, and names trackers besides `steps.jsonl`.
 
@@ -212,12 +189,23 @@ class Job(Section):
     train: Train
     schedule: Schedule = Schedule()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard | None = None  # left out: a step that is not finite ends the run one step later
     log: Log = Log()
     launch: Launch = Launch()
     parallel: Parallel = Parallel()
     strategy: Strategies = Strategies()
     variant: dict[str, Variant] = Field(default={})
     proxy: Options = Field(default={})  # overrides that make a small job of this one
+
+    @field_validator("guard")
+    @classmethod
+    def _has_what_to_go_back_to(cls, guard: Guard | None, given: ValidationInfo) -> Guard | None:
+        for key in ("non_finite", "on_spike"):
+            every = getattr(given.data.get("checkpoint"), "every", None)
+            if getattr(guard, key, None) == "roll_back" and every is None:
+                why = f"{key} = 'roll_back' goes back to a checkpoint, and there are none"
+                raise ValueError(f"{why}; valid: stop, skip, or checkpoint.every = N")
+        return guard
 
     def settings(self, strategy: str) -> StrategySettings:
         """Return the section of one strategy, or the defaults if it has no section."""
@@ -239,6 +227,8 @@ class Job(Section):
         unused += [("schedule", key, "name", schedule) for key in keys]
         if ddp.comm_hook != "powersgd":
             unused.append(("strategy.ddp", "powersgd_rank", "comm_hook", ddp))
+        if self.guard and not self.guard.spike_factor:
+            unused += [("guard", key, "spike_factor", self.guard) for key in ("window", "on_spike")]
         return self.checkpoint.warnings() + [
             f"{where}.{key} has no effect with {where}.{because} = {getattr(section, because)!r}"
             for where, key, because, section in unused

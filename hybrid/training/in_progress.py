@@ -61,6 +61,7 @@ class RunInProgress:
     stops: StopSignals
     known: int | None = None  # the targets of each sample, where the train set tells it
     unread: deque[StepCost] = dataclasses.field(default_factory=deque)  # of steps without numbers
+    back: dict[int, int] = dataclasses.field(default_factory=dict)  # `rolled_back_to` of steps
     evals: list[StepEval] = dataclasses.field(default_factory=list)
     initial: dict[str, float] = dataclasses.field(default_factory=dict)  # projections of weights
     first: dict[str, float] = dataclasses.field(default_factory=dict)  # after the first period
@@ -84,6 +85,8 @@ class RunInProgress:
             chosen = self.checkpoints.chosen
             if chosen and self.checkpoints.out and belongs_to(chosen.folder, self.checkpoints.out):
                 self.stops.saved = self.checkpoints.start
+            if self.engine.guard:
+                self.engine.guard.set_state(saved["record"].get("guard", {}))
             self.first = {name: float(n) for name, n in saved["record"]["first"].items()}
             self.evals = [records.from_dict(StepEval, one) for one in saved["record"]["evals"]]
 
@@ -106,6 +109,8 @@ class RunInProgress:
         self.status.set(f"saving the state after {steps.count} steps")
         evals = [records.to_dict(one) for one in self.evals]
         record: dict[str, Any] = {"first": self.first, "evals": evals}
+        if self.engine.guard:
+            record["guard"] = self.engine.guard.state()
         if steps.count == self.job.train.steps:
             record["receipt"] = records.to_dict(self.require_receipt())
         with uncounted():  # it is no part of a step
@@ -179,6 +184,7 @@ class RunInProgress:
 
     def end_early(self) -> Record:
         """End before the last step, as was asked for; another run goes on from what is saved."""
+        self.checkpoints.wait()
         record = Record(
             strategy=self.choice.name,
             status="failed",

@@ -17,16 +17,15 @@ from ..data.batches import BatchPlan
 from ..data.targets import targets_per_sample
 from ..data.workers import AHEAD, end_workers
 from ..engines.protocol import StepResult
-from ..job.errors import JobError, PeerFailed, Refused, RunError, Stopped, needs_room
+from ..job.errors import JobError, Refused, RunError, Stopped, needs_room
 from ..job.given import naming
 from ..job.schema import Job, resolve_lengths
 from ..job.variants import Choice, resolve
 from ..launch.exchange import gather_objects
 from ..launch.failures import RankStatus, leave_error
-from ..launch.heartbeat import Cause, is_peer_loss
 from ..launch.placement import OWN, Placement, find_placement
 from ..launch.process_group import cleanup, join_process_group, restored_environment
-from ..launch.stopping import STOPPED, StopSignals, requeue, told
+from ..launch.stopping import StopSignals, requeue
 from ..measure.clock import Instruments
 from ..models.shared import build_shared
 from ..models.vector_functions import call_vector_functions_once
@@ -36,7 +35,9 @@ from .check import check_on_rank_0, print_warnings
 from .checkpointing import Checkpoints
 from .evaluation import make_loader
 from .folder import begin_run, end_run, keep_steps
+from .guard import go_back, rolls_back, warn
 from .in_progress import OnStep, RunInProgress
+from .leaving import failure_of
 from .projection import project
 from .resume import Start, decide, read_chosen, tell_start
 from .step_log import make_record
@@ -96,7 +97,7 @@ def _train_and_clean_up(
         except BaseException as error:
             stops.leaves = True
             # This comes before `cleanup`, which can wait for a peer that is gone.
-            failure = _failure_of(error, leave_error(error, status), stops)
+            failure = failure_of(error, leave_error(error, status), stops)
             # `launch` begins and ends the record of a run that it started.
             if out and placement.rank == 0 and placement.launcher != OWN:
                 if not isinstance(failure, Refused):
@@ -115,19 +116,6 @@ def _train_and_clean_up(
             end_writers()
             status.close()
             cleanup()
-
-
-def _failure_of(error: BaseException, cause: Cause | None, stops: StopSignals) -> BaseException:
-    """Return as what a rank ends that met this error, and whose peers say that cause.
-
-    A rank that was told to stop, and whose peers were too, has lost them for that."""
-    if isinstance(error, Stopped):
-        return error
-    if cause is not None and not cause.message.startswith(STOPPED):
-        return PeerFailed(cause.describe())
-    if told() and (cause is not None or is_peer_loss(str(error))):
-        return stops.stopped(told())
-    return error if cause is None else PeerFailed(cause.describe())
 
 
 def _train(
@@ -252,9 +240,11 @@ class _Run(RunInProgress):
                 engine.start_step(batches, count)
             self.unread.append(self.instruments.last_step)
             # The numbers of a step come with the next one. These steps need them at once.
-            done = step + 1
-            at_once = step == start or done in (self.period, total) or saved.is_due(done)
+            done, back = step + 1, rolls_back(self, step)
+            at_once = back or step == start or done in (self.period, total) or saved.is_due(done)
             self._note_steps(wait=at_once)
+            if back:
+                go_back(self, step)
             if step == start:
                 self.require_receipt()
             if done == self.period:
@@ -279,7 +269,7 @@ class _Run(RunInProgress):
     def _note(self, step: int, result: StepResult) -> None:
         norm = result.grad_norm
         finite = math.isfinite(result.loss) and (norm is None or math.isfinite(norm))
-        if not (finite or (result.skipped and math.isfinite(result.loss))):
+        if not (finite or result.fault or (result.skipped and math.isfinite(result.loss))):
             cause = None if result.targets else "no target of this batch counts"
             cause = cause or blame_samples(self.train_set, self.plan.batch(step))
             cause = cause or "lower optimizer.lr or set train.clip_norm"
@@ -287,7 +277,9 @@ class _Run(RunInProgress):
                 f"step {step}: loss {result.loss}, gradient norm {norm}: not finite; {cause}"
             )
         self.told = self.told or result.stop
-        record = make_record(step, result)
+        record = make_record(step, result, self.back.get(step))
+        if result.fault:
+            warn(self, record, result.fault)
         line = self.steps.add(record, self.instruments.read(self.unread.popleft()))
         if self.out:
             self.trackers.log(line, step)

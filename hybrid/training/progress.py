@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import math
 import statistics
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..records import INTERRUPTED, Record, StepRecord
+from ..records import INTERRUPTED, Record, StepRecord, read_line
 from ..report.formats import format_bytes, format_number
 
 if TYPE_CHECKING:
@@ -173,7 +172,7 @@ class Progress(Watcher):
             added = file.read()
         whole = added[: added.rfind(b"\n") + 1]  # the last line may be half written
         self.offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines()[-RECENT_STEPS:]]
+        return [read_line(line) for line in whole.splitlines()[-RECENT_STEPS:]]
 
     def _is_due(self) -> bool:
         every = LIVE_EVERY_S if self.live else PLAIN_EVERY_S

@@ -3,13 +3,14 @@
 With a folder they are lines of `steps.jsonl` there, and memory does not grow with the steps."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..engines.protocol import StepResult
 from ..launch.exchange import gather_objects
-from ..records import StepRecord
+from ..records import StepRecord, read_line
 
 
 class StepLog:
@@ -36,7 +37,10 @@ class StepLog:
         self.targets += record.targets or 0
         line = vars(record) | dict(figures)
         if self._file:
-            self._lines.append(json.dumps(line) + "\n")
+            loss = (
+                record.loss if math.isfinite(record.loss) else str(record.loss)
+            )  # JSON has no nan
+            self._lines.append(json.dumps(line | {"loss": loss}) + "\n")
         elif self._here:
             self._kept.append(record)
         return line
@@ -63,14 +67,14 @@ class StepLog:
         if self._file:
             self._file.seek(0)
             names = StepRecord.__dataclass_fields__
-            lines = [json.loads(line) for line in self._file]
-            self._kept = [StepRecord(**{name: line[name] for name in names}) for line in lines]
+            lines = [read_line(line) for line in self._file]
+            self._kept = [StepRecord(**{n: line[n] for n in names if n in line}) for line in lines]
             self._file.close()
         return gather_objects(self._kept if self._here else None)[0]
 
 
-def make_record(step: int, result: StepResult) -> StepRecord:
-    """Make the record of a step from what the engine says of it."""
+def make_record(step: int, result: StepResult, back: int | None = None) -> StepRecord:
+    """Make the record of a step from what the engine says of it; back: see `rolled_back_to`."""
     return StepRecord(
         step=step,
         loss=result.loss,
@@ -81,4 +85,5 @@ def make_record(step: int, result: StepResult) -> StepRecord:
         targets=result.targets,
         loss_scale=result.loss_scale,
         skipped=result.skipped,
+        rolled_back_to=back,
     )

@@ -1,0 +1,18 @@
+"""Says as what a rank ends, whose own error may follow from another rank's or from a signal."""
+
+from ..job.errors import PeerFailed, Stopped
+from ..launch.heartbeat import Cause, is_peer_loss
+from ..launch.stopping import STOPPED, StopSignals, told
+
+
+def failure_of(error: BaseException, cause: Cause | None, stops: StopSignals) -> BaseException:
+    """Return as what a rank ends that met this error, and whose peers say that cause.
+
+    A rank that was told to stop, and whose peers were too, has lost them for that."""
+    if isinstance(error, Stopped):
+        return error
+    if cause is not None and not cause.message.startswith(STOPPED):
+        return PeerFailed(cause.describe())
+    if told() and (cause is not None or is_peer_loss(str(error))):
+        return stops.stopped(told())
+    return error if cause is None else PeerFailed(cause.describe())
