@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 import hybrid
 from hybrid.job.errors import JobError
 from hybrid.job.file import load_job, to_dict
+from hybrid.job.recovery import Guard
 from hybrid.job.schema import Job, resolve_lengths
 from hybrid.strategies.registry import NAMES
 
@@ -29,6 +30,7 @@ KINDS = {  # every field of the job, by the kind of value it takes
         *(f"parallel.{axis}" for axis in ("pp", "dp", "replicate", "shard")),
         *(f"strategy.{name}.micro_batches" for name in NAMES),
         *("strategy.ddp.powersgd_rank", "strategy.ddp.bucket_cap_mb"),
+        *("checkpoint.every", "checkpoint.keep", "guard.window", "guard.max_in_a_row"),
         "strategy.local_sgd.emulate_replicas",
         "strategy.local_sgd.move_weights",
         "strategy.single.emulate_ranks",
@@ -38,15 +40,15 @@ KINDS = {  # every field of the job, by the kind of value it takes
     "whole": ["train.seed", "train.eval_every", "schedule.warmup_steps", "data.workers"],
     "number": [
         *(f"optimizer.{key}" for key in ("lr", "momentum", "eps", "weight_decay")),
-        *("schedule.min_lr", "train.clip_norm"),
+        *("schedule.min_lr", "train.clip_norm", "guard.spike_factor"),
     ],
     "bool": [
         *("train.activation_checkpointing", "train.compile"),
         *("strategy.fsdp.reshard_after_forward", "strategy.zero2.reduce_once"),
-        *("launch.allow_known_bad", "launch.trust_pickle"),
+        *("launch.allow_known_bad", "launch.trust_pickle", "checkpoint.async"),
     ],
     "text": [
-        *("model.name", "data.name", "model.weights"),
+        *("model.name", "data.name", "model.weights", "checkpoint.best"),
         *(f"strategy.{name}.ds_config" for name in ("zero1", "zero2", "zero3", "pipeline", "2d")),
     ],
     "section": [
@@ -55,6 +57,7 @@ KINDS = {  # every field of the job, by the kind of value it takes
     ],
     "choice": [
         *("optimizer.name", "schedule.name", "train.precision"),
+        *("guard.non_finite", "guard.on_spike"),
         *("strategy.ddp.comm_hook", "strategy.ddp.broadcast_buffers", "strategy.2d.zero_stage"),
     ],
     "partition": ["strategy.pipeline.partition", "strategy.2d.partition"],
@@ -93,6 +96,7 @@ def walk(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Dotted names of all fields of the job."""
     for name, field in section.model_fields.items():
         kind, path = field.annotation, prefix + (field.alias or name)
+        kind = next((one for one in get_args(kind) if one is Guard), kind)  # it may be left out
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from walk(kind, path + ".")
         else:

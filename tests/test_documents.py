@@ -7,13 +7,14 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
 
 import hybrid
 from hybrid.cli import app
+from hybrid.job.recovery import Guard
 from hybrid.job.schema import Job, Variant
 from hybrid.job.strategy_settings import Strategies
 from hybrid.strategies import protocol, registry
@@ -77,6 +78,7 @@ def keys_of(kind: type[BaseModel], name: str = "") -> Iterator[tuple[str, str]]:
     """(section, key) of every value in the job, by the names that the file uses."""
     for attribute, field in kind.model_fields.items():
         key, inner = field.alias or attribute, field.annotation
+        inner = next((one for one in get_args(inner) if one is Guard), inner)  # it may be left out
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from keys_of(inner, f"{name}.{key}".lstrip("."))
         elif name:  # else a section with names of the author's own

@@ -22,7 +22,7 @@ cli doctor
 comparison training report
 strategies
 engines
-stages models data measure checkpoint
+stages models data checkpoint measure
 launch job
 layout records
 """

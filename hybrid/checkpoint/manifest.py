@@ -72,8 +72,10 @@ class BadManifest(ValueError):
 
 
 class FilePiece(NamedTuple):
-    """Tells where a part of a canonical tensor stands: elements `start` to `start + size` of it
-    are the tensor `key` of `file`, or the box at `offsets` of `sizes`, row by row."""
+    """Tells where a part of a canonical tensor stands in a file.
+
+    Elements `start` to `start + size` of it are the tensor `key` of `file`; or that is the box at
+    `offsets` of `sizes`, row by row."""
 
     file: str
     key: str
@@ -223,8 +225,9 @@ def _require_room(piece: FilePiece, files: Mapping[str, Any]) -> None:
 
 
 def rows_of(piece: FilePiece, shape: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield the contiguous ranges of a piece: the start in the tensor, the start in the piece, and
-    the number of elements; of a box, a row each."""
+    """Yield the contiguous ranges of a piece; of a box, a row each.
+
+    A range is the start in the tensor, the start in the piece, and the number of elements."""
     if piece.box is None or not shape:
         yield piece.start, 0, piece.size
         return

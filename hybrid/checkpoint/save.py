@@ -65,8 +65,10 @@ class Snapshot:
 
 
 class Saved(NamedTuple):
-    """Tells one state from another: the hash of the state, and that of what ranks have of their
-    own beside it and their generators (empty where they have nothing)."""
+    """Tells one state from another, by two hashes.
+
+    They are that of the state, and that of what ranks have of their own beside it and their
+    generators (empty where they have nothing)."""
 
     state_hash: str
     own_hash: str = ""

@@ -54,8 +54,10 @@ def hash_of_files(folder: Path, manifest: Manifest) -> str:
 
 
 def ranges_of(entry: Entry) -> list[tuple[int, int, str, str, int]]:
-    """Return the contiguous ranges of a tensor in order: the start in it, the number of elements,
-    the file, the key there, and the start under that key."""
+    """Return the contiguous ranges of a tensor in order.
+
+    A range is the start in the tensor, the number of elements, the file, the key there, and the
+    start under that key."""
     found = [
         (start, count, piece.file, piece.key, first)
         for piece in entry.pieces

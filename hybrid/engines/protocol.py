@@ -102,8 +102,9 @@ class Engine(Protocol):
         """Take over what `state` returned; every rank passes all of it."""
 
     def pieces(self) -> list[Piece]:
-        """Return this rank's live parts of the training state: weights in fp32, the optimizer's
-        state, buffers. Values that are written into them count from `begin_at` on. Between
+        """Return this rank's live parts of the training state.
+
+        They are weights in fp32, the optimizer's state, and buffers. Values that are written into them count from `begin_at` on. Between
         `make_room` and `begin_at` they are there to be written, else to be read."""
 
     def make_room(self, shapes: Shapes, numbers: Collection[str]) -> None:
@@ -129,8 +130,9 @@ class Engine(Protocol):
         """Return what belongs to this rank alone, beside the pieces."""
 
     def rehearse(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Do what later steps are shaped by, before a checkpoint is loaded: DDP orders its buckets
-        by the first backward pass. It may change the state."""
+        """Do what later steps are shaped by, before a checkpoint is loaded.
+
+        DDP orders its buckets by the first backward pass. This may change the state."""
 
     def begin_at(
         self, step: int, loss_scale: Mapping[str, float] | None, own: OwnState | None
