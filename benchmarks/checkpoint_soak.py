@@ -133,7 +133,7 @@ class _Lap:
 
     def _until(self, fault: Fault) -> tuple[Record | None, str]:
         """Run until a fault or to the end; return the record, or why it ended."""
-        start = chosen(self.out, self.job)
+        start = chosen(self.out, self.job, self.strategy)
         whole = [step for step, (_, wrong) in committed(self.out).items() if not wrong]
         if (step_of(start) if start else 0) != max(whole, default=0):
             self.problems.append(f"went on from {start}, whole are {whole}")

@@ -20,6 +20,7 @@ from hybrid.checkpoint.folders import list_checkpoints, step_of, verify
 from hybrid.checkpoint.tensor_file import sha256_of
 from hybrid.job.errors import RunFailed
 from hybrid.job.schema import Job
+from hybrid.job.variants import resolve
 from hybrid.records import Record
 from hybrid.training.check import check_job
 from hybrid.training.progress import Watcher
@@ -160,7 +161,7 @@ def run_case(case: Case, reference: Reference, out: Path) -> Row:
     if case.accident.phase == "loading":
         at_7 = Accident(case.number % num_ranks(case.strategy), "step", 7)
         ended(lambda: run(program=at_7.program()))
-        resume = chosen(out, job)
+        resume = chosen(out, job, case.strategy)
     elif case.kind == "replacing":
         run()
         resume = out / "checkpoints" / f"step-{STEPS - EVERY:08d}"
@@ -170,7 +171,7 @@ def run_case(case: Case, reference: Reference, out: Path) -> Row:
     if reason and "SIGKILL" not in reason:
         problems.append(f"another end: {reason}")
     before, lines = committed(out), count_lines(out)
-    start = chosen(out, job)
+    start = chosen(out, job, case.strategy)
     found = run(resume=start)
     row |= {"made": lines, "went_on_from": step_of(start) if start else 0}
     lost = lines - row["went_on_from"]
@@ -183,9 +184,9 @@ def run_case(case: Case, reference: Reference, out: Path) -> Row:
     return row | {"lost": lost, "problems": problems, "seconds": time.monotonic() - began}
 
 
-def chosen(out: Path, job: Job) -> Path | None:
+def chosen(out: Path, job: Job, strategy: str) -> Path | None:
     """Return the checkpoint that `--resume auto` chooses."""
-    found = choose(out, "auto", job)
+    found = choose(out, "auto", resolve(job, strategy))
     return found.folder if found else None
 
 

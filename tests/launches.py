@@ -50,7 +50,7 @@ class Launches:
         self.made.append(folder)
         choice = resolve(job, name)
         until, resume = how.get("until"), how.get("resume")
-        begin_run(out, job, choice, resume is not None)
+        begin_run(out, job, choice, getattr(resume, "folder", resume))
         if (error := self.ends.get(folder)) and (resume or not self.only_resumed):
             end_run(out, choice, nproc, error)
             raise error

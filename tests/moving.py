@@ -63,7 +63,7 @@ class Run:
         if self.engine.step == 0:
             self.train(0, step)
         self.checkpoints.out = Path(folder)
-        self.checkpoints.save(step, 0, {})
+        self.checkpoints.save(step, 0, {}, False)
         assert self.checkpoints.newest
         return self.checkpoints.newest.state_hash
 

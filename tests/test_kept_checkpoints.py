@@ -11,10 +11,10 @@ import torch
 
 from hybrid.checkpoint import save, tensor_file, writer
 from hybrid.checkpoint.pieces import WEIGHT, Piece, shares_of
-from hybrid.checkpoint.save import Saved, Snapshot
+from hybrid.checkpoint.save import Snapshot, StateHashes
 from hybrid.checkpoint.writer import Writer, end_writers
 from hybrid.job.errors import JobError, NoRoom, RunError
-from hybrid.training.best import Scores, score_of
+from hybrid.training.best import BestScores, score_of
 from tests.conftest import small_job
 from tests.test_saving import VALUES, save_all
 
@@ -43,12 +43,12 @@ def test_the_best_of_an_earlier_run_is_known(
     for step, loss in ((2, 1.5), (4, 0.5), (6, 0.75), (8, 0.1)):
         monkeypatch.setitem(VALUES, "record", {"evals": [evaluated(step, loss)]})
         save_all(tmp_path, step)
-    scores = Scores("loss")
+    scores = BestScores("loss")
     scores.note(6, [evaluated(6, 0.75)])
     assert scores.best(tmp_path, 6) == [4]
     (tmp_path / "step-00000004" / "manifest.json").write_text("{}")
-    assert Scores("loss").best(tmp_path, 6) == [6], "what is damaged has no score"
-    assert Scores("f1").best(tmp_path, 6) == []
+    assert BestScores("loss").best(tmp_path, 6) == [6], "what is damaged has no score"
+    assert BestScores("f1").best(tmp_path, 6) == []
 
 
 def test_the_writer_saves_a_copy_and_its_failure_is_told(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_the_writer_saves_a_copy_and_its_failure_is_told(tmp_path: Path) -> None
         memory = first.shares[0].piece.tensor.data_ptr()
         copied = first
 
-        def work(copied: Snapshot = copied) -> Saved:
+        def work(copied: Snapshot = copied) -> StateHashes:
             begin.wait(20)
             return save.save(tmp_path, copied, 0, thread.gather)
 
@@ -83,7 +83,7 @@ def test_the_writer_saves_a_copy_and_its_failure_is_told(tmp_path: Path) -> None
         assert first.shares[0].piece.tensor.data_ptr() == memory
     assert len(hashes) == 3
 
-    def fails() -> Saved:
+    def fails() -> StateHashes:
         raise NoRoom("planted")
 
     thread.start(fails)
@@ -95,11 +95,11 @@ def test_the_writer_saves_a_copy_and_its_failure_is_told(tmp_path: Path) -> None
 def test_a_writer_does_not_hold_up_a_run_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "PATIENCE_S", 0.1)
     thread, end = Writer(1, 20), threading.Event()
-    thread.start(lambda: end.wait(20) and Saved(""))  # type: ignore[arg-type, return-value]
+    thread.start(lambda: end.wait(20) and StateHashes(""))  # type: ignore[arg-type, return-value]
     end_writers()
     assert thread.take(wait=False) is None
     end.set()
-    assert thread.take(wait=True) == Saved("")
+    assert thread.take(wait=True) == StateHashes("")
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,8 @@ def full(*arguments: Any) -> None:
 def test_a_run_in_this_process_says_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     init = StepLog.__init__
 
-    def on_a_full_disk(log: Any, here: bool, out: Path | None) -> None:
-        init(log, here, out)
+    def on_a_full_disk(log: Any, *arguments: Any) -> None:
+        init(log, *arguments)
         log._file = open("/dev/full", "w")  # noqa: SIM115 - the log is written to until the end
 
     monkeypatch.setattr(StepLog, "__init__", on_a_full_disk)

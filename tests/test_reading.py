@@ -242,7 +242,7 @@ def test_files_exist(wrong: Made, excused: Made) -> None:
 
 def test_exit_statuses(wrong: Made, excused: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     def status(result: Comparison | None, *more: str) -> int:
-        monkeypatch.setattr(session, "compare", lambda *_: result)
+        monkeypatch.setattr(session, "compare", lambda *_, **__: result)
         return CliRunner().invoke(app, ["compare", str(JOBS / "mlp.toml"), *more]).exit_code
 
     assert (status(excused.result), status(wrong.result)) == (0, 1)

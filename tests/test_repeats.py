@@ -141,7 +141,11 @@ def test_single_that_is_always_off_stays_the_reference_and_is_suspect(
     assert not result.ok and result.reference_fault is None
     for name in ("ddp", "pipeline"):
         assert "single itself is suspect" in cause(result.parity[name])
-    assert result.controls.keys() == {"single_again", "single_cut_4"}
+    assert result.controls.keys() == {
+        "single_again",
+        "single_of_2_cut_2",  # threads as those of a rank
+        "single_of_2_cut_4",
+    }
 
 
 def test_a_strategy_that_is_off_stays_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

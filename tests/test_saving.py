@@ -17,7 +17,7 @@ import torch
 from hybrid.checkpoint import folders, save, tensor_file
 from hybrid.checkpoint.folders import list_checkpoints, prune, remove_unfinished, step_of, verify
 from hybrid.checkpoint.pieces import WEIGHT, Piece, shares_of
-from hybrid.checkpoint.save import Saved, Snapshot
+from hybrid.checkpoint.save import Snapshot, StateHashes
 from hybrid.job.errors import NoRoom, RunError, exit_status
 
 RANKS = 4
@@ -88,7 +88,7 @@ def save_all(folder: Path | Mapping[int, Path], step: int, seed: int = 0, **more
     """Save on four ranks; `folder`: of all, or of each."""
     ranks = Ranks()
 
-    def work(rank: int) -> Saved:
+    def work(rank: int) -> StateHashes:
         mine = folder if isinstance(folder, Path) else folder[rank]
         return save.save(mine, snapshot(rank, step, seed), rank, ranks.gather(rank), **more)
 
@@ -179,7 +179,7 @@ def test_one_rank_that_cannot_write_ends_all(
     assert words.format(out=tmp_path, rank=rank) in said and f"rank {rank} on " in said
     assert exit_status(found[0]) == status
     assert names(tmp_path) == ["step-00000002"] and verify(tmp_path / "step-00000002")[1] == []
-    assert isinstance(save_all(tmp_path, 4)[3], Saved)
+    assert isinstance(save_all(tmp_path, 4)[3], StateHashes)
 
 
 def test_a_limit_of_the_system_while_writing(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_pieces_that_leave_a_hole_are_no_checkpoint(
 ) -> None:
     ranks = Ranks()
 
-    def work(rank: int) -> Saved:
+    def work(rank: int) -> StateHashes:
         held = [p for p in pieces(rank) if (rank, p.name) != (2, "b")]
         shares = shares_of(held)
         lacking = Snapshot(2, shares, {}, {}, VALUES)
@@ -271,7 +271,7 @@ def test_a_replaced_checkpoint_is_never_lost(
     assert names(tmp_path) == ["step-00000002.old.part", "step-00000002.part"]
     remove_unfinished(tmp_path)
     assert names(tmp_path) == ["step-00000002"] and verify(tmp_path / "step-00000002")[1] == []
-    assert isinstance(save_all(tmp_path, 2, seed=1)[0], Saved)
+    assert isinstance(save_all(tmp_path, 2, seed=1)[0], StateHashes)
     assert names(tmp_path) == ["step-00000002"]
 
 

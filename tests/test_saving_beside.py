@@ -10,6 +10,7 @@ import pytest
 
 from hybrid.checkpoint.folders import list_checkpoints, step_of, verify
 from hybrid.job.errors import NoRoom, RunFailed, exit_status
+from hybrid.job.variants import resolve
 from hybrid.launch.warm import warm_ranks
 from hybrid.records import Record
 from hybrid.training.progress import Watcher
@@ -99,7 +100,7 @@ def test_a_killed_save_loses_nothing(
     with pytest.raises(RunFailed, match="SIGKILL"):
         run(out, accident)
     assert steps_in(out) == steps and list((out / "checkpoints").glob("*.part"))
-    chosen = choose(out, "auto", job())
+    chosen = choose(out, "auto", resolve(job(), "fsdp"))
     assert chosen is not None and step_of(chosen.folder) == steps[-1]
     again = run(out, Accident(), chosen.folder)
     assert again.checkpoint == record.checkpoint and steps_in(out) == [2, 6, 7]

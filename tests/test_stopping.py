@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,18 @@ def test_all_ranks_save_after_the_same_step(
         stopped(out, run, name, status)
     finally:
         run.kill()
+
+
+@pytest.fixture(autouse=True)
+def _python_s_own_handlers() -> Iterator[None]:
+    """The handlers that Python starts with: other tests run the command line in this process."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tmp_path: Path) -> None:

@@ -63,6 +63,15 @@ class Flusher(threading.Thread):
             raise self._error
 
 
+def flush_file(path: Path) -> None:
+    """Flush a file's content that another library has written."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fdatasync(number)
+    finally:
+        os.close(number)
+
+
 def flush_folder(folder: Path) -> None:
     """Flush a folder's list of names."""
     number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

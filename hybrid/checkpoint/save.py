@@ -64,7 +64,7 @@ class Snapshot:
         return dataclasses.replace(self, shares=shares, own=own)
 
 
-class Saved(NamedTuple):
+class StateHashes(NamedTuple):
     """Tells one state from another, by two hashes.
 
     They are that of the state, and that of what ranks have of their own beside it and their
@@ -106,9 +106,9 @@ def save(
     snapshot: Snapshot,
     rank: int,
     gather: Gather,
-    unlike: Saved | None = None,
+    unlike: StateHashes | None = None,
     tidy: Callable[[], None] = lambda: None,
-) -> Saved:
+) -> StateHashes:
     """Save a checkpoint into a new folder of `checkpoints`, and return the hashes of its state.
 
     Every rank calls it; `gather` is collective. unlike: the state of an earlier checkpoint, which
@@ -140,7 +140,7 @@ def save(
             manifest, problem = _try(take, checkpoints)
         flushed = _try(flushers[0].finish, checkpoints)[1]
         exchange(None, problem or flushed)
-        saved: Saved = on_rank_0(lambda: _commit(part, folder, *manifest))[0]
+        saved: StateHashes = on_rank_0(lambda: _commit(part, folder, *manifest))[0]
     except (NoRoom, RunError):
         # All ranks are here, so nobody still writes. Hosts that do not share the file system each
         # have a folder of their own.
@@ -189,8 +189,8 @@ def _slice(flat: torch.Tensor, first: int, count: int) -> torch.Tensor:
 
 
 def _take_hash(
-    part: Path, snapshot: Snapshot, everyone: Sequence[_Written], unlike: Saved | None
-) -> tuple[dict[str, Any], Saved]:
+    part: Path, snapshot: Snapshot, everyone: Sequence[_Written], unlike: StateHashes | None
+) -> tuple[dict[str, Any], StateHashes]:
     """Return the manifest's values, and the hashes of the state that the files hold."""
     files: dict[str, Mapping[str, Any]] = {}
     for rank, one in enumerate(everyone):
@@ -202,8 +202,9 @@ def _take_hash(
     values = {"format": FORMAT, "step": snapshot.step, **snapshot.values, "files": files}
     values |= {"ranks": own, "tensors": _as_json(tensors)}
     state_hash = hash_of_files(part, Manifest(values, tensors))
-    saved = Saved(state_hash, "".join(one.own_hash for one in everyone))
-    if saved == unlike:
+    saved = StateHashes(state_hash, "".join(one.own_hash for one in everyone))
+    own_hashes = "", saved.own_hash  # a state that was loaded has none
+    if unlike and saved.state_hash == unlike.state_hash and unlike.own_hash in own_hashes:
         raise RunError(
             f"it is the state of the checkpoint before, bit for bit (state hash {state_hash}), "
             "though steps in between had a learning rate and a gradient: what is saved is not what "
@@ -212,7 +213,7 @@ def _take_hash(
     return {**values, "state_hash": state_hash}, saved
 
 
-def _commit(part: Path, folder: Path, values: Mapping[str, Any], saved: Saved) -> Saved:
+def _commit(part: Path, folder: Path, values: Mapping[str, Any], saved: StateHashes) -> StateHashes:
     """Write the manifest and give the folder its name."""
     write_flushed(part / MANIFEST, seal(values))
     flush_folder(part)

@@ -13,7 +13,7 @@ import torch
 
 from ..job.errors import JobError
 from ..job.reading import read_json
-from .folders import list_checkpoints, verify
+from .folders import list_checkpoints, step_of, verify
 from .inspection import CHECKPOINTS, is_checkpoint
 from .load import Reader
 from .manifest import Manifest
@@ -179,7 +179,7 @@ def _of_run(path: Path) -> Weights | None:
         return open_final(path)
     below = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     problems = []
-    for folder in list_checkpoints(below):
+    for folder in list_checkpoints(below) if not final_is_newer(below) else []:
         manifest, found = verify(folder)
         if manifest is not None and not found:
             return CheckpointWeights(folder, manifest)
@@ -189,6 +189,15 @@ def _of_run(path: Path) -> Weights | None:
     if problems:
         raise JobError(f"{path}: no checkpoint can be used: {'; '.join(problems)}")
     return None
+
+
+def final_is_newer(checkpoints: Path) -> bool:
+    """Tell whether a run's final weights are of a later step than its newest checkpoint."""
+    found, about = list_checkpoints(checkpoints), checkpoints / "final" / ABOUT
+    if not found or not about.is_file():
+        return False
+    step = read_json(about, str(about)).get("step")
+    return isinstance(step, int) and step > step_of(found[0])
 
 
 def open_final(folder: Path) -> FileWeights:

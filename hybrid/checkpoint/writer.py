@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ..job.errors import RunError
 from ..measure.traffic import uncounted
-from .save import Saved
+from .save import StateHashes
 
 LOOK_S = 0.005  # between looks at whether the thread is done
 PATIENCE_S = 2.0  # for a checkpoint that is nearly written when the run fails
@@ -33,7 +33,7 @@ class Writer:
         timeout = timedelta(seconds=timeout_s)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         self._thread: threading.Thread | None = None
-        self._saved: Saved | None = None
+        self._saved: StateHashes | None = None
         self._error: BaseException | None = None
         self._closed = False
         _open.add(self)
@@ -63,7 +63,7 @@ class Writer:
         work.wait()
         return found
 
-    def start(self, work: Callable[[], Saved]) -> None:
+    def start(self, work: Callable[[], StateHashes]) -> None:
         """Begin a save, after the one before has been waited for."""
         if self._thread is not None:
             raise RunError("a checkpoint is still being written")
@@ -72,14 +72,14 @@ class Writer:
         self._thread = threading.Thread(target=self._run, args=(work,), name="save", daemon=True)
         self._thread.start()
 
-    def _run(self, work: Callable[[], Saved]) -> None:
+    def _run(self, work: Callable[[], StateHashes]) -> None:
         try:
             with uncounted():
                 self._saved = work()
         except BaseException as error:
             self._error = error
 
-    def take(self, wait: bool) -> Saved | None:
+    def take(self, wait: bool) -> StateHashes | None:
         """Return what has been saved since the last call, and raise what has gone wrong.
 
         wait: until the thread is done; left out, None is returned while it is not."""

@@ -10,12 +10,11 @@ from typing import Any
 from ..checkpoint.names import step_name
 from ..job.errors import JobError, NoRoom, RunFailed
 from ..job.schema import Job
-from ..job.variants import resolve
 from ..records import INTERRUPTED, Record, read
 from ..training.check import CheckedJob
 from ..training.folder import CHECKPOINTS
 from ..training.progress import Watcher
-from ..training.resume import Chosen, read_chosen
+from ..training.resume import Chosen
 from ..training.run import Program, launch
 from .resume import find_checkpoint, find_run
 
@@ -64,8 +63,7 @@ class Runs:
         record = self._launch(label, job, *first, None, until=step)
         if record.reason != INTERRUPTED or record.checkpoint is None:
             return record
-        choice = resolve(job, second[0])
-        saved = read_chosen(folder / CHECKPOINTS / step_name(step), choice)
+        saved = folder / CHECKPOINTS / step_name(step)
         return self._launch(label, job, *second, None, resume=saved)
 
     def _launch(
@@ -75,7 +73,7 @@ class Runs:
         name: str,
         nproc: int,
         cores_for: int | None,
-        resume: Chosen | None = None,
+        resume: Chosen | Path | None = None,
         until: int | None = None,
     ) -> Record:
         folder, found = self.out / label, self.checked.warnings(name)

@@ -163,6 +163,9 @@ class BaseEngine(Engine):
     ) -> None:
         self.step = step
 
+    def skip_to(self, step: int) -> None:
+        self.step = step
+
     def rehearse(self, micro_batches: Sequence[MicroBatch]) -> None:
         pass
 

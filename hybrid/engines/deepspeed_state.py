@@ -82,7 +82,7 @@ def _cut_alone(group: Sequence[Any], flat: torch.Tensor) -> Iterator[tuple[Any, 
 
 
 def pieces_of_partitions(
-    tensors: Tensors, optimizer: Any, copies: Copies, frozen: FrozenParts | None = None
+    tensors: Tensors, optimizer: Any, copies: Copies, frozen: FrozenParts
 ) -> list[Piece]:
     """Return this rank's parts of a model's tensors (by canonical name) and of their state.
 
@@ -93,7 +93,7 @@ def pieces_of_partitions(
     states: dict[torch.Tensor, _FlatState] = {}
     for name, tensor in tensors.items():
         fragment = fragments.get(tensor)
-        if frozen and tensor in frozen.parts:
+        if tensor in frozen.parts:
             found.append(frozen.piece(name, tensor))
             continue
         if fragment is None:

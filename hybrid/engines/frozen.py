@@ -16,13 +16,12 @@ from ..checkpoint.pieces import WEIGHT, Piece
 class FrozenParts:
     """Holds a rank's part of each parameter that is not trained, as it was before it was rounded.
 
-    rank, ranks: this rank's place among those over which the parts are spread. group: these; None:
-    all. The parts stay on the host where the model was made there."""
+    rank, ranks: this rank's place among those over which the parts are spread. group: these, once
+    they are known; None: all. The parts stay on the host where the model was made there."""
 
-    def __init__(
-        self, parameters: Iterable[torch.Tensor], rank: int, ranks: int, group: Any = None
-    ) -> None:
-        self.rank, self.ranks, self.group = rank, ranks, group
+    def __init__(self, parameters: Iterable[torch.Tensor], rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
+        self.group: Any = None
         self.parts: dict[torch.Tensor, torch.Tensor] = {}
         self.shapes: dict[torch.Tensor, torch.Size] = {}
         for parameter in parameters:

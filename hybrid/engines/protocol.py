@@ -104,8 +104,9 @@ class Engine(Protocol):
     def pieces(self) -> list[Piece]:
         """Return this rank's live parts of the training state.
 
-        They are weights in fp32, the optimizer's state, and buffers. Values that are written into them count from `begin_at` on. Between
-        `make_room` and `begin_at` they are there to be written, else to be read."""
+        They are weights in fp32, the optimizer's state, and buffers. Values that are written into
+        them count from `begin_at` on. Between `make_room` and `begin_at` they are there to be
+        written, else to be read."""
 
     def make_room(self, shapes: Shapes, numbers: Collection[str]) -> None:
         """Make the optimizer's state that is not there yet, for what a checkpoint has.
@@ -142,6 +143,9 @@ class Engine(Protocol):
         own: what `own_state` of this rank returned, None where the layout was another one. Its
         tensors are read when they are asked for; labels of others, such as `rng/`, are among them.
         """
+
+    def skip_to(self, step: int) -> None:
+        """Go on after `step` steps, those since the last one skipped; collective."""
 
     def receipt(self) -> Receipt:
         """Return what really runs, read off the live objects of all ranks.

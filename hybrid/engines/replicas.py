@@ -135,6 +135,12 @@ class ReplicaEngine(ReplicaState):
                 signs = torch.randint(0, 2, parameter.shape, generator=draw).mul_(2).sub_(1)
                 parameter.mul_(1 + signs.to(parameter.device) * ROUNDING)
 
+    def skip_to(self, step: int) -> None:
+        self.step = step - 1
+        if self._merges():
+            self._merge()
+        self.step = step
+
     def _merges(self) -> bool:
         """Tell whether the replicas are merged after this step."""
         done = self.step + 1

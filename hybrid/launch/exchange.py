@@ -26,14 +26,12 @@ def gather_rows(row: Row) -> list[Row]:
     return [make(struct.unpack(form, r.tobytes())) for r in torch.stack(table).cpu().numpy()]
 
 
-def gather_objects(value: Any, group: Any = None) -> list[Any]:
-    """Return the `value` of every rank, in rank order; for small things outside timed steps.
-
-    group: of all ranks, if not the default one, such as for a thread beside the training."""
+def gather_objects(value: Any) -> list[Any]:
+    """Return the `value` of every rank, in rank order; for small things outside timed steps."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=group)
+    dist.all_gather_object(values, value)
     return values
 
 

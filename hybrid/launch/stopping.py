@@ -124,14 +124,21 @@ class StopSignals(_Handlers):
 
 
 class PassedOn(_Handlers):
-    """Notes a signal that `hybrid` is to pass on to its ranks; a second one ends them at once."""
+    """Notes a signal that `hybrid` is to pass on to its ranks; a second one ends them at once.
+
+    One that comes within `SAME_S` of the first is the same one: GNU timeout sends it to the process
+    and to its group."""
+
+    _since = 0.0
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if _Told.number:
+            if time.monotonic() - self._since <= SAME_S:
+                return
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             end_now(number)
-        _Told.number = number
+        _Told.number, self._since = number, time.monotonic()
 
 
 def requeue(error: Stopped) -> str:

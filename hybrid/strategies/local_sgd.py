@@ -35,13 +35,13 @@ def steps_between_syncs(job: Job) -> int:
 
 def check(job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
     """Raise Unsupported where an evaluation would come between two merges."""
-    every, asked = steps_between_syncs(job), job.checkpoint
+    asked = job.checkpoint
     evaluations = {
         "train.eval_every": job.train.eval_every,
         "checkpoint.best: checkpoint.every": asked.every if asked.evaluates else 0,
     }
     for key, steps in evaluations.items():
-        if layout.dp > 1 and steps and steps % every:
+        if layout.dp > 1 and steps and steps % (every := steps_between_syncs(job)):
             raise Unsupported(
                 f"{key} = {steps}: replicas have no common weights to evaluate between merges; "
                 f"valid: multiples of strategy.local_sgd.sync_every = {every}"

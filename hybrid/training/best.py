@@ -36,7 +36,7 @@ def score_of(evals: Iterable[Mapping[str, Any]], step: int, metric: str) -> floa
     return None if math.isnan(number) else -number if metric in LOWER else number
 
 
-class Scores:
+class BestScores:
     """Holds the scores of a run's checkpoints, by their steps."""
 
     def __init__(self, metric: str) -> None:

@@ -16,22 +16,22 @@ import torch
 from ..checkpoint.folders import prune, remove_unfinished
 from ..checkpoint.load import Reader, load
 from ..checkpoint.pieces import shares_of
-from ..checkpoint.save import RNG, Saved, Snapshot, save
+from ..checkpoint.save import RNG, Snapshot, StateHashes, save
 from ..checkpoint.state_hash import hash_of_pieces
 from ..checkpoint.tensor_file import dtype_of
 from ..checkpoint.writer import Writer
 from ..data.loader import MicroBatch
 from ..engines.protocol import Engine, OwnState
 from ..engines.schedule import learning_rate
-from ..job.errors import RunError
+from ..job.errors import JobError, RunError
 from ..job.file import to_dict
 from ..job.schema import Job
 from ..job.variants import Choice
 from ..launch.exchange import gather_objects
 from ..launch.placement import Placement
 from ..records import ResumedFrom, SavedState
-from .best import Scores
-from .folder import CHECKPOINTS
+from .best import BestScores
+from .folder import CHECKPOINTS, belongs_to
 from .resume import Chosen
 
 PACKAGES = ("hybrid", "torch", "accelerate", "deepspeed")
@@ -51,7 +51,8 @@ class Checkpoints:
     out: Path | None
     chosen: Chosen | None = None
     until: int | None = None
-    newest: SavedState | None = None
+    newest: SavedState | None = None  # that can be loaded again, of another run's folder too
+    committed: SavedState | None = None  # the newest in the run's own folder
     resumed_from: ResumedFrom | None = None
 
     def __post_init__(self) -> None:
@@ -64,10 +65,22 @@ class Checkpoints:
         self._writer = Writer(*limits) if saves and asked.asynchronous else None
         self._copied: Snapshot | None = None  # what the writer writes, or wrote last
         self._saving = 0  # the step of it
-        self._last: Saved | None = None  # the newest, by which the next is known to be another
-        self._scores = Scores(asked.best) if asked.best else None
+        self._last: StateHashes | None = None  # by which the next is known to be another
+        self._scores = BestScores(asked.best) if asked.best else None
+        if self.chosen and self.start == self.job.train.steps:
+            self._require_same_end(self.chosen)
         if saves and self.placement.rank == 0 and self.start == self.job.train.steps:
             self._tidy(self.start)  # the run before may have ended between its last save and this
+
+    def _require_same_end(self, chosen: Chosen) -> None:
+        """Require the receipt of a run that has no step left which could show anything."""
+        if "receipt" in self.saved_record and chosen.is_alike(self.choice, self.engine.layout):
+            return
+        raise JobError(
+            f"train.steps = {self.start}: {chosen.folder} is after as many steps, and has no "
+            f"receipt of {self.choice.strategy} on {self.placement.world_size} processes at their "
+            f"end; valid: {self.start + 1} or more, an earlier checkpoint, or what saved this one"
+        )
 
     @property
     def saves(self) -> bool:
@@ -84,6 +97,12 @@ class Checkpoints:
         """Return what the manifest says of the checkpoint that the run goes on from, if any."""
         values: Mapping[str, Any] = self.chosen.manifest.values if self.chosen else {}
         return values
+
+    @property
+    def saved_record(self) -> Mapping[str, Any]:
+        """Return what that manifest says for the run's record; another program's says nothing."""
+        record: Mapping[str, Any] = self.values.get("record", {})
+        return record
 
     @property
     def end(self) -> int:
@@ -146,9 +165,10 @@ class Checkpoints:
         if self._writer:
             self._take(self._saving, self._writer.take(wait=True))
 
-    def _take(self, step: int, saved: Saved | None) -> None:
+    def _take(self, step: int, saved: StateHashes | None) -> None:
         if saved is not None:
             self._last, self.newest = saved, SavedState(step, saved.state_hash)
+            self.committed = self.newest
 
     def _tidy(self, step: int) -> None:
         """Remove the checkpoints that the job does not keep, after that of `step` is committed."""
@@ -166,6 +186,7 @@ class Checkpoints:
         values, alike = manifest.values, self.chosen.is_alike(self.choice, self.engine.layout)
         # An emulation has the layout of the ranks that it plays in one process.
         alike = alike and values["world_size"] == self.placement.world_size
+        alike = alike and len(values.get("ranks", ())) == values["world_size"]
         shapes: dict[str, dict[str, Any]] = {}
         for (name, key), entry in manifest.entries.items():
             shapes.setdefault(name, {})[key] = dtype_of(entry.dtype), entry.shape
@@ -187,7 +208,9 @@ class Checkpoints:
                 f"{folder}: the state has the hash {found} after loading, "
                 f"{manifest.state_hash} in the manifest"
             )
-        self._take(manifest.step, Saved(found))
+        self._last, self.newest = StateHashes(found), SavedState(manifest.step, found)
+        if self.out and belongs_to(folder, self.out):
+            self.committed = self.newest
         self.resumed_from = ResumedFrom(str(folder), manifest.step, found)
 
 

@@ -13,10 +13,11 @@ from .. import records
 from ..checkpoint.pieces import WEIGHT
 from ..data import build_data
 from ..engines.protocol import Engine
-from ..job.errors import JobError, PeerFailed, needs_room
+from ..job.errors import JobError, PeerFailed, RunError, needs_room
 from ..job.file import to_dict
 from ..job.schema import Job, resolve_lengths
 from ..job.variants import Choice, resolve
+from ..launch.exchange import gather_objects
 from ..launch.failures import RankStatus, leave_error
 from ..launch.local import run_ranks
 from ..launch.logs import redirect_output
@@ -126,6 +127,8 @@ def _evaluate(
     if placement.world_size > 1:
         placement = join_process_group(placement, choice.job.launch)
         status.start_heartbeat(placement)
+    if len({str(found) for found in gather_objects(saved.describe())}) > 1:
+        raise RunError("the ranks found different checkpoints, since a run saves there; name one")
     status.set("loading the data")
     data = build_data(choice.job)
     job = resolve_lengths(choice.job, len(data[0]))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.flushing import flush_file, flush_folder
 from ..checkpoint.sources import Weights
 from ..checkpoint.tensor_file import Part, write_file
 from ..job.errors import JobError, needs_room
@@ -63,7 +64,10 @@ def _at_once(path: Path) -> Iterator[Path]:
         yield part
         if path.exists():
             raise JobError(f"--to {path}: is there already; valid: a path that is not")
+        for written in part.iterdir() if part.is_dir() else []:
+            flush_file(written)
         os.rename(part, path)
+        flush_folder(path.parent)
     finally:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)

@@ -42,7 +42,7 @@ def go_back(run: RunInProgress, step: int) -> None:
     run.status.set(f"going back to the state after {run.back[step]} steps")
     values = _load_newest(run.checkpoints)
     guard.set_state(values["record"].get("guard", {}), keep_count=True)
-    run.engine.step = step + 1
+    run.engine.skip_to(step + 1)
     run.steps.changed = False
 
 

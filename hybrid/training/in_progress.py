@@ -32,7 +32,7 @@ from ..strategies import registry
 from .check import check_fingerprints, print_warnings
 from .checkpointing import Checkpoints
 from .evaluation import evaluate, make_loader
-from .folder import CHECKPOINTS, belongs_to
+from .folder import CHECKPOINTS
 from .projection import project
 from .step_log import StepLog
 from .trackers import Trackers
@@ -82,13 +82,15 @@ class RunInProgress:
             self.checkpoints.load(self._first_batches())
             print_warnings(self.engine.notes if self.placement.rank == 0 else [])
             self.warnings += self.engine.notes
-            chosen = self.checkpoints.chosen
-            if chosen and self.checkpoints.out and belongs_to(chosen.folder, self.checkpoints.out):
-                self.stops.saved = self.checkpoints.start
+            self._note_saved()
             if self.engine.guard:
-                self.engine.guard.set_state(saved["record"].get("guard", {}))
-            self.first = {name: float(n) for name, n in saved["record"]["first"].items()}
-            self.evals = [records.from_dict(StepEval, one) for one in saved["record"]["evals"]]
+                self.engine.guard.set_state(self.checkpoints.saved_record.get("guard", {}))
+            first = self.checkpoints.saved_record.get("first", {})
+            self.first = {name: float(number) for name, number in first.items()}
+            self.evals = [
+                records.from_dict(StepEval, one)
+                for one in self.checkpoints.saved_record.get("evals", [])
+            ]
 
     def _first_batches(self) -> Sequence[MicroBatch]:
         """Return this rank's micro-batches of the coming step, or of the last where none comes."""
@@ -118,7 +120,12 @@ class RunInProgress:
             plain = json.loads(records.dumps(record))
             self.checkpoints.save(steps.count, steps.samples, plain, steps.changed)
         steps.changed = False
-        self.stops.saved = steps.count
+        self._note_saved()
+
+    def _note_saved(self) -> None:
+        """Note for a signal which state is on the disk: an asynchronous save can be under way."""
+        if self.checkpoints.committed:
+            self.stops.saved = self.checkpoints.committed.step
 
     def ask_all(self) -> int:
         """Return the signal that told a rank to stop, 0: none; collective, so not in a step."""
@@ -128,9 +135,12 @@ class RunInProgress:
         """Save the state after the steps so far, if it is not, and end the run; collective.
 
         Raises Stopped on every rank. signal: the number of the one that told a rank to stop."""
+        self.checkpoints.wait()
+        self._note_saved()
         if self.stops.saved != self.steps.count and self.steps.count:
             self.save_state(hurried=True)
             self.checkpoints.wait()
+            self._note_saved()
         raise self.stops.stopped(signal, agreed=True)
 
     @property
@@ -155,7 +165,7 @@ class RunInProgress:
     def require_receipt(self) -> Receipt:
         """Return the receipt of what really runs; raises RunError where that was not asked for."""
         if self.checkpoints.start == self.job.train.steps:  # no step is left to show anything
-            return records.from_dict(Receipt, self.checkpoints.values["record"]["receipt"])
+            return records.from_dict(Receipt, self.checkpoints.saved_record["receipt"])
         receipt = self.engine.receipt()
         seen = [d for d in receipt.evidence.get("sample_digest_by_rank", []) if d]
         if len(seen) != len(set(seen)):
@@ -194,7 +204,7 @@ class RunInProgress:
             steps=self.steps.all(),
             evals=self.evals,
             variant_of=self.choice.variant_of,
-            checkpoint=self.checkpoints.newest,
+            checkpoint=self.checkpoints.committed,
             resumed_from=self.checkpoints.resumed_from,
         )
         self.engine.close()
@@ -229,7 +239,7 @@ class RunInProgress:
             environment=describe_machine()
             | {"threads_per_rank": torch.get_num_threads(), "data": self.data}
             | {"known_bad_allowed": self.job.launch.allow_known_bad},
-            checkpoint=self.checkpoints.newest,
+            checkpoint=self.checkpoints.committed,
             resumed_from=self.checkpoints.resumed_from,
             weights_from=self.weights_from,
         )

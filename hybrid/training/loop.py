@@ -107,7 +107,8 @@ def _train_and_clean_up(
             if isinstance(failure, Stopped):
                 failure.told = True  # by rank 0, or by the process that started this one
                 if failure.agreed:  # a launcher may end the others when the first one leaves
-                    gather_objects(None)
+                    with contextlib.suppress(RuntimeError):  # or has done so
+                        gather_objects(None)
             if failure is not error:
                 raise failure from error
             raise
@@ -202,7 +203,7 @@ def _begin(
     begin_run(out, job, choice, chosen.folder if chosen else None)
     lines = keep_steps(out, chosen.folder, chosen.manifest.step) if chosen else []
     print_warnings(lines)
-    return lines
+    return [*start.notes, *lines]
 
 
 class _Run(RunInProgress):
@@ -250,6 +251,7 @@ class _Run(RunInProgress):
             if done == self.period:
                 self.first = project(engine.state())
             saved.check()
+            self._note_saved()
             if saved.is_due(done):
                 self.save_state()
                 self.told = self.told or self.ask_all()

@@ -1,7 +1,7 @@
 """Decides how a run begins: anew, from a checkpoint, or not at all since it has ended already.
 
 It says in one line what it found, which checkpoints it skipped, and in what the job was another
-one. Nothing is changed here."""
+one. But for what an unfinished save has left, nothing is changed here."""
 
 import dataclasses
 import json
@@ -164,6 +164,8 @@ def choose(out: Path | None, resume: str | Path, choice: Choice) -> Chosen | Non
             raise JobError(f"{given}: cannot be used: {problems[0]}")
         return _compared(given, Chosen(path, manifest), choice)
     below = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    if out is not None and below.resolve() == (out / CHECKPOINTS).resolve():
+        _clear(below)
     if not list_checkpoints(below):
         raise JobError(f"{given}: holds no checkpoint; {_VALID}")
     return _newest(given, below, choice)

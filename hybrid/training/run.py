@@ -30,7 +30,7 @@ from .branches import explain
 from .check import print_warnings
 from .folder import add_warnings, begin_run, end_run, keep_steps
 from .progress import Progress, Watcher
-from .resume import Chosen, decide, refuse_restart, tell_start
+from .resume import Chosen, decide, read_chosen, refuse_restart, tell_start
 
 
 def run_job(
@@ -104,11 +104,12 @@ def _launch_checked(
     tell_start(start)
     if start.ended:
         return start.ended
+    known = [*found, *start.notes]
     watcher, world_size = Progress(), 1 if emulating else layout.world_size
     rest, chosen = (checked.job, strategy, world_size, out, watcher), start.chosen
     try:
-        record = launch(*rest, warnings=found, resume=chosen, until=until)
-        told = (line for line in record.warnings if line not in found)  # by the engine itself
+        record = launch(*rest, warnings=known, resume=chosen, until=until)
+        told = (line for line in record.warnings if line not in known)  # by the engine itself
         print_warnings(f"{strategy}: {line}" for line in told)
         return record
     except Stopped as stopped:
@@ -128,17 +129,20 @@ def launch(
     program: Program | None = None,
     warnings: Sequence[str] = (),
     cores_for: int | None = None,
-    resume: Chosen | None = None,
+    resume: Chosen | Path | None = None,
     until: int | None = None,
 ) -> Record:
     """Start `nproc` ranks of a checked job, wait for them and return the record.
 
     label: the run's name for the watcher, if it is not the strategy's. program: the command that
     starts a rank, `PROGRAM` if it is left out. warnings: of the try-out, for the record. cores_for:
-    see `run_ranks`. resume: the checkpoint from which the run goes on. until: see `train`; the
-    record then says `interrupted`, though all went well. Raises RunFailed with the first cause, and
-    Stopped where a signal stopped the run; the record then says `failed` or `not_possible`."""
+    see `run_ranks`. resume: the checkpoint from which the run goes on, or its folder. until: see
+    `train`; the record then says `interrupted`, though all went well. Raises RunFailed with the
+    first cause, and Stopped where a signal stopped the run; the record then says `failed` or
+    `not_possible`."""
     label, choice = label or strategy, resolve(job, strategy)
+    if isinstance(resume, Path):
+        resume = read_chosen(resume, choice)
     file = begin_run(out, job, choice, resume.folder if resume else None)
     if resume:
         missing = keep_steps(out, resume.folder, resume.manifest.step)

@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoint.folders import list_checkpoints, verify
 from ..checkpoint.inspection import is_checkpoint
 from ..checkpoint.manifest import Manifest, read_manifest
-from ..checkpoint.sources import ABOUT, CheckpointWeights, Weights, open_final
+from ..checkpoint.sources import ABOUT, CheckpointWeights, Weights, final_is_newer, open_final
 from ..checkpoint.weights import verify_weights
 from ..data import SOURCES
 from ..job.errors import JobError
@@ -97,7 +97,7 @@ def _find(path: Path, verified: bool) -> tuple[Path, Manifest | None, list[str]]
         return path, None, []
     below = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     notes: list[str] = []
-    for folder in list_checkpoints(below):
+    for folder in list_checkpoints(below) if not final_is_newer(below) else []:
         manifest, problems = verify(folder)
         if manifest is not None and not problems:
             return folder, manifest, notes

@@ -37,9 +37,8 @@ class StepLog:
         self.targets += record.targets or 0
         line = vars(record) | dict(figures)
         if self._file:
-            loss = (
-                record.loss if math.isfinite(record.loss) else str(record.loss)
-            )  # JSON has no nan
+            # JSON has no NaN.
+            loss = record.loss if math.isfinite(record.loss) else str(record.loss)
             self._lines.append(json.dumps(line | {"loss": loss}) + "\n")
         elif self._here:
             self._kept.append(record)
