@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.main import get_command
 
 import hybrid
+from hybrid.cli import app
 from tests.conftest import ROOT
 from tests.documents import BLOCKS, DOCUMENTS, FILES, commands, of_language, page_text, write_files
 
@@ -100,12 +104,37 @@ def test_every_block_is_one_that_a_test_runs() -> None:
         (ROOT / "tests" / "toy_strategy.py").read_text(),  # by test_own_strategy.py
         *(FILES[name] for name in ("my_model.py", "my_loss.py", "my_collate.py")),
     }
-    # test_reading.py runs the snippet of its page, and prints the texts.
+    # test_reading.py runs the snippet of its page, and prints the texts; test_inspect.py runs that
+    # of the page on checkpoints.
+    own = {"checkpoints.md", "reading-a-comparison.md"}
     other = [b for b in of_language("python") if b.text not in run]
-    assert [block.page for block in other] == ["reading-a-comparison.md"]
-    assert {block.page for block in of_language("text")} == {"reading-a-comparison.md"}
-    # test_documents.py loads the job with every key.
-    assert [b.file for b in of_language("toml") if b.page != "job-file.md"] == ["my_job.toml"]
+    assert [block.page for block in other] == sorted(own)
+    assert {block.page for block in of_language("text")} == own
+    # test_documents.py loads the job with every key; the sections of a job are loaded below.
+    pages = {"job-file.md", "checkpoints.md"}
+    assert [b.file for b in of_language("toml") if b.page not in pages] == ["my_job.toml"]
+
+
+CHECKPOINTS = [block for block in BLOCKS if block.page == "checkpoints.md"]
+
+
+def test_sections_of_a_job_on_the_page_on_checkpoints_load() -> None:
+    found = [tomllib.loads(block.text) for block in CHECKPOINTS if block.language == "toml"]
+    assert [[*sections] for sections in found] == [["checkpoint"], ["guard"], ["model"]]
+    for sections in found:
+        assert hybrid.load_job({**tomllib.loads(FILES["my_job.toml"]), **sections}).warnings() == []
+
+
+def test_commands_on_the_page_on_checkpoints_are_understood() -> None:
+    """They need a run that was saved, so they are parsed here; other tests run their like."""
+    texts = [block.text for block in CHECKPOINTS if block.language == "text"]
+    lines = [line for text in texts for line in text.splitlines() if "hybrid: " not in line]
+    commands_by_name = get_command(app).commands  # type: ignore[attr-defined]
+    assert len(lines) == 6
+    for line in lines:
+        program, name, *arguments = shlex.split(line)
+        assert program == "hybrid"
+        commands_by_name[name].make_context(name, arguments)
 
 
 def test_a_block_that_is_a_file_of_the_checkout_is_that_file() -> None:

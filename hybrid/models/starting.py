@@ -108,7 +108,7 @@ def _more(names: Sequence[str]) -> str:
 
 
 def _require_form(what: str, there: Any, here: torch.Tensor) -> None:
-    """Raise JobError unless a value can be taken as it is, or widened to the model's dtype."""
+    """Raises JobError unless a value can be taken as it is, or widened to the model's dtype."""
     if there.shape != tuple(here.shape):
         raise JobError(f"{what} has shape {list(there.shape)}, the model's has {list(here.shape)}")
     wide = here.dtype in (torch.float32, torch.float64) and there.dtype.is_floating_point
