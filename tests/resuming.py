@@ -109,7 +109,7 @@ class _Run:
             self.engine.start_step(loader.step(step))
             if step + 1 in saves:
                 results += self.engine.results()
-                kept.save(step + 1, 0, {}, True)
+                kept.save(step + 1, 0, {}, False)
         results += self.engine.results()
         return self.ended(results)
 

@@ -10,7 +10,7 @@ from hybrid.comparison.causes import Facts
 from hybrid.comparison.differences import Run
 from hybrid.comparison.doubts import name_suspect
 from hybrid.comparison.parity import compare_runs
-from hybrid.records import Weights
+from hybrid.records import ResumedFrom, Weights
 from tests import test_parity as made
 from tests.documents import rows
 from tests.reading import PARITY, section, strings
@@ -52,6 +52,12 @@ def causes() -> list[str]:
         for n, step in enumerate(right.record.steps)
     ]
     found.append(made.first(made.make_run(steps=steps))[2])
+    late = made.at_steps(range(4, made.STEPS), loss=1.01)
+    source = ResumedFrom("step-00000004", 4, "")
+    resumed = dataclasses.replace(
+        late, record=dataclasses.replace(late.record, resumed_from=source)
+    )
+    found.append(made.first(resumed)[2])
     for clip_norm, ratio in ((1.0, 1.25), (0.0, 1 / 1.5)):
         run, facts = first_updates(_=ratio), Facts(clip_norm=clip_norm)
         rule = dataclasses.replace(made.rule(), facts=facts)

@@ -200,7 +200,7 @@ def test_a_run_of_replicas_goes_on_between_merges(tmp_path: Path) -> None:
     for step in (3, 6):
         folder = tmp_path / "whole" / "checkpoints" / f"step-{step:08d}"
         record = hybrid.train(job, "local_sgd", tmp_path / f"from{step}", resume=folder)
-        assert record.steps == whole.steps[step:] and record.checkpoint == whole.checkpoint
+        assert record.steps == whole.steps and record.checkpoint == whole.checkpoint
         assert record.drift == whole.drift and len(record.drift or []) == 2
 
 

@@ -180,9 +180,13 @@ def _clear(checkpoints: Path) -> None:
 
 def read_chosen(folder: Path, choice: Choice) -> Chosen:
     """Return the checkpoint that the process which started this rank has chosen and verified."""
-    from ..checkpoint.manifest import read_manifest
+    from ..checkpoint.manifest import BadManifest, read_manifest
 
-    return _compared(f"--resume {folder}", Chosen(folder, read_manifest(folder)), choice)
+    given = f"--resume {folder}"
+    try:
+        return _compared(given, Chosen(folder, read_manifest(folder)), choice)
+    except BadManifest as error:
+        raise JobError(f"{given}: cannot be used: {error}") from None
 
 
 def _newest(given: str, checkpoints: Path, choice: Choice) -> Chosen | None:
