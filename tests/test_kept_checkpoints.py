@@ -16,7 +16,7 @@ from hybrid.checkpoint.writer import Writer, end_writers
 from hybrid.job.errors import JobError, NoRoom, RunError
 from hybrid.training.best import BestScores, score_of
 from tests.conftest import small_job
-from tests.test_saving import VALUES, save_all
+from tests.saving_ranks import VALUES, save_all
 
 
 def evaluated(step: int, loss: float, metrics: Any = None) -> dict[str, Any]:

@@ -99,16 +99,7 @@ def write_zero(folder: Path, stage: int, classes: Any) -> dict[str, torch.Tensor
         whole = weights["emb.weight" if name == "head.weight" else name].bfloat16()
         module[name] = torch.empty(0) if stage == 3 else whole
     module |= {"scale": torch.full((3,), 2.0), "frozen": frozen}
-    flats: list[list[torch.Tensor]] = [[] for _ in range(RANKS)]
-    for group in groups:
-        if stage == 3:
-            for rank in range(RANKS):
-                flats[rank].append(torch.cat([_third(weights[n], rank) for n in group]))
-        else:
-            flat = torch.cat([weights[name].reshape(-1) for name in group])
-            flat = torch.cat([flat, flat.new_zeros(-len(flat) % (2 * RANKS))])
-            for rank, part in enumerate(flat.chunk(RANKS)):
-                flats[rank].append(part)
+    flats = _flat_shares(weights, groups, stage)
     shapes = [OrderedDict((n, torch.Size(SHAPES[n])) for n in group) for group in groups]
     for rank in range(RANKS):
         state = {
@@ -132,6 +123,23 @@ def write_zero(folder: Path, stage: int, classes: Any) -> dict[str, torch.Tensor
         torch.save({"optimizer_state_dict": optimizer}, file)
     more = {"head.weight": weights["emb.weight"], "scale": torch.full((3,), 2.0), "frozen": frozen}
     return weights | more
+
+
+def _flat_shares(
+    weights: dict[str, torch.Tensor], groups: list[list[str]], stage: int
+) -> list[list[torch.Tensor]]:
+    """Each rank's flat partition of each group of parameters."""
+    flats: list[list[torch.Tensor]] = [[] for _ in range(RANKS)]
+    for group in groups:
+        if stage == 3:
+            for rank in range(RANKS):
+                flats[rank].append(torch.cat([_third(weights[n], rank) for n in group]))
+        else:
+            flat = torch.cat([weights[name].reshape(-1) for name in group])
+            flat = torch.cat([flat, flat.new_zeros(-len(flat) % (2 * RANKS))])
+            for rank, part in enumerate(flat.chunk(RANKS)):
+                flats[rank].append(part)
+    return flats
 
 
 def _third(whole: torch.Tensor, rank: int) -> torch.Tensor:

@@ -23,11 +23,11 @@ def first_updates(**factors: float) -> Run:
     return made.make_run(weights=made.make_weights(off), steps=steps)
 
 
-def causes() -> list[str]:
-    """What the code says of runs that are wrong in every way it knows."""
+def plain_runs() -> list[Run]:
+    """Runs that are wrong in one way each, which their first difference shows."""
     other = Weights({**made.START, "2.bias": 7.0}, made.make_weights().after_first_step)
     every = range(made.STEPS)
-    runs = [
+    return [
         made.make_run(weights=other),
         made.at_steps([5], samples=2),
         made.at_steps([5], lr=2.0),
@@ -36,7 +36,11 @@ def causes() -> list[str]:
         *(first_updates(_2=10.0, _3=by) for by in (10.0, 5.0)),
         *(first_updates(_1=10.0, _2=by) for by in (10.0, 5.0)),
     ]
-    found = [made.first(run)[2] for run in runs]
+
+
+def causes() -> list[str]:
+    """What the code says of runs that are wrong in every way it knows."""
+    found = [made.first(run)[2] for run in plain_runs()]
     wrong, right = made.at_steps(range(30, made.STEPS), loss=1.001), made.make_run()
     parity = made.verdict(right, right, right, right, reference=wrong)
     pair = dict.fromkeys(("ddp", "pipeline"), made.verdict(right, reference=wrong))
@@ -45,7 +49,7 @@ def causes() -> list[str]:
         p.first_difference.likely_cause for p in (parity, suspect["ddp"]) if p.first_difference
     ]
     found.append(made.first(made.with_weights("1.bias", 2.0))[2])
-    found.append(made.first(made.at_steps(every, loss=2.0, grad_norm=2.0))[2])
+    found.append(made.first(made.at_steps(range(made.STEPS), loss=2.0, grad_norm=2.0))[2])
     found.append(made.first(with_still_bias())[2])
     steps = [
         dataclasses.replace(step, grad_norm=1.5 + 0.1 * min(n, 5))
