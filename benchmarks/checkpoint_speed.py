@@ -33,7 +33,7 @@ from .machine import summarise_machine
 
 RANKS = {"single": 1, "ddp": 2, "fsdp": 2, "zero1": 2, "zero3": 2, "pipeline": 2}
 PROGRAM = [sys.executable, "-m", "benchmarks.checkpoint_probe"]
-SIZES = [1001, 7001, 7001, 5001, 1001, 101]  # of the layers; 103 million parameters
+SIZES = [1001, 7301, 7301, 5001, 1001, 101]  # of the layers; 102 million parameters
 MIB = 2**20
 
 

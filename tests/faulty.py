@@ -150,9 +150,9 @@ def stage_with_larger_updates() -> None:
 
 def other_initial_weight() -> None:
     """One weight of the whole model starts elsewhere."""
-    from hybrid.training import loop
+    from hybrid.training import beginning
 
-    build = loop.build_shared
+    build = beginning.build_shared
 
     def nudged(*arguments: Any) -> Any:
         layers, loss = build(*arguments)
@@ -160,7 +160,7 @@ def other_initial_weight() -> None:
             layers[1].weight[0, 0] += 1e-3
         return layers, loss
 
-    loop.build_shared = nudged
+    beginning.build_shared = nudged
 
 
 def deepspeed_clips_alone() -> None:

@@ -201,6 +201,18 @@ def test_a_save_alone_returns_the_hash(tmp_path: Path) -> None:
     assert torch.equal(reader.own(0)["rng/torch"], torch.get_rng_state())
 
 
+def test_a_copied_snapshot_is_not_what_training_goes_on_to_change() -> None:
+    tensor, seen, record = torch.zeros(5), [3], {"evals": [1]}
+    shares = shares_of([Piece("w", "weight", (5,), tensor)])
+    own = {"replica": tensor}
+    copied = Snapshot(4, shares, own, {"seen": seen}, VALUES | {"record": record}).copy()
+    tensor += 1
+    seen[0] += 3
+    record["evals"].append(2)
+    assert copied.shares[0].read(0, 5).sum() == copied.own["replica"].sum() == 0
+    assert copied.numbers == {"seen": [3]} and copied.values["record"] == {"evals": [1]}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Job]]:
     """The folder of a run on three ranks with three checkpoints."""

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from hybrid.models.layers import Layers
-from hybrid.training import loop
+from hybrid.training import beginning
 
 from .plant import Plant
 
@@ -88,14 +88,14 @@ def start_apart(plant: Plant) -> None:
 
 
 def _on_layers(change: Callable[[Layers], None]) -> None:
-    build = loop.build_shared
+    build = beginning.build_shared
 
     def changed(*arguments: Any) -> Any:
         layers, loss = build(*arguments)
         change(layers)
         return layers, loss
 
-    loop.build_shared = changed
+    beginning.build_shared = changed
 
 
 def _lose_gradient(plant: Plant, layers: Layers) -> None:

@@ -224,6 +224,17 @@ def _require_room(piece: FilePiece, files: Mapping[str, Any]) -> None:
         )
 
 
+def tensors_as_json(tensors: Mapping[tuple[str, str], Entry]) -> dict[str, dict[str, Any]]:
+    """Return canonical tensors, whose pieces are flat ranges, as the manifest has them."""
+    found: dict[str, dict[str, Any]] = {}
+    for (name, key), entry in tensors.items():
+        pieces = sorted(entry.pieces, key=lambda place: place.start)
+        places = [{"file": p.file, "key": p.key, "flat": [p.start, p.size]} for p in pieces]
+        value = {"dtype": entry.dtype, "shape": list(entry.shape), "pieces": places}
+        found.setdefault(name, {})[key] = value
+    return found
+
+
 def rows_of(piece: FilePiece, shape: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """Yield the contiguous ranges of a piece; of a box, a row each.
 

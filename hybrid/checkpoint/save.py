@@ -7,6 +7,7 @@ leaves older checkpoints as they were, and what it leaves besides has a temporar
 next start knows it (`hybrid.checkpoint.folders.remove_unfinished`)."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -15,14 +16,24 @@ import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
 from ..job.errors import NoRoom, RunError, needs_room
 from .flushing import Flusher, flush_folder, make_folder, write_flushed
 from .folders import PART, folder_of, replaced_name
-from .manifest import FORMAT, MANIFEST, Entry, FilePiece, Manifest, rank_file, seal, uncovered
+from .manifest import (
+    FORMAT,
+    MANIFEST,
+    Entry,
+    FilePiece,
+    Manifest,
+    rank_file,
+    seal,
+    tensors_as_json,
+    uncovered,
+)
 from .pieces import Share
 from .state_hash import hash_of_files
 from .tensor_file import Part, dtype_name, raw_bytes, write_file
@@ -61,7 +72,8 @@ class Snapshot:
             piece = dataclasses.replace(share.piece, tensor=copied, start=share.start)
             shares.append(Share(piece, 0, share.count))
         own = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.own.items()}
-        return dataclasses.replace(self, shares=shares, own=own)
+        numbers, values = copy.deepcopy(self.numbers), copy.deepcopy(self.values)
+        return dataclasses.replace(self, shares=shares, own=own, numbers=numbers, values=values)
 
 
 class StateHashes(NamedTuple):
@@ -101,6 +113,32 @@ class _Written:
     host: str
 
 
+@dataclasses.dataclass(frozen=True)
+class _Ranks:
+    """Has all ranks do their parts of a save, and raises the first problem of one on all."""
+
+    rank: int
+    gather: Gather
+    checkpoints: Path
+    step: int
+
+    def each(self, work: Callable[[], Any]) -> list[Any]:
+        """Do a part on every rank, and return what it came to on each; collective."""
+        return self._exchange(*_try(work, self.checkpoints))
+
+    def first(self, work: Callable[[], Any]) -> Any:
+        """Do a part on rank 0, and return there what it came to; collective."""
+        mine = _try(work, self.checkpoints) if self.rank == 0 else (None, None)
+        return self._exchange(*mine)[0]
+
+    def _exchange(self, value: Any, problem: _Problem | None) -> list[Any]:
+        answers = self.gather((value, problem))
+        for number, (_, found) in enumerate(answers):
+            if found is not None:
+                raise found.error(number, self.step)
+        return [answer for answer, _ in answers]
+
+
 def save(
     checkpoints: Path,
     snapshot: Snapshot,
@@ -117,43 +155,39 @@ def save(
     the new checkpoint there is nothing then, unless only `tidy` failed."""
     folder = folder_of(checkpoints, snapshot.step)
     part = folder.with_name(folder.name + PART)
-
-    def exchange(value: Any, problem: _Problem | None) -> list[Any]:
-        answers = gather((value, problem))
-        for number, (_, found) in enumerate(answers):
-            if found is not None:
-                raise found.error(number, snapshot.step)
-        return [answer for answer, _ in answers]
-
+    ranks = _Ranks(rank, gather, checkpoints, snapshot.step)
     flushers: list[Flusher] = []  # of this rank's file
-
-    def on_rank_0(work: Callable[[], Any]) -> list[Any]:
-        return exchange(*(_try(work, checkpoints) if rank == 0 else (None, None)))
-
+    hashed: list[tuple[dict[str, Any], StateHashes]] = []  # the manifest, on rank 0
     try:
-        on_rank_0(lambda: make_folder(part))
-        everyone = exchange(*_try(lambda: _write(part, snapshot, rank, flushers), checkpoints))
-        # Rank 0 takes the hash of what all have written while that goes on to the disks.
-        manifest, problem = cast(Any, None), None
-        if rank == 0:
-            take = functools.partial(_take_hash, part, snapshot, everyone, unlike)
-            manifest, problem = _try(take, checkpoints)
-        flushed = _try(flushers[0].finish, checkpoints)[1]
-        exchange(None, problem or flushed)
-        saved: StateHashes = on_rank_0(lambda: _commit(part, folder, *manifest))[0]
+        ranks.first(lambda: make_folder(part))
+        everyone = ranks.each(lambda: _write(part, snapshot, rank, flushers))
+
+        def finish() -> None:
+            # Rank 0 takes the hash of what all have written while that goes on to the disks.
+            if rank == 0:
+                hashed.append(_take_hash(part, snapshot, everyone, unlike))
+            flushers[0].finish()
+
+        ranks.each(finish)
+        saved: StateHashes = ranks.first(lambda: _commit(part, folder, *hashed[0]))
     except (NoRoom, RunError):
-        # All ranks are here, so nobody still writes. Hosts that do not share the file system each
-        # have a folder of their own.
-        with contextlib.suppress(OSError):
-            for flusher in flushers:
-                flusher.finish()
-        with contextlib.suppress(OSError):
-            (part / rank_file(rank)).unlink(missing_ok=True)
-        if rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
+        _take_away(part, rank, flushers)
         raise
-    on_rank_0(tidy)
+    ranks.first(tidy)
     return saved
+
+
+def _take_away(part: Path, rank: int, flushers: Sequence[Flusher]) -> None:
+    """Remove what a save that failed has written; all ranks are here, so nobody still writes.
+
+    Hosts that do not share the file system each have a folder of their own."""
+    with contextlib.suppress(OSError):
+        for flusher in flushers:
+            flusher.finish()
+    with contextlib.suppress(OSError):
+        (part / rank_file(rank)).unlink(missing_ok=True)
+    if rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _write(part: Path, snapshot: Snapshot, rank: int, flushers: list[Flusher]) -> _Written:
@@ -200,7 +234,7 @@ def _take_hash(
     tensors = _gather_entries(everyone)
     own = [{"numbers": dict(one.numbers), "tensors": dict(one.own)} for one in everyone]
     values = {"format": FORMAT, "step": snapshot.step, **snapshot.values, "files": files}
-    values |= {"ranks": own, "tensors": _as_json(tensors)}
+    values |= {"ranks": own, "tensors": tensors_as_json(tensors)}
     state_hash = hash_of_files(part, Manifest(values, tensors))
     saved = StateHashes(state_hash, "".join(one.own_hash for one in everyone))
     own_hashes = "", saved.own_hash  # a state that was loaded has none
@@ -252,16 +286,6 @@ def _gather_entries(everyone: Sequence[_Written]) -> dict[tuple[str, str], Entry
         if problem := uncovered(entry):
             raise RunError(f"{name} {key}: {problem} among what the ranks hold")
     return tensors
-
-
-def _as_json(tensors: Mapping[tuple[str, str], Entry]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for (name, key), entry in tensors.items():
-        pieces = sorted(entry.pieces, key=lambda place: place.start)
-        places = [{"file": p.file, "key": p.key, "flat": [p.start, p.size]} for p in pieces]
-        value = {"dtype": entry.dtype, "shape": list(entry.shape), "pieces": places}
-        found.setdefault(name, {})[key] = value
-    return found
 
 
 def _try(work: Callable[[], Any], checkpoints: Path) -> tuple[Any, _Problem | None]:

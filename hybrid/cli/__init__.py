@@ -4,6 +4,7 @@ Exit status: 0 all held; 1 the run failed or parity did not hold; 2 the job or t
 wrong (one line says how); 3 this machine lacks something needed: a package, or room or the right to
 write in the folder for the results. torch is imported only by commands that need it."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -89,14 +90,10 @@ def compare(
     from ..training.progress import Progress
 
     loaded, out = _load(job, overrides, allow_known_bad, trust_pickle), choose_folder(out, resume)
-    names, watcher = _split(strategies), Progress()
     how: Any = {"interrupt": interrupt, "resume_as": resume_as, "resume": resume is not None}
-    try:
-        result = compare_strategies(
-            loaded, names, nproc, out, watcher, None, fresh_ranks, reference, **how
-        )
-    finally:
-        watcher.close()
+    with contextlib.closing(Progress()) as watcher:
+        rest = out, watcher, None, fresh_ranks, reference
+        result = compare_strategies(loaded, _split(strategies), nproc, *rest, **how)
     if json:
         print(records.dumps(result), file=_stdout)
     else:

@@ -60,31 +60,34 @@ def compare(
     strategies: names of strategies and of the job's variants; left out, all of them. nproc: left
     out, the product of the degrees in `job.parallel` or in a variant, or 2. program: the command
     that starts a rank. fresh_ranks: start each rank afresh; left out, all are forked from one
-    process. reference: left out, `single`, or the first run that can stand in where that cannot
-    run. resume: keep the runs that `out` holds already, and go on with those that were stopped.
-    model, data: functions that take the place of those that the job names (`hybrid.job.given`).
-    interrupt: stop each run but the reference after so many steps, and let new processes go on from
-    there; resume_as: under the strategy or variant of this name. Raises JobError before any process
-    starts, and NoRoom where `out` cannot be written to. A run that fails raises nothing: its record
-    is in the result. Where the job has a proxy, that is compared first, in `out/proxy`."""
+    process. reference: left out, `single`, or the first run that can stand in. resume: keep the
+    runs that `out` holds already, and go on with those that were stopped. model, data: functions
+    that take the place of those that the job names (`hybrid.job.given`). interrupt: stop each run
+    but the reference after so many steps, and let new processes go on from there; resume_as: under
+    the strategy or variant of this name. Raises JobError before any process starts, and NoRoom. A
+    run that fails raises nothing. Where the job has a proxy, it comes first, in `out/proxy`."""
     if model is not None or data is not None:
         with naming(job, model, data, why_not(fresh_ranks or program is not None)) as named:
             rest = watcher, program, fresh_ranks, reference, resume, None, None, interrupt
             return compare(named, strategies, nproc, out, *rest, resume_as)
     stop = make_interruption(interrupt, resume_as)
     selection = select(job, strategies, reference)
-    names = dict.fromkeys((*selection.names, *([resume_as] if resume_as else [])))
-    print_warnings(warnings_of(job, [*names]))
-    registry.check_settings(job, [*names])
-    nproc = nproc or max(default_nproc(resolve(job, name).job) for name in names)
+    nproc = _check_names(job, [*selection.names, *([resume_as] if resume_as else [])], nproc)
     small, options = make_proxy(job), (nproc, watcher or Watcher(), program, resume, stop)
-    held = dataclasses.replace(selection, fixed=True) if stop else selection
+    held = dataclasses.replace(selection, fixed=bool(stop) or selection.fixed)
     with needs_room(out), warm_ranks(fresh_ranks):
-        folder = Path(out)
-        prover = _Session(small, held, folder / PROXY, *options, "proxy/") if small else None
-        session = _Session(job, selection.by_proxy() if small else held, folder, *options)
+        prover = _Session(small, held, Path(out, PROXY), *options, "proxy/") if small else None
+        session = _Session(job, selection.by_proxy() if small else held, Path(out), *options)
         remove_stale_locks()
         return session.run(prover)
+
+
+def _check_names(job: Job, names: Sequence[str], nproc: int | None) -> int:
+    """Check the settings of strategies and variants, and return the number of processes."""
+    names = [*dict.fromkeys(names)]
+    print_warnings(warnings_of(job, names))
+    registry.check_settings(job, names)
+    return nproc or max(default_nproc(resolve(job, name).job) for name in names)
 
 
 class _Session:

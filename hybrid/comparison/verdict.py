@@ -6,7 +6,6 @@ makes those and calls it again. None is asked for whose result could not change 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from ..job.schema import Job
 from ..records import Parity, Record
@@ -56,19 +55,14 @@ def judge_run(
         return dataclasses.replace(undecided, reason=lost)
     if name == reference:
         return Parity(True, 0.0, 0.0, allowed, reference=reference, state="equal")
-    against, changes, cores_for = reference, dict[str, Any](), None
-    if strategy == "local_sgd":
-        against, changes = name + EMULATION, {"emulate_replicas": record.layout["dp"]}
-        if against not in controls:
-            return [Control(against, record.strategy, changes)]
-    elif cut := find_cut(job, name, runs, reference, layers):
-        against, changes = f"{reference}_cut_{cut.ranks}x{cut.micro_batches}", cut.settings
-        cores_for = record.world_size
-        if against not in controls:
-            return [Control(against, reference, changes, cores_for)]
-        why = explain_cut(job, cut, cut_of(job, runs[reference]), reference, layers)
+    wanted, why = _find_expected(job, name, runs, reference, layers)
+    against = wanted.label
+    if against != reference and against not in controls:
+        return [wanted]
+    if why:
         undecided = dataclasses.replace(undecided, reference=against, reference_because=why)
-    case = Case(job, name, runs, against, changes, against, controls, load, layers, cores_for)
+    rest = against, controls, load, layers, wanted.cores_for
+    case = Case(job, name, runs, against, wanted.changes, *rest)
     if case.known[against].status != "ok":
         return undecided
     if lost := find_lost_step(case.known[against]):
@@ -77,6 +71,21 @@ def judge_run(
     if isinstance(verdict, list):
         return verdict
     return dataclasses.replace(verdict, reference_because=undecided.reference_because)
+
+
+def _find_expected(
+    job: Job, name: str, runs: Mapping[str, Record], reference: str, layers: Sequence[str]
+) -> tuple[Control, str | None]:
+    """Return what a run is compared with, and why where that is the reference cut like the run."""
+    record = runs[name]
+    if (record.variant_of or record.strategy) == "local_sgd":
+        changes = {"emulate_replicas": record.layout["dp"]}
+        return Control(name + EMULATION, record.strategy, changes), None
+    if cut := find_cut(job, name, runs, reference, layers):
+        label = f"{reference}_cut_{cut.ranks}x{cut.micro_batches}"
+        why = explain_cut(job, cut, cut_of(job, runs[reference]), reference, layers)
+        return Control(label, reference, cut.settings, record.world_size), why
+    return Control(reference, reference, {}), None
 
 
 def rule_of(

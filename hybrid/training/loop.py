@@ -14,10 +14,10 @@ from typing import Any
 from ..checkpoint.writer import end_writers
 from ..data import build_data
 from ..data.batches import BatchPlan
-from ..data.targets import targets_per_sample
-from ..data.workers import AHEAD, end_workers
+from ..data.steps import StepLoader
+from ..data.workers import WorkerLoader, end_workers
 from ..engines.protocol import StepResult
-from ..job.errors import JobError, Refused, RunError, Stopped, needs_room
+from ..job.errors import Refused, RunError, Stopped, needs_room
 from ..job.given import naming
 from ..job.schema import Job, resolve_lengths
 from ..job.variants import Choice, resolve
@@ -26,20 +26,18 @@ from ..launch.failures import RankStatus, leave_error
 from ..launch.placement import OWN, Placement, find_placement
 from ..launch.process_group import cleanup, join_process_group, restored_environment
 from ..launch.stopping import StopSignals, requeue
-from ..measure.clock import Instruments
-from ..models.shared import build_shared
 from ..models.vector_functions import call_vector_functions_once
 from ..records import Record
 from ..strategies import registry
+from .beginning import begin_record, build, decide_together, make_instruments
 from .check import check_on_rank_0, print_warnings
 from .checkpointing import Checkpoints
 from .evaluation import make_loader
-from .folder import begin_run, end_run, keep_steps
+from .folder import end_run
 from .guard import go_back, rolls_back, warn
 from .in_progress import OnStep, RunInProgress
 from .leaving import failure_of
 from .projection import project
-from .resume import Start, decide, read_chosen, tell_start
 from .step_log import make_record
 from .tryout.samples import blame_samples
 
@@ -98,17 +96,7 @@ def _train_and_clean_up(
             stops.leaves = True
             # This comes before `cleanup`, which can wait for a peer that is gone.
             failure = failure_of(error, leave_error(error, status), stops)
-            # `launch` begins and ends the record of a run that it started.
-            if out and placement.rank == 0 and placement.launcher != OWN:
-                if not isinstance(failure, Refused):
-                    end_run(out, choice, placement.world_size, failure)
-                if isinstance(failure, Stopped):
-                    failure.tell(requeue(failure))
-            if isinstance(failure, Stopped):
-                failure.told = True  # by rank 0, or by the process that started this one
-                if failure.agreed:  # a launcher may end the others when the first one leaves
-                    with contextlib.suppress(RuntimeError):  # or has done so
-                        gather_objects(None)
+            _end_badly(choice, placement, out, failure)
             if failure is not error:
                 raise failure from error
             raise
@@ -117,6 +105,23 @@ def _train_and_clean_up(
             end_writers()
             status.close()
             cleanup()
+
+
+def _end_badly(
+    choice: Choice, placement: Placement, out: Path | None, failure: BaseException
+) -> None:
+    """Write the record of a run that ends so, and say it where nobody else does."""
+    # `launch` begins and ends the record of a run that it started.
+    if out and placement.rank == 0 and placement.launcher != OWN:
+        if not isinstance(failure, Refused):
+            end_run(out, choice, placement.world_size, failure)
+        if isinstance(failure, Stopped):
+            failure.tell(requeue(failure))
+    if isinstance(failure, Stopped):
+        failure.told = True  # by rank 0, or by the process that started this one
+        if failure.agreed:  # a launcher may end the others when the first one leaves
+            with contextlib.suppress(RuntimeError):  # or has done so
+                gather_objects(None)
 
 
 def _train(
@@ -138,31 +143,18 @@ def _train(
     status.set("loading the data")
     data = build_data(job)
     choice = dataclasses.replace(choice, job=resolve_lengths(job, len(data[0])))
-    start = _decide(choice, placement, out, resume)
+    start = decide_together(choice, placement, out, resume)
     if start.ended:
         return start.ended
     warnings = list[str]()
     if placement.launcher != OWN:  # our own launcher has checked the job before it started us
-        warnings = _begin(status.job, choice, placement, out, start)
+        warnings = begin_record(status.job, choice, placement, out, start)
         warnings += check_on_rank_0(job, strategy, data, placement)
     job, chosen = choice.job, start.chosen
-    assert job.train.steps is not None
-    left = job.train.steps - (chosen.manifest.step if chosen else 0)
-    period = registry.steps_between_syncs(job, strategy)
-    instruments = Instruments(
-        left, period, placement.device, job.train.compile, AHEAD * job.data.workers
-    )
+    instruments = make_instruments(job, strategy, placement, chosen)
     try:
         with instruments.meter:
-            status.set("building the model")
-            layers, loss = build_shared(job, placement)
-            status.parameters = sum(p.numel() for p in layers.names() if p.requires_grad)
-            status.set("building the engine")
-            names, weights_from = layers.saved_names(), layers.weights_from
-            engine = registry.open_engine(job, strategy, layers, loss, placement, data[0])
-            del layers
-        status.held = engine.num_held
-        known = targets_per_sample(data[0], loss)
+            engine, known, names, weights_from = build(job, strategy, placement, status, data[0])
         sizes = job.train.global_batch, engine.layout.dp, job.micro_batches(strategy)
         plan = BatchPlan(len(data[0]), *sizes, job.train.seed)
         folder = out if placement.rank == 0 else None
@@ -172,38 +164,6 @@ def _train(
         return run.go()
     finally:
         instruments.close()
-
-
-def _decide(
-    choice: Choice, placement: Placement, out: Path | None, resume: Path | str | None
-) -> Start:
-    """Return how the run begins, which rank 0 decides; collective."""
-    if placement.launcher == OWN:  # our own launcher has decided before it started us
-        return Start(read_chosen(Path(resume), choice)) if resume else Start()
-    start, problem = Start(), None
-    if placement.rank == 0:
-        try:
-            start = decide(out, resume, choice)
-        except JobError as error:
-            problem = Refused(str(error))
-        tell_start(start)
-    start, problem = gather_objects((start, problem))[0]
-    if problem:
-        raise problem
-    return start
-
-
-def _begin(
-    job: Job, choice: Choice, placement: Placement, out: Path | None, start: Start
-) -> list[str]:
-    """Begin the record of a run that another launcher started, and return what to warn of."""
-    if out is None or placement.rank > 0:
-        return []
-    chosen = start.chosen
-    begin_run(out, job, choice, chosen.folder if chosen else None)
-    lines = keep_steps(out, chosen.folder, chosen.manifest.step) if chosen else []
-    print_warnings(lines)
-    return [*start.notes, *lines]
 
 
 class _Run(RunInProgress):
@@ -229,10 +189,7 @@ class _Run(RunInProgress):
                 self._note_steps()
                 self.evaluate()
                 self.told = self.told or self.ask_all()
-            if self.told:
-                loader.close()
-                self._note_steps()
-                self.leave(self.told)
+            self._leave_if_told(loader)
             self.status.set(f"in step {step}")
             with self.instruments.loading():
                 batches = loader.step(step)
@@ -255,10 +212,15 @@ class _Run(RunInProgress):
             if saved.is_due(done):
                 self.save_state()
                 self.told = self.told or self.ask_all()
+        self._leave_if_told(loader)
         loader.close()
-        if self.told:
-            self.leave(self.told)
         self.stops.act_at_once()
+
+    def _leave_if_told(self, loader: StepLoader | WorkerLoader) -> None:
+        if self.told:
+            loader.close()
+            self._note_steps()
+            self.leave(self.told)
 
     def _note_steps(self, wait: bool = True) -> None:
         """Note the steps whose numbers have come; `wait`: all that have been made."""

@@ -7,13 +7,14 @@ what a run leaves in its folder. No torch until a job is checked."""
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import records
 from ..job.errors import JobError, RunFailed, Stopped, needs_room
 from ..job.schema import Job
-from ..job.variants import resolve, warnings_of
+from ..job.variants import Choice, resolve, warnings_of
 from ..launch.accelerate_env import check_started
 from ..launch.local import PROGRAM, Program, run_ranks
 from ..launch.logs import redirect_output
@@ -23,7 +24,7 @@ from ..launch.placement import OWN, export_rank_variables, find_placement
 from ..launch.stopping import end_now, requeue
 from ..launch.threads import set_num_threads
 from ..launch.warm import warm_ranks
-from ..records import Record
+from ..records import Record, StepRecord
 from ..strategies import registry
 from .apart import check_apart
 from .branches import explain
@@ -67,15 +68,19 @@ def run_job(
     on_step = None
     if placement.launcher != OWN:
         redirect_output(out / "logs", placement)
-        if placement.rank == 0:
-            watcher = Progress(shared=True)
-            watcher.started(strategy, job.train.steps or 0, out)
-            on_step = watcher.follow
+        on_step = _follow(job, strategy, out) if placement.rank == 0 else None
     set_num_threads(placement)
     from .loop import train
 
     record = train(job, strategy, out, on_step, placement, resume=resume, until=until)
     return record if placement.rank == 0 and placement.launcher != OWN else None
+
+
+def _follow(job: Job, strategy: str, out: Path) -> Callable[[StepRecord, int], None]:
+    """Return what shows the steps of a run on the ranks of another launcher."""
+    watcher = Progress(shared=True)
+    watcher.started(strategy, job.train.steps or 0, out)
+    return watcher.follow
 
 
 def _launch_checked(
@@ -134,46 +139,62 @@ def launch(
 ) -> Record:
     """Start `nproc` ranks of a checked job, wait for them and return the record.
 
-    label: the run's name for the watcher, if it is not the strategy's. program: the command that
-    starts a rank, `PROGRAM` if it is left out. warnings: of the try-out, for the record. cores_for:
-    see `run_ranks`. resume: the checkpoint from which the run goes on, or its folder. until: see
-    `train`; the record then says `interrupted`, though all went well. Raises RunFailed with the
-    first cause, and Stopped where a signal stopped the run; the record then says `failed` or
-    `not_possible`."""
+    label: the run's name for the watcher, if it is not the strategy's. program: what starts a rank,
+    else `PROGRAM`. warnings: of the try-out, for the record. cores_for: see `run_ranks`. resume:
+    the checkpoint from which the run goes on, or its folder. until: see `train`; the record says
+    `interrupted`, though all went well. Raises RunFailed with the first cause, and Stopped where a
+    signal stopped the run; the record then says `failed` or `not_possible`."""
     label, choice = label or strategy, resolve(job, strategy)
-    if isinstance(resume, Path):
-        resume = read_chosen(resume, choice)
-    file = begin_run(out, job, choice, resume.folder if resume else None)
-    if resume:
-        missing = keep_steps(out, resume.folder, resume.manifest.step)
-        print_warnings(f"{label}: {line}" for line in missing)
-        warnings = [*warnings, *missing]
+    chosen = read_chosen(resume, choice) if isinstance(resume, Path) else resume
+    file, missing = _begin(out, job, choice, chosen, label)
+    warnings = [*warnings, *missing]
     watcher.started(label, job.train.steps or 0, out)
-    arguments = ["train", str(file), "--strategy", strategy, "--out", str(out)]
-    arguments += ["--parent", str(os.getpid())]
-    if resume:
-        arguments += ["--resume", str(resume.folder)]
-    if until:
-        arguments += ["--until", str(until)]
+    options = {"--strategy": strategy, "--out": out, "--parent": os.getpid(), "--until": until}
+    options["--resume"] = chosen.folder if chosen else None
+    arguments = ["train", str(file), *_given(options)]
     try:
-        modules = registry.modules(choice.strategy)
-        # An emulation computes with the threads of a rank that it plays: more of them sum up in
-        # another order, and round otherwise.
-        if choice.strategy == "local_sgd":
-            cores_for = choice.job.strategy.local_sgd.emulate_replicas or cores_for
-        rest = program or PROGRAM, modules, cores_for, job.checkpoint.every is not None
-        run_ranks(nproc, arguments, out, watcher.poll, *rest)
+        rest = program or PROGRAM, registry.modules(choice.strategy), _cores_for(choice, cores_for)
+        run_ranks(nproc, arguments, out, watcher.poll, *rest, job.checkpoint.every is not None)
         record = add_warnings(out, records.read(Record, out / "record.json"), warnings)
     except BaseException as raised:
-        error = raised
-        if isinstance(raised, RunFailed):
-            error = RunFailed(explain(raised.failure, job, strategy, nproc))
+        error = _explained(raised, job, strategy, nproc)
         record = add_warnings(out, end_run(out, choice, nproc, error), warnings)
         if isinstance(error, RunFailed):
             watcher.finished(label, record)
         raise error from None
     watcher.finished(label, record)
     return record
+
+
+def _begin(
+    out: Path, job: Job, choice: Choice, chosen: Chosen | None, label: str
+) -> tuple[Path, list[str]]:
+    """Begin a run's record and its steps; return its job's file, and a warning of lost steps."""
+    file = begin_run(out, job, choice, chosen.folder if chosen else None)
+    missing = keep_steps(out, chosen.folder, chosen.manifest.step) if chosen else []
+    print_warnings(f"{label}: {line}" for line in missing)
+    return file, missing
+
+
+def _explained(error: BaseException, job: Job, strategy: str, nproc: int) -> BaseException:
+    if isinstance(error, RunFailed):
+        return RunFailed(explain(error.failure, job, strategy, nproc))
+    return error
+
+
+def _given(options: Mapping[str, Any]) -> list[str]:
+    """Return the words of the options that have a value."""
+    return [word for key, v in options.items() if v is not None for word in (key, str(v))]
+
+
+def _cores_for(choice: Choice, given: int | None) -> int | None:
+    """Return of how many ranks a process has the threads; None: of those that run.
+
+    An emulation computes with the threads of a rank that it plays: more of them sum up in another
+    order, and round otherwise."""
+    if choice.strategy != "local_sgd":
+        return given
+    return choice.job.strategy.local_sgd.emulate_replicas or given
 
 
 def default_nproc(job: Job) -> int:
