@@ -1,10 +1,9 @@
 """Saves a checkpoint: every rank its own pieces, rank 0 the manifest, and then the name.
 
 The order is what makes it safe. A new folder gets a temporary name; every rank writes and flushes
-its file there; then rank 0 writes the manifest, flushes it and the folder, gives the folder its
-name and flushes that. Older checkpoints are removed only then. Whatever ends a process on the way
-leaves older checkpoints as they were, and what it leaves besides has a temporary name, by which the
-next start knows it (`hybrid.checkpoint.folders.remove_unfinished`)."""
+its file there; rank 0 writes the manifest, flushes it and the folder, gives the folder its name and
+flushes that; older checkpoints are removed only then. What a process leaves that is ended on the
+way has a temporary name, by which the next start knows it (`folders.remove_unfinished`)."""
 
 import contextlib
 import copy
