@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -81,10 +82,13 @@ def write_file(
     file = path.open("xb", buffering=0)
     flusher = Flusher(file)
     try:
-        for block in itertools.chain((len(text).to_bytes(8, "little"), text), _blocks_of(parts)):
-            _write_all(file, block)
-            digest.update(block)
-            size += len(block)
+        with ThreadPoolExecutor(1) as hasher:  # which takes a hash during the write
+            start = len(text).to_bytes(8, "little"), text
+            for block in itertools.chain(start, _blocks_of(parts)):
+                hashed = hasher.submit(digest.update, block)
+                _write_all(file, block)
+                hashed.result()
+                size += len(block)
     except BaseException:
         with contextlib.suppress(OSError):
             flusher.finish()
