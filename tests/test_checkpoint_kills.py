@@ -33,7 +33,7 @@ def test_cases_cover_what_they_are_drawn_from() -> None:
     assert instants == [draw_instant(number, names) for number in range(200)]
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_few_cases_are_exact_and_a_wrong_end_is_found(tmp_path: Path) -> None:
     with warm_ranks():
         reference = Reference("single", tmp_path / "references")

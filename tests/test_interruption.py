@@ -258,6 +258,7 @@ def test_the_campaign_draws_all_ordered_pairs() -> None:
     assert all(p.mixes == ("local_sgd" in (p.source, p.target)) for p in pairs if not p.alike)
 
 
+@pytest.mark.campaign
 def test_the_campaign_on_three_pairs(tmp_path: Path) -> None:
     pairs = Pairs(check("fp32"), tmp_path)
     asked = [Pair("fsdp", 3, *target, "fp32") for target in (("fsdp", 3), ("ddp", 2))]
