@@ -56,7 +56,7 @@ def likely_cause(run: Record, reference: Record, found: Found, facts: Facts) -> 
 
 def _explain_resumption(run: Record, found: Found) -> str | None:
     """Tell whether a run parts where it was resumed: at once, or after the first update there."""
-    source = run.resumed_from
+    source = getattr(run, "resumed_from", None)  # records of a script may lack it
     if source is None or found.step not in (source.step, source.step + 1):
         return None
     return (
