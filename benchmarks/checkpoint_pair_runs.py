@@ -12,7 +12,7 @@ from typing import Any
 
 import hybrid
 from hybrid import records
-from hybrid.checkpoint.names import step_name
+from hybrid.checkpoint.names import CHECKPOINTS, step_name
 from hybrid.comparison.differences import Run, relative, weight_differences
 from hybrid.comparison.repeats import same_bits
 from hybrid.comparison.tolerances import tolerance
@@ -22,7 +22,6 @@ from hybrid.job.schema import Checkpoint, Job
 from hybrid.job.variants import with_settings
 from hybrid.records import Parity, Record
 from hybrid.training.check import CheckedJob, check_job
-from hybrid.training.folder import CHECKPOINTS
 from hybrid.training.progress import Watcher
 from hybrid.training.run import launch
 

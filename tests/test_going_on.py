@@ -13,6 +13,7 @@ import hybrid
 from hybrid import records
 from hybrid.checkpoint.folders import list_checkpoints
 from hybrid.job.errors import JobError
+from hybrid.job.recovery import Checkpoint
 from hybrid.records import Record
 from hybrid.training.run import run_job
 from tests.conftest import small_job
@@ -217,3 +218,17 @@ def test_a_new_run_removes_no_checkpoint_of_one_that_did_not_end(
     ):
         hybrid.train(job(), "single", out)
     assert json.loads((out / "job.json").read_text()), "nothing was begun"
+
+
+def test_a_run_that_went_on_without_saving_has_ended_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    hybrid.train(job(), "single", out)
+    last = job(train__steps=job().train.steps + 2)
+    unsaved = last.model_copy(update={"checkpoint": Checkpoint()})
+    record = hybrid.train(unsaved, "single", out, resume="auto")
+    before = (out / "record.json").read_bytes()
+    assert hybrid.train(unsaved, "single", out, resume="auto") == record
+    assert (out / "record.json").read_bytes() == before
+    assert "nothing is left to do" in capsys.readouterr().err

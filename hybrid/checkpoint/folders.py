@@ -98,6 +98,21 @@ def verify(folder: Path, whole: bool = False) -> tuple[Manifest | None, list[str
     return manifest, problems
 
 
+def find_newest(
+    checkpoints: Path, whole: bool = False
+) -> tuple[tuple[Path, Manifest] | None, list[str]]:
+    """Return the newest checkpoint that verifies, with its manifest, and why newer ones do not.
+
+    whole: see `verify`."""
+    skipped: list[str] = []
+    for folder in list_checkpoints(checkpoints):
+        manifest, problems = verify(folder, whole)
+        if manifest is not None and not problems:
+            return (folder, manifest), skipped
+        skipped.append(f"{folder.name} is skipped: {problems[0]}")
+    return None, skipped
+
+
 def _problem(path: Path, stated: dict[str, object]) -> str | None:
     try:
         size = path.stat().st_size

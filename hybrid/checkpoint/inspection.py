@@ -8,8 +8,7 @@ from typing import Any
 from ..job.errors import JobError
 from .folders import list_checkpoints, verify
 from .manifest import MANIFEST, RANK_FILE, Manifest
-
-CHECKPOINTS = "checkpoints"  # in a run's folder
+from .names import CHECKPOINTS
 
 
 @dataclasses.dataclass(frozen=True)

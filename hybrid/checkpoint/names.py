@@ -1,5 +1,7 @@
 """This module names the folders of checkpoints. No torch here."""
 
+CHECKPOINTS = "checkpoints"  # in a run's folder
+
 
 def step_name(step: int) -> str:
     """Return the name of the folder of the checkpoint after `step` optimizer steps."""

@@ -13,15 +13,15 @@ import torch
 
 from ..job.errors import JobError
 from ..job.reading import read_json
-from .folders import list_checkpoints, step_of, verify
-from .inspection import CHECKPOINTS, is_checkpoint
+from .folders import find_newest, list_checkpoints, step_of, verify
+from .inspection import is_checkpoint
 from .load import Reader
 from .manifest import Manifest
+from .names import CHECKPOINTS
 from .pieces import WEIGHT
 from .tensor_file import Damaged, TensorFile, dtype_of
-from .weights import FILE, verify_weights
+from .weights import ABOUT, FILE, verify_weights
 
-ABOUT = "checkpoint.json"
 INDEX = ".safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.distcp", ".metadata", "*.bin.index.json")
 VALID = (
@@ -178,12 +178,9 @@ def _of_run(path: Path) -> Weights | None:
     if (path / ABOUT).is_file():
         return open_final(path)
     below = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    problems = []
-    for folder in list_checkpoints(below) if not final_is_newer(below) else []:
-        manifest, found = verify(folder)
-        if manifest is not None and not found:
-            return CheckpointWeights(folder, manifest)
-        problems.append(f"{folder.name}: {found[0]}")
+    found, problems = find_unless_final(below)
+    if found:
+        return CheckpointWeights(*found)
     if (below / "final" / ABOUT).is_file():
         return open_final(below / "final")
     if problems:
@@ -191,13 +188,14 @@ def _of_run(path: Path) -> Weights | None:
     return None
 
 
-def final_is_newer(checkpoints: Path) -> bool:
-    """Tell whether a run's final weights are of a later step than its newest checkpoint."""
+def find_unless_final(checkpoints: Path) -> tuple[tuple[Path, Manifest] | None, list[str]]:
+    """Return what `find_newest` does; nothing where the run's final weights are of a later step."""
     found, about = list_checkpoints(checkpoints), checkpoints / "final" / ABOUT
-    if not found or not about.is_file():
-        return False
-    step = read_json(about, str(about)).get("step")
-    return isinstance(step, int) and step > step_of(found[0])
+    if found and about.is_file():
+        step = read_json(about, str(about)).get("step")
+        if isinstance(step, int) and step > step_of(found[0]):
+            return None, []
+    return find_newest(checkpoints)
 
 
 def open_final(folder: Path) -> FileWeights:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from ..job.errors import JobError
 from ..job.reading import read_json
 
+ABOUT = "checkpoint.json"
 FILE = "model.safetensors"
 
 
@@ -34,14 +35,14 @@ def save_weights(
         tensors[name] = tensor.clone() if twice else tensor
     save_file(tensors, path)
     text = json.dumps({"file": FILE, "sha256": _sha256(path), **about}, indent=1)
-    (folder / "checkpoint.json").write_text(text + "\n")
+    (folder / ABOUT).write_text(text + "\n")
     return path
 
 
 def verify_weights(folder: Path) -> Path:
     """Return the path of the weights in a checkpoint's folder.
     Raises JobError unless they are what was written."""
-    file, about = folder / FILE, folder / "checkpoint.json"
+    file, about = folder / FILE, folder / ABOUT
     for path in (about, file):
         if not path.is_file():  # also a pipe, to open which would wait for ever
             words = "No such file or directory" if not path.exists() else "is no regular file"

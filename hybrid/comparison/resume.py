@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import records
+from ..checkpoint.names import CHECKPOINTS
 from ..job.errors import JobError
 from ..job.file import flatten, to_dict
 from ..job.reading import read_json, show
@@ -18,7 +19,6 @@ from ..job.variants import resolve
 from ..measure.machine import describe_machine
 from ..records import Record
 from ..training.check import print_warnings
-from ..training.folder import CHECKPOINTS
 from ..training.resume import AUTO, Chosen, choose
 from .differences import find_lost_step
 

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.names import step_name
+from ..checkpoint.names import CHECKPOINTS, step_name
 from ..job.errors import JobError, NoRoom, RunFailed
 from ..job.schema import Job
 from ..records import INTERRUPTED, Record, read
 from ..training.check import CheckedJob
-from ..training.folder import CHECKPOINTS
 from ..training.progress import Watcher
 from ..training.resume import Chosen
 from ..training.run import Program, launch

@@ -1,4 +1,4 @@
-"""This module reads and sets the loss scale of fp16 under DeepSpeed, as a checkpoint has it."""
+"""This module reads and sets what DeepSpeed counts, and fp16's loss scale, for a checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +23,23 @@ def set_loss_scale(scaler: Any, state: Mapping[str, float] | None) -> None:
     if getattr(scaler, "dynamic", False) and state:
         scaler.cur_scale = float(state["scale"])
         scaler.cur_iter, scaler.last_overflow_iter = int(state["good_steps"]) + 1, -1
+
+
+def scaler_of(live: Any) -> Any:
+    """Return the loss scaler of DeepSpeed's engine; not all of its optimizers have one."""
+    return getattr(live.optimizer, "loss_scaler", None)
+
+
+def set_progress(
+    live: Any, step: int, loss_scale: Mapping[str, float] | None, counts: Mapping[str, int]
+) -> None:
+    """Have DeepSpeed's engine go on after `step` steps: its profiler and its monitors count on.
+
+    loss_scale, counts: what `read_loss_scale` and `read_counts` returned."""
+    set_loss_scale(scaler_of(live), loss_scale)
+    set_counts(scaler_of(live), counts)
+    live.global_steps, live.micro_steps = step, step * live.gradient_accumulation_steps()
+    live.global_samples = step * live.train_batch_size()
 
 
 def read_counts(scaler: Any) -> dict[str, int]:

@@ -17,7 +17,7 @@ from ..launch.exchange import gather_objects
 from ..stages.assignment import StageAssignment
 from .base import BaseEngine
 from .buffers import OneSet
-from .deepspeed_scale import read_counts, read_loss_scale, set_counts, set_loss_scale
+from .deepspeed_scale import read_counts, read_loss_scale, scaler_of, set_progress
 from .deepspeed_setup import full_tensor, set_masters
 from .deepspeed_state import (
     make_room_in_partitions,
@@ -83,29 +83,20 @@ class StageState(BaseEngine):
         kept: Sequence[list[str]] = gather_objects(find(self.engine.optimizer))
         return sorted({key for keys in kept for key in keys})
 
-    @property
-    def _scaler(self) -> Any:
-        """Return DeepSpeed's loss scaler; not all of its optimizers have one."""
-        return getattr(self.engine.optimizer, "loss_scaler", None)
-
     def loss_scale_state(self) -> dict[str, float] | None:
-        return read_loss_scale(self._scaler)
+        return read_loss_scale(scaler_of(self.engine))
 
     def own_state(self) -> OwnState:
-        return OwnState({}, read_counts(self._scaler))
+        return OwnState({}, read_counts(scaler_of(self.engine)))
 
     def begin_at(
         self, step: int, loss_scale: Mapping[str, float] | None, own: OwnState | None
     ) -> None:
         super().begin_at(step, loss_scale, own)
-        set_loss_scale(self._scaler, loss_scale)
-        set_counts(self._scaler, own.numbers if own else {})
-        live = self.engine
+        set_progress(self.engine, step, loss_scale, own.numbers if own else {})
         if self.zero_stage:
             self.frozen.round()
-            update_parameters(live.optimizer)
-        live.global_steps, live.micro_steps = step, step * live.gradient_accumulation_steps()
-        live.global_samples = step * live.train_batch_size()
+            update_parameters(self.engine.optimizer)
         self.one_set = self._make_one_set()
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from ..models.losses import Loss
 from ..records import Receipt
 from .accelerated import AcceleratedEngine, State
 from .accelerator import prepare_zero
-from .deepspeed_scale import read_counts, read_loss_scale, set_counts, set_loss_scale
+from .deepspeed_scale import read_counts, read_loss_scale, scaler_of, set_progress
 from .deepspeed_setup import (
     add_biases_before_rounding,
     fp32_partitions,
@@ -112,32 +112,19 @@ class ZeroEngine(AcceleratedEngine):
     def numbers_kept(self) -> list[str]:
         return numbers_in_partitions(self.live.optimizer)
 
-    @property
-    def _scaler(self) -> Any:
-        """Return DeepSpeed's loss scaler; its optimizer for bf16 has none."""
-        return getattr(self.live.optimizer, "loss_scaler", None)
-
     def loss_scale_state(self) -> dict[str, float] | None:
-        return read_loss_scale(self._scaler)
+        return read_loss_scale(scaler_of(self.live))
 
     def own_state(self) -> OwnState:
-        return OwnState({}, read_counts(self._scaler))
+        return OwnState({}, read_counts(scaler_of(self.live)))
 
     def begin_at(
         self, step: int, loss_scale: Mapping[str, float] | None, own: OwnState | None
     ) -> None:
         super().begin_at(step, loss_scale, own)
-        set_loss_scale(self._scaler, loss_scale)
-        set_counts(self._scaler, own.numbers if own else {})
+        set_progress(self.live, step, loss_scale, own.numbers if own else {})
         self.frozen.round()
         update_parameters(self.live.optimizer)
-        self._set_counters(step)
-
-    def _set_counters(self, step: int) -> None:
-        """Tell DeepSpeed how many steps were made: its profiler and its monitors count on."""
-        live = self.live
-        live.global_steps, live.micro_steps = step, step * live.gradient_accumulation_steps()
-        live.global_samples = step * live.train_batch_size()
 
     def close(self) -> None:
         self.live.destroy()

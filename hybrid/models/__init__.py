@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from ..job.errors import JobError
 from ..job.imports import call_named, check_name
 from ..job.schema import Job
+from ..job.trust import HF as HF
 
 if TYPE_CHECKING:
     from .layers import Layers
     from .losses import Loss
 
-HF = "hf:"
 FAMILIES = {
     "linear": "hybrid.models.linear:linear",
     "mlp": "hybrid.models.mlp:mlp",

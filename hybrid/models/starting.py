@@ -14,9 +14,9 @@ from ..checkpoint.sources import Weights, open_weights
 from ..checkpoint.tensor_file import BUFFER_BYTES, raw_bytes
 from ..job.errors import JobError
 from ..job.schema import Job
+from ..job.trust import HF
 from .layers import Layers
 
-HF = "hf:"
 Names = Mapping[str, Sequence[str]]
 
 

@@ -15,6 +15,7 @@ import torch
 
 from ..checkpoint.folders import prune, remove_unfinished
 from ..checkpoint.load import Reader, load
+from ..checkpoint.names import CHECKPOINTS
 from ..checkpoint.pieces import shares_of
 from ..checkpoint.save import RNG, Snapshot, StateHashes, save
 from ..checkpoint.state_hash import hash_of_pieces
@@ -31,7 +32,7 @@ from ..launch.exchange import gather_objects
 from ..launch.placement import Placement
 from ..records import ResumedFrom, SavedState
 from .best import BestScores
-from .folder import CHECKPOINTS, belongs_to
+from .folder import belongs_to
 from .resume import Chosen
 
 PACKAGES = ("hybrid", "torch", "accelerate", "deepspeed")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import records
+from ..checkpoint.names import CHECKPOINTS
 from ..job.errors import RunFailed, first_line, kind_of, needs_room
 from ..job.file import to_dict
 from ..job.schema import Job
@@ -18,7 +19,6 @@ from ..job.traces import users_line
 from ..job.variants import Choice
 from ..records import Record, Status
 
-CHECKPOINTS = "checkpoints"
 STEPS = "steps.jsonl"
 
 

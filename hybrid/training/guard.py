@@ -9,11 +9,11 @@ from typing import Any
 
 from ..checkpoint.folders import folder_of
 from ..checkpoint.manifest import read_manifest
+from ..checkpoint.names import CHECKPOINTS
 from ..job.errors import RunError
 from ..records import StepRecord
 from .check import print_warnings
 from .checkpointing import Checkpoints
-from .folder import CHECKPOINTS
 from .in_progress import RunInProgress
 from .resume import Chosen
 

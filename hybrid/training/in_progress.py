@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from .. import records
+from ..checkpoint.names import CHECKPOINTS
 from ..checkpoint.weights import save_weights
 from ..data.batches import BatchPlan
 from ..data.loader import MicroBatch
@@ -32,7 +33,6 @@ from ..strategies import registry
 from .check import check_fingerprints, print_warnings
 from .checkpointing import Checkpoints
 from .evaluation import evaluate, make_loader
-from .folder import CHECKPOINTS
 from .projection import project
 from .step_log import StepLog
 from .trackers import Trackers

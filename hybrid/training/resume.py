@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import records
+from ..checkpoint.names import CHECKPOINTS
 from ..job.errors import JobError
 from ..job.file import flatten, to_dict
 from ..job.variants import Choice
 from ..layout import Layout
 from ..records import Record
-from .folder import CHECKPOINTS, belongs_to
+from .folder import belongs_to
 
 AUTO = "auto"
 # What the state or the samples follow from. Other keys may change: a warning names each.
@@ -137,7 +138,9 @@ def find_ended(out: Path, resume: str | Path, choice: Choice) -> Start | None:
         before = json.loads((out / "job.json").read_text())
     except (OSError, ValueError):
         return None
-    step = record.checkpoint.step if record.checkpoint else len(record.steps)
+    # The newest checkpoint may be of an earlier step, where the run went on without saving.
+    steps = [step.step + 1 for step in record.steps[-1:]]
+    step = max([*steps, record.checkpoint.step if record.checkpoint else 0])
     if step != choice.job.train.steps:
         return None
     compare_jobs(f"--resume {resume}", choice, before, record.variant_of or record.strategy)
@@ -191,14 +194,11 @@ def read_chosen(folder: Path, choice: Choice) -> Chosen:
 
 def _newest(given: str, checkpoints: Path, choice: Choice) -> Chosen | None:
     """Return the newest checkpoint that verifies, None where there is none at all."""
-    from ..checkpoint.folders import list_checkpoints, verify
+    from ..checkpoint.folders import find_newest
 
-    skipped: list[str] = []
-    for folder in list_checkpoints(checkpoints):
-        manifest, problems = verify(folder, whole=True)
-        if not problems:
-            return _compared(given, Chosen(folder, manifest, skipped), choice)
-        skipped.append(f"{folder.name} is skipped: {problems[0]}")
+    found, skipped = find_newest(checkpoints, whole=True)
+    if found:
+        return _compared(given, Chosen(*found, skipped), choice)
     if skipped:
         raise JobError(
             f"{given}: no checkpoint in {checkpoints} can be used; {'; '.join(skipped)}; "

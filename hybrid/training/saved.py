@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folders import list_checkpoints, verify
+from ..checkpoint.folders import verify
 from ..checkpoint.inspection import is_checkpoint
 from ..checkpoint.manifest import Manifest, read_manifest
-from ..checkpoint.sources import ABOUT, CheckpointWeights, Weights, final_is_newer, open_final
-from ..checkpoint.weights import verify_weights
+from ..checkpoint.names import CHECKPOINTS
+from ..checkpoint.sources import CheckpointWeights, Weights, find_unless_final, open_final
+from ..checkpoint.weights import ABOUT, verify_weights
 from ..data import SOURCES
 from ..job.errors import JobError
 from ..job.file import load_job
@@ -23,7 +24,6 @@ from ..job.schema import Job
 from ..job.trust import require_trust
 from ..models import check_model_name
 from ..models.starting import without_weights
-from .folder import CHECKPOINTS
 
 JOB = "job.json"
 VALID = "valid: the folder of a checkpoint, of a run, or of its final weights"
@@ -96,12 +96,9 @@ def _find(path: Path, verified: bool) -> tuple[Path, Manifest | None, list[str]]
     if (path / ABOUT).is_file():
         return path, None, []
     below = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    notes: list[str] = []
-    for folder in list_checkpoints(below) if not final_is_newer(below) else []:
-        manifest, problems = verify(folder)
-        if manifest is not None and not problems:
-            return folder, manifest, notes
-        notes.append(f"{folder.name} is skipped: {problems[0]}")
+    found, notes = find_unless_final(below)
+    if found:
+        return *found, notes
     if (below / "final" / ABOUT).is_file() or ((path / JOB).is_file() and not notes):
         return below / "final", None, notes
     if notes:

@@ -6,8 +6,9 @@ from pathlib import Path
 from ...checkpoint.pieces import WEIGHT, Piece
 from ...checkpoint.sources import Weights
 from ...job.schema import Job
+from ...job.trust import HF
 from ..layers import Layers
-from ..starting import HF, fill, match_names
+from ..starting import fill, match_names
 from . import _all_configs, _make_config
 
 # What the source folder may have for its tokenizer and for generation; never code or pickles.
