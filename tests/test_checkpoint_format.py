@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import itertools
 import json
 import random
@@ -16,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.checkpoint_damage import Damage, damages, make_run, try_one
+from hybrid.checkpoint import flushing
 from hybrid.checkpoint.folders import (
     list_checkpoints,
     prune,
@@ -83,7 +86,7 @@ def saved_by(folder: Path, held: list[list[Piece]]) -> Path:
     for rank, pieces in enumerate(held):
         snapshot = Snapshot(4, shares_of(pieces), {}, {}, VALUES)
         flushers: list[Any] = []
-        written.append(module._write(part, snapshot, rank, flushers))
+        written.append(module._write(part, snapshot, rank, flushers, len(held) == 1))
         flushers[0].finish()
     manifest = module._take_hash(part, snapshot, written, None)
     module._commit(part, folder / "step-00000004", *manifest)
@@ -197,8 +200,31 @@ def test_a_save_alone_returns_the_hash(tmp_path: Path) -> None:
     found = save(tmp_path / "checkpoints", snapshot, 0, lambda value: [value])
     assert found.state_hash == hash_by_the_words()
     folder = list_checkpoints(tmp_path / "checkpoints")[0]
+    assert not verify(folder, whole=True)[1]
     reader = Reader(folder, read_manifest(folder))
     assert torch.equal(reader.own(0)["rng/torch"], torch.get_rng_state())
+
+
+@pytest.mark.parametrize("refused", [0, 1, 3])  # the write that finds no such disk; 0: none does
+def test_what_is_written_past_the_cache_is_whole(
+    refused: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Disk(io.FileIO):
+        writes = 0
+
+        def write(self, block: Any) -> int:
+            self.writes += 1
+            if self.writes == refused:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return super().write(block[:4096])  # a part of it
+
+    monkeypatch.setattr(flushing, "ROOM_BYTES", 2**13)
+    blocks = [random.Random(size).randbytes(size) for size in (8, 1001, 0, 30_011, 2**13, 5)]
+    with Disk(tmp_path / "file", "xb") as file:
+        past = flushing.PastCache(file)
+        assert [past.write(block) for block in blocks] == [len(block) for block in blocks]
+        past.end()
+    assert (tmp_path / "file").read_bytes() == b"".join(blocks)
 
 
 def test_a_copied_snapshot_is_not_what_training_goes_on_to_change() -> None:

@@ -1,6 +1,8 @@
 """Makes files and folders that are on the disk, not only in memory, when the call returns."""
 
 import errno
+import fcntl
+import mmap
 import os
 import shutil
 import threading
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 FLUSH_EVERY_S = 0.1  # while a file is being written
+ROOM_BYTES = 2**24
 
 
 def make_folder(path: Path) -> None:
@@ -61,6 +64,53 @@ class Flusher(threading.Thread):
         self._file.close()
         if self._error is not None:
             raise self._error
+
+
+class PastCache:
+    """Writes a file past the system's cache of files (O_DIRECT), where its file system can.
+
+    For a file that nobody reads soon: the cache's memory may take longer than the disk. Such writes
+    have whole blocks of the disk, in the place and in memory; so all goes through a buffer."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._room, self._filled = file, mmap.mmap(-1, ROOM_BYTES), 0
+        self._set_direct(True)
+
+    def _set_direct(self, direct: bool) -> None:
+        flag = getattr(os, "O_DIRECT", 0)  # Linux has it
+        flags = fcntl.fcntl(self._file, fcntl.F_GETFL) & ~flag
+        try:
+            fcntl.fcntl(self._file, fcntl.F_SETFL, flags | flag if direct else flags)
+        except OSError as error:  # a tmpfs has no disk
+            if error.errno != errno.EINVAL:
+                raise
+
+    def write(self, block: bytes | memoryview) -> int:
+        """Take a whole block, and return its size in bytes."""
+        rest = memoryview(block)
+        while rest:
+            taken = min(len(rest), ROOM_BYTES - self._filled)
+            self._room[self._filled : self._filled + taken] = rest[:taken]
+            self._filled, rest = self._filled + taken, rest[taken:]
+            if self._filled == ROOM_BYTES:
+                self._write_out()
+        return len(block)
+
+    def end(self) -> None:
+        """Write what is left, which fills no block of the disk; `Flusher` flushes it."""
+        self._set_direct(False)
+        self._write_out()
+
+    def _write_out(self) -> None:
+        rest, self._filled = memoryview(self._room)[: self._filled], 0
+        while rest:
+            try:
+                rest = rest[self._file.write(rest) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._set_direct(False)  # its blocks are larger, or it cannot after all
+                rest = rest[self._file.write(rest) :]
 
 
 def flush_file(path: Path) -> None:

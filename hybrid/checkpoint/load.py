@@ -22,12 +22,15 @@ def load(folder: Path, manifest: Manifest, pieces: Sequence[Piece]) -> None:
     their names, keys, dtypes and shapes."""
     _require_same(folder, manifest, pieces)
     reader = Reader(folder, manifest)
+    room = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
     try:
         for piece in pieces:
-            step = max(1, BUFFER_BYTES // piece.tensor.dtype.itemsize)
-            for first in range(0, piece.tensor.numel(), step):
-                count = min(step, piece.tensor.numel() - first)
-                piece.write(first, reader.read(*piece.entry, piece.start + first, count))
+            dtype, size = piece.tensor.dtype, piece.tensor.numel()
+            step = BUFFER_BYTES // dtype.itemsize
+            for first in range(0, size, step):
+                values = room[: min(step, size - first) * dtype.itemsize].view(dtype)
+                reader.read_into(values, *piece.entry, piece.start + first)
+                piece.write(first, values)
     finally:
         reader.close()
 
@@ -42,11 +45,15 @@ class Reader:
 
     def read(self, name: str, key: str, start: int, count: int) -> torch.Tensor:
         """Return elements of one flattened tensor, 1-D on the CPU."""
-        entry = self.manifest.entries[name, key]
+        values = torch.empty(count, dtype=dtype_of(self.manifest.entries[name, key].dtype))
+        self.read_into(values, name, key, start)
+        return values
+
+    def read_into(self, values: torch.Tensor, name: str, key: str, start: int) -> None:
+        """Fill a 1-D tensor on the CPU, of the same dtype, with elements from `start` on."""
         if (name, key) not in self._ranges:
-            self._ranges[name, key] = ranges_of(entry)
-        ranges, end = self._ranges[name, key], start + count
-        values = torch.empty(count, dtype=dtype_of(entry.dtype))
+            self._ranges[name, key] = ranges_of(self.manifest.entries[name, key])
+        ranges, end = self._ranges[name, key], start + len(values)
         i = max(0, bisect.bisect_right(ranges, start, key=lambda r: r[0]) - 1)
         while i < len(ranges) and ranges[i][0] < end:
             begin, size, file, part, first = ranges[i]
@@ -55,7 +62,6 @@ class Reader:
                 into = values[low - start : high - start]
                 self._file(file).read_into(into, part, first + low - begin)
             i += 1
-        return values
 
     def whole(self, name: str, key: str) -> torch.Tensor:
         """Return a whole tensor on the CPU, in its shape."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..job.errors import NoRoom, RunError, needs_room
+from ..job.errors import NoRoom, RunError
 from .flushing import Flusher, flush_folder, make_folder, write_flushed
 from .folders import PART, folder_of, replaced_name
 from .manifest import (
@@ -34,10 +34,10 @@ from .manifest import (
     uncovered,
 )
 from .pieces import Share
-from .state_hash import hash_of_files
+from .ranks import Gather, Ranks
+from .state_hash import PassingHash, hash_of_files
 from .tensor_file import Part, dtype_name, raw_bytes, write_file
 
-Gather = Callable[[Any], list[Any]]  # returns every rank's value
 RNG = "rng/"  # how the labels of generators' states begin, among the tensors of one rank
 SHARED = "all hosts must share the file system of the run's folder"
 
@@ -58,8 +58,8 @@ class Snapshot:
     def copy(self, into: "Snapshot | None" = None) -> "Snapshot":
         """Return a snapshot of copies on the CPU, which training does not change any more.
 
-        into: an earlier copy that nobody needs now; its memory is used again where it fits, since
-        new memory takes longer than the copying."""
+        into: an earlier copy that nobody needs now, or room; its memory is used again where it
+        fits, since new memory takes longer than the copying."""
         room = {(s.piece.entry, s.start): s.piece.tensor for s in into.shares} if into else {}
         shares = []
         for share in self.shares:
@@ -74,6 +74,21 @@ class Snapshot:
         numbers, values = copy.deepcopy(self.numbers), copy.deepcopy(self.values)
         return dataclasses.replace(self, shares=shares, own=own, numbers=numbers, values=values)
 
+    def touch(self) -> None:
+        """Fill room with zeros, so that the system gives it its memory now."""
+        for share in self.shares:
+            share.piece.tensor.zero_()
+
+
+def make_room(shares: Sequence[Share]) -> Snapshot:
+    """Return room for a copy of shares, which has no memory yet: see `Snapshot.touch`."""
+    found = []
+    for share in shares:
+        room = torch.empty(share.count, dtype=share.piece.tensor.dtype)
+        piece = dataclasses.replace(share.piece, tensor=room, start=share.start)
+        found.append(Share(piece, 0, share.count))
+    return Snapshot(0, found, {}, {}, {})
+
 
 class StateHashes(NamedTuple):
     """Tells one state from another, by two hashes.
@@ -83,21 +98,6 @@ class StateHashes(NamedTuple):
 
     state_hash: str
     own_hash: str = ""
-
-
-class _Problem(NamedTuple):
-    """Says what a rank could not do. room: it lacked room, or the right to write."""
-
-    words: str
-    room: bool
-    host: str
-
-    def error(self, rank: int, step: int) -> Exception:
-        """Return the error that ends the run, the same on every rank."""
-        who = f"rank {rank} on {self.host}"
-        if self.room:
-            return NoRoom(f"{self.words} ({who}, saving the state after {step} steps)")
-        return RunError(f"{who} could not save the state after {step} steps: {self.words}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,32 +110,7 @@ class _Written:
     numbers: Mapping[str, Any]
     own_hash: str
     host: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ranks:
-    """Has all ranks do their parts of a save, and raises the first problem of one on all."""
-
-    rank: int
-    gather: Gather
-    checkpoints: Path
-    step: int
-
-    def each(self, work: Callable[[], Any]) -> list[Any]:
-        """Do a part on every rank, and return what it came to on each; collective."""
-        return self._exchange(*_try(work, self.checkpoints))
-
-    def first(self, work: Callable[[], Any]) -> Any:
-        """Do a part on rank 0, and return there what it came to; collective."""
-        mine = _try(work, self.checkpoints) if self.rank == 0 else (None, None)
-        return self._exchange(*mine)[0]
-
-    def _exchange(self, value: Any, problem: _Problem | None) -> list[Any]:
-        answers = self.gather((value, problem))
-        for number, (_, found) in enumerate(answers):
-            if found is not None:
-                raise found.error(number, self.step)
-        return [answer for answer, _ in answers]
+    passing: str  # the hash of this rank's shares, which is the state's if it is alone
 
 
 def save(
@@ -154,12 +129,12 @@ def save(
     the new checkpoint there is nothing then, unless only `tidy` failed."""
     folder = folder_of(checkpoints, snapshot.step)
     part = folder.with_name(folder.name + PART)
-    ranks = _Ranks(rank, gather, checkpoints, snapshot.step)
+    ranks = Ranks(rank, gather, checkpoints, snapshot.step)
     flushers: list[Flusher] = []  # of this rank's file
     hashed: list[tuple[dict[str, Any], StateHashes]] = []  # the manifest, on rank 0
     try:
-        ranks.first(lambda: make_folder(part))
-        everyone = ranks.each(lambda: _write(part, snapshot, rank, flushers))
+        alone = len(ranks.each(lambda: make_folder(part) if rank == 0 else None)) == 1
+        everyone = ranks.each(lambda: _write(part, snapshot, rank, flushers, alone))
 
         def finish() -> None:
             # Rank 0 takes the hash of what all have written while that goes on to the disks.
@@ -189,7 +164,9 @@ def _take_away(part: Path, rank: int, flushers: Sequence[Flusher]) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write(part: Path, snapshot: Snapshot, rank: int, flushers: list[Flusher]) -> _Written:
+def _write(
+    part: Path, snapshot: Snapshot, rank: int, flushers: list[Flusher], alone: bool = False
+) -> _Written:
     """Write this rank's file; what flushes it to the disk is added to `flushers`."""
     name, host = rank_file(rank), socket.gethostname()
     parts, entries = [], []
@@ -209,12 +186,14 @@ def _write(part: Path, snapshot: Snapshot, rank: int, flushers: list[Flusher]) -
         if not label.startswith(RNG):
             digest.update(raw_bytes(flat))
     own_hash = digest.hexdigest() if any(not label.startswith(RNG) for label in own) else ""
+    passing = PassingHash([one.key for one in parts[: len(entries)]], snapshot.shares)
     try:
-        file, flusher = write_file(part / name, parts)
+        file, flusher = write_file(part / name, parts, watch=passing.take if alone else None)
     except FileNotFoundError as error:
         raise RunError(f"{part.name}: {error.strerror}; {SHARED}") from None
     flushers.append(flusher)
-    return _Written(file, entries, own, dict(snapshot.numbers), own_hash, host)
+    numbers = dict(snapshot.numbers)
+    return _Written(file, entries, own, numbers, own_hash, host, passing.hexdigest())
 
 
 def _slice(flat: torch.Tensor, first: int, count: int) -> torch.Tensor:
@@ -234,7 +213,8 @@ def _take_hash(
     own = [{"numbers": dict(one.numbers), "tensors": dict(one.own)} for one in everyone]
     values = {"format": FORMAT, "step": snapshot.step, **snapshot.values, "files": files}
     values |= {"ranks": own, "tensors": tensors_as_json(tensors)}
-    state_hash = hash_of_files(part, Manifest(values, tensors))
+    alone = len(everyone) == 1
+    state_hash = everyone[0].passing if alone else hash_of_files(part, Manifest(values, tensors))
     saved = StateHashes(state_hash, "".join(one.own_hash for one in everyone))
     own_hashes = "", saved.own_hash  # a state that was loaded has none
     if unlike and saved.state_hash == unlike.state_hash and unlike.own_hash in own_hashes:
@@ -285,16 +265,3 @@ def _gather_entries(everyone: Sequence[_Written]) -> dict[tuple[str, str], Entry
         if problem := uncovered(entry):
             raise RunError(f"{name} {key}: {problem} among what the ranks hold")
     return tensors
-
-
-def _try(work: Callable[[], Any], checkpoints: Path) -> tuple[Any, _Problem | None]:
-    """Return what `work` returns, and what went wrong: other ranks wait to hear of it."""
-    host = socket.gethostname()
-    try:
-        with needs_room(checkpoints):
-            return work(), None
-    except Exception as error:
-        words = str(error) or type(error).__name__
-        if isinstance(error, OSError):
-            words = f"{Path(str(error.filename or '')).name}: {error.strerror}".removeprefix(": ")
-        return None, _Problem(words, isinstance(error, NoRoom), host)

@@ -36,18 +36,49 @@ def hash_entries(
     """Return the hash of canonical tensors; `blocks` returns the bytes of one, in order."""
     digest = hashlib.sha256()
     for (name, key), entry in sorted(entries.items(), key=lambda item: order_of(*item[0])):
-        shape = compact(list(entry.shape))
-        digest.update("\0".join((name, key, entry.dtype, shape, "")).encode())
+        digest.update(_head(name, key, entry.dtype, entry.shape))
         for block in blocks(name, key, entry):
             digest.update(block)
     return digest.hexdigest()
 
 
+def _head(name: str, key: str, dtype: str, shape: Sequence[int]) -> bytes:
+    return "\0".join((name, key, dtype, compact(list(shape)), "")).encode()
+
+
+class PassingHash:
+    """Takes the hash of a state that one process holds whole, while its blocks go past.
+
+    keys: of the shares, in their order. A second pass over all bytes would take as long again as
+    writing them."""
+
+    def __init__(self, keys: Sequence[str], shares: Sequence[Share]) -> None:
+        self._pieces = {key: share.piece for key, share in zip(keys, shares, strict=True)}
+        self._digest, self._entry = hashlib.sha256(), ("", "")
+
+    def take(self, key: str, block: memoryview) -> None:
+        """Add a block of the tensor that the file has under this key."""
+        piece = self._pieces.get(key)
+        if piece is None:
+            return  # it does not belong to the state
+        if piece.entry != self._entry:
+            self._entry = piece.entry
+            self._digest.update(_head(*piece.entry, dtype_name(piece.tensor.dtype), piece.shape))
+        self._digest.update(block)
+
+    def hexdigest(self) -> str:
+        """Return the hash of what has gone past."""
+        return self._digest.hexdigest()
+
+
 def hash_of_files(folder: Path, manifest: Manifest) -> str:
     """Return the hash of the state that a checkpoint's files hold."""
     files = {name: TensorFile(folder / name) for name in manifest.values["files"]}
+    room = torch.empty(BUFFER_BYTES, dtype=torch.uint8)  # new memory takes as long as reading
     try:
-        return hash_entries(manifest.entries, lambda name, key, entry: _from_files(entry, files))
+        return hash_entries(
+            manifest.entries, lambda name, key, entry: _from_files(entry, files, room)
+        )
     finally:
         for file in files.values():
             file.close()
@@ -66,11 +97,18 @@ def ranges_of(entry: Entry) -> list[tuple[int, int, str, str, int]]:
     return sorted(found)
 
 
-def _from_files(entry: Entry, files: Mapping[str, TensorFile]) -> Iterator[memoryview]:
+def _from_files(
+    entry: Entry, files: Mapping[str, TensorFile], room: torch.Tensor
+) -> Iterator[memoryview]:
+    """Yield a tensor's bytes, read into `room`: each block is gone when the next one comes."""
+    dtype = dtype_of(entry.dtype)
+    step = BUFFER_BYTES // dtype.itemsize
     for _, count, file, key, first in ranges_of(entry):
-        step = max(1, BUFFER_BYTES // dtype_of(entry.dtype).itemsize)
         for begin in range(0, count, step):
-            yield raw_bytes(files[file].read(key, first + begin, min(step, count - begin)))
+            size = min(step, count - begin)
+            values = room[: size * dtype.itemsize].view(dtype)
+            files[file].read_into(values, key, first + begin)
+            yield raw_bytes(values)
 
 
 def hash_of_pieces(pieces: Sequence[Piece]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from ..job.reading import unique
-from .flushing import Flusher
+from .flushing import Flusher, PastCache
 
 BUFFER_BYTES = 2**24
 LONGEST_HEADER = 10**8  # bytes, as in the library
@@ -64,11 +64,16 @@ class Part(NamedTuple):
 
 
 def write_file(
-    path: Path, parts: Sequence[Part], metadata: Mapping[str, str] | None = None
+    path: Path,
+    parts: Sequence[Part],
+    metadata: Mapping[str, str] | None = None,
+    watch: Callable[[str, Any], None] | None = None,
 ) -> tuple[dict[str, Any], Flusher]:
     """Write a new file of tensors; return its `bytes` and `sha256`, and what flushes it.
 
-    The file is on the disk once `finish` of the flusher has returned."""
+    watch: gets the key of each block of a tensor and its bytes, in order, in a thread of its own;
+    of an empty tensor it gets an empty block. Nobody reads such a file again soon. The file is on
+    the disk once `finish` of the flusher has returned."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for part in parts:
@@ -80,15 +85,20 @@ def write_file(
     text = text.ljust(-(-len(text) // 8) * 8)
     digest, size = hashlib.sha256(), 0
     file = path.open("xb", buffering=0)
-    flusher = Flusher(file)
+    flusher, past = Flusher(file), PastCache(file) if watch else None
     try:
-        with ThreadPoolExecutor(1) as hasher:  # which takes a hash during the write
-            start = len(text).to_bytes(8, "little"), text
-            for block in itertools.chain(start, _blocks_of(parts)):
-                hashed = hasher.submit(digest.update, block)
-                _write_all(file, block)
-                hashed.result()
+        with ThreadPoolExecutor(2) as threads:  # which take hashes during the write
+            start = ("", len(text).to_bytes(8, "little")), ("", text)
+            for key, block in itertools.chain(start, _blocks_of(parts)):
+                beside = [threads.submit(digest.update, block)]
+                if key and watch:
+                    beside.append(threads.submit(watch, key, block))
+                _write_all(past or file, block)
+                for one in beside:
+                    one.result()
                 size += len(block)
+        if past:
+            past.end()
     except BaseException:
         with contextlib.suppress(OSError):
             flusher.finish()
@@ -97,18 +107,18 @@ def write_file(
     return {"bytes": size, "sha256": digest.hexdigest()}, flusher
 
 
-def _write_all(file: BinaryIO, block: Any) -> None:
+def _write_all(file: BinaryIO | PastCache, block: Any) -> None:
     """Write a whole block; a file without a buffer may take a part of it at once."""
     rest = memoryview(block)
     while rest:
         rest = rest[file.write(rest) :]
 
 
-def _blocks_of(parts: Sequence[Part]) -> Iterator[Any]:
+def _blocks_of(parts: Sequence[Part]) -> Iterator[tuple[str, Any]]:
     for part in parts:
         step = max(1, BUFFER_BYTES // part.dtype.itemsize)
-        for first in range(0, part.size, step):
-            yield raw_bytes(part.read(first, min(step, part.size - first)))
+        for first in range(0, max(1, part.size), step):
+            yield part.key, raw_bytes(part.read(first, min(step, part.size - first)))
 
 
 class _Span(NamedTuple):

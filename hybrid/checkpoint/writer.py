@@ -63,8 +63,8 @@ class Writer:
         work.wait()
         return found
 
-    def start(self, work: Callable[[], StateHashes]) -> None:
-        """Begin a save, after the one before has been waited for."""
+    def start(self, work: Callable[[], StateHashes | None]) -> None:
+        """Begin a save, or what prepares one, after the one before has been waited for."""
         if self._thread is not None:
             raise RunError("a checkpoint is still being written")
         self._saved = None

@@ -17,7 +17,7 @@ from ..checkpoint.folders import prune, remove_unfinished
 from ..checkpoint.load import Reader, load
 from ..checkpoint.names import CHECKPOINTS
 from ..checkpoint.pieces import shares_of
-from ..checkpoint.save import RNG, Snapshot, StateHashes, save
+from ..checkpoint.save import RNG, Snapshot, StateHashes, make_room, save
 from ..checkpoint.state_hash import hash_of_pieces
 from ..checkpoint.tensor_file import dtype_of
 from ..checkpoint.writer import Writer
@@ -157,9 +157,14 @@ class Checkpoints:
         self._writer.start(work)
 
     def check(self) -> None:
-        """Note a save that has ended meanwhile; raises RunError or NoRoom if it failed."""
+        """Note a save that has ended meanwhile; raises RunError or NoRoom if it failed.
+
+        After the first step, memory for the copies is taken, beside the training."""
         if self._writer:
             self._take(self._saving, self._writer.take(wait=False))
+            if self._copied is None:
+                self._copied = make_room(shares_of(self.engine.pieces()))
+                self._writer.start(self._copied.touch)
 
     def wait(self) -> None:
         """Wait until what is being saved is committed; raises RunError or NoRoom if it failed."""
