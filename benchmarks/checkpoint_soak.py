@@ -85,7 +85,7 @@ KINDS = (
 def soak(given: Any) -> list[Row]:
     """Run laps until so many faults have happened; return a row of each lap."""
     draw, laps, left = random.Random(given.seed), list[Row](), given.faults
-    reference = functools.cache(lambda name: Reference(name, given.out / "references", STEPS))
+    reference = functools.cache(lambda name: Reference(name, given.out / "references", STEPS, 1))
     while left > 0:
         strategy = STRATEGIES[len(laps) % len(STRATEGIES)]
         lap = _Lap(strategy, reference(strategy), given.out / "lap", draw, given.every).run(left)
@@ -104,7 +104,7 @@ class _Lap:
         self.strategy, self.reference, self.out, self.draw = strategy, reference, out, draw
         self.every_s, self.job = every_s, job_of(strategy, True, STEPS)
         self.problems, self.faults = list[str](), Counter[str]()
-        self.damaged = set[int]()
+        self.damaged, self.stopped = set[int](), set[int]()
 
     def run(self, most: int) -> Row:
         """Run it, with so many faults at most, and return what was found."""
@@ -125,7 +125,7 @@ class _Lap:
                 if not reason:
                     raise RuntimeError("a run ended without a record and without a reason")
                 self._look(fault)
-        self.problems += at_end(self.out, self.reference, record)
+        self.problems += at_end(self.out, self.reference, record, self.stopped)
         return {
             "strategy": self.strategy, "steps": STEPS, "faults": dict(self.faults),
             "problems": self.problems,
@@ -166,6 +166,8 @@ class _Lap:
     def _look(self, fault: Fault) -> None:
         """Note what is wrong after a fault, and damage the newest checkpoint if it says so."""
         found = committed(self.out)
+        if fault.number == signal.SIGTERM:  # which has it save, wherever it is
+            self.stopped.add(max(found, default=0))
         self.damaged &= {step for step, (_, wrong) in found.items() if wrong}
         self.problems += after_death(self.out, self.reference, self.damaged)
         whole = [step for step, (_, wrong) in found.items() if not wrong]

@@ -18,7 +18,7 @@ from typing import Any
 import hybrid
 from hybrid.checkpoint.folders import list_checkpoints, step_of, verify
 from hybrid.checkpoint.tensor_file import sha256_of
-from hybrid.job.errors import RunFailed
+from hybrid.job.errors import RunFailed, Stopped
 from hybrid.job.schema import Job
 from hybrid.job.variants import resolve
 from hybrid.records import Record
@@ -94,10 +94,10 @@ def job_of(strategy: str, asynchronous: bool, steps: int = STEPS) -> Job:
 class Reference:
     """Holds a run that nothing befalls: the hash of each of its checkpoints, and its end."""
 
-    def __init__(self, strategy: str, folder: Path, steps: int = STEPS) -> None:
+    def __init__(self, strategy: str, folder: Path, steps: int = STEPS, every: int = EVERY) -> None:
         out = folder / f"{strategy}-{steps}"
         job = job_of(strategy, False, steps)
-        asked = job.checkpoint.model_copy(update={"keep": None})
+        asked = job.checkpoint.model_copy(update={"keep": None, "every": every})
         job = job.model_copy(update={"checkpoint": asked})
         self.record = launch(job, strategy, num_ranks(strategy), out, Watcher())
         self.hashes = {step: found for step, (found, _) in committed(out).items()}
@@ -194,7 +194,7 @@ def ended(run: Any) -> str:
     """Return why a run failed, nothing if it did not."""
     try:
         run()
-    except RunFailed as error:
+    except (RunFailed, Stopped) as error:
         return str(error)
     return ""
 
@@ -216,8 +216,12 @@ def left_running(out: Path) -> list[str]:
     return [f"still runs: {words}" for words in left]
 
 
-def at_end(out: Path, reference: Reference, record: Record) -> list[str]:
-    """Return what is wrong with a run that went on to its end."""
+def at_end(
+    out: Path, reference: Reference, record: Record, stopped: Collection[int] = ()
+) -> list[str]:
+    """Return what is wrong with a run that went on to its end.
+
+    stopped: the steps after which it saved because it was told to end."""
     problems, whole = [], reference.record
     if record.checkpoint != whole.checkpoint:
         problems.append(f"another state: {record.checkpoint}")
@@ -228,7 +232,8 @@ def at_end(out: Path, reference: Reference, record: Record) -> list[str]:
     resumed = record.resumed_from
     if resumed and resumed.state_hash != reference.hashes.get(resumed.step):
         problems.append("another state after loading")
-    kept = sorted(reference.hashes)[-KEEP:]
+    due = {step for step in reference.hashes if step % EVERY == 0}
+    kept = sorted(due | set(stopped))[-KEEP:]
     if sorted(committed(out)) != kept:
         problems.append(f"steps {sorted(committed(out))} are there, not {kept}")
     names = [path.name for path in out.rglob("*.part")]
