@@ -6,6 +6,7 @@ An import counts wherever it stands: at the top, inside a function, under `if TY
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,6 +136,12 @@ def test_imports_point_downwards() -> None:
 def test_the_table_names_only_what_there_is() -> None:
     gone = [unit for unit in ORDER if not own_module(ROOT / "hybrid", unit)]
     assert not gone and len(ROWS.strip().splitlines()) <= 8
+
+
+def test_an_installed_package_has_every_folder() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {file.parent.relative_to(ROOT) for file in (ROOT / "hybrid").rglob("*.py")}
+    assert sorted({".".join(folder.parts) for folder in folders} | {"hybrid.ds_configs"}) == listed
 
 
 def test_every_strategy_is_known_here() -> None:
