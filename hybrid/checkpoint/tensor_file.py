@@ -74,16 +74,7 @@ def write_file(
     watch: gets the key of each block of a tensor and its bytes, in order, in a thread of its own;
     of an empty tensor it gets an empty block. Nobody reads such a file again soon. The file is on
     the disk once `finish` of the flusher has returned."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for part in parts:
-        begin, end = end, end + part.size * part.dtype.itemsize
-        name = dtype_name(part.dtype)
-        shape = [part.size] if part.shape is None else list(part.shape)
-        header[part.key] = {"dtype": name, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
-    digest, size = hashlib.sha256(), 0
+    text, digest, size = _header(parts, metadata), hashlib.sha256(), 0
     file = path.open("xb", buffering=0)
     flusher, past = Flusher(file), PastCache(file) if watch else None
     try:
@@ -105,6 +96,18 @@ def write_file(
         raise
     flusher.end()
     return {"bytes": size, "sha256": digest.hexdigest()}, flusher
+
+
+def _header(parts: Sequence[Part], metadata: Mapping[str, str] | None) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for part in parts:
+        begin, end = end, end + part.size * part.dtype.itemsize
+        name = dtype_name(part.dtype)
+        shape = [part.size] if part.shape is None else list(part.shape)
+        header[part.key] = {"dtype": name, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text.ljust(-(-len(text) // 8) * 8)
 
 
 def _write_all(file: BinaryIO | PastCache, block: Any) -> None:
