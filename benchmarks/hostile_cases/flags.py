@@ -99,7 +99,9 @@ def base(command: str, without: str) -> list[Word]:
 
 
 def _case(number: int, what: str, arguments: list[Word], **more: Any) -> Case:
-    make = laid(lay_job, lay_run, lay_text_run)
+    runs = {"run": lay_run, "text_run": lay_text_run}
+    named = [lay for name, lay in runs.items() if any(str(w).startswith(name) for w in arguments)]
+    make = laid(lay_job, *named)
     starts = arguments[0] == "compare" and any(w in arguments for w in ("--interrupt",))
     return Case(KIND, number, what, arguments, make, starts=starts, **more)
 
