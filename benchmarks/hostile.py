@@ -102,6 +102,25 @@ def read_rows(path: Path) -> list[Row]:
     return found
 
 
+WORDS = """
+A case is drawn by the seed, its kind and its number alone. It runs the command line in a folder of
+its own, as a process of its own, and breaks the contract if
+
+- its status is none that its kind allows (2 for wrong input, 3 where the machine lacks something);
+- wrong input ends with more or less than one line `hybrid: ...` beside warnings, or the line does
+  not name the option, the field or the file, and where one can show it the value;
+- a traceback, a control character or a line of more than 3,000 characters is printed; a traceback
+  of a user's own code is allowed where the run failed (status 1);
+- it still runs after 90 s, starts more than 100 processes, or leaves one;
+- it changes, makes or removes a file outside `--out`, or one in it that is not a run's by name, or
+  leaves one in TMPDIR (but for the cache that torch makes there);
+- anything ran that only a stranger's folder, model or pickle names: each would make a file;
+- a refusal takes more than 2 s of CPU, user and system of all processes, where none has to start.
+
+`python -m benchmarks.hostile --out FOLDER --only KIND:NUMBER` runs one of them again.
+"""
+
+
 def summarise(rows: list[Row], command: str) -> str:
     """Return the page of a campaign."""
     kinds = [k for k in NAMES if any(r["kind"] == k for r in rows)]
@@ -109,7 +128,7 @@ def summarise(rows: list[Row], command: str) -> str:
     seeds = ", ".join(sorted({str(r["seed"]) for r in rows}))
     lines = [
         "# Hostile input and bad luck, counted\n", f"`{command}`: {summarise_machine()}.\n",
-        f"{len(rows)} cases, seed {seeds}: **{len(wrong)} break the contract**.\n",
+        f"{len(rows)} cases, seed {seeds}: **{len(wrong)} break the contract**.", WORDS,
         "| kind | cases | broken | 0 | 1 | 2 | 3 | other | CPU s: median | refused: at most |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip

@@ -22,8 +22,7 @@ MORE = "every = 2\n"
 IMPOSSIBLE: dict[str, tuple[tuple[str, str], str, str]] = {
     "degrees that do not multiply": ((MORE, MORE + "[parallel]\npp = 3\ndp = 5\n"), "2d", "pp|dp"),
     "a degree without end": ((MORE, MORE + "[parallel]\ndp = 1000000000000\n"), "2d", "dp"),
-    "more stages than layers": ((MORE, MORE + "[parallel]\npp = 64\n"), "pipeline",
-                                "pp|stages|layers"),
+    "more stages than layers": ((SIZES, "[8, 2]"), "pipeline", "stages|layers"),
     "replicas that do not divide": ((MORE, MORE + "[parallel]\nreplicate = 3\n"), "fsdp",
                                     "replicate"),
     "shards that do not divide": ((MORE, MORE + "[parallel]\nshard = 7\n"), "fsdp", "shard"),
