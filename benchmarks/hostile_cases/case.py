@@ -33,7 +33,7 @@ class Case:
     words: each must stand in the line on what is wrong, `a|b` means one of the two. starts: a
     process has to start, or the user's code to run, before the fault can be known, so that the
     limit on CPU time does not hold. own_code: a traceback of the user's own code is shown. out:
-    where the command may write."""
+    where the command may write. guarded: files there that it may not change all the same."""
 
     kind: str
     number: int
@@ -47,6 +47,7 @@ class Case:
     starts: bool = False
     own_code: bool = False
     out: Sequence[str] = ("out",)
+    guarded: Sequence[str] = ()
     limit_s: float = LIMIT_S
 
     @property

@@ -135,16 +135,7 @@ def own_job(draw: random.Random, number: int) -> Case:
     make = laid(lay_job, lambda f: write(f, {name: text, "x/mine.txt": MINE}))
 
     return Case(KIND, number, f"{words[0]} {name} --out {out!r}", words, make, ends=LACKS | RIGHT,
-                starts=True, out=_made_beside(name))  # fmt: skip
-
-
-def _made_beside(name: str) -> tuple[str, ...]:
-    """Return what a run may make in the folder of its job: all but the job itself."""
-    names = ("job.json", "record.json", "compare.json", "session.json", "eval.json", "steps.jsonl",
-             "compare.md",
-             "report.html", "logs", "checkpoints", "single", "status.json", ".lock", "run.lock",
-             ".hybrid.lock")  # fmt: skip
-    return tuple(n for n in names if n != name)
+                starts=True, out=(".",), guarded=(name,))  # fmt: skip
 
 
 def odd(draw: random.Random, number: int) -> Case:

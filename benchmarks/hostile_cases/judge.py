@@ -197,6 +197,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any], case: Case) -> 
             continue
         root = next((r for r in roots if path == r or path.startswith(f"{r}/")), None)
         ours = root is not None and OURS.fullmatch(os.path.relpath(path, root))
+        ours = ours and path not in [f"here/{name}" for name in case.guarded]
         if path not in after and not ours:
             found.append(f"removed: {path}")
         elif path not in before and root is None:

@@ -82,7 +82,7 @@ def no_address(draw: random.Random, number: int) -> Case:
     variables = {**FAMILIES["torchrun"], "MASTER_ADDR": value, "RANK": draw.choice(["0", "1"])}
     return _case(number, f"MASTER_ADDR = {value[:20]!r}", variables, _train(), ends=frozenset({1,
         2}),
-                 starts=True, words=("MASTER_ADDR",), limit_s=60)  # fmt: skip
+                 starts=True, words=("MASTER_ADDR",), own_code=True, limit_s=60)  # fmt: skip
 
 
 def contradiction(draw: random.Random, number: int) -> Case:
@@ -208,7 +208,7 @@ def accelerate_nonsense(draw: random.Random, number: int) -> Case:
     strategy = draw.choice(["ddp", "zero2", "fsdp"])
     words: list[Word] = ["train", "job.toml", "--strategy", strategy, "--out", "out", *SHORT]
     return _case(number, f"{strategy}: {key} = {keys[key]!r}", variables, words,
-                 ends=WRONG | {1}, starts=True, limit_s=60)  # fmt: skip
+                 ends=WRONG | {1}, own_code=True, starts=True, limit_s=60)  # fmt: skip
 
 
 TAKEN = [no_number, no_number, no_port, left_behind, contradiction, compare_inside, no_number,

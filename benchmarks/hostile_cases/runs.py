@@ -55,6 +55,7 @@ def _case(
     starts = words[0] in ("eval", "train", "compare")
     out = (
         "out",
+        "tokens",  # the cache that the text's job names
         *(
             w
             for w in ("run", "text_run")
