@@ -130,7 +130,7 @@ def _wait(
             problems += [f"started {many} processes"] if many > MOST_PROCESSES else []
         if problems:
             kill(mark)
-        time.sleep(0.02)
+        time.sleep(0.03)
 
 
 def _num_processes() -> int:
