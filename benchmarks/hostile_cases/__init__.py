@@ -1,0 +1,1 @@
+"""This package draws what strangers and bad luck hand to the command line, and judges the end."""
