@@ -17,6 +17,7 @@ from hybrid.data import text as text_module
 from hybrid.data.text import cache, sources, text
 from hybrid.data.text.cache import HEADER
 from hybrid.data.text.tokenizers import Bytes
+from hybrid.records.whole import part_of
 from tests.conftest import ROOT
 from tests.texts import WORDS, documents_of, many, read, tokens_of
 
@@ -126,12 +127,11 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     cache = tmp_path / "cache"
     assert [f.suffix for f in cache.iterdir()] == [".lock"]
     (lock,) = cache.iterdir()
-    old, new = cache / f"{lock.stem}.12.part", cache / f"{lock.stem}.34.part"
-    old.touch()
-    new.touch()
-    os.utime(old, (1, 1))  # of a process that was killed long ago
+    old, other = part_of(lock.with_suffix(".tokens")), cache / f".{lock.stem}.tokens.12.part"
+    old.touch()  # of a process that was killed
+    other.touch()
     read(tmp_path, path=path)
-    assert not old.exists() and new.exists()
+    assert not old.exists() and other.exists()
 
 
 def test_long_work_gives_signs_of_life(

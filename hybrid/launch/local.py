@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..job.errors import Failure, RunFailed, Stopped
+from ..records.whole import new_file, remove_parts
 from .failures import first_cause
 from .heartbeat import is_peer_loss
 from .stopping import SIGNALS, STOPPED, PassedOn, told
@@ -52,6 +53,7 @@ def run_ranks(
     logs.mkdir(parents=True, exist_ok=True)
     for old in logs.glob("rank*"):
         old.unlink()
+    remove_parts(*(logs / f"rank{rank}.error.json" for rank in range(nproc)))
     ranks: Ranks = []
     with PassedOn() if stops else contextlib.nullcontext():
         try:
@@ -79,7 +81,7 @@ def _start(
             return warm.fork(program[1:], arguments, variables, log, modules)
         except ServerGone:
             print("hybrid: the warm process has ended: ranks start afresh", file=sys.stderr)
-    with log.open("wb") as file:
+    with new_file(log) as file:
         return subprocess.Popen(
             [*program, *arguments],
             env=os.environ | variables,

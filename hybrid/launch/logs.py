@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..records.whole import new_file, remove_parts
 from .placement import Placement
 
 
@@ -24,9 +25,10 @@ def redirect_output(logs: Path, placement: Placement) -> None:
         number = re.match(r"rank(\d+)\.", old.name)
         if number and int(number[1]) % placement.world_size == placement.rank:
             old.unlink(missing_ok=True)  # not emptied, since old processes may still write there
+    remove_parts(logs / f"rank{placement.rank}.error.json")
     if placement.rank == 0:
         print(f"hybrid: what each rank N prints is in {logs}/rankN.log", file=sys.stderr)
-    with (logs / f"rank{placement.rank}.log").open("wb") as log:
+    with new_file(logs / f"rank{placement.rank}.log") as log:
         sys.stdout = _divert(sys.stdout, 1, log.fileno())
         sys.stderr = _divert(sys.stderr, 2, log.fileno())
 

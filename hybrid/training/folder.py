@@ -5,7 +5,6 @@ reader never takes the record or the weights of the run before for this run's. N
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from ..job.schema import Job
 from ..job.traces import users_line
 from ..job.variants import Choice
 from ..records import Record, Status
+from ..records.whole import remove_parts, write_whole
+from .branches import BRANCHES
 
 STEPS = "steps.jsonl"
 
@@ -34,6 +35,9 @@ def begin_run(out: Path, job: Job, choice: Choice, goes_on: Path | None = None) 
         else:
             shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
             (out / STEPS).unlink(missing_ok=True)
+        # What a killed run may have left.
+        remove_parts(*(out / name for name in (STEPS, "record.json", "job.json")))
+        shutil.rmtree(out / BRANCHES, ignore_errors=True)
         record = Record(choice.name, "running", variant_of=choice.variant_of)
         records.write(record, out / "record.json")
         records.write(to_dict(job), out / "job.json")
@@ -63,9 +67,7 @@ def keep_steps(out: Path, checkpoint: Path, step: int) -> list[str]:
             break
         kept.append(line)
     with needs_room(out):
-        part = out / f"{STEPS}.part"
-        part.write_text("".join(kept))
-        os.replace(part, out / STEPS)
+        write_whole(out / STEPS, "".join(kept))
     if len(kept) == step:
         return []
     missing = f"{step - len(kept)} of the {step} steps before are not in the record"
