@@ -6,6 +6,7 @@ OUT/KINDN.json.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -188,7 +189,7 @@ def test_a_process_alone_makes_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_that_cannot_be_written_names_the_temporary_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("wb"))
+    monkeypatch.setattr(tempfile, "TemporaryFile", functools.partial(open, "/dev/full", "wb"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     said = f"{tmp_path}: cannot be written to: No space left on device (the tensors of the model"
     with pytest.raises(NoRoom, match=re.escape(said)):

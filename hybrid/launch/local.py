@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..job.errors import Failure, RunFailed, Stopped
-from ..records.whole import new_file, remove_parts
+from ..records.whole import new_file
 from .failures import first_cause
 from .heartbeat import is_peer_loss
 from .stopping import SIGNALS, STOPPED, PassedOn, told
@@ -53,7 +53,6 @@ def run_ranks(
     logs.mkdir(parents=True, exist_ok=True)
     for old in logs.glob("rank*"):
         old.unlink()
-    remove_parts(*(logs / f"rank{rank}.error.json" for rank in range(nproc)))
     ranks: Ranks = []
     with PassedOn() if stops else contextlib.nullcontext():
         try:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..records.whole import new_file, remove_parts
+from ..records.whole import new_file
 from .placement import Placement
 
 
@@ -25,7 +25,6 @@ def redirect_output(logs: Path, placement: Placement) -> None:
         number = re.match(r"rank(\d+)\.", old.name)
         if number and int(number[1]) % placement.world_size == placement.rank:
             old.unlink(missing_ok=True)  # not emptied, since old processes may still write there
-    remove_parts(logs / f"rank{placement.rank}.error.json")
     if placement.rank == 0:
         print(f"hybrid: what each rank N prints is in {logs}/rankN.log", file=sys.stderr)
     with new_file(logs / f"rank{placement.rank}.log") as log:
