@@ -18,7 +18,6 @@ from ..job.schema import Job
 from ..job.variants import resolve
 from ..measure.machine import describe_machine
 from ..records import Record
-from ..records.whole import remove_parts
 from ..training.check import print_warnings
 from ..training.resume import AUTO, Chosen, choose
 from .differences import find_lost_step
@@ -39,7 +38,6 @@ def begin_session(out: Path, asked: Mapping[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in RESULTS:
         (out / name).unlink(missing_ok=True)
-    remove_parts(*(out / name for name in (*RESULTS, SESSION)))  # of a killed comparison
     records.write(asked, out / SESSION)
 
 

@@ -30,14 +30,14 @@ def part_of(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Have an error of the system that names no file, as on a full disk, name this one."""
+def naming(path: Path, part: Path | None = None) -> Iterator[None]:
+    """Have an error of the system that names no file, as on a full disk, or `part` name `path`."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
-        raise
+        if error.errno is None or error.filename not in (None, str(part), part):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextlib.contextmanager
@@ -47,18 +47,15 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     It is on the disk then, so that after a crash of the machine there is the old file or this one.
     Where the context ends with an error, nothing of the new file stays."""
     part = part_of(path)
-    try:
-        with naming(path):
-            with open(part, "x+b", opener=no_links) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+    with naming(path, part), open(part, "x+b", opener=no_links) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
             os.replace(part, path)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename == str(part):
-            error.filename, error.filename2 = str(path), None
-        raise
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
 
 def write_whole(path: Path, text: str) -> None:

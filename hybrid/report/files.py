@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import records
 from ..records import Comparison
-from ..records.whole import write_whole
+from ..records.whole import remove_parts, write_whole
 from .costs import join_best, tell_best, tell_sharing
 from .excuses import format_excused
 from .formats import format_value
@@ -37,6 +37,7 @@ def write(comparison: Comparison, out: Path) -> list[Path]:
         out / "report.html": html(comparison),
         out / "compare.json": records.dumps(comparison) + "\n",
     }
+    remove_parts(*texts, out / "session.json")  # of killed comparisons
     for path, text in texts.items():
         write_whole(path, text)
     return [out / "compare.json", out / "compare.md", out / "report.html"]
