@@ -49,6 +49,10 @@ class Moment(NamedTuple):
     nth: int = 0
     disk: str = "run"
 
+    def more(self) -> list[str]:
+        """Return by which words a run goes on that has saved its state."""
+        return ["--resume", "auto"] if self.command != "export" else []
+
 
 MOMENTS = {
     "job": Moment("hybrid.training.folder:records.write", None, "(record.json)"),
@@ -141,7 +145,7 @@ def run_case(name: str, folder: Path) -> dict[str, Any]:
         if not (disk / BALLAST).exists():
             problems.append("the moment was not reached")
         (disk / BALLAST).unlink(missing_ok=True)
-        again = run([sys.executable, "-m", "hybrid", *words])
+        again = run([sys.executable, "-m", "hybrid", *words, *moment.more()])
         if again.returncode:
             problems.append(f"with room again: {again.returncode}, {again.stderr[-300:]}")
     said = [line for line in done.stderr.splitlines() if line.startswith("hybrid: ")]

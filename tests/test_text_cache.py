@@ -98,6 +98,25 @@ def test_a_damaged_file_is_written_anew(case: str, tmp_path: Path) -> None:
     assert [tokens_of(s) for s in again] == [tokens_of(s) for s in first]
 
 
+def test_tokens_that_are_in_no_vocabulary_are_refused_with_sums_that_fit(tmp_path: Path) -> None:
+    """Somebody else may have put them into a shared folder; a row of the embedding would lack."""
+    path = many(tmp_path / "texts")
+    first = read(tmp_path, path=path)
+    (file,) = (tmp_path / "cache").glob("*.tokens")
+    data = bytearray(file.read_bytes())
+    data[-2:] = b"\xff\xff"
+    file.unlink()
+    file.write_bytes(data)
+    with file.open("r+b") as planted:
+        header = cache._read_header(planted) | {"dtype": "O"}  # what it says is not asked
+        cache._write_header(
+            planted, header | {"pages": cache._checksum(planted, len(data) - HEADER)}
+        )
+    with pytest.warns(UserWarning, match="damaged .it has tokens that are not in the vocabulary"):
+        again = read(tmp_path, path=path)
+    assert [tokens_of(s) for s in again] == [tokens_of(s) for s in first]
+
+
 def test_of_a_large_file_pages_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "PAGE", 64)
     monkeypatch.setattr(cache, "CHECKED_PAGES", 3)

@@ -5,7 +5,6 @@ import keyword
 import sys
 from pathlib import Path
 
-from ..records.whole import naming, no_links
 from .errors import JobError
 
 MODEL = '''"""The model, the loss and the data that NAME.toml names: put your own in their place."""
@@ -94,16 +93,9 @@ def write_starter(name: str, folder: Path | None = None) -> list[Path]:
             raise JobError(f"{given}: {file} is there already; valid: a name that is not taken")
     if found := _other_module(name):
         raise JobError(f"{given}: {found} has this name; valid: a name that is not taken")
-    made = list[Path]()
-    try:
-        for file, text in files.items():
-            with naming(file), open(file, "x", opener=no_links) as opened:
-                made.append(file)
-                opened.write(text.replace("NAME", name))
-    except BaseException:  # half a file would stand in the way of the next call
-        for file in made:
-            file.unlink(missing_ok=True)
-        raise
+    for file, text in files.items():
+        with file.open("x") as opened:
+            opened.write(text.replace("NAME", name))
     return list(files)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import records
 from ..checkpoint.names import CHECKPOINTS
-from ..job.errors import RunFailed, first_line, kind_of, needs_room
+from ..job.errors import NoRoom, RunFailed, first_line, kind_of, needs_room
 from ..job.file import to_dict
 from ..job.schema import Job
 from ..job.traces import users_line
@@ -74,8 +74,16 @@ def keep_steps(out: Path, checkpoint: Path, step: int) -> list[str]:
     return [f"{missing}: {run / STEPS} has no lines of them"]
 
 
-def end_run(out: Path, choice: Choice, world_size: int, error: BaseException) -> Record:
-    """Write and return the record of a run that ended with this error."""
+def end_run(
+    out: Path,
+    choice: Choice,
+    world_size: int,
+    error: BaseException,
+    warnings: Sequence[str] = (),
+) -> Record:
+    """Write and return the record of a run that ended with this error.
+
+    Where the error says that there is no room for anything, there may be none for the record."""
     kind = error.failure.kind if isinstance(error, RunFailed) else kind_of(error)
     status: Status = "not_possible" if kind == "unsupported" else "failed"
     if isinstance(error, RunFailed):
@@ -89,8 +97,13 @@ def end_run(out: Path, choice: Choice, world_size: int, error: BaseException) ->
             reason += f" (log: {log})"
     variant_of = choice.variant_of
     record = Record(choice.name, status, reason, world_size=world_size, variant_of=variant_of)
-    with needs_room(out):
-        records.write(record, out / "record.json")
+    try:
+        with needs_room(out):
+            records.write(record, out / "record.json")
+        return add_warnings(out, record, warnings)
+    except (NoRoom, OSError):
+        if kind != "room":
+            raise
     return record
 
 

@@ -158,7 +158,7 @@ def launch(
         record = add_warnings(out, records.read(Record, out / "record.json"), warnings)
     except BaseException as raised:
         error = _explained(raised, job, strategy, nproc, out)
-        record = add_warnings(out, end_run(out, choice, nproc, error), warnings)
+        record = end_run(out, choice, nproc, error, warnings)
         if isinstance(error, RunFailed):
             watcher.finished(label, record)
         raise error from None
