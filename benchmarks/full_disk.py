@@ -4,9 +4,10 @@
 
 Run from the top folder of the checkout, as root: each case mounts a tmpfs of 8 MiB on DIR/disk. A
 function of `hybrid` is wrapped, in the command or in one of its ranks, so that the disk is full
-when it is called. The command has to end with status 3 (2 where `cache` has no room for tokens)
-and one line, which names the folder, the system's words and the file; no file may be half written, and no part of one may stay. When there
-is room again, the same command has to end well. DIR/full_disk.md has a row for each case."""
+when it is called. The command has to end with status 3 (2 where `cache` has no room for tokens) and
+one line, which names the folder, the system's words and the file; no file may be half written, and
+no part of one may stay. When there is room again, the same command has to end well, with
+`--resume auto` where it trains. DIR/full_disk.md has a row for each case."""
 
 from __future__ import annotations
 
