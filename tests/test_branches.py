@@ -59,17 +59,17 @@ def test_what_is_described() -> None:
     ],
 )
 def test_other_failures_start_nothing(
-    message: str, kind: str, nproc: int, monkeypatch: pytest.MonkeyPatch
+    message: str, kind: str, nproc: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(branches, "run_ranks", None)
     failure = Failure(1, message, "", kind)  # type: ignore[arg-type]
-    assert explain(failure, small_job(), "ddp", nproc) is failure
+    assert explain(failure, small_job(), "ddp", nproc, tmp_path) is failure
 
 
-def test_a_model_that_finds_no_memory_leaves_the_failure_as_it_is() -> None:
+def test_a_model_that_finds_no_memory_leaves_the_failure_as_it_is(tmp_path: Path) -> None:
     failure = Failure(1, "was ended by SIGABRT: collective mismatch (in step 1)", "")
     job = small_job(model={"name": "tests.test_branches:too_large"})
-    assert explain(failure, job, "ddp", 2) == failure
+    assert explain(failure, job, "ddp", 2, tmp_path) == failure
 
 
 def too_large() -> None:

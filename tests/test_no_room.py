@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from hybrid.job.errors import Failure, NoRoom, RunFailed, exit_status, kind_of, 
 from hybrid.job.file import to_dict
 from hybrid.launch.failures import RankStatus, first_cause, leave_error
 from hybrid.launch.placement import Placement
+from hybrid.records import whole
+from hybrid.training import step_log
 from hybrid.training.step_log import StepLog
 from tests.conftest import hybrid_command, small_job
 
@@ -64,7 +67,8 @@ def test_the_command_says_folder_and_cause_in_one_line(
     out = small_disk(options) / "run"
     done = train(out, tmp_path, steps)
     said = [x for x in done.stderr.splitlines() if x.startswith("hybrid: ")]
-    assert said == [f"hybrid: {out}: cannot be written to: {words}"], done.stderr
+    (line,) = said
+    assert re.fullmatch(rf"hybrid: {out}: cannot be written to: {words}( \(\S+\))?", line), line
     assert "Traceback" not in done.stderr and done.returncode == 3
 
 
@@ -77,13 +81,37 @@ def test_a_run_in_this_process_says_it_too(tmp_path: Path, monkeypatch: pytest.M
 
     def on_a_full_disk(log: Any, *arguments: Any) -> None:
         init(log, *arguments)
-        log._file = open("/dev/full", "w")  # noqa: SIM115 - the log is written to until the end
+        log._file = open("/dev/full", "wb", 0)  # noqa: SIM115 - the log is written to until the end
 
     monkeypatch.setattr(StepLog, "__init__", on_a_full_disk)
     with pytest.raises(NoRoom, match=f"^{tmp_path}: cannot be written to: No space left on device"):
         hybrid.train(small_job(), "single", tmp_path)
     record = records.read(records.Record, tmp_path / "record.json")
-    assert record.reason == f"{tmp_path}: cannot be written to: No space left on device"
+    words = "cannot be written to: No space left on device (steps.jsonl)"
+    assert record.reason == f"{tmp_path}: {words}"
+
+
+@pytest.mark.parametrize("name", ["record.json", "job.json", "steps.jsonl"])
+def test_the_file_without_room_is_named_and_the_older_stays(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hybrid.train(small_job(train__steps=1), "single", tmp_path)
+    before, opened = (tmp_path / name).read_bytes(), whole.no_links
+
+    def no_room_for_it(path: str, flags: int) -> int:
+        if name in Path(path).name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        return opened(path, flags)
+
+    for module in (whole, step_log):
+        monkeypatch.setattr(module, "no_links", no_room_for_it)
+    with pytest.raises(NoRoom) as failed:
+        hybrid.train(small_job(train__steps=2), "single", tmp_path)
+    said = f"{tmp_path}: cannot be written to: No space left on device ({name})"
+    assert str(failed.value) == said, "not that of a file written later"
+    if name != "steps.jsonl":  # which the new run removes
+        assert (tmp_path / name).read_bytes() == before
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_a_comparison_ends_with_the_first_run_without_room(

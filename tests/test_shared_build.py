@@ -6,10 +6,12 @@ OUT/KINDN.json.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 from torch import nn
 
 import hybrid
+from hybrid.job.errors import NoRoom
 from hybrid.launch.exchange import gather_objects
 from hybrid.launch.local import run_ranks
 from hybrid.launch.placement import Placement, find_placement
@@ -27,7 +30,7 @@ from hybrid.models import build_model
 from hybrid.models import shared as shared_module
 from hybrid.models.layers import Layers
 from hybrid.models.losses import cross_entropy
-from hybrid.models.shared import FILE, _fill, build_shared, save_file, tempfile
+from hybrid.models.shared import _fill, build_shared, tempfile, write_nameless
 from tests.conftest import small_job
 
 PROGRAM = (sys.executable, "-m", "tests.test_shared_build")
@@ -48,7 +51,7 @@ def is_mapped(tensor: torch.Tensor) -> bool:
     maps = Path("/proc/self/maps").read_text()
     for low, high, name in re.findall(r"^(\w+)-(\w+) (?:\S+ +){4}(.*)$", maps, re.MULTILINE):
         if int(low, 16) <= tensor.data_ptr() < int(high, 16):
-            return FILE in name
+            return os.environ["TMPDIR"] in name and name.endswith(" (deleted)")
     raise AssertionError("the tensor's memory is nowhere")
 
 
@@ -157,7 +160,8 @@ def test_later_ranks_map_what_the_first_made(out: Path) -> None:
     # A tensor that the last rank changes is changed for itself alone.
     assert others[0]["after"] == first["after"] == first["digests"]["0.token.weight"]
     assert others[1]["after"] != first["after"]
-    assert list((out / "tmp").glob("hybrid-*")) == [], "the file was left behind"
+    left = [path.name for path in (out / "tmp").iterdir()]
+    assert [name for name in left if not name.startswith("torchinductor_")] == [], "left behind"
 
 
 @pytest.mark.slow
@@ -178,34 +182,55 @@ def test_a_users_own_function_is_called_on_every_rank(out: Path) -> None:
 
 
 def test_a_process_alone_makes_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_module, "save_file", None)
+    monkeypatch.setattr(shared_module, "write_nameless", None)
     layers, _ = build_shared(small_job(), Placement())
     assert not any(t.is_meta for t in layers.tensors().values())
 
 
-def test_a_file_that_cannot_be_written_leaves_no_folder(
+def test_a_file_that_cannot_be_written_names_the_temporary_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(tensors: Any, path: Path) -> None:
-        path.write_bytes(b"some of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(shared_module, "save_file", full)
+    monkeypatch.setattr(tempfile, "TemporaryFile", functools.partial(open, "/dev/full", "wb"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with pytest.raises(OSError, match="No space left"):
+    said = f"{tmp_path}: cannot be written to: No space left on device (the tensors of the model"
+    with pytest.raises(NoRoom, match=re.escape(said)):
         build_shared(small_job(), Placement(0, 2, 0))
+
+
+def test_nothing_stays_when_the_rank_that_writes_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shared_module, "raw_bytes", lambda t: os.kill(os.getpid(), signal.SIGKILL))
+    if (child := os.fork()) == 0:
+        write_nameless({"a": torch.ones(3)})
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_may_not_open_the_file_makes_a_copy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = Placement(1, 2, 1)
+    gone = [[here.host, "/proc/self/fd/999"], [here.host, ""]]
+    monkeypatch.setattr(shared_module, "gather_objects", lambda value: gone)
+    layers, _ = build_shared(small_job(), here)
+    assert not any(t.is_meta for t in layers.tensors().values())
+    assert (
+        "makes a copy of the model: /proc/self/fd/999 cannot be opened" in capsys.readouterr().err
+    )
 
 
 def test_a_file_with_other_tensors_is_refused(tmp_path: Path) -> None:
     layers, _ = build_model(small_job())
     more = {**layers.tensors(), "9.weight": torch.ones(2)}
-    path = tmp_path / FILE
-    save_file({n: t.detach() for n, t in more.items()}, path)
+    file = write_nameless(more)
     with torch.device("meta"):
         shape, _ = build_model(small_job())
     with pytest.raises(RuntimeError, match=r"tensors that the model has not: \['9.weight'\]"):
-        _fill(shape, path)
+        _fill(shape, Path(f"/proc/self/fd/{file}"))
+    os.close(file)
 
 
 if __name__ == "__main__":

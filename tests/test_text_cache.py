@@ -17,6 +17,7 @@ from hybrid.data import text as text_module
 from hybrid.data.text import cache, sources, text
 from hybrid.data.text.cache import HEADER
 from hybrid.data.text.tokenizers import Bytes
+from hybrid.records.whole import part_of
 from tests.conftest import ROOT
 from tests.texts import WORDS, documents_of, many, read, tokens_of
 
@@ -97,6 +98,25 @@ def test_a_damaged_file_is_written_anew(case: str, tmp_path: Path) -> None:
     assert [tokens_of(s) for s in again] == [tokens_of(s) for s in first]
 
 
+def test_tokens_that_are_in_no_vocabulary_are_refused_with_sums_that_fit(tmp_path: Path) -> None:
+    """Somebody else may have put them into a shared folder; a row of the embedding would lack."""
+    path = many(tmp_path / "texts")
+    first = read(tmp_path, path=path)
+    (file,) = (tmp_path / "cache").glob("*.tokens")
+    data = bytearray(file.read_bytes())
+    data[-2:] = b"\xff\xff"
+    file.unlink()
+    file.write_bytes(data)
+    with file.open("r+b") as planted:
+        header = cache._read_header(planted) | {"dtype": "O"}  # what it says is not asked
+        cache._write_header(
+            planted, header | {"pages": cache._checksum(planted, len(data) - HEADER)}
+        )
+    with pytest.warns(UserWarning, match="damaged .it has tokens that are not in the vocabulary"):
+        again = read(tmp_path, path=path)
+    assert [tokens_of(s) for s in again] == [tokens_of(s) for s in first]
+
+
 def test_of_a_large_file_pages_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "PAGE", 64)
     monkeypatch.setattr(cache, "CHECKED_PAGES", 3)
@@ -126,12 +146,11 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     cache = tmp_path / "cache"
     assert [f.suffix for f in cache.iterdir()] == [".lock"]
     (lock,) = cache.iterdir()
-    old, new = cache / f"{lock.stem}.12.part", cache / f"{lock.stem}.34.part"
-    old.touch()
-    new.touch()
-    os.utime(old, (1, 1))  # of a process that was killed long ago
+    old, other = part_of(lock.with_suffix(".tokens")), cache / f".{lock.stem}.tokens.12.part"
+    old.touch()  # of a process that was killed
+    other.touch()
     read(tmp_path, path=path)
-    assert not old.exists() and new.exists()
+    assert not old.exists() and other.exists()
 
 
 def test_long_work_gives_signs_of_life(

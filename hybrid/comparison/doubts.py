@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def _move(
 ) -> None:
     """Give a run another label, and its folder another name."""
     target[new] = source.pop(old)
+    shutil.rmtree(out / new, ignore_errors=True)  # of an earlier comparison
     os.replace(out / old, out / new)
 
 

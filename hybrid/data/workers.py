@@ -6,8 +6,10 @@ makes whole steps, in the order of the steps: the n-th worker every n-th. It end
 import dataclasses
 import functools
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
+import secrets
 import sys
 import traceback
 import weakref
@@ -122,6 +124,11 @@ def _as_it_is(step: Any) -> Any:
 
 
 def _begin(rank: int, worker: int) -> None:
-    """Have a worker end with its rank at once; torch's own workers look every 5 seconds."""
+    """Have a worker end with its rank at once; torch's own workers look every 5 seconds.
+
+    The socket by which it hands over its tensors gets no name in the temporary folder, where it
+    would stay when the worker is killed (unix(7), abstract sockets)."""
     if sys.platform == "linux":
         end_with_parent(rank)
+        connections: Any = multiprocessing.connection
+        connections.arbitrary_address = lambda family: f"\0hybrid-{secrets.token_hex(16)}"

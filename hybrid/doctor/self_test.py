@@ -16,6 +16,7 @@ from ..job.file import load_job
 from ..job.schema import Job
 from ..launch.warm import warm_ranks
 from ..records import Comparison, Record
+from ..records.whole import working_folder
 from ..strategies import registry
 from ..training.progress import Watcher
 from .finding import Finding, count
@@ -58,10 +59,11 @@ def check_strategies(names: Sequence[str] = registry.NAMES) -> Iterator[Finding]
         return
     job, watcher = load_job(TINY), Patience()
     try:
-        with warm_ranks(), tempfile.TemporaryDirectory(prefix="hybrid-doctor-") as folder:
+        own = Path(tempfile.gettempdir(), "hybrid-self-test")
+        with warm_ranks(), working_folder(own, 0o700) as folder:
             for nproc, some in itertools.groupby(names, lambda name: num_processes(job, name)):
                 chosen = list(some)
-                result = compare(job, chosen, nproc, Path(folder) / str(nproc), watcher)
+                result = compare(job, chosen, nproc, folder / str(nproc), watcher)
                 for name in chosen:
                     yield describe_run(name, result, watcher.seconds[name])
     except (JobError, ModuleNotFoundError, OSError) as error:

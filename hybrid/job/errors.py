@@ -166,13 +166,16 @@ def needs_room(folder: Path | str | None) -> Iterator[None]:
 def _no_room(error: Exception, folder: Path) -> str:
     """Return the system's words of a disk that is full or may not be written to, else nothing.
 
-    An error that names a file elsewhere is not of `folder`, nor one of the user's own writing."""
+    The file in `folder` stands behind them, where the error names one. An error that names a file
+    elsewhere is not of `folder`, nor one of the user's own writing."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM | _NO_RIGHT:
-        if isinstance(error.filename, (str, Path)):
-            ours = _is_near(Path(error.filename), folder)
-        else:
-            ours = error.errno in _NO_ROOM and not users_line(error)
-        return (error.strerror or "") if ours else ""
+        words, file = error.strerror or "", error.filename
+        if not isinstance(file, (str, Path)):
+            return words if error.errno in _NO_ROOM and not users_line(error) else ""
+        inside = Path(os.path.relpath(file, folder))
+        if inside.name and ".." not in inside.parts:
+            return f"{words} ({inside})"
+        return words if _is_near(Path(file), folder) else ""
     # As the libraries in Rust say it: safetensors.
     return os.strerror(errno.ENOSPC) if "(os error 28)" in str(error) else ""
 

@@ -21,6 +21,7 @@ from .. import records
 from ..job.errors import NO_ROOM, Failure, Stopped, kind_of, needs_room
 from ..job.schema import Job
 from ..job.traces import at_users_line, sent_message, users_line
+from ..records.whole import new_file
 from .heartbeat import Cause, Heartbeat, is_peer_loss
 from .placement import Placement
 
@@ -48,7 +49,7 @@ class RankStatus:
         if logs:
             name = f"rank{placement.rank}.where"
             logs.mkdir(parents=True, exist_ok=True)
-            with needs_room(logs.parent), (logs / name).open("wb+") as file:
+            with needs_room(logs.parent), new_file(logs / name) as file:
                 # Not a hole: on a full disk the first write to a mapped hole ends the process.
                 file.write(b" " * _WIDTH)
                 file.flush()

@@ -129,7 +129,10 @@ def _become_rank(request: dict[str, Any], server: int, words: int) -> None:
     end_with_parent(server)
     os.environ.update(request["variables"])
     os.chdir(request["folder"])
-    log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND, 0o666)
+    flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND
+    if not request["log"].startswith("/proc/"):  # of a file without a name
+        flags |= os.O_NOFOLLOW
+    log = os.open(request["log"], flags, 0o666)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)

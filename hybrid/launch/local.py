@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..job.errors import Failure, RunFailed, Stopped
+from ..records.whole import new_file
 from .failures import first_cause
 from .heartbeat import is_peer_loss
 from .stopping import SIGNALS, STOPPED, PassedOn, told
@@ -79,7 +80,7 @@ def _start(
             return warm.fork(program[1:], arguments, variables, log, modules)
         except ServerGone:
             print("hybrid: the warm process has ended: ranks start afresh", file=sys.stderr)
-    with log.open("wb") as file:
+    with new_file(log) as file:
         return subprocess.Popen(
             [*program, *arguments],
             env=os.environ | variables,

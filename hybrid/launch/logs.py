@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..records.whole import new_file
 from .placement import Placement
 
 
@@ -26,7 +27,7 @@ def redirect_output(logs: Path, placement: Placement) -> None:
             old.unlink(missing_ok=True)  # not emptied, since old processes may still write there
     if placement.rank == 0:
         print(f"hybrid: what each rank N prints is in {logs}/rankN.log", file=sys.stderr)
-    with (logs / f"rank{placement.rank}.log").open("wb") as log:
+    with new_file(logs / f"rank{placement.rank}.log") as log:
         sys.stdout = _divert(sys.stdout, 1, log.fileno())
         sys.stderr = _divert(sys.stderr, 2, log.fileno())
 

@@ -2,23 +2,34 @@
 
 The first rank of a host makes the model and writes its tensors to a file. The others make only its
 shape, on torch's meta device, and map the file into memory. A mapped tensor takes none of a rank's
-own memory until it is written to, so what a stage or a shard does not keep is never copied."""
+own memory until it is written to, so what a stage or a shard does not keep is never copied.
 
-import shutil
+The file is in the temporary folder and has no name there, so that nothing of it stays, whatever
+ends a rank. The others open it by the first rank's descriptor, which Linux shows in /proc."""
+
+import contextlib
+import json
+import os
+import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from ..checkpoint.tensor_file import dtype_name, raw_bytes
+from ..job.errors import needs_room
 from ..job.schema import Job
 from ..launch.exchange import gather_objects
 from ..launch.placement import Placement
+from ..records.whole import naming
 from . import build_model, can_be_made_on_meta
 from .layers import Layers
 from .losses import Loss
 
-FILE = "start.safetensors"
+WHAT = "the tensors of the model, which the ranks of a host share"
 
 
 def build_shared(job: Job, placement: Placement) -> tuple[Layers, Loss]:
@@ -27,22 +38,38 @@ def build_shared(job: Job, placement: Placement) -> tuple[Layers, Loss]:
     A user's own function makes all values on each rank, since it may compute with them."""
     if placement.world_size == 1 or not can_be_made_on_meta(job):
         return build_model(job)
-    first, folder, host = placement.local_rank == 0, "", placement.host
-    built = None
-    try:
-        if first:
+    built, place, host = None, "", placement.host
+    with contextlib.ExitStack() as opened:
+        if placement.local_rank == 0:
             built = build_model(job)
-            folder = tempfile.mkdtemp(prefix="hybrid-")
-            tensors = built[0].tensors().items()  # some are views, which the file cannot hold
-            save_file({n: t.detach().contiguous() for n, t in tensors}, Path(folder) / FILE)
-        places = [f for h, f in gather_objects((host, folder)) if h == host and f]
+            file = write_nameless(built[0].tensors())
+            opened.callback(os.close, file)
+            place = f"/proc/{os.getpid()}/fd/{file}"
+        places = [found for h, found in gather_objects([host, place]) if h == host and found]
         if built is None:
-            built = _map(job, Path(places[0]) / FILE)
-        gather_objects(None)  # all have mapped the file, so its name can go
-    finally:
-        if folder:
-            shutil.rmtree(folder)
+            built = _map(job, Path(places[0]))
+        gather_objects(None)  # all have mapped the file
     return built
+
+
+def write_nameless(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Write tensors, as safetensors lays them out, to a new file without a name.
+
+    Returns its descriptor. Raises NoRoom, which names the temporary folder."""
+    header, end = dict[str, Any](), 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        of = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
+        header[name] = of | {"data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    folder = Path(tempfile.gettempdir())
+    with needs_room(folder), naming(folder / WHAT), tempfile.TemporaryFile() as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(raw_bytes(tensor.reshape(-1)))
+        file.flush()
+        return os.dup(file.fileno())
 
 
 def _map(job: Job, path: Path) -> tuple[Layers, Loss]:
@@ -50,9 +77,14 @@ def _map(job: Job, path: Path) -> tuple[Layers, Loss]:
     from .hf.probe import NotOnMeta
 
     try:
+        path.stat()
         with torch.device("meta"):
             built = build_model(job)
     except NotOnMeta:
+        return build_model(job)
+    except OSError as error:  # such as of ranks in user namespaces of their own
+        reason = f"{path} cannot be opened: {error.strerror}"
+        print(f"hybrid: this rank makes a copy of the model: {reason}", file=sys.stderr)
         return build_model(job)
     _fill(built[0], path)
     return built

@@ -6,7 +6,6 @@ relative difference is |a-b|/|b|; every size is in bytes, every time in seconds.
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +14,7 @@ from .verdicts import Difference as Difference
 from .verdicts import Parity as Parity
 from .verdicts import ParityState as ParityState
 from .verdicts import ReferenceFault as ReferenceFault
+from .whole import write_whole
 
 Kind = Literal["job", "unsupported", "room", "stopped", "error"]  # of a failure: whose fault it is
 Status = Literal["running", "ok", "failed", "not_possible"]
@@ -236,13 +236,7 @@ def _with_text(value: Any) -> Any:
 def write(value: Any, path: Path) -> None:
     """Write a record so that a reader sees the whole file or none of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(dumps(value) + "\n")
-        os.replace(part, path)
-    except OSError:  # such as a full disk, where half a file is of no use
-        part.unlink(missing_ok=True)
-        raise
+    write_whole(path, dumps(value) + "\n")
 
 
 def read(kind: type[T], path: Path) -> T:

@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import records
 from ..records import Comparison
+from ..records.whole import remove_parts, write_whole
 from .costs import join_best, tell_best, tell_sharing
 from .excuses import format_excused
 from .formats import format_value
@@ -28,12 +29,18 @@ NO_CURVES = "its curves need plotly, which is not installed: pip install hybrid[
 def write(comparison: Comparison, out: Path) -> list[Path]:
     """Write compare.json, compare.md and report.html into `out`, and return their paths.
 
-    Where plotly is missing the page says so in the place of its curves, and so does a warning."""
-    paths = [out / "compare.json", out / "compare.md", out / "report.html"]
-    records.write(comparison, paths[0])
-    paths[1].write_text(markdown(comparison), encoding="utf-8")
-    paths[2].write_text(html(comparison), encoding="utf-8")
-    return paths
+    All are put together before the first is written, and each is written whole: compare.json comes
+    last, so that where it is new, the others are. Where plotly is missing the page says so in the
+    place of its curves, and so does a warning."""
+    texts = {
+        out / "compare.md": markdown(comparison),
+        out / "report.html": html(comparison),
+        out / "compare.json": records.dumps(comparison) + "\n",
+    }
+    remove_parts(*texts, out / "session.json")  # of killed comparisons
+    for path, text in texts.items():
+        write_whole(path, text)
+    return [out / "compare.json", out / "compare.md", out / "report.html"]
 
 
 def markdown(comparison: Comparison) -> str:

@@ -124,7 +124,7 @@ def main() -> None:
                 traceback.print_exc()
                 message = f"checking the job: {type(error).__name__}: {first_line(error)}"
             answer = {"error": {"kind": kind, "message": message}}
-    Path(sys.argv[2]).write_text(json.dumps(answer))
+    Path(sys.argv[2]).write_text(json.dumps(answer))  # a file without a name
 
 
 if __name__ == "__main__":

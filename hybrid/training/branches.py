@@ -9,23 +9,26 @@ import contextlib
 import dataclasses
 import json
 import re
+import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import records
 from ..job.errors import Failure, RunFailed
 from ..job.file import load_job, to_dict
 from ..job.schema import Job
 from ..job.variants import resolve
 from ..launch.local import run_ranks
+from ..records.whole import write_whole
 from ..strategies import registry
 
 if TYPE_CHECKING:
     import torch
 
+BRANCHES = ".branches"  # a folder in that of the run
 LIMIT_S = 30.0  # a run that failed late is not gone through again to its end
 SHOWN = 4  # names of parameters
 MEMORY_PART = 0.5  # of the host's free memory, that this may take
@@ -44,24 +47,36 @@ Used = Sequence[frozenset[str]]  # the parameters that each of several micro-bat
 _STEP = re.compile(r"\(in step (\d+)\)")
 
 
-def explain(failure: Failure, job: Job, strategy: str, nproc: int) -> Failure:
-    """Return the failure, with the parameters that ranks used differently in front, if they did."""
+def explain(failure: Failure, job: Job, strategy: str, nproc: int, out: Path) -> Failure:
+    """Return the failure, with the parameters that ranks used differently in front, if they did.
+
+    out: the folder of the run, in which this takes place and leaves nothing."""
     mismatch = failure.kind == "error" and any(words in failure.message for words in MISMATCH)
     if nproc == 1 or not mismatch:
         return failure
     found = ""
-    with tempfile.TemporaryDirectory(prefix="hybrid-") as name, contextlib.suppress(RunFailed):
-        asked, answer = Path(name) / "asked.json", Path(name) / "answer"
+    folder = out / BRANCHES
+    with _removed(folder), contextlib.suppress(RunFailed):
+        asked, answer = folder / "asked.json", folder / "answer"
         step = _STEP.search(failure.message)
         words = {"strategy": strategy, "nproc": nproc, "last": int(step[1]) if step else None}
-        asked.write_text(json.dumps({"job": to_dict(job), **words}))
+        records.write({"job": to_dict(job), **words}, asked)
         program, given = (sys.executable, "-m", __name__), [str(asked), str(answer)]
-        run_ranks(1, given, Path(name), program=program, modules=["hybrid.training.branches"])
+        run_ranks(1, given, folder, program=program, modules=["hybrid.training.branches"])
         found = answer.read_text()
     if not found:
         return failure
     said = f"{found}; so their collectives did not match: {failure.message}"
     return dataclasses.replace(failure, message=said)
+
+
+@contextlib.contextmanager
+def _removed(folder: Path) -> Iterator[None]:
+    """Remove a folder in the end. One that a killed process leaves goes with the next run."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def find_branches(job: Job, strategy: str, nproc: int, last: int | None = None) -> str:
@@ -197,7 +212,7 @@ def main() -> None:
     """Answer what the file of the first argument asks, in the file of the second."""
     asked = json.loads(Path(sys.argv[1]).read_text())
     found = find_branches(load_job(asked.pop("job")), **asked)
-    Path(sys.argv[2]).write_text(found)
+    write_whole(Path(sys.argv[2]), found)
 
 
 if __name__ == "__main__":

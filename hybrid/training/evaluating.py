@@ -30,6 +30,7 @@ from ..launch.warm import warm_ranks
 from ..models.shared import build_shared
 from ..models.starting import fill, match_names
 from ..models.vector_functions import call_vector_functions_once
+from ..records.whole import remove_parts
 from ..strategies import registry
 from .check import print_warnings
 from .evaluation import evaluate
@@ -89,6 +90,7 @@ def _launch(asked: Asked) -> dict[str, Any]:
     remove_stale_locks()
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / RESULT).unlink(missing_ok=True)
+    remove_parts(asked.out / RESULT, asked.out / JOB)
     file = asked.out / JOB
     records.write(to_dict(job), file)
     arguments = ["eval", str(saved.folder), "--job", str(file), "--strategy", strategy]

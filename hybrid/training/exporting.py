@@ -7,7 +7,6 @@ Formats that are pickles are refused: whoever loads one runs what it names."""
 import contextlib
 import functools
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ..job.errors import JobError, needs_room
 from ..models import HF, build_model, can_be_made_on_meta
 from ..models.layers import Layers
 from ..models.starting import match_names
+from ..records.whole import naming, working_folder
 from .check import print_warnings
 from .saved import JobFrom, Saved, find_saved
 
@@ -57,21 +57,20 @@ def export(checkpoint: Path, to: str, given: JobFrom) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _at_once(path: Path) -> Iterator[Path]:
-    """Give a name beside `path` to write to, which becomes `path` when all is written."""
+    """Give a name to write to, in a new folder beside `path`, which becomes `path` in the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with working_folder(path) as folder, naming(path):
+        part = folder / path.name
         yield part
+        mode = folder.stat().st_mode & 0o666  # by the umask, which not every library heeds
+        for written in [part, *part.rglob("*")]:
+            if written.is_file():
+                written.chmod(mode)
+                flush_file(written)
         if path.exists():
             raise JobError(f"--to {path}: is there already; valid: a path that is not")
-        for written in part.iterdir() if part.is_dir() else []:
-            flush_file(written)
         os.rename(part, path)
         flush_folder(path.parent)
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        part.unlink(missing_ok=True)
 
 
 def _build(saved: Saved) -> Layers:

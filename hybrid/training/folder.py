@@ -5,19 +5,20 @@ reader never takes the record or the weights of the run before for this run's. N
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import records
 from ..checkpoint.names import CHECKPOINTS
-from ..job.errors import RunFailed, first_line, kind_of, needs_room
+from ..job.errors import NoRoom, RunFailed, first_line, kind_of, needs_room
 from ..job.file import to_dict
 from ..job.schema import Job
 from ..job.traces import users_line
 from ..job.variants import Choice
 from ..records import Record, Status
+from ..records.whole import remove_parts, write_whole
+from .branches import BRANCHES
 
 STEPS = "steps.jsonl"
 
@@ -34,6 +35,9 @@ def begin_run(out: Path, job: Job, choice: Choice, goes_on: Path | None = None) 
         else:
             shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
             (out / STEPS).unlink(missing_ok=True)
+        # What a killed run may have left.
+        remove_parts(*(out / name for name in (STEPS, "record.json", "job.json")))
+        shutil.rmtree(out / BRANCHES, ignore_errors=True)
         record = Record(choice.name, "running", variant_of=choice.variant_of)
         records.write(record, out / "record.json")
         records.write(to_dict(job), out / "job.json")
@@ -63,17 +67,23 @@ def keep_steps(out: Path, checkpoint: Path, step: int) -> list[str]:
             break
         kept.append(line)
     with needs_room(out):
-        part = out / f"{STEPS}.part"
-        part.write_text("".join(kept))
-        os.replace(part, out / STEPS)
+        write_whole(out / STEPS, "".join(kept))
     if len(kept) == step:
         return []
     missing = f"{step - len(kept)} of the {step} steps before are not in the record"
     return [f"{missing}: {run / STEPS} has no lines of them"]
 
 
-def end_run(out: Path, choice: Choice, world_size: int, error: BaseException) -> Record:
-    """Write and return the record of a run that ended with this error."""
+def end_run(
+    out: Path,
+    choice: Choice,
+    world_size: int,
+    error: BaseException,
+    warnings: Sequence[str] = (),
+) -> Record:
+    """Write and return the record of a run that ended with this error.
+
+    Where the error says that there is no room for anything, there may be none for the record."""
     kind = error.failure.kind if isinstance(error, RunFailed) else kind_of(error)
     status: Status = "not_possible" if kind == "unsupported" else "failed"
     if isinstance(error, RunFailed):
@@ -87,8 +97,13 @@ def end_run(out: Path, choice: Choice, world_size: int, error: BaseException) ->
             reason += f" (log: {log})"
     variant_of = choice.variant_of
     record = Record(choice.name, status, reason, world_size=world_size, variant_of=variant_of)
-    with needs_room(out):
-        records.write(record, out / "record.json")
+    try:
+        with needs_room(out):
+            records.write(record, out / "record.json")
+        return add_warnings(out, record, warnings)
+    except (NoRoom, OSError):
+        if kind != "room":
+            raise
     return record
 
 

@@ -157,8 +157,8 @@ def launch(
         run_ranks(nproc, arguments, out, watcher.poll, *rest, job.checkpoint.every is not None)
         record = add_warnings(out, records.read(Record, out / "record.json"), warnings)
     except BaseException as raised:
-        error = _explained(raised, job, strategy, nproc)
-        record = add_warnings(out, end_run(out, choice, nproc, error), warnings)
+        error = _explained(raised, job, strategy, nproc, out)
+        record = end_run(out, choice, nproc, error, warnings)
         if isinstance(error, RunFailed):
             watcher.finished(label, record)
         raise error from None
@@ -176,9 +176,11 @@ def _begin(
     return file, missing
 
 
-def _explained(error: BaseException, job: Job, strategy: str, nproc: int) -> BaseException:
+def _explained(
+    error: BaseException, job: Job, strategy: str, nproc: int, out: Path
+) -> BaseException:
     if isinstance(error, RunFailed):
-        return RunFailed(explain(error.failure, job, strategy, nproc))
+        return RunFailed(explain(error.failure, job, strategy, nproc, out))
     return error
 
 

@@ -2,8 +2,11 @@
 
 With a folder they are lines of `steps.jsonl` there, and memory does not grow with the steps."""
 
+import contextlib
+import io
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 from ..engines.protocol import StepResult
 from ..launch.exchange import gather_objects
 from ..records import StepRecord, read_line
+from ..records.whole import naming, no_links
 
 
 class StepLog:
@@ -26,7 +30,10 @@ class StepLog:
         self.changed = False  # a step since the last checkpoint must have changed the state
         self.targets: int | float = 0  # of the steps that are made here
         self._here, self._kept = here, list[StepRecord]()
-        self._file = (out / "steps.jsonl").open("a+") if out else None
+        self._path = out / "steps.jsonl" if out else None
+        self._file: Any = None
+        if self._path:
+            self._file = open(self._path, "a+b", 0, opener=no_links)  # noqa: SIM115 - until `all`
         self._lines = list[str]()  # not written yet
 
     def add(self, record: StepRecord, figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,10 +62,17 @@ class StepLog:
 
     def write(self) -> None:
         """Write the lines that have been added, all of them whole."""
-        if self._file and self._lines:
-            self._file.write("".join(self._lines))
-            self._file.flush()
-            self._lines = []
+        if self._path and self._lines:
+            text, self._lines = "".join(self._lines).encode(), []
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                with naming(self._path):
+                    while text:
+                        text = text[self._file.write(text) :]
+            except BaseException:  # such as a full disk: no half line stays
+                with contextlib.suppress(OSError):
+                    self._file.truncate(end)
+                raise
 
     def all(self) -> list[StepRecord]:
         """Return the records of all steps, on every rank; collective."""
@@ -66,9 +80,9 @@ class StepLog:
         if self._file:
             self._file.seek(0)
             names = StepRecord.__dataclass_fields__
-            lines = [read_line(line) for line in self._file]
+            with io.BufferedReader(self._file) as file:
+                lines = [read_line(line) for line in file]
             self._kept = [StepRecord(**{n: line[n] for n in names if n in line}) for line in lines]
-            self._file.close()
         return gather_objects(self._kept if self._here else None)[0]
 
 

@@ -1,32 +1,33 @@
 """This module keeps tokenised text in files, which every later run maps into memory.
 
 A token file has a header (a line of JSON filled up to `HEADER` bytes), then the train tokens, then
-the validation tokens. It appears whole or not at all (`os.replace`), so that ranks that start
-together never see a part of one. A lock, which ends with its process, lets one of them do the work.
+the validation tokens. It appears whole or not at all, so that ranks that start together never see
+a part of one. A lock, which ends with its process, lets one of them do the work.
 
 A file is trusted under two conditions. Its sources must have the same `state` as when it was
 written. Its size, its header's checksum and that of up to 32 MiB of its tokens must agree with the
 header: all tokens of a file up to that size, evenly spaced pages of a larger one (this takes 0.02 s
-at most, measured)."""
+at most, measured), and these have to be in the vocabulary. No secret goes into the sums: whoever
+may write in the folder can put other tokens there, with sums that fit."""
 
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy
 from filelock import FileLock
 
+from ...records.whole import parts_of, whole_file
 from .documents import LEFT_OUT, Plan, cut, pieces
 from .sources import Source
 from .tokenizers import Tokenizer
@@ -34,7 +35,7 @@ from .tokenizers import Tokenizer
 HEADER = 4096
 PAGE, CHECKED_PAGES = 1 << 16, 1 << 9
 NOTE_S = 10.0  # seconds between two lines about the progress
-ABANDONED_S = 24 * 3600  # the process that left a part untouched for so long was killed
+ABANDONED_S = 24 * 3600  # without a lock: a part untouched for so long is of a killed process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,7 @@ def open_tokens(path: Path, state: str, build: Callable[[Path], None]) -> TokenF
     try:
         found = _read(path, state)  # another process may have written it meanwhile
         if found is None:
+            _remove_abandoned(path, 0.0 if lock.is_locked else ABANDONED_S)
             build(path)
             found = _read(path, state)
     finally:
@@ -89,13 +91,15 @@ def _read(path: Path, state: str) -> TokenFile | None:
             header = _read_header(file)
             if header["state"] != state:
                 return None
-            dtype = numpy.dtype(header["dtype"])
+            dtype = dtype_for(header["vocab_size"])
             sides = (Side(**header["train"]), Side(**header["validation"]))
             size = sum(side.num_tokens for side in sides) * dtype.itemsize
             if os.fstat(file.fileno()).st_size != HEADER + size:
                 raise ValueError("its size is not what its header says")
             if _checksum(file, size) != header["pages"]:
                 raise ValueError("its tokens are not those that were written")
+            if _largest(file, size, dtype) >= header["vocab_size"]:
+                raise ValueError("it has tokens that are not in the vocabulary")
             mapped = numpy.memmap(file, dtype, "r", HEADER)
     except FileNotFoundError:
         return None
@@ -120,13 +124,23 @@ def _write_header(file: IO[bytes], header: dict[str, Any]) -> None:
 
 
 def _checksum(file: IO[bytes], size: int) -> str:
-    """Hashes all pages of the tokens, or `CHECKED_PAGES` of them from the first to the last."""
-    digest, num_pages = hashlib.sha256(), -(-size // PAGE)
+    digest = hashlib.sha256()
+    for page in _pages(file, size):
+        digest.update(page)
+    return digest.hexdigest()
+
+
+def _pages(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """Yields all pages of the tokens, or `CHECKED_PAGES` of them from the first to the last."""
+    num_pages = -(-size // PAGE)
     checked = min(num_pages, CHECKED_PAGES)
     for i in range(checked):
         file.seek(HEADER + PAGE * (i * (num_pages - 1) // max(1, checked - 1)))
-        digest.update(file.read(PAGE))
-    return digest.hexdigest()
+        yield file.read(PAGE)
+
+
+def _largest(file: IO[bytes], size: int, dtype: numpy.dtype) -> int:
+    return max((int(numpy.frombuffer(page, dtype).max()) for page in _pages(file, size)), default=0)
 
 
 class _SideWriter:
@@ -178,29 +192,23 @@ def write_tokens(
     """Tokenises the documents, each on the side that `plan` gives it, into a file at `path`.
 
     Memory does not grow with the text. Where it fails, no part of a file is left."""
-    _remove_abandoned(path)
-    part = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.part")
-    try:
-        with part.open("w+b") as train, tempfile.TemporaryFile(dir=path.parent) as validation:
-            train.write(bytes(HEADER))
-            writers = _SideWriter(train, tokenizer), _SideWriter(validation, tokenizer)
-            _write_documents(sources, plan, writers)
-            if not all(writer.num_bytes for writer in writers):
-                raise ValueError(f"{sources[0].what}: too little text to cut in two")
-            validation.seek(0)
-            shutil.copyfileobj(validation, train)
-            header = {
-                "state": state,
-                "vocab_size": tokenizer.vocab_size,
-                "dtype": writers[0].dtype.str,
-                "train": writers[0].summary(),
-                "validation": writers[1].summary(),
-                "pages": _checksum(train, train.tell() - HEADER),
-            }
-            _write_header(train, header)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as train, tempfile.TemporaryFile(dir=path.parent) as validation:
+        train.write(bytes(HEADER))
+        writers = _SideWriter(train, tokenizer), _SideWriter(validation, tokenizer)
+        _write_documents(sources, plan, writers)
+        if not all(writer.num_bytes for writer in writers):
+            raise ValueError(f"{sources[0].what}: too little text to cut in two")
+        validation.seek(0)
+        shutil.copyfileobj(validation, train)
+        header = {
+            "state": state,
+            "vocab_size": tokenizer.vocab_size,
+            "dtype": writers[0].dtype.str,
+            "train": writers[0].summary(),
+            "validation": writers[1].summary(),
+            "pages": _checksum(train, train.tell() - HEADER),
+        }
+        _write_header(train, header)
 
 
 def _write_documents(
@@ -217,8 +225,9 @@ def _write_documents(
                     writer.add(text)
 
 
-def _remove_abandoned(path: Path) -> None:
-    for part in path.parent.glob(f"{path.stem}.*.part"):
+def _remove_abandoned(path: Path, age_s: float) -> None:
+    """Removes what killed processes have left of this file, once it is untouched for so long."""
+    for part in parts_of(path):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - part.stat().st_mtime > ABANDONED_S:
+            if time.time() - part.lstat().st_mtime > age_s:
                 part.unlink()
