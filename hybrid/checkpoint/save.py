@@ -8,7 +8,6 @@ way has a temporary name, by which the next start knows it (`folders.remove_unfi
 import contextlib
 import copy
 import dataclasses
-import functools
 import hashlib
 import os
 import shutil
@@ -36,7 +35,7 @@ from .manifest import (
 from .pieces import Share
 from .ranks import Gather, Ranks
 from .state_hash import PassingHash, hash_of_files
-from .tensor_file import Part, dtype_name, raw_bytes, write_file
+from .tensor_file import Part, dtype_name, part_of_tensor, raw_bytes, write_file
 
 RNG = "rng/"  # how the labels of generators' states begin, among the tensors of one rank
 SHARED = "all hosts must share the file system of the run's folder"
@@ -179,12 +178,11 @@ def _write(
     own: dict[str, Any] = {}
     digest = hashlib.sha256()
     for label, tensor in sorted(snapshot.own.items()):
-        flat = tensor.detach().reshape(-1)
         key = f"own/{label}"
-        parts.append(Part(key, flat.dtype, len(flat), functools.partial(_slice, flat)))
-        own[label] = {"key": key, "dtype": dtype_name(flat.dtype), "shape": list(tensor.shape)}
+        parts.append(part_of_tensor(key, tensor))
+        own[label] = {"key": key, "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
         if not label.startswith(RNG):
-            digest.update(raw_bytes(flat))
+            digest.update(raw_bytes(tensor.reshape(-1)))
     own_hash = digest.hexdigest() if any(not label.startswith(RNG) for label in own) else ""
     passing = PassingHash([one.key for one in parts[: len(entries)]], snapshot.shares)
     try:
@@ -194,10 +192,6 @@ def _write(
     flushers.append(flusher)
     numbers = dict(snapshot.numbers)
     return _Written(file, entries, own, numbers, own_hash, host, passing.hexdigest())
-
-
-def _slice(flat: torch.Tensor, first: int, count: int) -> torch.Tensor:
-    return flat[first : first + count]
 
 
 def _take_hash(

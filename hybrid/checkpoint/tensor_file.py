@@ -63,6 +63,12 @@ class Part(NamedTuple):
     shape: tuple[int, ...] | None = None  # None: it stands in the file as 1-D
 
 
+def part_of_tensor(key: str, tensor: torch.Tensor, shape: tuple[int, ...] | None = None) -> Part:
+    """Return a part that is a whole tensor, which stands under `key` in the file."""
+    flat = tensor.detach().reshape(-1)
+    return Part(key, flat.dtype, len(flat), lambda first, n: flat[first : first + n], shape)
+
+
 def write_file(
     path: Path,
     parts: Sequence[Part],

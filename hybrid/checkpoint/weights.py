@@ -1,16 +1,17 @@
 """Saves a model's final weights as safetensors with a checksum, and verifies saved ones."""
 
-import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from ..job.errors import JobError
 from ..job.reading import read_json
+from ..records.whole import naming, part_of, write_whole
+from .tensor_file import part_of_tensor, sha256_of, write_file
 
 ABOUT = "checkpoint.json"
 FILE = "model.safetensors"
@@ -28,14 +29,20 @@ def save_weights(
     its own names. Returns the path of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
-    tensors: dict[str, torch.Tensor] = {}
+    parts = []
     for name, source in (names or dict(zip(state, state, strict=True))).items():
-        tensor = state[source].contiguous()
-        twice = any(tensor is t for t in tensors.values())  # the file's format holds no ties
-        tensors[name] = tensor.clone() if twice else tensor
-    save_file(tensors, path)
-    text = json.dumps({"file": FILE, "sha256": _sha256(path), **about}, indent=1)
-    (folder / ABOUT).write_text(text + "\n")
+        parts.append(part_of_tensor(name, state[source], tuple(state[source].shape)))
+    new = part_of(path)
+    try:
+        with naming(path, new):
+            written, flusher = write_file(new, parts)
+            flusher.finish()
+            os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    words = {"file": FILE, "sha256": written["sha256"], **about}
+    write_whole(folder / ABOUT, json.dumps(words, indent=1) + "\n")
     return path
 
 
@@ -49,7 +56,7 @@ def verify_weights(folder: Path) -> Path:
             raise JobError(f"{path}: {words}; a run that has ended has its final weights there")
     try:
         expected = read_json(about, str(about))["sha256"]
-        found = _sha256(file)
+        found = sha256_of(file)
     except OSError as error:
         raise JobError(f"{error.filename}: {error.strerror}") from None
     except (TypeError, KeyError):
@@ -57,8 +64,3 @@ def verify_weights(folder: Path) -> Path:
     if found != expected:
         raise JobError(f"{file}: is damaged, its SHA-256 is not the one in checkpoint.json")
     return file
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
