@@ -18,12 +18,12 @@ _VALID = "valid: a folder that is there or can be made"
 
 
 def read_folder(given: Path | str, option: str = "--out") -> Path:
-    """Return the path that a folder for results is named by; raises JobError where it names none.
+    """Return the path that a folder for results, or a file, is named by.
 
-    An empty text is no name: Python takes it for the current folder."""
+    Raises JobError where it is empty, which Python takes for the current folder."""
     text = os.fspath(given)
     if not text or "\0" in text:
-        raise JobError(f"{option} = {show(text)}: names no folder; {_VALID}")
+        raise JobError(f"{option} = {show(text)}: no path is named so; {_VALID}")
     return Path(text)
 
 

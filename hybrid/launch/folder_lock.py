@@ -26,7 +26,8 @@ from ..job.outputs import make_folder, makes, remove_folders
 from ..records import PROXY
 
 LOCK = "hybrid.lock"
-LOOKS_S = 2.0  # in which another command that merely looks at the lock has let go of it
+LOOKS_S = 0.3  # in which another command that merely looks at the lock has let go of it
+TOLD_S = 2.0  # in which other hosts see whose the lock is
 ENDING_S = 10.0  # in which the ranks of a command that was killed have ended
 _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no link, no wait for a FIFO's other end
 _LOGS = ("logs/rank*.log", "*/logs/rank*.log", f"{PROXY}/*/logs/rank*.log")
@@ -128,10 +129,11 @@ def _is_file(descriptor: int, path: Path) -> bool:
 
 def _write(descriptor: int, launch: str) -> None:
     """Write who this command is."""
+    program = Path(sys.argv[0]).name.replace("__main__.py", "hybrid")
     holder = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([program, *sys.argv[1:]]),
         "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "launch": launch,
     }
@@ -195,7 +197,7 @@ def refuse_held(folder: Path, launch: str | None = None) -> None:
     """Raise JobError where another command has this folder or one above it.
 
     launch: of this rank of a launcher, whose first rank has the folder or will take it."""
-    real, deadline = _real(folder), time.monotonic() + LOOKS_S
+    real, deadline = _real(folder), time.monotonic() + TOLD_S
     for path in (real / LOCK, *(above / LOCK for above in real.parents)):
         if path.parent in _held_here():
             continue

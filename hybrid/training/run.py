@@ -165,8 +165,7 @@ def launch(
     try:
         rest = program or PROGRAM, registry.modules(choice.strategy), _cores_for(choice, cores_for)
         run_ranks(nproc, arguments, out, watcher.poll, *rest, job.checkpoint.every is not None)
-        found = records.read(Record, out / "record.json")
-        record = add_warnings(out, found, warnings)
+        record = add_warnings(out, records.read(Record, out / "record.json"), warnings)
     except BaseException as raised:
         error = _explained(raised, job, strategy, nproc)
         record = add_warnings(out, end_run(out, choice, nproc, error), warnings)
