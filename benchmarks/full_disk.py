@@ -4,9 +4,10 @@
 
 Run from the top folder of the checkout, as root: each case mounts a tmpfs of 8 MiB on DIR/disk. A
 function of `hybrid` is wrapped, in the command or in one of its ranks, so that the disk is full
-when it is called. The command has to end with status 3 and one line, which names the folder, the
-system's words and the file; no file may be half written, and no part of one may stay. When there
-is room again, the same command has to end well. DIR/full_disk.md has a row for each case."""
+when it is called. The command has to end with status 3 (2 where `cache` has no room for tokens) and
+one line, which names the folder, the system's words and the file; no file may be half written, and
+no part of one may stay. When there is room again, the same command has to end well, with
+`--resume auto` where it trains. DIR/full_disk.md has a row for each case."""
 
 from __future__ import annotations
 
@@ -48,6 +49,7 @@ class Moment(NamedTuple):
     command: str = "train"
     nth: int = 0
     disk: str = "run"
+    status: int = 3
 
     def more(self) -> list[str]:
         """Return by which words a run goes on that has saved its state."""
@@ -66,7 +68,7 @@ MOMENTS = {
     "page": Moment("hybrid.report.files:write_whole", None, "(report.html)", "compare", 1),
     "result": Moment("hybrid.report.files:write_whole", None, "(compare.json)", "compare", 2),
     "temporary": Moment("hybrid.models.shared:naming", 0, "tensors of the model", disk="tmp"),
-    "tokens": Moment("hybrid.data.text.cache:whole_file", None, ".tokens", disk="cache"),
+    "tokens": Moment("hybrid.data.text.cache:whole_file", None, ".tokens", disk="cache", status=2),
     "export": Moment("hybrid.training.exporting:write_weights", None, "(it)", "export", disk="to"),
 }  # fmt: skip
 
@@ -166,7 +168,7 @@ def how_it_ended(done: Any, folder: Path, moment: Moment) -> list[str]:
     """Return what is wrong with the end of a command."""
     said = [x for x in done.stderr.splitlines() if x.startswith("hybrid: ") and "warning" not in x]
     line, problems = (said or [""])[-1], list[str]()
-    if done.returncode != 3:
+    if done.returncode != moment.status:
         problems.append(f"left with {done.returncode}")
     if len(said) != 1 or "Traceback" in done.stderr:
         problems.append(f"said more than a line: {done.stderr[-600:]}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,6 +127,19 @@ def test_a_worker_that_is_killed_is_named() -> None:
     _, loader = open_loader((killed, killed, None), 2, 1)
     with pytest.raises(RunError, match=r"data.workers = 2: a worker ended while it loaded data"):
         loader.step(2)
+
+
+def test_a_worker_that_is_killed_leaves_no_socket_in_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    # A name that multiprocessing has made before stays this process's own.
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)
+    _, loader = open_loader((*own_data.augmented_sets(), None), 1)
+    loader.step(2)
+    for worker in children():
+        worker.kill()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_workers_of_a_failed_run_are_ended() -> None:

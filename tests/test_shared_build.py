@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,18 @@ def test_a_file_that_cannot_be_written_names_the_temporary_folder(
     said = f"{tmp_path}: cannot be written to: No space left on device (the tensors of the model"
     with pytest.raises(NoRoom, match=re.escape(said)):
         build_shared(small_job(), Placement(0, 2, 0))
+
+
+def test_nothing_stays_when_the_rank_that_writes_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shared_module, "raw_bytes", lambda t: os.kill(os.getpid(), signal.SIGKILL))
+    if (child := os.fork()) == 0:
+        write_nameless({"a": torch.ones(3)})
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_rank_that_may_not_open_the_file_makes_a_copy(
