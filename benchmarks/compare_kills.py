@@ -116,7 +116,7 @@ def run_case(number: int, seed: int, folder: Path, length: float) -> Row:
     problems = [f"still runs: {words}" for words in left_in(command.out)]
     problems += half_files(command.out)
     problems += [f"left in the temporary folder: {x}" for x in owners(command.temporary)]
-    problems += stands(command.out, old, code)
+    problems += stands(command.out, old)
     said = (folder / "said").read_text()
     if whom.startswith("rank") and (code != 1 or "SIGKILL" not in said):
         problems.append(f"the command left with {code}, and said: {said[-300:]}")
@@ -129,13 +129,11 @@ def run_case(number: int, seed: int, folder: Path, length: float) -> Row:
     return row | {"seconds": took + seconds, "problems": problems}
 
 
-def stands(out: Path, old: Row, code: int) -> list[str]:
-    """Say what is wrong with the comparison before, where a new one has not ended well."""
+def stands(out: Path, old: Row) -> list[str]:
+    """Say what is wrong with the comparison before, unless a new one has taken its place."""
     now = read_result(out)
-    if now == old:  # it had not begun to make way
+    if now == old or (now and not now["failed"]):  # it had not begun to make way, or has ended well
         return []
-    if code == 0:
-        return [] if now else ["a comparison that ended well left no result"]
     for place in (out / "previous", out / "previous.part"):
         kept = read_result(place) or (now if place.suffix else {})
         if kept == old and (place / "moved.json").exists():

@@ -63,8 +63,11 @@ def read_result(out: Path) -> dict[str, Any]:
         found = json.loads((out / "compare.json").read_bytes())
     except FileNotFoundError:
         return {}
-    runs = sorted(name for name, run in found["strategies"].items() if run["world_size"])
-    return {"id": found.get("id"), "date": found["machine"].get("date"), "runs": runs}
+    named = found["strategies"].items()
+    runs = sorted(name for name, run in named if run["world_size"])
+    failed = sorted(name for name, run in named if run["status"] == "failed")
+    date = found["machine"].get("date")
+    return {"id": found.get("id"), "date": date, "runs": runs, "failed": failed}
 
 
 def half_files(out: Path) -> list[str]:

@@ -65,17 +65,17 @@ def test_half_a_file_is_found(name: str, out: Path) -> None:
 
 def test_a_lost_comparison_is_found(out: Path) -> None:
     old = read_result(out)
-    assert old["runs"] == ["ddp", "single"] and stands(out, old, code=-9) == []
+    assert old["runs"] == ["ddp", "single"] and stands(out, old) == []
     kept = out / "previous"
     kept.mkdir()
     for name in ("compare.json", "ddp"):
         shutil.move(out / name, kept / name)
     lost = "the comparison before is gone, or is not said to be old"
-    assert stands(out, old, code=-9) == [lost]
+    assert stands(out, old) == [lost]
     (kept / "moved.json").write_text("{}")
-    assert stands(out, old, -9) == ["the run single of the comparison before is gone"]
+    assert stands(out, old) == ["the run single of the comparison before is gone"]
     (kept / "single").mkdir()
-    assert stands(out, old, -9) == []
+    assert stands(out, old) == []
 
 
 def test_what_still_runs_and_what_is_left_is_found(
