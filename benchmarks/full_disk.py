@@ -59,7 +59,7 @@ class Moment(NamedTuple):
 MOMENTS = {
     "job": Moment("hybrid.training.folder:records.write", None, "(record.json)"),
     "log": Moment("hybrid.launch.failures:RankStatus.__init__", 1, "(logs/rank1.where)"),
-    "steps": Moment("hybrid.training.step_log:StepLog.write", 0, "(steps.jsonl)", nth=2),
+    "steps": Moment("hybrid.training.step_log:StepLog.write", 0, "(steps.jsonl)"),
     "checkpoint": Moment("hybrid.training.checkpointing:Checkpoints.save", 1, "checkpoints", nth=1),
     "weights": Moment("hybrid.training.in_progress:RunInProgress._save", 0, "final"),
     "record": Moment("hybrid.training.trackers:Trackers.finish", 0, "(record.json)"),

@@ -19,6 +19,8 @@ from hybrid.job.errors import Failure, NoRoom, RunFailed, exit_status, kind_of, 
 from hybrid.job.file import to_dict
 from hybrid.launch.failures import RankStatus, first_cause, leave_error
 from hybrid.launch.placement import Placement
+from hybrid.records import whole
+from hybrid.training import step_log
 from hybrid.training.step_log import StepLog
 from tests.conftest import hybrid_command, small_job
 
@@ -87,6 +89,29 @@ def test_a_run_in_this_process_says_it_too(tmp_path: Path, monkeypatch: pytest.M
     record = records.read(records.Record, tmp_path / "record.json")
     words = "cannot be written to: No space left on device (steps.jsonl)"
     assert record.reason == f"{tmp_path}: {words}"
+
+
+@pytest.mark.parametrize("name", ["record.json", "job.json", "steps.jsonl"])
+def test_the_file_without_room_is_named_and_the_older_stays(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hybrid.train(small_job(train__steps=1), "single", tmp_path)
+    before, opened = (tmp_path / name).read_bytes(), whole.no_links
+
+    def no_room_for_it(path: str, flags: int) -> int:
+        if name in Path(path).name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        return opened(path, flags)
+
+    for module in (whole, step_log):
+        monkeypatch.setattr(module, "no_links", no_room_for_it)
+    with pytest.raises(NoRoom) as failed:
+        hybrid.train(small_job(train__steps=2), "single", tmp_path)
+    said = f"{tmp_path}: cannot be written to: No space left on device ({name})"
+    assert str(failed.value) == said, "not that of a file written later"
+    if name != "steps.jsonl":  # which the new run removes
+        assert (tmp_path / name).read_bytes() == before
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_a_comparison_ends_with_the_first_run_without_room(
