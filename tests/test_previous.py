@@ -78,7 +78,7 @@ def test_a_kill_at_any_moment_keeps_the_old_results(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Each change of the folder is the last one of a process once; the next comparison is well."""
+    """Each change of the folder is the first one once that a process does not come to."""
     out, calls = launches.out, list[int]()
     first = compare(launches, ["ddp"], small_job(proxy={"train.steps": 2}))
     old = files_of(out)
@@ -113,10 +113,11 @@ def test_a_kill_at_any_moment_keeps_the_old_results(
         for where in (out, out / "previous.part", out / "previous"):
             found |= {name: text for name, text in files_of(where).items() if name in old}
         assert found == old, moment
-        previous.finish_move(out)
-        second = compare(launches, ["ddp"])
-        assert second.ok and second.id != first.id
-        assert not [*out.glob("previous*"), *out.rglob("*.part")], moment
+        assert first.id in previous.make_way(out, "newer")  # the next comparison begins
+        kept = files_of(out / "previous")
+        assert "new" in kept.pop("moved.json").decode() and kept == old, moment
+        previous.remove_previous(out)  # and has ended well
+        assert not files_of(out), moment
         shutil.rmtree(out)
         shutil.copytree(saved, out)
         if ended:
