@@ -5,6 +5,7 @@ well, on as many processes, from the same job and with the same releases; one th
 on from its newest checkpoint."""
 
 import json
+import os
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from .. import records
 from ..checkpoint.names import CHECKPOINTS
 from ..job.errors import JobError
 from ..job.file import flatten, to_dict
+from ..job.outputs import read_folder
 from ..job.reading import read_json, show
 from ..job.schema import Job
 from ..job.variants import resolve
@@ -52,10 +54,10 @@ def choose_folder(out: Path | None, resume: str | None) -> Path:
     """Return the folder of a comparison, which `--resume` may name too; raises JobError."""
     if resume is None or resume == "auto":
         return out or Path("out/compare")
-    folder = Path(resume)
+    folder = read_folder(resume, "--resume")
     if out not in (None, folder):
         raise JobError(f"--out {out}: valid with --resume {resume}: the same, or none")
-    if not (folder / SESSION).is_file():
+    if not os.path.isfile(folder / SESSION):  # whatever its name is
         raise JobError(f"--resume {resume}: holds no comparison: no {SESSION}")
     return folder
 

@@ -80,8 +80,8 @@ class Runs:
         shown = self.title + label
         rest = self.watcher, shown, self.program, found, cores_for
         try:
-            mark = self.session["id"]
-            return launch(job, name, nproc, folder, *rest, resume, until, mark)
+            how: Any = {"resume": resume, "until": until, "comparison": self.session["id"]}
+            return launch(job, name, nproc, folder, *rest, **how)
         except RunFailed as error:
             # A checkpoint that a run cannot take over is this run's failure: the job is right.
             if error.failure.kind == "job" and resume is None:
