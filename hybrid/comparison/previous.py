@@ -107,6 +107,8 @@ def finish_move(out: Path) -> None:
     """End the move that `make_way` has begun, also where its process was killed then."""
     part, kept = out / PART, out / PREVIOUS
     if not (part / MOVED).exists():
+        for half in part.glob(f"*{MOVED}*.part"):  # of a process that was killed while it wrote it
+            half.unlink()
         remove_empty(part, [])
         return
     moved = _read(part / MOVED)
