@@ -101,22 +101,26 @@ def test_another_thread_is_another_command(tmp_path: Path) -> None:
 
 
 def test_no_child_keeps_the_lock(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with hold(out):
-        (out / "record.json").touch()
-        child = subprocess.Popen(["sleep", "60"], close_fds=False)
-        forked = os.fork()
-        if forked == 0:
-            signal.pause()
-            os._exit(0)
+    """A process that was forked or started by a command that is killed lives on."""
+    code = "import os, subprocess, time\n" + HOLDS.replace(
+        '    print("held", flush=True)',
+        '    child = subprocess.Popen(["sleep", "60"], close_fds=False)\n'
+        "    if (forked := os.fork()) == 0:\n"
+        "        time.sleep(60)\n"
+        "    print(child.pid, forked, flush=True)",
+    )
+    command = start(code, tmp_path, "")
+    assert command.stdout is not None
+    children = [int(word) for word in command.stdout.readline().split()]
     try:
-        with hold(out):
+        command.kill()
+        command.wait()
+        with hold(tmp_path):
             pass
     finally:
-        os.kill(forked, signal.SIGKILL)
-        os.waitpid(forked, 0)
-        child.kill()
-        child.wait()
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+    assert len(children) == 2
 
 
 def test_a_killed_command_leaves_no_lock(tmp_path: Path, held: subprocess.Popen[str]) -> None:
@@ -127,27 +131,20 @@ def test_a_killed_command_leaves_no_lock(tmp_path: Path, held: subprocess.Popen[
         assert json.loads((tmp_path / "out" / LOCK).read_text())["pid"] == os.getpid()
 
 
-def test_one_of_many_at_a_time(tmp_path: Path) -> None:
-    """The file is removed and made again all the while, and a lock on a removed one is none."""
-    code = """
-import os, sys, time
-from pathlib import Path
-from hybrid.launch.folder_lock import hold
-out, had = Path(sys.argv[1]), 0
-while had < 15:
-    try:
-        with hold(out):
-            os.close(os.open(out / "alone", os.O_CREAT | os.O_EXCL))
-            time.sleep(0.001)
-            os.unlink(out / "alone")
-            had += 1
-    except ValueError:
-        pass
-"""
-    commands = [start(code, tmp_path) for _ in range(3)]
-    for command in commands:
-        command.communicate(timeout=60)
-    assert [command.returncode for command in commands] == [0, 0, 0]
+def test_a_lock_on_a_removed_file_is_none(tmp_path: Path, monkeypatch: Any) -> None:
+    """The command before removes its file after this one has opened it."""
+    flock, looks = fcntl.flock, list[int]()
+
+    def late(descriptor: int, kind: int) -> None:
+        looks.append(descriptor)
+        if len(looks) == 1:
+            (tmp_path / LOCK).unlink()
+        flock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with hold(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert len(looks) == 2
 
 
 def test_ranks_of_one_launch_share_it(tmp_path: Path, held: Any, monkeypatch: Any) -> None:

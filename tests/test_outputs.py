@@ -22,6 +22,7 @@ from hybrid.launch.folder_lock import LOCK
 from hybrid.launch.placement import Placement
 from hybrid.training.claiming import claim_for_eval, refuse_lost_job
 from hybrid.training.folder import begin_run
+from hybrid.training.leftovers import list_run, remove
 from tests.conftest import small_job
 
 LONG = "x" * 300
@@ -113,13 +114,16 @@ def test_what_is_not_a_run_s_stays(tmp_path: Path) -> None:
     kept = ["logs/rankings_of_2025.csv", "logs/rank_0.log", "checkpoints/model.pt", "notes.txt"]
     gone = ["checkpoints/step-00000003/manifest.json", "checkpoints/final/model.safetensors"]
     gone += ["steps.jsonl", "checkpoints/step-00000003.part/rank00000.safetensors"]
-    for name in (*kept, *gone):
+    halves = [".record.json.0123456789abcdef.part", "steps.jsonl.part"]
+    for name in (*kept, *gone, *halves):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     job = small_job()
     file = begin_run(tmp_path, job, resolve(job, "ddp"))
     assert all((tmp_path / name).exists() for name in kept)
     assert not any((tmp_path / name).exists() for name in gone)
+    assert {tmp_path / name for name in halves} < {*list_run(tmp_path)}
+    remove(list_run(tmp_path / "not there"))
     refuse_lost_job(file, tmp_path, unchanged=True)
     refuse_lost_job(file, tmp_path / "other")
     for out, of in ((tmp_path, (1,)), (tmp_path.parent, (2, 3))):

@@ -73,56 +73,56 @@ def test_the_one_before_is_kept_until_another_has_ended_well(
     assert (out / "notes.txt").exists() and not (out / "fsdp").exists()
 
 
-def test_a_kill_at_any_moment_keeps_the_old_results(
-    launches: Launches,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    """Each change of the folder is the first one once that a process does not come to."""
-    out, calls = launches.out, list[int]()
-    first = compare(launches, ["ddp"], small_job(proxy={"train.steps": 2}))
-    old = files_of(out)
-    saved = tmp_path_factory.mktemp("saved") / "out"
-    shutil.copytree(out, saved)
-    change = {name: getattr(os, name) for name in ("rename", "replace", "unlink", "rmdir")}
+class Killed(BaseException):
+    """Nothing handles it, and the process changes nothing more."""
 
-    def until(number: int) -> None:
-        def counted(name: str) -> Any:
-            def call(*arguments: Any, **how: Any) -> Any:
-                calls.append(0)
-                if len(calls) > number:
-                    raise KeyError("killed")  # nothing handles it, and nothing more is changed
-                return change[name](*arguments, **how)
 
-            return call
+def killed_after(changes: int, patch: pytest.MonkeyPatch, out: Path) -> bool:
+    """Make way in `out`, and end after so many changes there; tell whether it came to its end."""
+    made = list[str]()
 
-        calls.clear()
-        for name in change:
-            monkeypatch.setattr(os, name, counted(name))
+    def counted(name: str, change: Any) -> Any:
+        def call(*arguments: Any, **how: Any) -> Any:
+            if len(made) >= changes:
+                raise Killed
+            made.append(name)
+            return change(*arguments, **how)
 
-    for moment in range(200):
-        until(moment)
+        return call
+
+    with patch.context() as patched:
+        for name in ("rename", "replace", "unlink", "rmdir"):
+            patched.setattr(os, name, counted(name, getattr(os, name)))
         try:
             previous.make_way(out, "new")
-            ended = True
-        except KeyError:
-            ended = False
-        for name in change:
-            monkeypatch.setattr(os, name, change[name])
+        except Killed:
+            return False
+    return True
+
+
+def test_a_kill_at_any_moment_keeps_the_old_results(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    out, saved = launches.out, tmp_path_factory.mktemp("saved") / "out"
+    first = compare(launches, ["ddp"], small_job(proxy={"train.steps": 2}))
+    assert first.id
+    old, ended, moment = files_of(out), False, 0
+    shutil.copytree(out, saved)
+    while not ended:
+        ended = killed_after(moment, monkeypatch, out)
         found: dict[str, bytes] = {}
         for where in (out, out / "previous.part", out / "previous"):
             found |= {name: text for name, text in files_of(where).items() if name in old}
         assert found == old, moment
         assert first.id in previous.make_way(out, "newer")  # the next comparison begins
         kept = files_of(out / "previous")
-        assert "new" in kept.pop("moved.json").decode() and kept == old, moment
+        assert b"new" in kept.pop("moved.json") and kept == old, moment
         previous.remove_previous(out)  # and has ended well
         assert not files_of(out), moment
         shutil.rmtree(out)
         shutil.copytree(saved, out)
-        if ended:
-            break
-    assert ended and moment > 10
+        moment += 1
+    assert moment > 10
 
 
 def test_a_killed_comparison_leaves_what_was_kept(launches: Launches) -> None:

@@ -24,6 +24,7 @@ from ..training.leftovers import (
     check_ours,
     check_run,
     is_ours,
+    list_files,
     list_run,
     move,
     remove,
@@ -107,6 +108,8 @@ def finish_move(out: Path) -> None:
     """End the move that `make_way` has begun, also where its process was killed then."""
     part, kept = out / PART, out / PREVIOUS
     if not (part / MOVED).exists():
+        for half in part.glob(f"*{MOVED}*.part"):  # of a process that was killed while it wrote it
+            half.unlink()
         remove_empty(part, [])
         return
     moved = _read(part / MOVED)
@@ -175,7 +178,7 @@ def _list_all(out: Path, labels: list[str]) -> list[Path]:
     found = [path for name in labels for path in list_run(out / name)]
     if is_ours(out / PROXY / SESSION) or is_ours(out / PROXY / RESULTS[0]):
         found += _list_all(out / PROXY, _labels_of(out / PROXY))
-    return [*found, *(out / n for n in (*RESULTS, SESSION) if os.path.lexists(out / n))]
+    return [*found, *list_files(out, (*RESULTS, SESSION))]
 
 
 def _remove_empty(out: Path, labels: list[str]) -> None:

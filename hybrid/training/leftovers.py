@@ -9,13 +9,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..checkpoint.names import CHECKPOINTS
 from ..job.errors import NO_ROOM, JobError, NoRoom
 from ..launch.logs import LOG
-from ..records.whole import parts_of
 
 STEPS = "steps.jsonl"
 FILES = ("record.json", "job.json", STEPS)  # of a run
@@ -132,6 +131,15 @@ def _contents(saved: Path) -> Iterator[tuple[Path, bool]]:
         yield path, bool(known.fullmatch(path.name)) and not path.is_dir()
 
 
+def list_files(out: Path, names: Sequence[str]) -> list[Path]:
+    """Return those files in `out` by these names, after what a killed process wrote of them."""
+    known = [name for name in names if os.path.lexists(out / name)]
+    half = re.compile(rf"\.?({'|'.join(map(re.escape, names))}){_PART}")
+    there = os.listdir(out) if out.is_dir() else []
+    halves = [name for name in there if name.endswith(".part") and half.fullmatch(name)]
+    return [path for name in (*halves, *known) if not (path := out / name).is_dir()]
+
+
 def list_logs(logs: Path) -> list[Path]:
     """Return the logs of ranks in a folder, and what else ranks leave there."""
     if not logs.is_dir():
@@ -141,8 +149,7 @@ def list_logs(logs: Path) -> list[Path]:
 
 def list_run(out: Path) -> list[Path]:
     """Return what is a run's in `out`: files, and folders of checkpoints."""
-    files = [out / name for name in FILES if os.path.lexists(out / name)]
-    files += parts_of(*(out / name for name in FILES))
+    files = list_files(out, FILES)
     return [*files, *list_logs(out / "logs"), *list_saved(out / CHECKPOINTS)]
 
 
