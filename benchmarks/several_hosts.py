@@ -78,8 +78,8 @@ def the_job(changes: dict[str, Any]) -> Job:
 def write_job(folder: Path, changes: dict[str, Any]) -> Path:
     """The job with changes, as a file."""
     folder.mkdir(parents=True, exist_ok=True)
-    records.write(to_dict(the_job(changes)), folder / "job.json")
-    return folder / "job.json"
+    records.write(to_dict(the_job(changes)), folder / "asked.json")
+    return folder / "asked.json"
 
 
 def finish(processes: Sequence[subprocess.Popen[bytes]], out: Path) -> Record | str:

@@ -50,17 +50,18 @@ class Launches:
         self.made.append(folder)
         choice = resolve(job, name)
         until, resume = how.get("until"), how.get("resume")
-        begin_run(out, job, choice, getattr(resume, "folder", resume))
+        mark = how["comparison"]
+        begin_run(out, job, choice, getattr(resume, "folder", resume), mark)
         if (error := self.ends.get(folder)) and (resume or not self.only_resumed):
             end_run(out, choice, nproc, error)
             raise error
         if until:
             saved = SavedState(until, "5" * 64)
-            return Record(name, "failed", INTERRUPTED, checkpoint=saved)
+            return Record(name, "failed", INTERRUPTED, checkpoint=saved, comparison=mark)
         loss = self.losses.get(folder, 2.0)
         losses = [loss] * 25 + [self.late.get(folder, loss)] * 25
         steps = [StepRecord(n, losses[n], 1.0, 0.1, 24, "0a") for n in range(job.train.steps or 0)]
-        file = out / "checkpoints" / "final" / "weights.safetensors"
+        file = out / "checkpoints" / "final" / "model.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({"w": numpy.ones(3, dtype="float32")}, file)
         record = Record(
@@ -73,6 +74,7 @@ class Launches:
             weights=Weights({}, {}, str(file.relative_to(out))),
             environment=describe_machine(),
             variant_of=choice.variant_of,
+            comparison=mark,
             resumed_from=resume and ResumedFrom(str(resume), int(resume.name[5:]), "5" * 64),
         )
         records.write(record, out / "record.json")

@@ -89,7 +89,7 @@ def test_what_another_comparison_left_is_not_kept(launches: Launches) -> None:
 
 def test_a_variant_may_be_added_and_a_run_must_be_whole(launches: Launches) -> None:
     compare(launches)
-    (launches.out / "fsdp" / "checkpoints" / "final" / "weights.safetensors").unlink()
+    (launches.out / "fsdp" / "checkpoints" / "final" / "model.safetensors").unlink()
     record = json.loads((launches.out / "zero1" / "record.json").read_text())
     record["environment"]["packages"]["torch"] = "1.0"
     (launches.out / "zero1" / "record.json").write_text(json.dumps(record))

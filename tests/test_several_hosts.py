@@ -26,15 +26,15 @@ NEEDED = {"deepspeed_hosts.sh": "pdsh", "openmpi.sh": "mpirun.openmpi", "mpich.s
 
 
 def start(hosts: Hosts, strategy: str, out: Path) -> list[subprocess.Popen[bytes]]:
-    """Two ranks of `out/job.json`, a host each."""
-    words = ["train", str(out / "job.json"), "--strategy", strategy, "--out", str(out)]
+    """Two ranks of `out/asked.json`, a host each."""
+    words = ["train", str(out / "asked.json"), "--strategy", strategy, "--out", str(out)]
     return hosts.start_ranks([0, 1], words, out)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "pipeline"])
 def test_two_hosts_compute_what_one_process_does(strategy: str, tmp_path: Path) -> None:
     job = small_job()
-    records.write(to_dict(job), tmp_path / "job.json")
+    records.write(to_dict(job), tmp_path / "asked.json")
     with Hosts(2) as hosts:
         ranks = start(hosts, strategy, tmp_path)
         codes = [rank.wait(timeout=120) for rank in ranks]
@@ -48,7 +48,7 @@ def test_two_hosts_compute_what_one_process_does(strategy: str, tmp_path: Path) 
 
 def test_a_cut_link_ends_the_ranks_on_both_sides(tmp_path: Path) -> None:
     limits = {"start_timeout_s": 60, "collective_timeout_s": TIMEOUT_S}
-    records.write(to_dict(small_job(train__steps=10**6, launch=limits)), tmp_path / "job.json")
+    records.write(to_dict(small_job(train__steps=10**6, launch=limits)), tmp_path / "asked.json")
     with Hosts(2) as hosts:
         ranks = start(hosts, "ddp", tmp_path)
         steps, deadline = tmp_path / "steps.jsonl", time.monotonic() + 60

@@ -87,9 +87,11 @@ def compare(
     from .. import records
     from ..comparison.resume import choose_folder
     from ..comparison.session import compare as compare_strategies
+    from ..training.claiming import refuse_lost_job
     from ..training.progress import Progress
 
     loaded, out = _load(job, overrides, allow_known_bad, trust_pickle), choose_folder(out, resume)
+    refuse_lost_job(job, out, of=(2, 3))
     how: Any = {"interrupt": interrupt, "resume_as": resume_as, "resume": resume is not None}
     with contextlib.closing(Progress()) as watcher:
         rest = out, watcher, None, fresh_ranks, reference
@@ -122,9 +124,11 @@ def train(
 ) -> None:
     """Run the job once, on a launcher's processes or on `--nproc` of its own."""
     from .. import records
+    from ..training.claiming import refuse_lost_job
     from ..training.run import run_job
 
     loaded = _load(job, overrides, allow_known_bad, trust_pickle)
+    refuse_lost_job(job, out, unchanged=not (overrides or allow_known_bad or trust_pickle))
     record = run_job(loaded, strategy, out, nproc, parent, fresh_ranks, resume, until)
     if record is None:
         return

@@ -44,12 +44,16 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint as its run does, under any strategy; writes OUT/eval.json."""
     from .. import records
-    from ..training.evaluating import Asked, evaluate_saved
-    from ..training.saved import JobFrom
+    from ..launch.placement import find_placement
+    from ..training.claiming import claim_for_eval
 
-    given = JobFrom(job, overrides or (), trust)
-    asked = Asked(checkpoint, strategy, given, out, nproc, parent, fresh_ranks)
-    result = evaluate_saved(asked)
+    with claim_for_eval(out, find_placement(started_by_hybrid=parent is not None)):
+        from ..training.evaluating import Asked, evaluate_saved  # which imports torch
+        from ..training.saved import JobFrom
+
+        given = JobFrom(job, overrides or (), trust)
+        asked = Asked(checkpoint, strategy, given, out, nproc, parent, fresh_ranks)
+        result = evaluate_saved(asked)
     if result is None:
         return
     if json:
@@ -73,6 +77,13 @@ def export(
 ) -> None:
     """Write the weights as one safetensors file, or as a Hugging Face folder."""
     from .. import records
+    from ..job.outputs import check_new, read_folder
+    from ..launch.folder_lock import refuse_held
+
+    path = read_folder(to, "--to")
+    if to.partition(":")[0] not in ("deepspeed-universal", "dcp"):  # which `export` refuses
+        refuse_held(path.parent)
+        check_new(path)
     from ..training.exporting import export as export_weights
     from ..training.saved import JobFrom
 

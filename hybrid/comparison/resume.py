@@ -5,6 +5,8 @@ well, on as many processes, from the same job and with the same releases; one th
 on from its newest checkpoint."""
 
 import json
+import os
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from .. import records
 from ..checkpoint.names import CHECKPOINTS
 from ..job.errors import JobError
 from ..job.file import flatten, to_dict
+from ..job.outputs import read_folder
 from ..job.reading import read_json, show
 from ..job.schema import Job
 from ..job.variants import resolve
@@ -21,34 +24,40 @@ from ..records import Record
 from ..training.check import print_warnings
 from ..training.resume import AUTO, Chosen, choose
 from .differences import find_lost_step
+from .previous import RESULTS, SESSION, make_way
 
-SESSION = "session.json"
-RESULTS = ("compare.json", "compare.md", "report.html")
 MACHINE = ("processor", "cores", "python", "packages", "commit")  # what figures depend on
 
 
-def describe_session(job: Job, nproc: int) -> dict[str, Any]:
-    """Return what `session.json` says: the job, the processes, the machine and the releases."""
-    machine = describe_machine()
-    return {"job": to_dict(job), "nproc": nproc, "machine": {key: machine[key] for key in MACHINE}}
+def describe_session(job: Job, nproc: int, mark: str | None) -> dict[str, Any]:
+    """Return what `session.json` says: the job, the processes, the machine and the releases.
+
+    mark: the comparison's `id`."""
+    machine = {key: value for key, value in describe_machine().items() if key in MACHINE}
+    return {"id": mark, "job": to_dict(job), "nproc": nproc, "machine": machine}
 
 
-def begin_session(out: Path, asked: Mapping[str, Any]) -> None:
-    """Write `session.json`, and remove the results of an earlier comparison in this folder."""
-    out.mkdir(parents=True, exist_ok=True)
+def begin_session(out: Path, asked: Mapping[str, Any], resume: bool) -> None:
+    """Write `session.json`, after an earlier comparison in this folder has made way."""
+    if not resume and (kept := make_way(out, str(asked["id"]))):
+        print(f"hybrid: {kept}", file=sys.stderr)
+    records.write(asked, out / SESSION)
+
+
+def drop_results(out: Path) -> None:
+    """Remove the results of a comparison that goes on, as one of its runs is made again."""
     for name in RESULTS:
         (out / name).unlink(missing_ok=True)
-    records.write(asked, out / SESSION)
 
 
 def choose_folder(out: Path | None, resume: str | None) -> Path:
     """Return the folder of a comparison, which `--resume` may name too; raises JobError."""
     if resume is None or resume == "auto":
         return out or Path("out/compare")
-    folder = Path(resume)
+    folder = read_folder(resume, "--resume")
     if out not in (None, folder):
         raise JobError(f"--out {out}: valid with --resume {resume}: the same, or none")
-    if not (folder / SESSION).is_file():
+    if not os.path.isfile(folder / SESSION):  # whatever its name is
         raise JobError(f"--resume {resume}: holds no comparison: no {SESSION}")
     return folder
 
@@ -78,7 +87,7 @@ def _list_keys(session: Mapping[str, Any], variants: Collection[str]) -> dict[st
     """List what a session says by dotted keys, with these variants of its job alone."""
     job = session["job"]
     kept = {name: section for name, section in job["variant"].items() if name in variants}
-    return dict(flatten({**session, "job": {**job, "variant": kept}}))
+    return dict(flatten({**session, "id": None, "job": {**job, "variant": kept}}))
 
 
 def find_run(
@@ -94,6 +103,11 @@ def find_run(
     session: what `describe_session` returned for the comparison. interrupted: the step after which
     the run must have been stopped and resumed; None: where it was stopped does not matter."""
     if (record := _read_record(folder, job, name)) is None:
+        return None
+    if record.comparison != session["id"]:
+        whose = f"the comparison {record.comparison}" if record.comparison else "no comparison"
+        mine = f", and {SESSION} of {session['id']}" if session["id"] else ""
+        print_warnings([f"{folder}: begins anew: its record is of {whose}{mine}"])
         return None
     same = record.world_size == world_size and find_lost_step(record) is None
     same = same and record.environment.get("packages") == session["machine"]["packages"]
@@ -112,7 +126,10 @@ def find_checkpoint(
     It must be of the run that would run now, whose steps up to there are all in `steps.jsonl`, so
     that the whole run can be judged. It says which newer ones it skips; shown: the run's name."""
     saved = folder / CHECKPOINTS
-    if not any(saved.glob("step-*")) or _read_record(folder, job, name) is None:
+    if not any(saved.glob("step-*")):
+        return None
+    record = _read_record(folder, job, name)
+    if record is None or record.comparison != session["id"]:
         return None
     try:
         chosen = choose(folder, AUTO, resolve(job, name))

@@ -15,7 +15,7 @@ from ..training.check import CheckedJob
 from ..training.progress import Watcher
 from ..training.resume import Chosen
 from ..training.run import Program, launch
-from .resume import find_checkpoint, find_run
+from .resume import drop_results, find_checkpoint, find_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +75,13 @@ class Runs:
         resume: Chosen | Path | None = None,
         until: int | None = None,
     ) -> Record:
+        drop_results(self.out)
         folder, found = self.out / label, self.checked.warnings(name)
         shown = self.title + label
         rest = self.watcher, shown, self.program, found, cores_for
         try:
-            return launch(job, name, nproc, folder, *rest, resume=resume, until=until)
+            how: Any = {"resume": resume, "until": until, "comparison": self.session["id"]}
+            return launch(job, name, nproc, folder, *rest, **how)
         except RunFailed as error:
             # A checkpoint that a run cannot take over is this run's failure: the job is right.
             if error.failure.kind == "job" and resume is None:

@@ -13,6 +13,7 @@ from .. import records, report
 from ..job.errors import needs_room
 from ..job.file import make_proxy, to_dict
 from ..job.given import naming
+from ..job.outputs import read_folder
 from ..job.schema import Checkpoint, Job
 from ..job.variants import resolve, warnings_of, with_settings
 from ..launch.fork_here import why_not
@@ -32,6 +33,7 @@ from .differences import Run
 from .doubts import name_suspect, settle
 from .interruption import Interruption, make_interruption
 from .planning import plan_runs, plan_second
+from .previous import claim, remove_previous
 from .proxied import explain_unproved, judge_by_proxy
 from .references import Selection, find_reference, select
 from .resume import begin_session, check_session, describe_session
@@ -70,14 +72,14 @@ def compare(
         with naming(job, model, data, why_not(fresh_ranks or program is not None)) as named:
             rest = watcher, program, fresh_ranks, reference, resume, None, None, interrupt
             return compare(named, strategies, nproc, out, *rest, resume_as)
-    stop = make_interruption(interrupt, resume_as)
+    out, stop, small = read_folder(out), make_interruption(interrupt, resume_as), make_proxy(job)
     selection = select(job, strategies, reference)
     nproc = _check_names(job, [*selection.names, *([resume_as] if resume_as else [])], nproc)
-    small, options = make_proxy(job), (nproc, watcher or Watcher(), program, resume, stop)
     held = dataclasses.replace(selection, fixed=bool(stop) or selection.fixed)
-    with needs_room(out), warm_ranks(fresh_ranks):
-        prover = _Session(small, held, Path(out, PROXY), *options, "proxy/") if small else None
-        session = _Session(job, selection.by_proxy() if small else held, Path(out), *options)
+    with claim(out, selection.names, resume) as mark, needs_room(out), warm_ranks(fresh_ranks):
+        options = nproc, watcher or Watcher(), program, resume, stop, mark
+        prover = _Session(small, held, out / PROXY, *options, "proxy/") if small else None
+        session = _Session(job, selection.by_proxy() if small else held, out, *options)
         remove_stale_locks()
         return session.run(prover)
 
@@ -103,12 +105,13 @@ class _Session:
         program: Program | None,
         resume: bool,
         stop: Interruption | None,
+        mark: str | None,
         title: str = "",
     ) -> None:
         """Check the job and what the folder holds; raises JobError, and changes nothing there.
 
-        stop: where each run but the reference is interrupted. title: what stands before the runs'
-        names where they are shown."""
+        stop: where each run but the reference is interrupted. mark: the comparison's `id`. title:
+        what stands before the runs' names where they are shown."""
         modules = registry.modules(resolve(job, selection.names[0]).strategy)
         self.checked = checked = check_apart(job, modules).require()
         every = checked.job.log.model_copy(update={"every": 1})  # parity looks at every step
@@ -121,8 +124,8 @@ class _Session:
             second = plan_second(checked, stop, self.layouts, self.reference, nproc, title)
             self.second = second.layouts
             self.layouts = {**self.layouts, **second.refused}
-        self.out, self.watcher, self.title = out, watcher, title
-        self.description = describe_session(job, nproc) | (stop.describe() if stop else {})
+        self.out, self.watcher, self.title, self.resume = out, watcher, title, resume
+        self.description = describe_session(job, nproc, mark) | (stop.describe() if stop else {})
         if resume:
             check_session(out, self.description)
         self.made = Runs(checked, out, watcher, program, resume, title, self.description)
@@ -135,7 +138,7 @@ class _Session:
         """Run what is asked for and judge it; `prover` compares the small job before.
 
         Where the user interrupts this, what there is so far is judged and written."""
-        begin_session(self.out, self.description)
+        begin_session(self.out, self.description, self.resume)
         self.has_proxy = prover is not None
         try:
             self.proved = prover.run() if prover else None
@@ -187,8 +190,8 @@ class _Session:
 
     def _marked(self, record: Record) -> Record:
         """Return the record of a run that was not launched with the strategy of a variant."""
-        variant_of = resolve(self.job, record.strategy).variant_of
-        return dataclasses.replace(record, variant_of=variant_of)
+        variant_of, mark = resolve(self.job, record.strategy).variant_of, self.description["id"]
+        return dataclasses.replace(record, variant_of=variant_of, comparison=mark)
 
     def finish(self) -> Comparison:
         """Judge every run, after the control runs that this needs, and write the comparison."""
@@ -213,8 +216,11 @@ class _Session:
             controls=self.controls,
             reference_fault=fault,
             best=find_best(self.runs, parity),
+            id=self.description["id"],
         )
         report.write(result, self.out)
+        if all(run.status != "failed" for run in self.runs.values()):
+            remove_previous(self.out)
         print_warnings(report.tell_fault(result, ok=False))
         return result
 

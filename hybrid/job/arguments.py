@@ -5,13 +5,24 @@ from typing import Annotated
 
 import typer
 
+
+def _folder(text: str) -> Path:
+    from .errors import JobError
+    from .outputs import read_folder
+
+    try:
+        return read_folder(text)
+    except JobError as error:
+        raise typer.BadParameter(str(error).partition(": ")[2]) from None
+
+
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job: a TOML file.")]
-Out = Annotated[Path, typer.Option(file_okay=False, metavar="DIR", help="Folder for the results.")]
+Out = Annotated[Path, typer.Option(parser=_folder, metavar="DIR", help="Folder for the results.")]
 
 CompareOut = Annotated[
     Path | None,
     typer.Option(
-        file_okay=False, metavar="DIR", help="Folder for the results. Left out: out/compare."
+        parser=_folder, metavar="DIR", help="Folder for the results. Left out: out/compare."
     ),
 ]
 
@@ -75,7 +86,7 @@ CheckpointPath = Annotated[
     typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, or a run's: its newest."),
 ]
 EvalOut = Annotated[
-    Path, typer.Option(file_okay=False, metavar="DIR", help="Folder for eval.json and logs.")
+    Path, typer.Option(parser=_folder, metavar="DIR", help="Folder for eval.json and logs.")
 ]
 JobOfCheckpoint = Annotated[
     Path | None,

@@ -2,10 +2,12 @@
 
 import importlib.util
 import keyword
+import os
 import sys
 from pathlib import Path
 
 from .errors import JobError
+from .outputs import makes
 
 MODEL = '''"""The model, the loss and the data that NAME.toml names: put your own in their place."""
 
@@ -89,13 +91,23 @@ def write_starter(name: str, folder: Path | None = None) -> list[Path]:
         valid = "letters, digits and _, no digit first, no word of Python's"
         raise JobError(f"{given}: is no name of a Python module; valid: {valid}")
     for file in files:
-        if file.exists() or file.is_symlink():
+        if os.path.lexists(file):
             raise JobError(f"{given}: {file} is there already; valid: a name that is not taken")
     if found := _other_module(name):
         raise JobError(f"{given}: {found} has this name; valid: a name that is not taken")
-    for file, text in files.items():
-        with file.open("x") as opened:
-            opened.write(text.replace("NAME", name))
+    written = list[Path]()
+    try:
+        with makes(
+            folder / name, "NAME", "valid: a name that is not taken, of a file that can be made"
+        ):
+            for file, text in files.items():
+                with file.open("x") as opened:
+                    written.append(file)
+                    opened.write(text.replace("NAME", name))
+    except BaseException:  # half of the two is of no use
+        for file in written:
+            file.unlink(missing_ok=True)
+        raise
     return list(files)
 
 

@@ -20,6 +20,7 @@ from ..job.errors import Failure, RunFailed, Stopped
 from ..records.whole import new_file
 from .failures import first_cause
 from .heartbeat import is_peer_loss
+from .logs import LOG
 from .stopping import SIGNALS, STOPPED, PassedOn, told
 from .threads import num_cores
 from .warm import Rank, ServerGone, wait_policy, warm_process
@@ -51,8 +52,9 @@ def run_ranks(
     a rank has ended badly, and Stopped where a signal was the cause. No rank is left running."""
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    for old in logs.glob("rank*"):
-        old.unlink()
+    for old in logs.iterdir():
+        if LOG.fullmatch(old.name):  # no other file is ours
+            old.unlink()
     ranks: Ranks = []
     with PassedOn() if stops else contextlib.nullcontext():
         try:

@@ -15,14 +15,18 @@ from typing import Any, TextIO
 from ..records.whole import new_file
 from .placement import Placement
 
+LOG = re.compile(
+    r"\.?rank(\d+)\.(log|error\.json|where)(\.[0-9a-f]+)?(\.part)?"
+)  # what ranks leave in `logs`
+
 
 def redirect_output(logs: Path, placement: Placement) -> None:
     """Write this rank's output to a new log from now on; rank 0 prints where the logs are.
 
     Deletes logs left by an earlier run, including those of ranks this run does not have."""
     logs.mkdir(parents=True, exist_ok=True)
-    for old in logs.glob("rank*"):
-        number = re.match(r"rank(\d+)\.", old.name)
+    for old in logs.iterdir():
+        number = LOG.fullmatch(old.name)
         if number and int(number[1]) % placement.world_size == placement.rank:
             old.unlink(missing_ok=True)  # not emptied, since old processes may still write there
     if placement.rank == 0:

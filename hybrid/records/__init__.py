@@ -166,7 +166,7 @@ class Record:
     strategy whose variant it is. `warnings` are what the try-out found that this run can live with.
     Of a resumed run `steps` has those before it too, where their `steps.jsonl` is still there.
     `weights_from` says which weights `model.weights` named: `path`, `kind`, and what is known of
-    them.
+    them. `comparison` is the `id` of the comparison of which the run is one.
     """
 
     strategy: str
@@ -189,6 +189,7 @@ class Record:
     checkpoint: SavedState | None = None
     resumed_from: ResumedFrom | None = None
     weights_from: dict[str, Any] | None = None
+    comparison: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +197,8 @@ class Comparison:
     """Holds one job under several strategies: `compare.json`.
 
     `controls` are further records that the verdict used: the one-process emulation of `local_sgd`,
-    `single` in other summing orders, and further runs of a reference that was in doubt."""
+    `single` in other summing orders, and further runs of a reference that was in doubt. `id` says
+    when it began, in UTC, and tells it from others; each of its records names it."""
 
     job: dict[str, Any]
     machine: dict[str, Any]
@@ -207,6 +209,7 @@ class Comparison:
     controls: dict[str, Record] = dataclasses.field(default_factory=dict)
     reference_fault: ReferenceFault | None = None
     best: Best = dataclasses.field(default_factory=Best)
+    id: str | None = None
 
 
 def to_dict(value: Any) -> dict[str, Any]:

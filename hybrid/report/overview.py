@@ -26,6 +26,7 @@ def tell_tool(comparison: Comparison) -> str:
     packages = machine.get("packages") or {}
     tool = f"hybrid {packages.get('hybrid') or ''}".strip()
     date = str(machine.get("date") or "")[:10]
+    mark = f"comparison {comparison.id}" if comparison.id else ""
     cores, processor = machine.get("cores"), machine.get("processor")
     place = f"{count(cores, 'core')} of {processor}" if isinstance(cores, int) else ""
     engines = [
@@ -33,7 +34,7 @@ def tell_tool(comparison: Comparison) -> str:
         for name in ("torch", "accelerate", "deepspeed")
         if packages.get(name)
     ]
-    return f"{', '.join(filter(None, [tool, date, place, *engines]))}."
+    return f"{', '.join(filter(None, [tool, date, place, *engines, mark]))}."
 
 
 def find_model_size(comparison: Comparison) -> int | None:

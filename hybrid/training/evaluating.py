@@ -33,12 +33,11 @@ from ..models.vector_functions import call_vector_functions_once
 from ..records.whole import remove_parts
 from ..strategies import registry
 from .check import print_warnings
+from .claiming import EVAL_JOB as JOB
+from .claiming import EVAL_RESULT as RESULT
 from .evaluation import evaluate
 from .run import default_nproc
 from .saved import JobFrom, Saved, find_saved
-
-RESULT = "eval.json"
-JOB = "eval.job.json"  # what the ranks of the own launcher read
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,29 +19,45 @@ from ..job.variants import Choice
 from ..records import Record, Status
 from ..records.whole import remove_parts, write_whole
 from .branches import BRANCHES
+from .leftovers import FINAL, STEPS, check_run, list_saved, remove
 
-STEPS = "steps.jsonl"
 
-
-def begin_run(out: Path, job: Job, choice: Choice, goes_on: Path | None = None) -> Path:
+def begin_run(
+    out: Path,
+    job: Job,
+    choice: Choice,
+    goes_on: Path | None = None,
+    comparison: str | None = None,
+) -> Path:
     """Remove what an earlier run left in `out`, and return the path of the new `job.json` there.
     The new `record.json` says `running`. job: the one that `choice` was resolved in. goes_on: the
     checkpoint from which the run goes on. If it is in `out`, other checkpoints and steps stay.
-    Raises NoRoom."""
+    comparison: the `id` of that of which the run is one. Raises NoRoom, and JobError where what is
+    not a run's would be lost."""
+    stays = goes_on is not None and belongs_to(goes_on, out)
+    check_run(out, stays)
     with needs_room(out):
         out.mkdir(parents=True, exist_ok=True)
-        if goes_on and belongs_to(goes_on, out):
-            shutil.rmtree(out / CHECKPOINTS / "final", ignore_errors=True)
-        else:
-            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+        saved = list_saved(out / CHECKPOINTS)
+        remove(path for path in saved if not stays or path.name == FINAL)
+        if not stays:
             (out / STEPS).unlink(missing_ok=True)
         # What a killed run may have left.
         remove_parts(*(out / name for name in (STEPS, "record.json", "job.json")))
         shutil.rmtree(out / BRANCHES, ignore_errors=True)
-        record = Record(choice.name, "running", variant_of=choice.variant_of)
+        record = Record(choice.name, "running", variant_of=choice.variant_of, comparison=comparison)
         records.write(record, out / "record.json")
         records.write(to_dict(job), out / "job.json")
     return out / "job.json"
+
+
+def comparison_of(out: Path) -> str | None:
+    """Return the `id` of the comparison of which the run in `out` is one, as it began."""
+    try:
+        found = json.loads((out / "record.json").read_text())["comparison"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def belongs_to(checkpoint: Path, out: Path) -> bool:
@@ -95,8 +111,14 @@ def end_run(
         log = out / "logs" / "rank0.log"
         if users_line(error) and log.exists():
             reason += f" (log: {log})"
-    variant_of = choice.variant_of
-    record = Record(choice.name, status, reason, world_size=world_size, variant_of=variant_of)
+    record = Record(
+        choice.name,
+        status,
+        reason,
+        world_size=world_size,
+        variant_of=choice.variant_of,
+        comparison=comparison_of(out),
+    )
     try:
         with needs_room(out):
             records.write(record, out / "record.json")

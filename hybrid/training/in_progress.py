@@ -33,6 +33,7 @@ from ..strategies import registry
 from .check import check_fingerprints, print_warnings
 from .checkpointing import Checkpoints
 from .evaluation import evaluate, make_loader
+from .folder import comparison_of
 from .projection import project
 from .step_log import StepLog
 from .trackers import Trackers
@@ -192,6 +193,9 @@ class RunInProgress:
         path = save_weights(state, self.out / CHECKPOINTS / "final", about, self.saved_names)
         return str(path.relative_to(self.out))
 
+    def _comparison(self) -> str | None:
+        return comparison_of(self.out) if self.out else None
+
     def end_early(self) -> Record:
         """End before the last step, as was asked for; another run goes on from what is saved."""
         self.checkpoints.wait()
@@ -206,6 +210,7 @@ class RunInProgress:
             variant_of=self.choice.variant_of,
             checkpoint=self.checkpoints.committed,
             resumed_from=self.checkpoints.resumed_from,
+            comparison=self._comparison(),
         )
         self.engine.close()
         if self.out:
@@ -242,6 +247,7 @@ class RunInProgress:
             checkpoint=self.checkpoints.committed,
             resumed_from=self.checkpoints.resumed_from,
             weights_from=self.weights_from,
+            comparison=self._comparison(),
         )
         self.engine.close()
         if self.out:

@@ -19,6 +19,7 @@ from ..data.workers import WorkerLoader, end_workers
 from ..engines.protocol import StepResult
 from ..job.errors import Refused, RunError, Stopped, needs_room
 from ..job.given import naming
+from ..job.outputs import read_folder
 from ..job.schema import Job, resolve_lengths
 from ..job.variants import Choice, resolve
 from ..launch.exchange import gather_objects
@@ -32,6 +33,7 @@ from ..strategies import registry
 from .beginning import begin_record, build, decide_together, make_instruments
 from .check import check_on_rank_0, print_warnings
 from .checkpointing import Checkpoints
+from .claiming import claim_for_run
 from .evaluation import make_loader
 from .folder import end_run
 from .guard import go_back, rolls_back, warn
@@ -70,8 +72,9 @@ def train(
     if placement is None:
         placement = find_placement()
         print_warnings(job.warnings() if placement.rank == 0 else [])
-    folder = Path(out) if out else None
-    return _train_and_clean_up(job, strategy, folder, on_step, placement, resume, until)
+    folder = None if out is None else read_folder(out)
+    with claim_for_run(folder, placement, resume is not None):
+        return _train_and_clean_up(job, strategy, folder, on_step, placement, resume, until)
 
 
 def _train_and_clean_up(

@@ -15,6 +15,7 @@ from .. import records
 from ..checkpoint.names import CHECKPOINTS
 from ..job.errors import JobError
 from ..job.file import flatten, to_dict
+from ..job.outputs import read_folder
 from ..job.variants import Choice
 from ..layout import Layout
 from ..records import Record
@@ -150,7 +151,7 @@ def find_ended(out: Path, resume: str | Path, choice: Choice) -> Start | None:
 
 def choose(out: Path | None, resume: str | Path, choice: Choice) -> Chosen | None:
     """Return the checkpoint that `resume` asks for, None where "auto" finds none."""
-    given, path = f"--resume {resume}", Path(resume)
+    given, path = f"--resume {resume}", read_folder(resume, "--resume")
     if resume == AUTO:
         if out is None:
             raise JobError(f"{given}: the run has no folder; valid: a folder, or out=")
@@ -159,7 +160,7 @@ def choose(out: Path | None, resume: str | Path, choice: Choice) -> Chosen | Non
     from ..checkpoint.folders import list_checkpoints, verify
     from ..checkpoint.manifest import MANIFEST
 
-    if not path.is_dir():
+    if not os.path.isdir(path):  # whatever its name is
         raise JobError(f"{given}: is no folder; {_VALID}")
     if (path / MANIFEST).exists():
         manifest, problems = verify(path, whole=True)

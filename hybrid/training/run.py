@@ -20,7 +20,7 @@ from ..launch.local import PROGRAM, Program, run_ranks
 from ..launch.logs import redirect_output
 from ..launch.ops_cache import remove_stale_locks
 from ..launch.orphans import end_with_launcher
-from ..launch.placement import OWN, export_rank_variables, find_placement
+from ..launch.placement import OWN, Placement, export_rank_variables, find_placement
 from ..launch.stopping import end_now, requeue
 from ..launch.threads import set_num_threads
 from ..launch.warm import warm_ranks
@@ -29,6 +29,7 @@ from ..strategies import registry
 from .apart import check_apart
 from .branches import explain
 from .check import print_warnings
+from .claiming import claim_for_run
 from .folder import add_warnings, begin_run, end_run, keep_steps
 from .progress import Progress, Watcher
 from .resume import Chosen, decide, read_chosen, refuse_restart, tell_start
@@ -58,13 +59,22 @@ def run_job(
     if job.checkpoint.every and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGUSR1, end_now)  # until the run has steps to save
     if placement.launcher is None:
-        with needs_room(out), warm_ranks(fresh_ranks):
+        claimed = claim_for_run(out, placement, resume is not None)
+        with claimed, needs_room(out), warm_ranks(fresh_ranks):
             return _launch_checked(job, strategy, out, nproc, resume, until)
     end_with_launcher(parent)
     if nproc not in (None, placement.world_size):
         raise JobError(f"--nproc {nproc}: the launcher started {placement.world_size} processes")
     placement = registry.place(job, strategy, placement)
     export_rank_variables(placement)
+    with claim_for_run(out, placement, resume is not None):
+        return _run_rank(job, strategy, out, placement, resume, until)
+
+
+def _run_rank(
+    job: Job, strategy: str, out: Path, placement: Placement, resume: str | None, until: int | None
+) -> Record | None:
+    """Run this rank of a run, and return the record in the process that shows it."""
     on_step = None
     if placement.launcher != OWN:
         redirect_output(out / "logs", placement)
@@ -136,22 +146,22 @@ def launch(
     cores_for: int | None = None,
     resume: Chosen | Path | None = None,
     until: int | None = None,
+    comparison: str | None = None,
 ) -> Record:
     """Start `nproc` ranks of a checked job, wait for them and return the record.
 
     label: the run's name for the watcher, if it is not the strategy's. program: what starts a rank,
     else `PROGRAM`. warnings: of the try-out, for the record. cores_for: see `run_ranks`. resume:
     the checkpoint from which the run goes on, or its folder. until: see `train`; the record says
-    `interrupted`, though all went well. Raises RunFailed with the first cause, and Stopped where a
-    signal stopped the run; the record then says `failed` or `not_possible`."""
+    `interrupted`, though all went well. comparison: see `begin_run`. Raises RunFailed with the
+    first cause, Stopped after a signal; the record then says `failed` or `not_possible`."""
     label, choice = label or strategy, resolve(job, strategy)
     chosen = read_chosen(resume, choice) if isinstance(resume, Path) else resume
-    file, missing = _begin(out, job, choice, chosen, label)
-    warnings = [*warnings, *missing]
+    file, warnings = _begin(out, job, choice, chosen, label, comparison, warnings)
     watcher.started(label, job.train.steps or 0, out)
     options = {"--strategy": strategy, "--out": out, "--parent": os.getpid(), "--until": until}
-    options["--resume"] = chosen.folder if chosen else None
-    arguments = ["train", str(file), *_given(options)]
+    from_there = chosen.folder if chosen else None
+    arguments = ["train", str(file), *_given(options | {"--resume": from_there})]
     try:
         rest = program or PROGRAM, registry.modules(choice.strategy), _cores_for(choice, cores_for)
         run_ranks(nproc, arguments, out, watcher.poll, *rest, job.checkpoint.every is not None)
@@ -167,13 +177,19 @@ def launch(
 
 
 def _begin(
-    out: Path, job: Job, choice: Choice, chosen: Chosen | None, label: str
+    out: Path,
+    job: Job,
+    choice: Choice,
+    chosen: Chosen | None,
+    label: str,
+    comparison: str | None,
+    warnings: Sequence[str],
 ) -> tuple[Path, list[str]]:
-    """Begin a run's record and its steps; return its job's file, and a warning of lost steps."""
-    file = begin_run(out, job, choice, chosen.folder if chosen else None)
+    """Begin a run's record and its steps; return its job's file, and warnings with lost steps."""
+    file = begin_run(out, job, choice, chosen.folder if chosen else None, comparison)
     missing = keep_steps(out, chosen.folder, chosen.manifest.step) if chosen else []
     print_warnings(f"{label}: {line}" for line in missing)
-    return file, missing
+    return file, [*warnings, *missing]
 
 
 def _explained(
