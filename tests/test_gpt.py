@@ -17,7 +17,8 @@ from torch import nn
 
 from hybrid.job.errors import JobError
 from hybrid.models import build_model
-from hybrid.models.gpt import PRESETS, Attention, gpt
+from hybrid.models.gpt import Attention, gpt
+from hybrid.models.presets import PRESETS
 from hybrid.models.losses import cross_entropy
 from tests.conftest import small_job
 

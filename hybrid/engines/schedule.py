@@ -6,10 +6,11 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
-from ..job.errors import JobError, first_line
+from ..job.errors import JobError, tell_error
 from ..job.imports import import_function, parameter_names
 from ..job.reading import show
 from ..job.schema import Job
+from ..job.users_code import passes
 
 
 def learning_rate(job: Job, step: int) -> float:
@@ -63,8 +64,10 @@ def _factor(job: Job, step: int) -> float:
     given = f"schedule.name = {name!r}: step {step}"
     try:
         factor = function(step, **options)
-    except Exception as error:  # a user's function may raise anything
-        raise JobError(f"{given}: {type(error).__name__}: {first_line(error)}") from error
+    except BaseException as error:  # a user's function may raise anything
+        if passes(error):
+            raise
+        raise JobError(f"{given}: {tell_error(error)}") from error
     if hasattr(factor, "item"):  # a number of torch or numpy
         factor = factor.item()
     number = isinstance(factor, numbers.Real) and not isinstance(factor, bool)

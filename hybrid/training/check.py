@@ -9,8 +9,9 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..job.errors import JobError, RunError, Unsupported
+from ..job.errors import CheckFailed, JobError, RunError, Unsupported, tell_error
 from ..job.schema import Job, resolve_lengths
+from ..job.users_code import held_exit, passes
 from ..job.variants import resolve
 from ..launch.placement import Placement
 from ..layout import Layout, LayoutError
@@ -57,7 +58,7 @@ class CheckedJob:
         """Return what `registry.plan` does for this job; what the try-out found raises Unsupported.
 
         The warnings are those of the job's settings alone."""
-        layout, warnings = registry.plan(self.job, name, nproc, self.summary)
+        layout, warnings = registry.plan(self.job, name, nproc, self.summary, self.num_samples)
         choice = resolve(self.job, name)
         for found in self.findings:
             if found.fatal and found.touches(choice.strategy):
@@ -76,7 +77,21 @@ def check_job(job: Job, data: Data | None = None) -> CheckedJob:
 
 
 def look_at_job(job: Job, data: Data | None = None) -> CheckedJob:
-    """Do what `check_job` does, but return what the try-out found, whatever that is."""
+    """Do what `check_job` does, but return what the try-out found, whatever that is.
+
+    Raises CheckFailed where memory runs out."""
+    with held_exit():
+        try:
+            return _look(job, data)
+        except MemoryError as error:
+            raise CheckFailed(f"checking the job: memory ran out: {tell_error(error)}") from error
+        except BaseException as error:
+            if passes(error) or isinstance(error, Exception):
+                raise
+            raise JobError(f"model.name = {job.model.name!r}: {tell_error(error)}") from error
+
+
+def _look(job: Job, data: Data | None) -> CheckedJob:
     from ..data import build_data
     from ..data.check import check_samples, collate_warnings
     from ..engines.schedule import check_schedule

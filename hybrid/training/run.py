@@ -29,6 +29,7 @@ from ..strategies import registry
 from .apart import check_apart
 from .branches import explain
 from .check import print_warnings
+from .early import check_early, check_layout, check_placed
 from .folder import add_warnings, begin_run, end_run, keep_steps
 from .progress import Progress, Watcher
 from .resume import Chosen, decide, read_chosen, refuse_restart, tell_start
@@ -64,6 +65,9 @@ def run_job(
     if nproc not in (None, placement.world_size):
         raise JobError(f"--nproc {nproc}: the launcher started {placement.world_size} processes")
     placement = registry.place(job, strategy, placement)
+    if placement.launcher != OWN:
+        check_placed(job, [strategy], placement.world_size)
+        check_layout(job, strategy, placement.world_size)
     export_rank_variables(placement)
     on_step = None
     if placement.launcher != OWN:
@@ -95,11 +99,13 @@ def _launch_checked(
 
     Where the folder has the whole run that is to go on, its record is returned."""
     choice = resolve(job, strategy)
+    nproc = check_early(job, [strategy], nproc)
+    check_layout(job, strategy, nproc)
     if resume is None:
         refuse_restart(out)
     checked = check_apart(job, registry.modules(choice.strategy)).require()
     remove_stale_locks()
-    layout, warnings = checked.plan(strategy, nproc or default_nproc(choice.job))
+    layout, warnings = checked.plan(strategy, nproc)
     check_started(layout.world_size)
     found = checked.warnings(strategy)
     print_warnings([*(f"{strategy}: {line}" for line in warnings), *found])
@@ -195,9 +201,3 @@ def _cores_for(choice: Choice, given: int | None) -> int | None:
     if choice.strategy != "local_sgd":
         return given
     return choice.job.strategy.local_sgd.emulate_replicas or given
-
-
-def default_nproc(job: Job) -> int:
-    """Return the number of processes that `[parallel]` asks for; 2 where it names no degree."""
-    p = job.parallel
-    return (p.pp or 1) * (p.dp or 1) if p.pp or p.dp else (p.replicate or 1) * (p.shard or 2)
