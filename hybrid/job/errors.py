@@ -151,7 +151,7 @@ def tell_error(error: BaseException) -> str:
     The toolkit's own errors are messages to the user, without a class. Of a group, the first error
     in it is told too."""
     if isinstance(error, SystemExit):
-        return f"ends the program, with status {_told_status(error)}{at_users_line(error)}"
+        return f"SystemExit: it ends the program, with {_told_status(error)}{at_users_line(error)}"
     kind, said = type(error).__name__, sent_message(error)
     said = said or " ".join((text_of(error).splitlines() or [""])[0].split())
     said = _cut(said, LONGEST)
@@ -165,7 +165,9 @@ def tell_error(error: BaseException) -> str:
 
 def _told_status(error: SystemExit) -> str:
     code = 0 if error.code is None else error.code
-    return str(code) if isinstance(code, int) else f"1: {_cut(text_of(error), LONGEST)}"
+    if isinstance(code, int):
+        return f"status {code}"
+    return f"status 1: {_cut(' '.join(text_of(error).split()), LONGEST)}"
 
 
 def _cut(text: str, most: int) -> str:

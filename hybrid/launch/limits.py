@@ -1,5 +1,8 @@
 """This module bounds how many processes a command starts on this host. It needs no torch."""
 
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 from ..job.errors import JobError
@@ -33,3 +36,23 @@ def check_workers(workers: int, ranks: int) -> None:
             f"data.workers = {show(workers)}: {each} would start so many processes, and this host "
             f"has {num_cores()} cores; valid: 0 to {most}"
         )
+
+
+def host_memory() -> int:
+    """Return the bytes of memory that this host has, with what it swaps to."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        swap = re.search(r"^SwapTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    except OSError:
+        swap = None
+    return memory + (int(swap[1]) << 10 if swap else 0)
+
+
+def check_memory(needed: int, given: str) -> None:
+    """Raise JobError, which begins with what was `given`, if this host has no `needed` bytes."""
+    if needed > (has := host_memory()):
+        raise JobError(f"{given}: {_gib(needed)}, and this host has {_gib(has)}; valid: less")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"

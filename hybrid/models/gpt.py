@@ -15,10 +15,9 @@ from torch.nn import functional
 from .dropout import Dropout
 from .layers import Layers
 from .losses import Loss, cross_entropy
-from .presets import BYTES, CONTEXT, PRESETS, SIZES
+from .presets import BYTES, CONTEXT, MOST_LAYERS, PRESETS, SIZES
 
 INIT_STD = 0.02
-MOST_LAYERS = 10_000  # of the models of today, the deepest have some hundreds
 
 
 class Embedding(nn.Module):

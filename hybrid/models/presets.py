@@ -8,6 +8,7 @@ of GPT-2 and GPT-3 (Brown et al. 2020, https://arxiv.org/abs/2005.14165, table 2
 BYTES = 257  # the byte tokenizer's vocabulary: 256 values and the end of a document
 GPT2_VOCABULARY = 50257
 CONTEXT = 1024  # where neither a preset nor the job says it
+MOST_LAYERS = 10_000  # of the models of today, the deepest have some hundreds
 SIZES = ("num_layers", "width", "num_heads", "context", "vocab_size")
 
 PRESETS: dict[str, tuple[int, int, int, int, int]] = {

@@ -73,7 +73,9 @@ def check_layout(job: Job, name: str, nproc: int) -> None:
         try:
             partition(cut, [1] * layers, layout.pp)
         except JobError as error:
-            raise JobError(f"variant.{name}: {error}" if choice.variant_of else str(error)) from None
+            raise JobError(
+                f"variant.{name}: {error}" if choice.variant_of else str(error)
+            ) from None
 
 
 def default_nproc(job: Job) -> int:

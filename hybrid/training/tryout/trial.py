@@ -105,6 +105,8 @@ class Trial:
         """Return what the loss gives: a sum that is one number, and a count."""
         try:
             given = self.loss(output, target)
+        except JobError as error:  # one of torch's losses does not take these
+            raise JobError(f"{self.model_name}: {error}") from error
         except BaseException as error:  # a user's loss may raise anything
             if passes(error):
                 raise
@@ -140,6 +142,8 @@ def _wrong_loss(given: Any) -> str | None:
         return f"{describe(total)} as the sum; valid: a tensor that has a gradient, not a number"
     if total.dim():
         return f"a sum of shape {list(total.shape)}; valid: one number, so add .sum()"
+    if not total.is_floating_point():
+        return f"{describe(total)} as the sum; valid: a floating number that has a gradient"
     if isinstance(count, torch.Tensor) and count.numel() == 1:
         count = count.item()
     if isinstance(count, bool) or not isinstance(count, (int, float)):
