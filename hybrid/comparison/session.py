@@ -24,8 +24,8 @@ from ..records import INTERRUPTED, PROXY, Comparison, Parity, Record, ReferenceF
 from ..strategies import registry
 from ..training.apart import check_apart
 from ..training.check import print_warnings
-from ..training.progress import Watcher
 from ..training.early import check_early
+from ..training.progress import Watcher
 from ..training.run import Program
 from .best import find_best
 from .controls import Control

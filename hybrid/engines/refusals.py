@@ -73,8 +73,9 @@ def check_shares(
     if empty <= 0 or layout.pp > 1:  # of a pipeline, `hybrid.stages.checks` says it
         return []
     return [
-        f"{key} = {pieces}: {empty} of the {ranks * pieces} micro-batches of a step have no sample, "
-        f"since {what}; valid: {max(1, batch // ranks)} at most for {ranks} data-parallel ranks"
+        f"{key} = {pieces}: {empty} of the {ranks * pieces} micro-batches of a step have no "
+        f"sample, since {what}; valid: {max(1, batch // ranks)} at most for {ranks} data-parallel "
+        f"{'rank' if ranks == 1 else 'ranks'}"
     ]
 
 

@@ -99,6 +99,7 @@ def _look(job: Job, data: Data | None) -> CheckedJob:
     from ..models.metrics import load_metrics
     from ..models.vector_functions import call_vector_functions_once
     from ..stages.shapes import boundaries
+    from .sizes import check_sizes, require_passes
     from .tryout.run import try_out
 
     call_vector_functions_once()
@@ -107,11 +108,12 @@ def _look(job: Job, data: Data | None) -> CheckedJob:
     layers, loss = _build(job)
     train_set, test_set = data or build_data(job)
     check_samples(job, train_set, test_set)
-    _check_vocabulary(job, layers, train_set)
+    check_sizes(job, layers, train_set)
     job, num_samples = resolve_lengths(job, len(train_set)), len(train_set)
     check_schedule(job)
     layers.cut(train_set)
     summary = summarise(job, layers, boundaries=boundaries(layers, train_set))
+    require_passes(job, summary.boundaries)
     layers, loss = _with_values(job, layers, loss)
     found = try_out(job, layers, loss, train_set, test_set)
     findings = (*found.findings, *(Finding(x, SEVERAL) for x in collate_warnings(train_set)))
@@ -186,17 +188,3 @@ def _with_values(job: Job, layers: Layers, loss: "Loss") -> "tuple[Layers, Loss]
         with warnings.catch_warnings(action="ignore"):  # they were given the first time
             return build_model(job)
     return layers, loss
-
-
-def _check_vocabulary(job: Job, layers: Layers, train_set: Any) -> None:
-    """Raise JobError if the first embedding has fewer rows than the data has token ids.
-    Without this check torch would raise in the ranks, and would not name the job's key."""
-    import torch
-
-    wanted = getattr(train_set, "vocab_size", None)
-    first = next((m for m in layers.modules() if isinstance(m, torch.nn.Embedding)), None)
-    if wanted and first is not None and first.num_embeddings < wanted:
-        raise JobError(
-            f"model.options.vocab_size = {first.num_embeddings}: the data's tokens need "
-            f"{wanted} or more"
-        )

@@ -33,8 +33,8 @@ from ..models.starting import fill, match_names
 from ..models.vector_functions import call_vector_functions_once
 from ..strategies import registry
 from .check import print_warnings
-from .evaluation import evaluate
 from .early import count_processes
+from .evaluation import evaluate
 from .saved import JobFrom, Saved, find_saved
 
 RESULT = "eval.json"

@@ -40,8 +40,8 @@ def _periods(job: Job, num_samples: int) -> Iterator[Finding]:
         if every and every > steps:
             text = f"{key} = {every}: the run has {steps} steps, and {so}; valid: {steps} at most"
             yield Finding(text)
-    every, per_epoch = job.strategy.local_sgd.sync_every, -(-num_samples // job.train.global_batch)
-    if isinstance(every, int) and steps < every != per_epoch:  # which "epoch" has become
-        text = f"strategy.local_sgd.sync_every = {every}: the run has {steps} steps, so that"
+    synced, per_epoch = job.strategy.local_sgd.sync_every, -(-num_samples // job.train.global_batch)
+    if isinstance(synced, int) and steps < synced != per_epoch:  # which "epoch" has become
+        text = f"strategy.local_sgd.sync_every = {synced}: the run has {steps} steps, so that"
         so = f"parameters are averaged after the last one alone; valid: {steps} at most"
         yield Finding(f"{text} {so}", ("local_sgd",))

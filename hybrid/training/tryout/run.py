@@ -17,7 +17,7 @@ from .metrics import check_metrics
 from .nested import all_finite
 from .passes import check_passes, first_not_finite, moved_buffers, refuses_one_sample
 from .samples import blame_samples, check_samples, suspect_samples
-from .targets import check_set, check_targets
+from .targets import check_set, check_targets, last_scores
 from .tensors import check_tensors
 from .trial import Trial, describe
 
@@ -50,15 +50,18 @@ def try_out(
     with kept_generators():
         try:
             trial = Trial(job, layers, loss, train)
-            more, lone = _run(trial, test) if real else (_look_at_data(trial), None)
+            more, lone = _run(trial, test) if real else (_look_at_data(trial, test), None)
         except JobError as error:
             more, lone = [Finding(first_line(error), fatal=True)], None
     return Result((*found, *more), lone)
 
 
-def _look_at_data(trial: Trial) -> list[Finding]:
+def _look_at_data(trial: Trial, test: Sequence[Any]) -> list[Finding]:
     """Do what needs no model: one on the meta device has no numbers to compute with."""
     found = check_samples(trial)
+    scores = last_scores(trial)
+    if scores and (wrong := check_set(trial, scores, test)):
+        found.append(wrong)
     if said := blame_samples(trial.samples, suspect_samples(trial)):
         text = f"{trial.data_name}: {said}; see that the model leaves such numbers out"
         found.append(Finding(text))
