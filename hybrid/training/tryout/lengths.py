@@ -40,6 +40,10 @@ def _periods(job: Job, num_samples: int) -> Iterator[Finding]:
         if every and every > steps:
             text = f"{key} = {every}: the run has {steps} steps, and {so}; valid: {steps} at most"
             yield Finding(text)
+    guard = job.guard
+    if guard and guard.spike_factor and guard.window >= steps:
+        text = f"guard.window = {guard.window}: the run has {steps} steps, so that no loss is held"
+        yield Finding(f"{text} against so many before it; valid: less than {steps}")
     synced, per_epoch = job.strategy.local_sgd.sync_every, -(-num_samples // job.train.global_batch)
     if isinstance(synced, int) and steps < synced != per_epoch:  # which "epoch" has become
         text = f"strategy.local_sgd.sync_every = {synced}: the run has {steps} steps, so that"
