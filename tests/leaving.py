@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -63,7 +64,7 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
     "exit with words": (lambda: sys.exit("usage"), "status 1: usage"),
     "exit at once": (lambda: os._exit(0), "SystemExit: it ends the program, with status 0"),
     "key": (look_up, "KeyError: 'k'"),
-    "file": (lambda: open("/nope"), "FileNotFoundError: [Errno 2]"),
+    "file": (lambda: Path("/nope").read_text(), "FileNotFoundError: [Errno 2]"),
     "attribute": (get_attribute, "AttributeError: 'object' object has no"),
     "recursion": (recurse, "recursion depth"),
     "mute": (lambda: throw(Mute()), "Mute: its __str__ raised ValueError"),

@@ -68,7 +68,7 @@ def test_python_callers_are_told_of_numbers_of_processes_too(
     nproc: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "num_cores", lambda process=0: 1)
-    with pytest.raises(JobError, match="--nproc: .*valid: 1 to 64"):
+    with pytest.raises(JobError, match=r"--nproc: .*valid: 1 to 64"):
         check_early(small_job(), ["ddp"], nproc)
     assert check_early(small_job(), ["ddp"], 24) == 24
 

@@ -154,13 +154,13 @@ def test_huge_numbers_are_one_line_at_once(changes: dict[str, Any], words: str |
     if words:
         assert words in refusal(**given)
         return
-    with pytest.raises(JobError, match="train.micro_batches = 60: .* valid: 1 to 45"):
+    with pytest.raises(JobError, match=r"train.micro_batches = 60: .* valid: 1 to 45"):
         check_job(make_job(**given)).plan("single", 1)
 
 
 def test_ranks_without_a_sample_are_refused_once_the_data_is_known() -> None:
     checked = check_job(make_job(train__global_batch=60))
-    with pytest.raises(JobError, match="2 of 47 data-parallel ranks .ddp. can have no sample"):
+    with pytest.raises(JobError, match=r"2 of 47 data-parallel ranks .ddp. can have no sample"):
         checked.plan("ddp", 47)
     _, warnings = checked.plan("ddp", 45)
     assert "45 of the 90 micro-batches of a step have no sample" in warnings[0]

@@ -36,8 +36,8 @@ def job_with(where: str, kind: str) -> hybrid.Job:
     """The plain job, in which one place does it."""
     options = {"kind": kind, "where": where}
     changes: dict[str, Any] = {
-        **dict.fromkeys(("model", "layer", "loss"), {"model.options": options}),
-        **dict.fromkeys(("data", "length", "sample", "collate"), {"data.options": options}),
+        **{key: {"model.options": options} for key in ("model", "layer", "loss")},
+        **{key: {"data.options": options} for key in ("data", "length", "sample", "collate")},
         "optimizer": {"optimizer.name": f"{HERE}:optimizer", "optimizer.options": {"kind": kind}},
         "schedule": {"schedule": {"name": f"{HERE}:schedule", "options": {"kind": kind}}},
         "metric": {"train.metrics": [f"{HERE}:metric_{kind.replace(' ', '_')}"]},
@@ -73,7 +73,7 @@ def test_it_is_one_line_with_the_field_and_the_users_line(where: str, kind: str)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_strategy_of_ones_own_too(kind: str) -> None:
-    with pytest.raises(JobError, match="strategy = 'tests.leaving': its layout raised") as refused:
+    with pytest.raises(JobError, match="leaving': its layout raised") as refused:
         registry.find_layout(job_with("model", kind), HERE, 2)
     assert KINDS[kind][1] in str(refused.value)
 

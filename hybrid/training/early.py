@@ -21,26 +21,32 @@ from ..strategies import registry
 from .check import print_warnings
 
 
-def check_early(job: Job, names: Sequence[str], nproc: int | None) -> int:
+def check_early(job: Job, names: Sequence[str], nproc: int | None, alone: bool = False) -> int:
     """Return the number of processes, after all that is known without torch has been checked.
 
-    names: of strategies and variants. nproc: left out, what their degrees ask for. Raises JobError,
-    but not Unsupported, since others among the names may still run: `check_layout` raises that."""
+    names: of strategies and variants. nproc: left out, what their degrees ask for. alone: no other
+    run is asked for, so that one that is not possible raises Unsupported. Raises JobError."""
     nproc = count_processes(job, names, nproc)
     check_workers(job.data.workers, nproc)
-    check_placed(job, names, nproc)
+    _check_runs(job, names, nproc, alone)
     return nproc
 
 
-def check_placed(job: Job, names: Sequence[str], nproc: int) -> None:
-    """Do what `check_early` does for processes that have been started, and print warnings."""
+def check_run(job: Job, name: str, nproc: int) -> None:
+    """Do what `check_early` does, for one run whose processes a launcher has started."""
+    _check_runs(job, [name], nproc, alone=True)
+
+
+def _check_runs(job: Job, names: Sequence[str], nproc: int, alone: bool) -> None:
+    """Check what is known of each run, and print warnings."""
     for name in names:
         try:
             check_layout(job, name, nproc)
         except LayoutError as error:
             raise JobError(f"{error} (--nproc {nproc})") from None
         except Unsupported:
-            continue
+            if alone:
+                raise
     check_fit(job)
     print_warnings(unused_degrees(job, names, nproc))
 

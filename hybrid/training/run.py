@@ -29,7 +29,7 @@ from ..strategies import registry
 from .apart import check_apart
 from .branches import explain
 from .check import print_warnings
-from .early import check_early, check_layout, check_placed
+from .early import check_early, check_run
 from .folder import add_warnings, begin_run, end_run, keep_steps
 from .progress import Progress, Watcher
 from .resume import Chosen, decide, read_chosen, refuse_restart, tell_start
@@ -50,8 +50,7 @@ def run_job(
     strategy: its name, or that of a variant in the job. parent: the process id of the `hybrid` that
     started this rank. fresh_ranks: start each rank afresh; left out, all are forked from one
     process. resume, until: see `train`. Returns the record in the process that shows it, None in
-    the others. Raises JobError, Unsupported, RunFailed, NoRoom or the run's error.
-    """
+    the others. Raises JobError, Unsupported, RunFailed, NoRoom or the run's error."""
     placement = find_placement(started_by_hybrid=parent is not None)
     if placement.rank == 0 and parent is None:
         print_warnings(warnings_of(job, [strategy]))
@@ -65,12 +64,10 @@ def run_job(
     if nproc not in (None, placement.world_size):
         raise JobError(f"--nproc {nproc}: the launcher started {placement.world_size} processes")
     placement = registry.place(job, strategy, placement)
-    if placement.launcher != OWN:
-        check_placed(job, [strategy], placement.world_size)
-        check_layout(job, strategy, placement.world_size)
     export_rank_variables(placement)
     on_step = None
     if placement.launcher != OWN:
+        check_run(job, strategy, placement.world_size)
         redirect_output(out / "logs", placement)
         on_step = _follow(job, strategy, out) if placement.rank == 0 else None
     set_num_threads(placement)
@@ -99,8 +96,7 @@ def _launch_checked(
 
     Where the folder has the whole run that is to go on, its record is returned."""
     choice = resolve(job, strategy)
-    nproc = check_early(job, [strategy], nproc)
-    check_layout(job, strategy, nproc)
+    nproc = check_early(job, [strategy], nproc, alone=True)
     if resume is None:
         refuse_restart(out)
     checked = check_apart(job, registry.modules(choice.strategy)).require()
