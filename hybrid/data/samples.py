@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from ..job.errors import JobError, RunError, first_line, tell_error
+from ..job.errors import JobError, RunError, tell_error
 from ..job.users_code import passes
 from .seeds import (
     STREAMS,
@@ -169,7 +169,7 @@ def check_set(what: str, samples: Any) -> None:
     except BaseException as error:  # a user's class, or one of torch's without a length
         if passes(error):
             raise
-        raise JobError(f"{what} has no length: {first_line(error)}") from error
+        raise JobError(f"{what} has no length: {tell_error(error)}") from error
     if size == 0:
         raise JobError(f"{what} is empty")
 
