@@ -250,7 +250,8 @@ def test_each_setting_without_effect_warns() -> None:
     adamw = {"optimizer.name": "adamw", "optimizer.momentum": 0.9}
     assert warned(**adamw) == ["optimizer.momentum"]
     assert warned(**{"schedule.min_lr": 0.1}) == ["schedule.min_lr"]
-    assert warned(**{"schedule.min_lr": 0.1, "schedule.name": "linear"}) == []
+    assert warned(**{"schedule.min_lr": 0.09, "schedule.name": "linear"}) == []
+    assert warned(**{"schedule.min_lr": 0.1, "schedule.name": "linear"}) == ["schedule.min_lr"]
     assert warned(**{"optimizer.options": {"a": 1}}) == ["optimizer.options"]
     assert warned(**{"schedule.options": {"a": 1}}) == ["schedule.options"]
     keys = {"optimizer.betas": [0.8, 0.9], "optimizer.momentum": 0.9, "optimizer.eps": 1e-6}

@@ -17,8 +17,9 @@ from torch import nn
 
 from hybrid.job.errors import JobError
 from hybrid.models import build_model
-from hybrid.models.gpt import PRESETS, Attention, gpt
+from hybrid.models.gpt import Attention, gpt
 from hybrid.models.losses import cross_entropy
+from hybrid.models.presets import PRESETS
 from tests.conftest import small_job
 
 SIZES: dict[str, Any] = dict(num_layers=2, width=24, num_heads=3, context=10, vocab_size=19)

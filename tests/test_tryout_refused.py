@@ -87,7 +87,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "words": (of_data("words"), [OWN_DATA]),
     "no target": (of_data("no target"), [OWN_DATA, "sample 0"]),
     "targets of None": (of_data("targets of None"), [OWN_DATA, "None"]),
-    "too many classes": (of_data("classes"), [OWN, "out of bounds"]),
+    "too many classes": (
+        of_data("classes"),
+        [OWN_DATA, OWN, "train sample 4 is 4", "valid: 0 to 3, or -100"],
+    ),
     "integers for a linear map": (of_data("integers"), [OWN, "int64 [8, 16]"]),
     "an empty set": (of_data("empty"), [OWN_DATA, "train set is empty"]),
     "one set": (of_data("one set"), [OWN_DATA, "must return"]),

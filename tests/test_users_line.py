@@ -110,7 +110,10 @@ def test_a_folder_of_python_or_of_packages_is_nobodys(monkeypatch: pytest.Monkey
     [
         ("import torch\nx = [\n", "was never closed"),
         ("import torch\n\nx = undefined\n", "name 'undefined' is not defined"),
-        ("import sys\n\nsys.exit(2)\n", "it ends the program while it is imported"),
+        (
+            "import sys\n\nsys.exit(2)\n",
+            "SystemExit: it ends the program, with status 2",
+        ),
     ],
 )
 def test_an_error_at_import_names_its_line(
@@ -131,7 +134,10 @@ def test_an_error_at_import_names_its_line(
 @pytest.mark.usefixtures("at_root")
 @pytest.mark.parametrize(
     ("raises", "words"),
-    [("model", "KeyError: 'no such key'"), ("exit", "ends the program, with 'usage: train.py'")],
+    [
+        ("model", "KeyError: 'no such key'"),
+        ("exit", "it ends the program, with status 1: usage: train.py"),
+    ],
 )
 def test_an_error_of_a_model_function_is_one_line_of_the_job(raises: str, words: str) -> None:
     said = str(caught(build_model, own_job(raises)))

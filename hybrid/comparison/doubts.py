@@ -4,11 +4,11 @@ import dataclasses
 import itertools
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..records import Parity, Record, ReferenceFault
+from ..training.leftovers import list_run, remove, remove_empty
 from .differences import Run, differences
 from .parity import Rule
 from .repeats import AGAIN, THIRD, Load, find_trusted
@@ -51,7 +51,8 @@ def _move(
 ) -> None:
     """Give a run another label, and its folder another name."""
     target[new] = source.pop(old)
-    shutil.rmtree(out / new, ignore_errors=True)  # of an earlier comparison
+    remove(list_run(out / new))  # of an earlier comparison
+    remove_empty(out / new)
     os.replace(out / old, out / new)
 
 

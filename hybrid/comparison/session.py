@@ -25,8 +25,9 @@ from ..records import INTERRUPTED, PROXY, Comparison, Parity, Record, ReferenceF
 from ..strategies import registry
 from ..training.apart import check_apart
 from ..training.check import print_warnings
+from ..training.early import check_early
 from ..training.progress import Watcher
-from ..training.run import Program, default_nproc
+from ..training.run import Program
 from .best import find_best
 from .controls import Control
 from .differences import Run
@@ -89,7 +90,7 @@ def _check_names(job: Job, names: Sequence[str], nproc: int | None) -> int:
     names = [*dict.fromkeys(names)]
     print_warnings(warnings_of(job, names))
     registry.check_settings(job, names)
-    return nproc or max(default_nproc(resolve(job, name).job) for name in names)
+    return check_early(job, names, nproc)
 
 
 class _Session:

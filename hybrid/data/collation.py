@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..job.errors import RunError
+from ..job.users_code import passes
 from ..launch.exchange import gather_objects
 from .forms import (
     BATCHES,
@@ -70,7 +71,9 @@ def collate(samples: JobSet, rows: list[Any], ids: Sequence[int]) -> tuple[Any, 
     what, size = f"collate of {_name(samples, ids)}", len(rows)
     try:
         batch = samples.collate(rows)
-    except Exception as error:  # a user's function may raise anything
+    except BaseException as error:  # a user's function may raise anything
+        if passes(error):
+            raise
         raise samples.error(what, error) from error
     try:
         check_batch(batch, size)

@@ -3,6 +3,9 @@
 import torch
 from torch.utils.data import TensorDataset
 
+from ..job.reading import show
+from ..launch.limits import check_memory
+
 
 def random(
     samples: int = 1000,
@@ -16,6 +19,7 @@ def random(
     Raises ValueError where a size is below 1."""
     if min(samples, test_samples, features, classes) < 1:
         raise ValueError("samples, test_samples, features and classes must be at least 1")
+    check_memory(4 * features * (samples + test_samples), f"samples = {show(samples)} in fp32")
     draw = torch.Generator().manual_seed(seed)
 
     def one_set(size: int) -> TensorDataset:

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from ..job.errors import JobError, RunError, first_line
-from ..job.traces import at_users_line
+from ..job.errors import JobError, RunError, tell_error
+from ..job.users_code import passes
 from .seeds import (
     STREAMS,
     generator_states,
@@ -101,7 +101,9 @@ class JobSet:
     def _one(self, read: Callable[[int], Any], i: int, place: int) -> Any:
         try:
             return read(place)
-        except Exception as error:  # a user's data set may raise anything
+        except BaseException as error:  # a user's data set may raise anything
+            if passes(error):
+                raise
             raise self.error(f"{self.side} sample {i}", error) from error
 
     def _together(self, base: Any, places: list[int], seed: int) -> list[Any] | None:
@@ -118,11 +120,9 @@ class JobSet:
         self.draws_together = not same_states(before, generator_states())
         return None if self.draws_together else rows
 
-    def error(self, what: str, error: Exception) -> RunError:
+    def error(self, what: str, error: BaseException) -> RunError:
         """Return the error in one line: the set's name, what failed, why, and the user's line."""
-        said = " ".join(str(error).split())
-        why = said if isinstance(error, RunError) else f"{type(error).__name__}: {said}"
-        return RunError(f"{self.named}: {what}: {why}{at_users_line(error)}")
+        return RunError(f"{self.named}: {what}: {tell_error(error)}")
 
 
 def reader_of(samples: Any) -> type:
@@ -166,8 +166,10 @@ def check_set(what: str, samples: Any) -> None:
         raise JobError(f"{what} needs a length and indexing, not a {type(samples).__name__}")
     try:
         size = len(samples)
-    except Exception as error:  # a user's class, or one of torch's that has no length after all
-        raise JobError(f"{what} has no length: {first_line(error)}") from error
+    except BaseException as error:  # a user's class, or one of torch's without a length
+        if passes(error):
+            raise
+        raise JobError(f"{what} has no length: {tell_error(error)}") from error
     if size == 0:
         raise JobError(f"{what} is empty")
 

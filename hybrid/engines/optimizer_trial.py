@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..job.errors import JobError, first_line
+from ..job.errors import JobError, first_line, tell_error
 from ..job.schema import Job
+from ..job.users_code import passes
 from ..models.layers import Layers
 from .optimizer import build_optimizer, no_decay_names, set_learning_rate
 from .optimizer_numbers import unsaved
@@ -100,9 +101,10 @@ class _Trial:
             optimizer, whole = self.run()
         except JobError:
             raise
-        except Exception as error:  # a user's step may raise anything
-            said = f"{type(error).__name__}: {first_line(error)}"
-            raise JobError(f"{self.given}: cannot step: {said}") from error
+        except BaseException as error:  # a user's step may raise anything
+            if passes(error):
+                raise
+            raise JobError(f"{self.given}: cannot step: {tell_error(error)}") from error
         if not all(bool(torch.isfinite(t).all()) for t in whole.values()):
             raise JobError(f"{self.given}: its update of small gradients is not finite")
         if all(torch.equal(whole[n], t) for n, t in self.start.items()):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..job.errors import JobError, Unsupported, first_line
+from ..job.errors import JobError
 from ..job.imports import call_named
 from ..job.schema import Job
 
@@ -29,12 +29,7 @@ def call_optimizer(job: Job, groups: Sequence[dict[str, Any]]) -> torch.optim.Op
         raise JobError(f"optimizer.options.{key}: set optimizer.{key} instead")
     groups = [group | {"lr": chosen.lr} for group in groups]
     wanted = {p for group in groups for p in group["params"]}
-    try:
-        made = call_named("optimizer", chosen.name, chosen.options, {}, [groups], rates)
-    except (JobError, Unsupported):
-        raise
-    except Exception as error:  # a user's function may raise anything
-        raise JobError(f"{given}: {type(error).__name__}: {first_line(error)}") from error
+    made = call_named("optimizer", chosen.name, chosen.options, {}, [groups], rates)
     if not isinstance(made, torch.optim.Optimizer):
         kind = type(made).__name__
         raise JobError(f"{given}: returned a {kind}; valid: a torch.optim.Optimizer")

@@ -1,11 +1,12 @@
-"""This module refuses parameters, and optimizers of a user's own, that an engine cannot take.
+"""This module refuses parameters, optimizers of a user's own, and cuts of a batch into nothing.
 
 Every refusal comes before any process starts. The module needs no torch."""
 
 from collections.abc import Sequence
 
-from ..job.errors import Unsupported
+from ..job.errors import JobError, Unsupported
 from ..job.schema import Job
+from ..layout import Layout
 from ..stages.checks import ModelSummary
 
 # What engines do with the tensors of an optimizer. `hybrid.engines.optimizer_trial` measures which
@@ -46,6 +47,36 @@ def check_parameters(
     if found and empty:
         have = "has" if len(found) == 1 else "have"
         raise Unsupported(f"{_list(found)} {have} no elements: {empty}")
+
+
+def check_shares(
+    job: Job, strategy: str, layout: Layout, num_samples: int | None = None
+) -> list[str]:
+    """Return a warning where some micro-batches of each batch have no sample.
+
+    num_samples: of the train set, None where it is not known yet. Raises JobError where a rank, or
+    one of its micro-batches, can have no sample in any step."""
+    batch, ranks, pieces = job.train.global_batch, layout.dp, job.micro_batches(strategy)
+    own = job.settings(strategy).micro_batches
+    key = f"{f'strategy.{strategy}' if own else 'train'}.micro_batches"
+    what = f"train.global_batch = {batch}"
+    if num_samples and num_samples < batch:
+        batch, what = num_samples, f"{what} of a train set of {num_samples} samples"
+    if ranks > batch:
+        raise JobError(
+            f"{what}: {ranks - batch:,} of {ranks:,} data-parallel ranks ({strategy}) can have no "
+            f"sample; valid: {batch:,} ranks at most, or {ranks:,} samples or more in a batch"
+        )
+    if pieces > batch:
+        raise JobError(f"{key} = {pieces}: {what} is cut into more pieces; valid: 1 to {batch}")
+    empty = ranks * pieces - batch
+    if empty <= 0 or layout.pp > 1:  # of a pipeline, `hybrid.stages.checks` says it
+        return []
+    return [
+        f"{key} = {pieces}: {empty} of the {ranks * pieces} micro-batches of a step have no "
+        f"sample, since {what}; valid: {max(1, batch // ranks)} at most for {ranks} data-parallel "
+        f"{'rank' if ranks == 1 else 'ranks'}"
+    ]
 
 
 def _list(names: Sequence[str]) -> str:

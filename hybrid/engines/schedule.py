@@ -6,10 +6,13 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
-from ..job.errors import JobError, first_line
+from ..job.errors import JobError, tell_error
 from ..job.imports import import_function, parameter_names
 from ..job.reading import show
 from ..job.schema import Job
+from ..job.users_code import passes
+
+TRIED = 10_000  # steps of a run of which a schedule of one's own is asked before it starts
 
 
 def learning_rate(job: Job, step: int) -> float:
@@ -37,13 +40,17 @@ def learning_rate(job: Job, step: int) -> float:
 def check_schedule(job: Job) -> None:
     """Raise JobError where a schedule by import path has no rate for a step of the run.
 
-    It is called for each step, and for the first one twice: its ranks must agree in every run."""
+    It is called for each step, of a long run for the first ones, the last and some between, and for
+    step 0 twice: its ranks must agree in every run."""
     if ":" not in job.schedule.name:
         return
     given = f"schedule.name = {job.schedule.name!r}"
-    first = learning_rate(job, 0)
-    for step in range(1, _total(job)):
+    first, total = learning_rate(job, 0), _total(job)
+    for step in range(1, min(total, TRIED)):
         learning_rate(job, step)
+    for step in range(TRIED, total, max(1, (total - TRIED) // TRIED)):
+        learning_rate(job, step)
+    learning_rate(job, total - 1)
     if learning_rate(job, 0) != first:
         raise JobError(f"{given}: gives another factor for step 0 when it is called again")
 
@@ -63,8 +70,10 @@ def _factor(job: Job, step: int) -> float:
     given = f"schedule.name = {name!r}: step {step}"
     try:
         factor = function(step, **options)
-    except Exception as error:  # a user's function may raise anything
-        raise JobError(f"{given}: {type(error).__name__}: {first_line(error)}") from error
+    except BaseException as error:  # a user's function may raise anything
+        if passes(error):
+            raise
+        raise JobError(f"{given}: {tell_error(error)}") from error
     if hasattr(factor, "item"):  # a number of torch or numpy
         factor = factor.item()
     number = isinstance(factor, numbers.Real) and not isinstance(factor, bool)

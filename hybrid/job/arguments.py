@@ -5,6 +5,10 @@ from typing import Annotated
 
 import typer
 
+from .reading import show
+
+MOST_DIGITS = 4000  # Python makes no number of more than 4300
+
 
 def _folder(text: str) -> Path:
     from .errors import JobError
@@ -28,9 +32,9 @@ CompareOut = Annotated[
 
 
 def _processes(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise typer.BadParameter(f"{text!r} is no number of processes; valid: 1 or more")
-    return int(text)
+    if not (text.isascii() and text.isdigit() and text.strip("0")):
+        raise typer.BadParameter(f"{show(text)} is no number of processes; valid: 1 or more")
+    return int(text[:MOST_DIGITS])  # which is too many all the same (`hybrid.launch.limits`)
 
 
 Nproc = Annotated[

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..layout import LayoutError
 from ..records import Kind
-from .traces import at_users_line, sent_message, users_line
+from .traces import at_users_line, sent_message, text_of, users_line
 
 # What the system says of a disk that is full, and of one that may not be written to.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
@@ -32,6 +32,7 @@ _NO_RIGHT = {errno.EACCES, errno.EPERM}
 NO_ROOM = "cannot be written to: "  # in the words of `NoRoom`
 
 LONGEST = 300  # characters of a message of a user's code that are shown
+LONGEST_LINE = 2000  # and of any other message
 
 
 class JobError(ValueError):
@@ -140,16 +141,37 @@ def first_line(error: BaseException) -> str:
     Where the user's own code raised it, its line stands behind: "..., at my_model.py:12"."""
     if sent := sent_message(error):
         return sent + at_users_line(error)
-    return (str(error).splitlines() or [type(error).__name__])[0] + at_users_line(error)
+    said = (text_of(error).splitlines() or [type(error).__name__])[0]
+    return _cut(said, LONGEST_LINE) + at_users_line(error)
 
 
 def tell_error(error: BaseException) -> str:
-    """Return an error of a user's code in one line: its class, the message, and the user's line."""
+    """Return an error of a user's code in one line: its class, the message, and the user's line.
+
+    The toolkit's own errors are messages to the user, without a class. Of a group, the first error
+    in it is told too."""
+    if isinstance(error, SystemExit):
+        return f"SystemExit: it ends the program, with {_told_status(error)}{at_users_line(error)}"
     kind, said = type(error).__name__, sent_message(error)
-    said = said or " ".join((str(error).splitlines() or [""])[0].split())
-    if len(said) > LONGEST:
-        said = f"{said[:LONGEST]} ..."
+    said = said or " ".join((text_of(error).splitlines() or [""])[0].split())
+    said = _cut(said, LONGEST)
+    if isinstance(error, BaseExceptionGroup):
+        first = error.exceptions[0]
+        said += f": {type(first).__name__}: {_cut(' '.join(text_of(first).split()), LONGEST)}"
+    if isinstance(error, (JobError, RunError)):
+        return said + at_users_line(error)
     return (f"{kind}: {said}" if said else kind) + at_users_line(error)
+
+
+def _told_status(error: SystemExit) -> str:
+    code = 0 if error.code is None else error.code
+    if isinstance(code, int):
+        return f"status {code}"
+    return f"status 1: {_cut(' '.join(text_of(error).split()), LONGEST)}"
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]} ..."
 
 
 @contextlib.contextmanager

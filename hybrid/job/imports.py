@@ -10,7 +10,8 @@ from typing import Any
 
 from .errors import JobError, first_line, tell_error
 from .given import given_functions
-from .traces import at_users_line
+from .reading import show
+from .users_code import held_exit, passes
 
 
 def check_name(section: str, name: str, known: Collection[str]) -> None:
@@ -43,7 +44,7 @@ def call_named(
     the user's line."""
     check_name(section, name, known)
     function = import_function(section, name, known.get(name, name))
-    given = f"{section}.options = {dict(options)!r} of {name!r}"
+    given = f"{section}.options = {show(dict(options), 200)} of {name!r}"
     names = parameter_names(function)
     more = {key: value for key, value in offered.items() if key in (names or ())}
     if names is not None:
@@ -52,18 +53,14 @@ def call_named(
         except TypeError as error:
             raise JobError(f"{given}: {error}; valid: {', '.join(names)}") from None
     try:
-        return function(*arguments, **options, **more)
-    except (MemoryError, ModuleNotFoundError):  # no fault of the job's
-        raise
+        with held_exit():
+            return function(*arguments, **options, **more)
     except (TypeError, ValueError, RuntimeError) as error:
         raise JobError(f"{given}: {first_line(error)}") from error
-    except Exception as error:  # a user's function may raise anything
-        if name in known:
+    except BaseException as error:  # a user's function may raise anything
+        if passes(error) or (name in known and isinstance(error, Exception)):
             raise
         raise JobError(f"{given}: {tell_error(error)}") from error
-    except SystemExit as error:
-        words = f"ends the program, with {error.code!r}{at_users_line(error)}"
-        raise JobError(f"{given}: {words}") from error
 
 
 def parameter_names(function: Callable[..., Any]) -> list[str] | None:
@@ -94,12 +91,14 @@ def import_module(given: str, module: str) -> ModuleType:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's own file lies where the command is typed
     try:
-        return importlib.import_module(module)
-    except Exception as error:  # a user's file may raise anything while it is imported
+        with held_exit():
+            return importlib.import_module(module)
+    except (ImportError, SyntaxError) as error:
         raise JobError(f"{given}: cannot be imported: {first_line(error)}") from error
-    except SystemExit as error:  # a script whose work is not under `if __name__ == "__main__"`
-        words = f"it ends the program while it is imported{at_users_line(error)}"
-        raise JobError(f"{given}: cannot be imported: {words}") from error
+    except BaseException as error:  # a user's file may raise anything while it is imported
+        if passes(error):
+            raise
+        raise JobError(f"{given}: cannot be imported: {tell_error(error)}") from error
 
 
 def find_function(given: str, path: str) -> Callable[..., Any]:

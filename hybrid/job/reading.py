@@ -76,10 +76,10 @@ def _finite(text: str) -> float:
     return number if math.isfinite(number) else _refuse(show_key(text))
 
 
-def show(value: Any) -> str:
-    """Write a value as Python does, on one line, at most 60 characters of it."""
+def show(value: Any, most: int = 60) -> str:
+    """Write a value as Python does, on one line, at most so many characters of it."""
     try:
-        return _cut(repr(value))
+        return _cut(repr(value), most)
     except (ValueError, RecursionError):  # thousands of digits, hundreds of levels
         return f"a {type(value).__name__} too large to show"
 
@@ -89,5 +89,5 @@ def show_key(key: str) -> str:
     return _cut(repr(key)[1:-1])
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
+def _cut(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -19,8 +19,17 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from .errors import JobError
 from .recovery import Checkpoint, Guard
-from .strategy_settings import Count, Positive, Seconds, Section, Strategies, StrategySettings
+from .strategy_settings import (
+    Count,
+    Pieces,
+    Positive,
+    Seconds,
+    Section,
+    Strategies,
+    StrategySettings,
+)
 
 EVALUATED = ("loss", "accuracy", "perplexity")  # what an evaluation has, besides the job's metrics
 MAX_DEPTH = 100  # levels of options; pydantic writes 255 and no more
@@ -113,7 +122,7 @@ class Train(Section):
     """Sets the training loop; exactly one of `epochs` and `steps` is given."""
 
     global_batch: Positive  # samples per optimizer step over all ranks
-    micro_batches: Positive = 1  # pieces each data-parallel rank cuts its share into
+    micro_batches: Pieces = 1  # pieces each data-parallel rank cuts its share into
     epochs: Positive | None = None
     steps: Positive | None = None  # optimizer steps
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # see docs/precision.md
@@ -229,11 +238,26 @@ class Job(Section):
             unused.append(("strategy.ddp", "powersgd_rank", "comm_hook", ddp))
         if self.guard and not self.guard.spike_factor:
             unused += [("guard", key, "spike_factor", self.guard) for key in ("window", "on_spike")]
-        return self.checkpoint.warnings() + [
+        warned = [*self.checkpoint.warnings(), *_others(self)]
+        return warned + [
             f"{where}.{key} has no effect with {where}.{because} = {getattr(section, because)!r}"
             for where, key, because, section in unused
             if getattr(section, key) != type(section).model_fields[key].default
         ]
+
+
+def _others(job: Job) -> list[str]:
+    """Return a line for each setting that another one takes the effect of, by its value."""
+    schedule, guard, found = job.schedule, job.guard, list[str]()
+    if schedule.name in ("linear", "cosine") and schedule.min_lr >= job.optimizer.lr:
+        rises = "is no less" if schedule.min_lr == job.optimizer.lr else "is more, so that it rises"
+        text = f"schedule.min_lr = {schedule.min_lr}: optimizer.lr = {job.optimizer.lr} falls to it"
+        found.append(f"{text}, and it {rises}; valid: less than optimizer.lr")
+    if guard and guard.max_in_a_row != 10 and guard.non_finite == guard.on_spike == "stop":
+        found.append("guard.max_in_a_row has no effect where the first such step ends the run")
+    if job.launch.trust_pickle and job.model.weights is None:
+        found.append("launch.trust_pickle has no effect without model.weights")
+    return found
 
 
 # By the name of an optimizer or a schedule; one by import path has options alone.
@@ -248,9 +272,12 @@ _UNUSED = {
 def resolve_lengths(job: Job, num_samples: int) -> Job:
     """Return the job with `train.epochs` and `sync_every = "epoch"` as numbers of optimizer steps.
 
-    `num_samples`: the size of the train set."""
+    `num_samples`: the size of the train set. Raises JobError where the steps are too many."""
     per_epoch = -(-num_samples // job.train.global_batch)
     steps = job.train.steps or job.train.epochs * per_epoch  # type: ignore[operator]
+    if steps >= 2**63:
+        most = (2**63 - 1) // per_epoch
+        raise JobError(f"train.epochs = {job.train.epochs}: too many steps; valid: 1 to {most}")
     train = job.train.model_copy(update={"steps": steps, "epochs": None})
     local_sgd = job.strategy.local_sgd
     if local_sgd.sync_every == "epoch":

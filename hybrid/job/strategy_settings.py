@@ -17,6 +17,7 @@ class Section(BaseModel):
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
+Pieces = Annotated[int, Field(ge=1, le=2**16)]  # of a batch: each has a list of its samples
 Seconds = Annotated[int, Field(ge=1, le=7 * 24 * 3600)]
 Partition = Literal["uniform", "parameters"] | Annotated[list[Positive], Field(min_length=1)]
 
@@ -29,7 +30,7 @@ def _no_bool(value: Any) -> Any:
 class StrategySettings(Section):
     """Holds what every strategy's section takes."""
 
-    micro_batches: Positive | None = None  # overrides [train]
+    micro_batches: Pieces | None = None  # overrides [train]
 
 
 class Single(StrategySettings):
@@ -47,7 +48,7 @@ class Ddp(StrategySettings):
 
     comm_hook: Literal["none", "bf16", "fp16", "powersgd"] = "none"  # none: as they are
     powersgd_rank: Positive = 1  # of PowerSGD's approximation
-    bucket_cap_mb: Positive = 25  # MiB of gradients in a collective
+    bucket_cap_mb: Annotated[int, Field(ge=1, le=2**20)] = 25  # MiB of gradients in a collective
     broadcast_buffers: Literal["changing", "always"] = "changing"
 
 

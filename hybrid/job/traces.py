@@ -38,13 +38,27 @@ def at_users_line(error: BaseException) -> str:
     """Return ", at FILE:LINE" of the user's line, to stand behind a message.
     It is empty if there is none, or if the message has it already."""
     line = users_line(error)
-    return f", at {line}" if line and line not in str(error) else ""
+    return f", at {line}" if line and line not in text_of(error) else ""
+
+
+def text_of(error: BaseException) -> str:
+    """Return an error's message; of one whose class cannot tell it, that it cannot."""
+    try:
+        return str(error)
+    except BaseException as raised:  # a user's class may raise anything
+        return f"its __str__ raised {type(raised).__name__}"
 
 
 def sent_message(error: BaseException) -> str:
     """Return the message of the error that a worker process sent as text, empty for others."""
-    text = str(error)
+    text = text_of(error)
     return text.rstrip().splitlines()[-1].strip() if _SENT in text else ""
+
+
+def is_raised_here(error: BaseException) -> bool:
+    """Tell whether an error was raised by this package's own code, such as a handler of signals."""
+    files = [file for file, _ in _frames(error.__traceback__)]
+    return bool(files) and os.path.realpath(files[-1]).startswith(OWN_PACKAGE + os.sep)
 
 
 def is_users(file: str) -> bool:
@@ -76,7 +90,7 @@ def _frames(trace: TracebackType | None) -> Iterator[tuple[str, int]]:
 
 
 def _sent_frames(error: BaseException) -> list[tuple[str, int]]:
-    _, sent, text = str(error).partition(_SENT)
+    _, sent, text = text_of(error).partition(_SENT)
     return [(file, int(number)) for file, number in _FRAME.findall(text)] if sent else []
 
 

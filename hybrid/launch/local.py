@@ -20,6 +20,7 @@ from ..job.errors import Failure, RunFailed, Stopped
 from ..records.whole import new_file
 from .failures import first_cause
 from .heartbeat import is_peer_loss
+from .limits import check_processes
 from .logs import LOG
 from .stopping import SIGNALS, STOPPED, PassedOn, told
 from .threads import num_cores
@@ -50,6 +51,7 @@ def run_ranks(
     that each of so many would have; left out, of `nproc`. stops: the ranks save and leave at a
     signal, which is passed on to them; a second one ends them at once. Raises RunFailed as soon as
     a rank has ended badly, and Stopped where a signal was the cause. No rank is left running."""
+    check_processes(nproc, "--nproc")
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     for old in logs.iterdir():

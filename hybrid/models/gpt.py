@@ -15,32 +15,9 @@ from torch.nn import functional
 from .dropout import Dropout
 from .layers import Layers
 from .losses import Loss, cross_entropy
+from .presets import BYTES, CONTEXT, MOST_LAYERS, PRESETS, SIZES
 
-BYTES = 257  # the byte tokenizer's vocabulary: 256 values and the end of a document
-GPT2_VOCABULARY = 50257
 INIT_STD = 0.02
-
-# A size is num_layers, width, num_heads, context, vocab_size. From 124m to 175b the sizes are those
-# of GPT-2 and GPT-3 (Brown et al. 2020, https://arxiv.org/abs/2005.14165, table 2.1), 70b is Llama
-# 2's largest, 530b Megatron-Turing NLG (https://arxiv.org/abs/2201.11990), 1t from Narayanan et al.
-# 2021 (https://arxiv.org/abs/2104.04473, table 1).
-PRESETS: dict[str, tuple[int, int, int, int, int]] = {
-    "1m": (5, 128, 4, 128, BYTES),
-    "10m": (6, 384, 6, 256, BYTES),
-    "50m": (8, 512, 8, 512, GPT2_VOCABULARY),
-    "124m": (12, 768, 12, 1024, GPT2_VOCABULARY),
-    "350m": (24, 1024, 16, 1024, GPT2_VOCABULARY),
-    "760m": (24, 1536, 16, 2048, GPT2_VOCABULARY),
-    "1.3b": (24, 2048, 16, 2048, GPT2_VOCABULARY),
-    "2.7b": (32, 2560, 32, 2048, GPT2_VOCABULARY),
-    "6.7b": (32, 4096, 32, 2048, GPT2_VOCABULARY),
-    "13b": (40, 5120, 40, 2048, GPT2_VOCABULARY),
-    "30b": (48, 7168, 56, 2048, GPT2_VOCABULARY),
-    "70b": (80, 8192, 64, 4096, GPT2_VOCABULARY),
-    "175b": (96, 12288, 96, 2048, GPT2_VOCABULARY),
-    "530b": (105, 20480, 128, 2048, GPT2_VOCABULARY),
-    "1t": (128, 25600, 160, 2048, GPT2_VOCABULARY),
-}
 
 
 class Embedding(nn.Module):
@@ -167,18 +144,19 @@ def gpt(
 
 
 def _sizes(preset: str | None, given: tuple[int | None, ...]) -> tuple[int, int, int, int, int]:
-    names = ("num_layers", "width", "num_heads", "context", "vocab_size")
-    defaults: tuple[int | None, ...] = (None, None, None, 1024, BYTES)
+    defaults: tuple[int | None, ...] = (None, None, None, CONTEXT, BYTES)
     if preset is not None:
         if preset not in PRESETS:
             raise ValueError(f"preset = {preset!r}: valid: {', '.join(PRESETS)}")
         defaults = PRESETS[preset]
     chosen: Any = tuple(d if g is None else g for g, d in zip(given, defaults, strict=True))
-    for name, value in zip(names, chosen, strict=True):
+    for name, value in zip(SIZES, chosen, strict=True):
         if value is None:
             raise ValueError(f"{name} is missing; give it, or a preset: {', '.join(PRESETS)}")
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} = {value!r}: a whole number, 1 or more, is needed")
+    if chosen[0] > MOST_LAYERS:
+        raise ValueError(f"num_layers = {chosen[0]}: valid: 1 to {MOST_LAYERS}")
     return chosen
 
 

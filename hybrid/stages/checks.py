@@ -129,7 +129,7 @@ class _Plan:
 
     def fewer_stages(self, stages: int) -> str:
         """Say how a job asks for so many stages."""
-        return f"parallel.pp = {stages}" if self.name == "2d" else f"--nproc {stages}"
+        return _ask_for(self.name, stages)
 
     def other_cut(self) -> str:
         """Name the most even partition without faults, or say why there is none."""
@@ -139,6 +139,19 @@ class _Plan:
         if len(groups) == 1:
             return "use a strategy without stages: no cut of these layers avoids it"
         return f"use {len(groups)} stages at most ({self.fewer_stages(len(groups))})"
+
+
+def _ask_for(name: str, stages: int) -> str:
+    return f"parallel.pp = {stages}" if name == "2d" else f"--nproc {stages}"
+
+
+def too_many_stages(name: str, stages: int, layers: int) -> str | None:
+    """Say that strategy `name` has more stages than the model has layers, None: it has not."""
+    if stages <= layers:
+        return None
+    plural = "layer" if layers == 1 else "layers"
+    said = f"the model has {layers} {plural}, {stages} stages need as many or more"
+    return f"{said}: {_ask_for(name, layers)}"
 
 
 def check_pipeline(
@@ -166,13 +179,8 @@ def check_pipeline(
 
 def _stages(plan: _Plan) -> list[str]:
     """Find more stages than layers, and stages without parameters."""
-    layers, stages = len(plan.sizes), len(plan.parts)
-    if stages > layers:
-        plural = "layer" if layers == 1 else "layers"
-        return [
-            f"the model has {layers} {plural}, {stages} stages need as many or more: "
-            f"{plan.fewer_stages(layers)}"
-        ]
+    if problem := too_many_stages(plan.name, len(plan.parts), len(plan.sizes)):
+        return [problem]
     return [
         f"stage {stage} (layers {part.start} to {part.stop - 1}) would have no parameters to "
         f"train; {plan.other_cut()}"

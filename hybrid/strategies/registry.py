@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..engines.deepspeed_config import check_ds_config
 from ..engines.protocol import Engine
-from ..engines.refusals import check_cuts
-from ..job.errors import JobError
+from ..engines.refusals import check_cuts, check_shares
+from ..job.errors import JobError, Unsupported, tell_error
 from ..job.imports import import_module
 from ..job.schema import Job
-from ..job.variants import resolve
+from ..job.users_code import passes
+from ..job.variants import Choice, resolve
 from ..launch.accelerate_env import check_configuration
 from ..launch.placement import OWN, Placement, find_placement
 from ..layout import Layout, LayoutError
@@ -74,17 +75,51 @@ def check_settings(job: Job, names: Sequence[str]) -> None:
             raise
 
 
-def plan(job: Job, name: str, nproc: int, summary: ModelSummary) -> tuple[Layout, list[str]]:
+def plan(
+    job: Job, name: str, nproc: int, summary: ModelSummary, num_samples: int | None = None
+) -> tuple[Layout, list[str]]:
     """Return the layout of a strategy or variant on `nproc` processes, checked, and warnings.
-    Raises Unsupported, LayoutError or JobError; starts nothing."""
+
+    num_samples: of the train set. Raises Unsupported, LayoutError or JobError; starts nothing."""
+    layout, warnings = find_layout(job, name, nproc, num_samples)
     choice = resolve(job, name)
     try:
-        layout = get(choice.strategy).layout(choice.job, nproc)
-        return layout, _check(choice.job, choice.strategy, layout, summary)
+        return layout, [*warnings, *_check(choice.job, choice.strategy, layout, summary)]
     except (JobError, LayoutError) as error:
-        if choice.variant_of:
-            raise type(error)(f"variant.{name}: {error}") from None
+        raise _of_variant(choice, error) from None
+
+
+def find_layout(
+    job: Job, name: str, nproc: int, num_samples: int | None = None
+) -> tuple[Layout, list[str]]:
+    """Return the layout on `nproc` processes, by the job alone, and warnings; imports no torch.
+
+    num_samples: of the train set, where it is known. Raises Unsupported, LayoutError or JobError.
+    """
+    choice = resolve(job, name)
+    try:
+        layout = _layout(choice, nproc)
+        return layout, check_shares(choice.job, choice.strategy, layout, num_samples)
+    except (JobError, LayoutError) as error:
+        raise _of_variant(choice, error) from None
+
+
+def _layout(choice: Choice, nproc: int) -> Layout:
+    strategy = get(choice.strategy)
+    try:
+        return strategy.layout(choice.job, nproc)
+    except (JobError, LayoutError, Unsupported):
         raise
+    except BaseException as error:  # a user's own may raise anything
+        if passes(error) or choice.strategy in NAMES:
+            raise
+        given = f"strategy = {choice.strategy!r}: its layout"
+        raise JobError(f"{given} raised {tell_error(error)}") from error
+
+
+def _of_variant(choice: Choice, error: ValueError) -> ValueError:
+    """Return an error of the job, with the name of the variant that it is about in front."""
+    return type(error)(f"variant.{choice.name}: {error}") if choice.variant_of else error
 
 
 def _check(job: Job, name: str, layout: Layout, summary: ModelSummary) -> list[str]:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import records
-from ..job.errors import CheckFailed, JobError, first_line, kind_of
+from ..job.errors import CheckFailed, JobError, kind_of, tell_error
 from ..job.file import load_job, to_dict
 from ..job.given import given_functions
 from ..job.schema import Job
+from ..job.traces import text_of
+from ..job.users_code import passes
 from ..launch.failures import how_it_ended
 from ..launch.local import end
 from ..launch.warm import Rank, ServerGone, WarmProcess, warm_process
@@ -115,14 +117,21 @@ def main() -> None:
             "num_samples": checked.num_samples,
             "lone_sample": checked.lone_sample,
         }
-    except Exception as error:
-        kind, message = kind_of(error), str(error)
-        if isinstance(error, ModuleNotFoundError):
+    except BaseException as error:
+        if passes(error) and isinstance(error, SystemExit):
+            raise
+        kind, message = kind_of(error), text_of(error)
+        if isinstance(error, KeyboardInterrupt):  # by the user's code: Ctrl-C reaches the parent
+            message = f"the job's own code raised {tell_error(error)}"
+            answer = {"error": {"kind": "job", "message": message}}
+        elif isinstance(error, CheckFailed):
+            answer = {"error": {"kind": kind, "message": message}}
+        elif isinstance(error, ModuleNotFoundError):
             answer = {"error": {"kind": "missing", "message": message, "name": error.name}}
         else:
             if kind == "error":
                 traceback.print_exc()
-                message = f"checking the job: {type(error).__name__}: {first_line(error)}"
+                message = f"checking the job: {tell_error(error)}"
             answer = {"error": {"kind": kind, "message": message}}
     Path(sys.argv[2]).write_text(json.dumps(answer))  # a file without a name
 

@@ -9,8 +9,9 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..job.errors import JobError, RunError, Unsupported
+from ..job.errors import CheckFailed, JobError, RunError, Unsupported, tell_error
 from ..job.schema import Job, resolve_lengths
+from ..job.users_code import held_exit, passes
 from ..job.variants import resolve
 from ..launch.placement import Placement
 from ..layout import Layout, LayoutError
@@ -57,7 +58,7 @@ class CheckedJob:
         """Return what `registry.plan` does for this job; what the try-out found raises Unsupported.
 
         The warnings are those of the job's settings alone."""
-        layout, warnings = registry.plan(self.job, name, nproc, self.summary)
+        layout, warnings = registry.plan(self.job, name, nproc, self.summary, self.num_samples)
         choice = resolve(self.job, name)
         for found in self.findings:
             if found.fatal and found.touches(choice.strategy):
@@ -76,7 +77,21 @@ def check_job(job: Job, data: Data | None = None) -> CheckedJob:
 
 
 def look_at_job(job: Job, data: Data | None = None) -> CheckedJob:
-    """Do what `check_job` does, but return what the try-out found, whatever that is."""
+    """Do what `check_job` does, but return what the try-out found, whatever that is.
+
+    Raises CheckFailed where memory runs out."""
+    with held_exit():
+        try:
+            return _look(job, data)
+        except MemoryError as error:
+            raise CheckFailed(f"checking the job: memory ran out: {tell_error(error)}") from error
+        except BaseException as error:
+            if passes(error) or isinstance(error, Exception):
+                raise
+            raise JobError(f"model.name = {job.model.name!r}: {tell_error(error)}") from error
+
+
+def _look(job: Job, data: Data | None) -> CheckedJob:
     from ..data import build_data
     from ..data.check import check_samples, collate_warnings
     from ..engines.schedule import check_schedule
@@ -84,6 +99,7 @@ def look_at_job(job: Job, data: Data | None = None) -> CheckedJob:
     from ..models.metrics import load_metrics
     from ..models.vector_functions import call_vector_functions_once
     from ..stages.shapes import boundaries
+    from .sizes import check_sizes, require_passes
     from .tryout.run import try_out
 
     call_vector_functions_once()
@@ -92,11 +108,12 @@ def look_at_job(job: Job, data: Data | None = None) -> CheckedJob:
     layers, loss = _build(job)
     train_set, test_set = data or build_data(job)
     check_samples(job, train_set, test_set)
-    _check_vocabulary(job, layers, train_set)
+    check_sizes(job, layers, train_set)
     job, num_samples = resolve_lengths(job, len(train_set)), len(train_set)
     check_schedule(job)
     layers.cut(train_set)
     summary = summarise(job, layers, boundaries=boundaries(layers, train_set))
+    require_passes(job, summary.boundaries)
     layers, loss = _with_values(job, layers, loss)
     found = try_out(job, layers, loss, train_set, test_set)
     findings = (*found.findings, *(Finding(x, SEVERAL) for x in collate_warnings(train_set)))
@@ -171,17 +188,3 @@ def _with_values(job: Job, layers: Layers, loss: "Loss") -> "tuple[Layers, Loss]
         with warnings.catch_warnings(action="ignore"):  # they were given the first time
             return build_model(job)
     return layers, loss
-
-
-def _check_vocabulary(job: Job, layers: Layers, train_set: Any) -> None:
-    """Raise JobError if the first embedding has fewer rows than the data has token ids.
-    Without this check torch would raise in the ranks, and would not name the job's key."""
-    import torch
-
-    wanted = getattr(train_set, "vocab_size", None)
-    first = next((m for m in layers.modules() if isinstance(m, torch.nn.Embedding)), None)
-    if wanted and first is not None and first.num_embeddings < wanted:
-        raise JobError(
-            f"model.options.vocab_size = {first.num_embeddings}: the data's tokens need "
-            f"{wanted} or more"
-        )

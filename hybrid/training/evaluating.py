@@ -19,6 +19,7 @@ from ..job.schema import Job, resolve_lengths
 from ..job.variants import Choice, resolve
 from ..launch.exchange import gather_objects
 from ..launch.failures import RankStatus, leave_error
+from ..launch.limits import check_processes
 from ..launch.local import run_ranks
 from ..launch.logs import redirect_output
 from ..launch.ops_cache import remove_stale_locks
@@ -35,8 +36,8 @@ from ..strategies import registry
 from .check import print_warnings
 from .claiming import EVAL_JOB as JOB
 from .claiming import EVAL_RESULT as RESULT
+from .early import count_processes
 from .evaluation import evaluate
-from .run import default_nproc
 from .saved import JobFrom, Saved, find_saved
 
 
@@ -79,12 +80,14 @@ def evaluate_saved(asked: Asked) -> dict[str, Any] | None:
 
 def _launch(asked: Asked) -> dict[str, Any]:
     """Verify the checkpoint, start the ranks, and return what they have written."""
+    if asked.nproc is not None:
+        check_processes(asked.nproc, "--nproc")
     saved = find_saved(asked.path, asked.given)
     print_warnings(saved.notes)
     job, strategy = saved.job, asked.strategy
     registry.check_settings(job, [strategy])
     choice = resolve(job, strategy)
-    nproc = asked.nproc or default_nproc(choice.job)
+    nproc = count_processes(job, [strategy], asked.nproc)
     layout = registry.get(choice.strategy).layout(choice.job, nproc)
     remove_stale_locks()
     asked.out.mkdir(parents=True, exist_ok=True)

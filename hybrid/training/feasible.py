@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 from ..job.errors import JobError, Unsupported
 from ..job.schema import Job
-from ..job.variants import resolve, warnings_of
+from ..job.variants import warnings_of
 from ..launch.warm import warm_ranks
 from ..layout import LayoutError
 from ..strategies import registry
 from .apart import check_apart
-from .run import default_nproc
+from .early import check_early
 from .tryout.finding import Finding, first_fatal
 
 
@@ -66,7 +66,7 @@ def check_strategies(
     comparison. Raises JobError where the job is wrong before it can be tried out."""
     names = [*registry.NAMES, *job.variant] if names is None else names
     registry.check_settings(job, names)
-    nproc = nproc or max(default_nproc(resolve(job, name).job) for name in names)
+    nproc = check_early(job, names, nproc)
     with warm_ranks():
         checked = check_apart(job, registry.modules("single"))
     found = {}

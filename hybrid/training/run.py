@@ -30,6 +30,7 @@ from .apart import check_apart
 from .branches import explain
 from .check import print_warnings
 from .claiming import claim_for_run
+from .early import check_early, check_run
 from .folder import add_warnings, begin_run, end_run, keep_steps
 from .progress import Progress, Watcher
 from .resume import Chosen, decide, read_chosen, refuse_restart, tell_start
@@ -50,8 +51,7 @@ def run_job(
     strategy: its name, or that of a variant in the job. parent: the process id of the `hybrid` that
     started this rank. fresh_ranks: start each rank afresh; left out, all are forked from one
     process. resume, until: see `train`. Returns the record in the process that shows it, None in
-    the others. Raises JobError, Unsupported, RunFailed, NoRoom or the run's error.
-    """
+    the others. Raises JobError, Unsupported, RunFailed, NoRoom or the run's error."""
     placement = find_placement(started_by_hybrid=parent is not None)
     if placement.rank == 0 and parent is None:
         print_warnings(warnings_of(job, [strategy]))
@@ -77,6 +77,7 @@ def _run_rank(
     """Run this rank of a run, and return the record in the process that shows it."""
     on_step = None
     if placement.launcher != OWN:
+        check_run(job, strategy, placement.world_size)
         redirect_output(out / "logs", placement)
         on_step = _follow(job, strategy, out) if placement.rank == 0 else None
     set_num_threads(placement)
@@ -105,11 +106,12 @@ def _launch_checked(
 
     Where the folder has the whole run that is to go on, its record is returned."""
     choice = resolve(job, strategy)
+    nproc = check_early(job, [strategy], nproc, alone=True)
     if resume is None:
         refuse_restart(out)
     checked = check_apart(job, registry.modules(choice.strategy)).require()
     remove_stale_locks()
-    layout, warnings = checked.plan(strategy, nproc or default_nproc(choice.job))
+    layout, warnings = checked.plan(strategy, nproc)
     check_started(layout.world_size)
     found = checked.warnings(strategy)
     print_warnings([*(f"{strategy}: {line}" for line in warnings), *found])
@@ -213,9 +215,3 @@ def _cores_for(choice: Choice, given: int | None) -> int | None:
     if choice.strategy != "local_sgd":
         return given
     return choice.job.strategy.local_sgd.emulate_replicas or given
-
-
-def default_nproc(job: Job) -> int:
-    """Return the number of processes that `[parallel]` asks for; 2 where it names no degree."""
-    p = job.parallel
-    return (p.pp or 1) * (p.dp or 1) if p.pp or p.dp else (p.replicate or 1) * (p.shard or 2)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..losses import Loss, cross_entropy
+from ..presets import MOST_LAYERS
 from .layers import HFLayers
 from .probe import NotOnMeta, probe
 
@@ -93,7 +94,11 @@ def _make_config(source: str, overrides: Mapping[str, Any]) -> Any:
             f"source = {source!r}: transformers has no causal language model of type "
             f"{config.model_type!r}; benchmarks/hf_models.md lists those that it has"
         )
-    return _override(config, fields, overrides) if overrides else config
+    config = _override(config, fields, overrides) if overrides else config
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers = {layers}: valid: 1 to {MOST_LAYERS}")
+    return config
 
 
 def _override(config: Any, fields: dict[str, Any], overrides: Mapping[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ...job.errors import JobError, tell_error
+from ...job.users_code import passes
 from .finding import SEVERAL, STAGED, Finding, list_names
 from .losses import leaves_behind
 from .nested import tensors_in
@@ -26,7 +27,9 @@ def check_gradients(trial: Trial, output: Any, count: float) -> list[Finding]:
         return [Finding(f"{trial.model_name}: {text}: is the output detached?", fatal=True)]
     try:
         (total / max(count, 1.0)).backward()
-    except Exception as error:  # a user's own autograd function may raise anything
+    except BaseException as error:  # a user's own autograd function may raise anything
+        if passes(error):
+            raise
         raise JobError(f"{trial.model_name}: backward raised {tell_error(error)}") from error
     # Another pass can change buffers that this graph holds, so it comes after the backward.
     found = [*_strangers(trial, leaves), *_wrong_gradients(trial)]

@@ -11,10 +11,13 @@ from ...models.layers import Layers
 from ...models.losses import Loss
 from .finding import SEVERAL, Finding, first_fatal, list_names
 from .gradients import check_gradients, has_finite_gradients
+from .lengths import check_lengths
 from .losses import check_loss, check_reach
+from .metrics import check_metrics
 from .nested import all_finite
 from .passes import check_passes, first_not_finite, moved_buffers, refuses_one_sample
 from .samples import blame_samples, check_samples, suspect_samples
+from .targets import check_set, check_targets, last_scores
 from .tensors import check_tensors
 from .trial import Trial, describe
 
@@ -37,32 +40,28 @@ def try_out(
     layers: of a model made for this. Where it is on the meta device, since it is large, only data,
     shapes and dtypes are looked at. `job.train.steps` is known. What the user's own code raises
     becomes a finding with the line of theirs."""
-    found = [*_check_schedule(job), *check_tensors(f"model.name = {job.model.name!r}", layers)]
+    found = [
+        *check_lengths(job, len(train)),
+        *check_tensors(f"model.name = {job.model.name!r}", layers),
+    ]
     if first_fatal(found):
         return Result(tuple(found))
     real = not any(t.is_meta for t in layers.tensors().values())
     with kept_generators():
         try:
             trial = Trial(job, layers, loss, train)
-            more, lone = _run(trial, test) if real else (_look_at_data(trial), None)
+            more, lone = _run(trial, test) if real else (_look_at_data(trial, test), None)
         except JobError as error:
             more, lone = [Finding(first_line(error), fatal=True)], None
     return Result((*found, *more), lone)
 
 
-def _check_schedule(job: Job) -> list[Finding]:
-    """Find a warm-up that the run ends in."""
-    warmup, steps = job.schedule.warmup_steps, job.train.steps or 0
-    if warmup <= steps:
-        return []
-    share = f"{steps} of {warmup} steps"
-    text = f"schedule.warmup_steps = {warmup}: the run ends after {share}, so that optimizer.lr"
-    return [Finding(f"{text} = {job.optimizer.lr} is never reached; valid: {steps} at most")]
-
-
-def _look_at_data(trial: Trial) -> list[Finding]:
+def _look_at_data(trial: Trial, test: Sequence[Any]) -> list[Finding]:
     """Do what needs no model: one on the meta device has no numbers to compute with."""
     found = check_samples(trial)
+    scores = last_scores(trial)
+    if scores and (wrong := check_set(trial, scores, test)):
+        found.append(wrong)
     if said := blame_samples(trial.samples, suspect_samples(trial)):
         text = f"{trial.data_name}: {said}; see that the model leaves such numbers out"
         found.append(Finding(text))
@@ -76,13 +75,15 @@ def _run(trial: Trial, test: Sequence[Any]) -> tuple[list[Finding], str | None]:
     try:
         output = trial.forward(given, ids)
         moved = moved_buffers(trial)
+        if wrong := check_targets(trial, output, test):
+            return [*found, wrong], None
         if wrong := _not_finite(trial, output):
             return [*found, wrong], None
         found += _check_loss(trial, output)
         if not first_fatal(found):
             found += check_passes(trial, output)
             found += _tell_moved(trial, moved)
-            found += _check_test(trial, test)
+            found += [*_check_test(trial, test), *check_metrics(trial)]
         return found, refuses_one_sample(trial)
     finally:
         trial.free()

@@ -13,6 +13,7 @@ from ...data.loader import MicroBatch, load_micro_batch
 from ...engines.layers import prepare_layers, sample_seeds
 from ...job.errors import JobError, RunError, tell_error
 from ...job.schema import Job
+from ...job.users_code import passes
 from ...models.layers import Layers
 from ...models.loss_calls import LossCalls
 from ...models.losses import Loss
@@ -62,7 +63,9 @@ class Trial:
             return dataclasses.replace(batch, input=given)
         except RunError as error:  # it names the set and the sample
             raise JobError(str(error)) from error
-        except Exception as error:  # a user's data set may raise anything
+        except BaseException as error:  # a user's data set may raise anything
+            if passes(error):
+                raise
             words = f"samples {ids[0]} to {ids[-1]}" if len(ids) > 1 else f"sample {ids[0]}"
             raise JobError(
                 f"{self.data_name}: {words} of the {name} set: {tell_error(error)}"
@@ -80,7 +83,9 @@ class Trial:
         try:
             with sample_seeds(self.job, 0, (torch_seed,), rows, len(rows)):
                 return self.model(given)
-        except Exception as error:  # a user's layer may raise anything
+        except BaseException as error:  # a user's layer may raise anything
+            if passes(error):
+                raise
             raise JobError(
                 f"{self.model_name}: with an input of {describe(given)} from {self.data_name} the "
                 f"model raised {tell_error(error)}"
@@ -100,7 +105,11 @@ class Trial:
         """Return what the loss gives: a sum that is one number, and a count."""
         try:
             given = self.loss(output, target)
-        except Exception as error:  # a user's loss may raise anything
+        except JobError as error:  # one of torch's losses does not take these
+            raise JobError(f"{self.model_name}: {error}") from error
+        except BaseException as error:  # a user's loss may raise anything
+            if passes(error):
+                raise
             raise JobError(
                 f"{self.model_name}: with an output of {describe(output)} and a target of "
                 f"{describe(target)} the loss raised {tell_error(error)}"
@@ -133,6 +142,8 @@ def _wrong_loss(given: Any) -> str | None:
         return f"{describe(total)} as the sum; valid: a tensor that has a gradient, not a number"
     if total.dim():
         return f"a sum of shape {list(total.shape)}; valid: one number, so add .sum()"
+    if not total.is_floating_point():
+        return f"{describe(total)} as the sum; valid: a floating number that has a gradient"
     if isinstance(count, torch.Tensor) and count.numel() == 1:
         count = count.item()
     if isinstance(count, bool) or not isinstance(count, (int, float)):

@@ -1,0 +1,58 @@
+"""This module bounds how many processes a command starts on this host. It needs no torch."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from ..job.errors import JobError
+from ..job.reading import show
+from .threads import num_cores
+
+PER_CORE = 64  # so many processes of one core do nothing but wait for one another
+
+
+def most_processes() -> int:
+    """Return how many processes a command may start here."""
+    return PER_CORE * num_cores()
+
+
+def check_processes(asked: Any, given: str) -> None:
+    """Raise JobError, which begins with what was `given`, unless so many processes can start."""
+    most, cores = most_processes(), num_cores()
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+        raise JobError(f"{given}: {show(asked)} is no number of processes; valid: 1 to {most}")
+    if asked > most:
+        host = f"this host has {cores} {'core' if cores == 1 else 'cores'}"
+        raise JobError(f"{given}: {show(asked)} processes, and {host}; valid: 1 to {most}")
+
+
+def check_workers(workers: int, ranks: int) -> None:
+    """Raise JobError unless each of the ranks on this host may start so many workers."""
+    most = most_processes() // ranks
+    if workers > most:
+        each = "the process" if ranks == 1 else f"each of {ranks} ranks"
+        raise JobError(
+            f"data.workers = {show(workers)}: {each} would start so many processes, and this host "
+            f"has {num_cores()} cores; valid: 0 to {most}"
+        )
+
+
+def host_memory() -> int:
+    """Return the bytes of memory that this host has, with what it swaps to."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        swap = re.search(r"^SwapTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    except OSError:
+        swap = None
+    return memory + (int(swap[1]) << 10 if swap else 0)
+
+
+def check_memory(needed: int, given: str) -> None:
+    """Raise JobError, which begins with what was `given`, if this host has no `needed` bytes."""
+    if needed > (has := host_memory()):
+        raise JobError(f"{given}: {_gib(needed)}, and this host has {_gib(has)}; valid: less")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"

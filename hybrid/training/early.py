@@ -1,0 +1,129 @@
+"""Checks what a job and a command say by themselves, before torch is imported. No torch here.
+
+That is: whether so many processes can be started here, whether degrees multiply to them, whether a
+batch has a sample for each, whether there are as many layers as stages, and whether the first layer
+takes what the data set gives. The try-out (`hybrid.training.tryout`) finds what only shows when
+something runs."""
+
+from collections.abc import Sequence
+
+from ..job.errors import JobError, Unsupported
+from ..job.reading import show
+from ..job.schema import Job
+from ..job.variants import DEGREES, READ_DEGREES, Choice, resolve
+from ..launch.limits import check_processes, check_workers
+from ..layout import Layout, LayoutError
+from ..models import FAMILIES
+from ..models.outline import check_fit, count_layers
+from ..stages.checks import too_many_stages
+from ..stages.partition import partition
+from ..strategies import registry
+from .check import print_warnings
+
+
+def check_early(job: Job, names: Sequence[str], nproc: int | None, alone: bool = False) -> int:
+    """Return the number of processes, after all that is known without torch has been checked.
+
+    names: of strategies and variants. nproc: left out, what their degrees ask for. alone: no other
+    run is asked for, so that one that is not possible raises Unsupported. Raises JobError."""
+    nproc = count_processes(job, names, nproc)
+    check_workers(job.data.workers, nproc)
+    _check_runs(job, names, nproc, alone)
+    return nproc
+
+
+def check_run(job: Job, name: str, nproc: int) -> None:
+    """Do what `check_early` does, for one run whose processes a launcher has started."""
+    _check_runs(job, [name], nproc, alone=True)
+
+
+def _check_runs(job: Job, names: Sequence[str], nproc: int, alone: bool) -> None:
+    """Check what is known of each run, and print warnings."""
+    for name in names:
+        try:
+            check_layout(job, name, nproc)
+        except LayoutError as error:
+            raise JobError(f"{error} (--nproc {nproc})") from None
+        except Unsupported:
+            if alone:
+                raise
+    check_fit(job)
+    print_warnings(unused_degrees(job, names, nproc))
+
+
+def count_processes(job: Job, names: Sequence[str], nproc: int | None) -> int:
+    """Return the number of processes; raises JobError where so many cannot be started here."""
+    if nproc is not None:
+        check_processes(nproc, "--nproc")
+        return nproc
+    most = 0
+    for name in names:
+        choice = resolve(job, name)
+        asked = default_nproc(choice.job)
+        variant = f"variant.{name}: " if choice.variant_of else ""
+        check_processes(asked, f"{variant}{_tell_degrees(choice.job)}")
+        most = max(most, asked)
+    return most
+
+
+def check_layout(job: Job, name: str, nproc: int) -> None:
+    """Check the layout of a strategy or variant; raises JobError, LayoutError or Unsupported."""
+    layout, _ = registry.find_layout(job, name, nproc)
+    choice, layers = resolve(job, name), count_layers(job)
+    if not layers or layout.pp == 1:
+        return
+    if problem := too_many_stages(choice.strategy, layout.pp, layers):
+        raise Unsupported(problem)
+    cut = getattr(choice.job.settings(choice.strategy), "partition", None)
+    if isinstance(cut, list) and job.model.name in FAMILIES:
+        try:
+            partition(cut, [1] * layers, layout.pp)
+        except JobError as error:
+            raise JobError(
+                f"variant.{name}: {error}" if choice.variant_of else str(error)
+            ) from None
+
+
+def default_nproc(job: Job) -> int:
+    """Return the number of processes that `[parallel]` asks for; 2 where it names no degree."""
+    p = job.parallel
+    return (p.pp or 1) * (p.dp or 1) if p.pp or p.dp else (p.replicate or 1) * (p.shard or 2)
+
+
+def unused_degrees(job: Job, names: Sequence[str], nproc: int) -> list[str]:
+    """Return a line for each degree in [parallel] that no run among `names` has.
+
+    Strategies with one axis put all processes on it, whatever the degrees say. A run on so many
+    processes as the degree asks for has it all the same."""
+    layouts = list[tuple[Choice, Layout]]()
+    for name in names:
+        try:
+            layouts.append((resolve(job, name), registry.find_layout(job, name, nproc)[0]))
+        except (JobError, LayoutError, Unsupported):
+            continue
+    found = []
+    for key in DEGREES:
+        asked = getattr(job.parallel, key)
+        if asked is None or asked == 1 or not layouts:
+            continue
+        if not any(_has(choice, layout, key) for choice, layout in layouts):
+            under = ", ".join(choice.name for choice, _ in layouts)
+            readers = " and ".join(one for one, keys in READ_DEGREES.items() if key in keys)
+            found.append(
+                f"parallel.{key} = {asked} has no effect under {under}, on {nproc} processes; "
+                f"{readers} has it"
+            )
+    return found
+
+
+def _has(choice: Choice, layout: Layout, key: str) -> bool:
+    """Tell whether a run has the degree that [parallel] asks for, or reads it in its own way."""
+    reads = READ_DEGREES.get(choice.strategy, ())
+    own = choice.strategy not in registry.NAMES  # such a strategy may read all degrees
+    return own or key in reads or getattr(layout, key) == getattr(choice.job.parallel, key)
+
+
+def _tell_degrees(job: Job) -> str:
+    given = {key: getattr(job.parallel, key) for key in DEGREES}
+    told = [f"parallel.{key} = {show(value)}" for key, value in given.items() if value is not None]
+    return ", ".join(told) or "--nproc"
