@@ -49,8 +49,12 @@ def _print_versions(asked: bool) -> None:
         raise typer.Exit
 
 
+READERS = {"compare", "train", "check", "doctor", "eval", "export", "sample", "generate"}
+
+
 @app.callback()
 def _of_all_commands(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -62,6 +66,10 @@ def _of_all_commands(
     ] = False,
 ) -> None:
     """Train one job under every parallel strategy, prove the runs equal, measure their cost."""
+    if context.invoked_subcommand in READERS and "--help" not in sys.argv:
+        from ..launch.variable_check import check_variables
+
+        check_variables()
 
 
 @app.command()

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..job.errors import Failure, RunFailed, Stopped
+from .environment import without_launcher
 from .failures import first_cause
 from .heartbeat import is_peer_loss
 from .stopping import SIGNALS, STOPPED, PassedOn, told
@@ -82,7 +83,7 @@ def _start(
     with log.open("wb") as file:
         return subprocess.Popen(
             [*program, *arguments],
-            env=os.environ | variables,
+            env=without_launcher() | variables,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -97,7 +98,7 @@ def _free_port() -> int:
 
 
 def _variables(rank: int, nproc: int, port: int, cores_for: int) -> dict[str, str]:
-    """Return what a rank's environment has beside the variables of this process."""
+    """Return what a rank's environment has beside this process's, `without_launcher`."""
     found = {
         "RANK": rank,
         "LOCAL_RANK": rank,

@@ -23,7 +23,7 @@ from ..launch.local import run_ranks
 from ..launch.logs import redirect_output
 from ..launch.ops_cache import remove_stale_locks
 from ..launch.orphans import end_with_launcher
-from ..launch.placement import OWN, Placement, export_rank_variables, find_placement
+from ..launch.placement import OWN, Placement, export_rank_variables, find_placement, set_apart
 from ..launch.process_group import cleanup, join_process_group, restored_environment
 from ..launch.threads import set_num_threads
 from ..launch.warm import warm_ranks
@@ -58,7 +58,8 @@ def evaluate_saved(asked: Asked) -> dict[str, Any] | None:
 
     Writes `OUT/eval.json` and returns it in the process that shows it, None in the others. Raises
     JobError, Unsupported, RunFailed, NoRoom or the run's error."""
-    placement = find_placement(started_by_hybrid=asked.parent is not None)
+    found = find_placement(started_by_hybrid=asked.parent is not None)
+    placement = set_apart(found, asked.nproc)
     if placement.launcher is None:
         with needs_room(asked.out), warm_ranks(asked.fresh_ranks):
             return _launch(asked)

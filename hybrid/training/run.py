@@ -20,7 +20,7 @@ from ..launch.local import PROGRAM, Program, run_ranks
 from ..launch.logs import redirect_output
 from ..launch.ops_cache import remove_stale_locks
 from ..launch.orphans import end_with_launcher
-from ..launch.placement import OWN, export_rank_variables, find_placement
+from ..launch.placement import OWN, export_rank_variables, find_placement, set_apart
 from ..launch.stopping import end_now, requeue
 from ..launch.threads import set_num_threads
 from ..launch.warm import warm_ranks
@@ -51,7 +51,7 @@ def run_job(
     process. resume, until: see `train`. Returns the record in the process that shows it, None in
     the others. Raises JobError, Unsupported, RunFailed, NoRoom or the run's error.
     """
-    placement = find_placement(started_by_hybrid=parent is not None)
+    placement = set_apart(find_placement(started_by_hybrid=parent is not None), nproc)
     if placement.rank == 0 and parent is None:
         print_warnings(warnings_of(job, [strategy]))
     registry.check_settings(job, [strategy])
