@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..job.arguments import (
+    ByLauncher,
     CompareOut,
     FreshRanks,
     GoOn,
@@ -33,7 +34,8 @@ from ..job.arguments import (
 from ..job.errors import Stopped
 from ..launch.endings import explain, say, suggest, versions
 from ..launch.stopping import end_now
-from . import checkpoints
+from . import checkpoints, jobs
+from .jobs import load as _load
 
 app = typer.Typer(
     add_completion=False,
@@ -47,9 +49,6 @@ def _print_versions(asked: bool) -> None:
     if asked:
         print(versions(), file=_stdout)
         raise typer.Exit
-
-
-READERS = {"compare", "train", "check", "doctor", "eval", "export", "sample", "generate"}
 
 
 @app.callback()
@@ -66,10 +65,7 @@ def _of_all_commands(
     ] = False,
 ) -> None:
     """Train one job under every parallel strategy, prove the runs equal, measure their cost."""
-    if context.invoked_subcommand in READERS and "--help" not in sys.argv:
-        from ..launch.variable_check import check_variables
-
-        check_variables()
+    jobs.check_surroundings(context.invoked_subcommand)
 
 
 @app.command()
@@ -84,6 +80,7 @@ def compare(
     resume_as: ResumeAs = None,
     overrides: Overrides = None,
     fresh_ranks: FreshRanks = False,
+    launcher: ByLauncher = None,
     strict_reference: Annotated[
         bool, typer.Option(help="Exit with 1 where the reference did not repeat itself.")
     ] = False,
@@ -99,6 +96,7 @@ def compare(
 
     loaded, out = _load(job, overrides, allow_known_bad, trust_pickle), choose_folder(out, resume)
     how: Any = {"interrupt": interrupt, "resume_as": resume_as, "resume": resume is not None}
+    how["launcher"] = launcher
     with contextlib.closing(Progress()) as watcher:
         rest = out, watcher, None, fresh_ranks, reference
         result = compare_strategies(loaded, _split(strategies), nproc, *rest, **how)
@@ -122,18 +120,21 @@ def train(
     overrides: Overrides = None,
     fresh_ranks: FreshRanks = False,
     resume: GoOn = None,
+    launcher: ByLauncher = None,
     allow_known_bad: KnownBad = False,
     trust_pickle: TrustPickle = False,
     json: Json = False,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
     until: Annotated[int | None, typer.Option(hidden=True)] = None,
+    launched: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Run the job once, on a launcher's processes or on `--nproc` of its own."""
     from .. import records
     from ..training.run import run_job
 
-    loaded = _load(job, overrides, allow_known_bad, trust_pickle)
-    record = run_job(loaded, strategy, out, nproc, parent, fresh_ranks, resume, until)
+    loaded = _load(job, overrides, allow_known_bad, trust_pickle, launched)
+    rest = launcher, jobs.num_launched(launched)
+    record = run_job(loaded, strategy, out, nproc, parent, fresh_ranks, resume, until, *rest)
     if record is None:
         return
     if json:
@@ -218,22 +219,6 @@ def doctor(
         raise typer.BadParameter("--no-self-test: valid without FILE, which starts no test")
     to = _stdout if json else None
     raise typer.Exit(run_on_files(files, to) if files else run(self_test, to))
-
-
-def _load(
-    path: Path, overrides: list[str] | None, allow_known_bad: bool, trust_pickle: bool
-) -> Any:
-    from ..data import SOURCES
-    from ..job.file import load_job
-    from ..job.imports import check_name
-    from ..models import check_model_name
-
-    allowed = ["launch.allow_known_bad=true"] if allow_known_bad else []
-    allowed += ["launch.trust_pickle=true"] if trust_pickle else []
-    job = load_job(path, [*(overrides or []), *allowed])
-    check_model_name(job.model.name)
-    check_name("data", job.data.name, SOURCES)
-    return job
 
 
 def _split(names: str | None) -> list[str] | None:

@@ -15,6 +15,7 @@ from ..job.file import make_proxy, to_dict
 from ..job.given import naming
 from ..job.schema import Checkpoint, Job
 from ..job.variants import resolve, warnings_of, with_settings
+from ..launch.by_launcher import choose_launcher
 from ..launch.fork_here import why_not
 from ..launch.ops_cache import remove_stale_locks
 from ..launch.warm import warm_ranks
@@ -25,7 +26,7 @@ from ..strategies import registry
 from ..training.apart import check_apart
 from ..training.check import print_warnings
 from ..training.progress import Watcher
-from ..training.run import Program, default_nproc
+from ..training.run import Starter, default_nproc, modules_of
 from .best import find_best
 from .controls import Control
 from .differences import Run
@@ -46,7 +47,7 @@ def compare(
     nproc: int | None = None,
     out: Path | str = "out/compare",
     watcher: Watcher | None = None,
-    program: Program | None = None,
+    program: Starter | None = None,
     fresh_ranks: bool = False,
     reference: str | None = None,
     resume: bool = False,
@@ -54,18 +55,18 @@ def compare(
     data: Callable[..., Any] | None = None,
     interrupt: int | None = None,
     resume_as: str | None = None,
+    launcher: str | None = None,
 ) -> Comparison:
     """Run the job under each strategy on `nproc` processes, and compare each run with `reference`.
 
     strategies: names of strategies and of the job's variants; left out, all of them. nproc: left
     out, the product of the degrees in `job.parallel` or in a variant, or 2. program: the command
     that starts a rank. fresh_ranks: start each rank afresh; left out, all are forked from one
-    process. reference: left out, `single`, or the first run that can stand in. resume: keep the
-    runs that `out` holds already, and go on with those that were stopped. model, data: functions
-    that take the place of those that the job names (`hybrid.job.given`). interrupt: stop each run
-    but the reference after so many steps, and let new processes go on from there; resume_as: under
-    the strategy or variant of this name. Raises JobError before any process starts, and NoRoom. A
-    run that fails raises nothing. Where the job has a proxy, it comes first, in `out/proxy`."""
+    process. launcher: a command with `{nproc}` that starts them. reference: left out, `single`, or
+    the first that can stand in. resume: keep the runs in `out`; those that were stopped go on.
+    model, data: functions in the job's place (`job.given`). interrupt, resume_as: `Interruption`.
+    Raises JobError before any process starts, and NoRoom. A proxy comes first, in `out/proxy`."""
+    program = choose_launcher(launcher, "compare") or program
     if model is not None or data is not None:
         with naming(job, model, data, why_not(fresh_ranks or program is not None)) as named:
             rest = watcher, program, fresh_ranks, reference, resume, None, None, interrupt
@@ -100,7 +101,7 @@ class _Session:
         out: Path,
         nproc: int,
         watcher: Watcher,
-        program: Program | None,
+        program: Starter | None,
         resume: bool,
         stop: Interruption | None,
         title: str = "",
@@ -109,7 +110,7 @@ class _Session:
 
         stop: where each run but the reference is interrupted. title: what stands before the runs'
         names where they are shown."""
-        modules = registry.modules(resolve(job, selection.names[0]).strategy)
+        modules = modules_of(resolve(job, selection.names[0]).strategy, program)
         self.checked = checked = check_apart(job, modules).require()
         every = checked.job.log.model_copy(update={"every": 1})  # parity looks at every step
         self.asked, self.job = job, checked.job.model_copy(update={"log": every})

@@ -36,6 +36,14 @@ FreshRanks = Annotated[
     bool,
     typer.Option("--fresh-ranks", help="Start each rank afresh, not by a fork of one process."),
 ]
+ByLauncher = Annotated[
+    str | None,
+    typer.Option(
+        "--launcher",
+        metavar="COMMAND",
+        help='Starts the ranks, such as "srun -n {nproc}". Left out: hybrid starts them itself.',
+    ),
+]
 KnownBad = Annotated[
     bool, typer.Option("--allow-known-bad", help="Run releases that are known to train wrongly.")
 ]

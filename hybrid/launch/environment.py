@@ -20,7 +20,7 @@ VARIABLES = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
-# The local rank of a rank that MPICH's mpirun started, also where that used srun to get to the hosts.
+# MPICH's mpirun sets it for its ranks, also where it reaches the hosts by srun;
 # `srun --mpi=pmi2` sets PMI_RANK and PMI_SIZE beside SLURM's own, and no local rank.
 _HYDRA = "MPI_LOCALRANKID"
 # Steps of SLURM from this number on are no ranks: the shell of salloc, a batch script (slurm.h,

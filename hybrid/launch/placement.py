@@ -103,18 +103,6 @@ def set_apart(placement: Placement, nproc: int | None) -> Placement:
     return Placement()
 
 
-def refuse_several(command: str, valid: str) -> None:
-    """Raise JobError where this process is one of several ranks, each of which was told the same.
-
-    Every one would do all of the command's work, in one folder. valid: what to do in place."""
-    here = find_placement()
-    if here.world_size > 1:
-        raise JobError(
-            f"{command}: this process is rank {here.rank} of {here.world_size} that "
-            f"{here.launcher} started; valid: {valid}"
-        )
-
-
 def export_rank_variables(placement: Placement) -> None:
     """Set the variables that torch, Accelerate and DeepSpeed read, where the launcher did not.
 
