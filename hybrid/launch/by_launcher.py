@@ -220,12 +220,11 @@ def _failure(name: str, nproc: int, code: int, logs: Path, passed_on: int) -> Ba
         return LauncherFailed(found, f"rank {found.rank} on {_host_of(found.rank, logs)}")
     said = [line for line in lines if line.startswith("hybrid: ") and not line.startswith(_OURS)]
     words = (said or [line for line in lines if line.strip()][-1:] or ["it printed nothing"])[0]
-    message = f"{how_it_ended(code)}: {words.removeprefix('hybrid: ')[:300]} (log: {logs / LOG})"
-    kind = "job" if code == 2 and said else "error"  # a rank's own status, where it comes through
-    return LauncherFailed(
-        Failure(0, message, "\n".join(lines[-TAIL_LINES:]), kind),  # type: ignore[arg-type]
-        name,
-    )
+    words, tail = words.removeprefix("hybrid: ")[:300], "\n".join(lines[-TAIL_LINES:])
+    if code == 2 and said:  # a rank's own status, where the launcher passes it on
+        return LauncherFailed(Failure(0, words, tail, "job"), name)
+    message = f"{how_it_ended(code)}: {words} (log: {logs / LOG})"
+    return LauncherFailed(Failure(0, message, tail), name)
 
 
 def _host_of(rank: int, logs: Path) -> str:
