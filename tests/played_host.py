@@ -2,7 +2,7 @@
 
 Ranks 2 and 3 leave this process's mount and UTS namespaces: what others write in HOSTS_FOLDER they
 do not see, and their host has another name. `{job}` in the words is a file of each host's own. The
-exit status goes to CODES/RANK, with what the rank printed beside it, so that every rank is heard."""
+exit status goes to CODES/rankN, with the files that the host has, so that every rank is heard."""
 
 from __future__ import annotations
 
@@ -48,10 +48,8 @@ def main() -> None:
         go_apart(folder)
         os.environ["LOCAL_RANK"] = str(rank - 2)
     os.environ["LOCAL_WORLD_SIZE"] = "2"
-    sys.argv = [
-        "hybrid",
-        *(word.replace("{job}", f"{codes}/job{host}.json") for word in sys.argv[3:]),
-    ]
+    job = str(codes / f"job{host}.json")
+    sys.argv = ["hybrid", *(job if word == "{job}" else word for word in sys.argv[3:])]
     status: object = 1
     try:
         run()
