@@ -33,7 +33,7 @@ class Ended:
 
 
 def run(folder: Path, words: Sequence[str], job: Any, other: Any = None) -> list[Ended]:
-    """Run `hybrid train` as four ranks of a launcher on two hosts, each with an `out` of its own."""
+    """Run `hybrid train` as four ranks of a launcher on two hosts, which have an `out` each."""
     codes, out = folder / "codes", folder / "out"
     for path in (codes, out):
         path.mkdir(exist_ok=True)
