@@ -67,7 +67,7 @@ def evaluate_saved(asked: Asked) -> dict[str, Any] | None:
     if asked.nproc not in (None, placement.world_size):
         world = placement.world_size
         raise JobError(f"--nproc {asked.nproc}: the launcher started {world} processes")
-    saved = find_saved(asked.path, asked.given, verified=placement.launcher == OWN)
+    saved = _find_here(asked, placement)
     registry.check_settings(saved.job, [asked.strategy])
     placement = registry.place(saved.job, asked.strategy, placement)
     export_rank_variables(placement)
@@ -76,6 +76,16 @@ def evaluate_saved(asked: Asked) -> dict[str, Any] | None:
     set_num_threads(placement)
     result = _evaluate_and_clean_up(saved, asked, placement)
     return result if placement.rank == 0 and placement.launcher != OWN else None
+
+
+def _find_here(asked: Asked, placement: Placement) -> Saved:
+    """Return what this rank's host has of the checkpoint; a JobError names that host."""
+    try:
+        return find_saved(asked.path, asked.given, verified=placement.launcher == OWN)
+    except JobError as error:
+        if placement.rank == 0 or placement.launcher == OWN:
+            raise
+        raise JobError(f"{error} (rank {placement.rank} on {placement.host})") from None
 
 
 def _launch(asked: Asked) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def _require_same_job(job: Job, placement: Placement) -> None:
             if first.get(key) != there.get(key):
                 raise Refused(
                     f"{key} = {show(there.get(key))}: in the job of rank {rank} on {hosts[rank]}; "
-                    f"rank 0 on {hosts[0]} has {show(first.get(key))}; valid: one job on all hosts"
+                    f"rank 0 on {hosts[0]} has {show(first.get(key))}; valid: one job"
                 )
 
 
