@@ -35,11 +35,9 @@ def build_shared(job: Job, placement: Placement) -> tuple[Layers, Loss]:
             folder = tempfile.mkdtemp(prefix="hybrid-")
             tensors = built[0].tensors().items()  # some are views, which the file cannot hold
             save_file({n: t.detach().contiguous() for n, t in tensors}, Path(folder) / FILE)
-        # Containers may have one name for the host, and files of their own.
-        files = [Path(f) / FILE for h, f in gather_objects((host, folder)) if h == host and f]
-        places = [file for file in files if file.exists()]
+        places = [f for h, f in gather_objects((host, folder)) if h == host and f]
         if built is None:
-            built = _map(job, places[0]) if places else build_model(job)
+            built = _map(job, Path(places[0]) / FILE)
         gather_objects(None)  # all have mapped the file, so its name can go
     finally:
         if folder:
