@@ -79,7 +79,7 @@ def test_what_rank_0_writes_is_on_its_host_alone(trained: tuple[Path, list[Ended
     _, ended = trained
     assert "run/record.json" in ended[0].files
     assert {Path(file).parent.name for file in ended[2].files} == {"logs"}
-    assert {Path(file).name[:5] for file in ended[2].files} == {"rank2", "rank3"}
+    assert {Path(file).name[:5] for file in ended[2].files} == {"rank2"}
 
 
 def test_a_state_that_not_all_hosts_could_save_is_refused_before_the_first_step(

@@ -31,6 +31,7 @@ class Placement:
 
     `launcher` started it (None: no launcher did, the process is alone). `layout` is the run's once
     it is known. `store` is where the ranks met (None: they have not met, or the process is alone).
+    `launched`: `hybrid` had the launcher start it, and has begun the folder of the run.
     """
 
     rank: int = 0
@@ -39,6 +40,7 @@ class Placement:
     launcher: str | None = None
     layout: Layout = dataclasses.field(default_factory=Layout)
     store: dist.Store | None = None
+    launched: bool = False
 
     @property
     def host(self) -> str:

@@ -82,6 +82,8 @@ def begin_record(
     """Begin the record of a run that another launcher started, and return what to warn of."""
     if out is None or placement.rank > 0:
         return []
+    if placement.launched:
+        return [*start.notes]
     chosen = start.chosen
     begin_run(out, job, choice, chosen.folder if chosen else None)
     lines = keep_steps(out, chosen.folder, chosen.manifest.step) if chosen else []

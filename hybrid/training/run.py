@@ -4,6 +4,7 @@
 starts the ranks where no other launcher has; comparisons call it too. `hybrid.records` describes
 what a run leaves in its folder. No torch until a job is checked."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -99,7 +100,7 @@ def _place(
     placement = find_placement(started_by_hybrid=parent is not None)
     if launched:
         require_launched(placement, launched)
-        return placement
+        return dataclasses.replace(placement, launched=True)
     return Placement() if starter else set_apart(placement, nproc)
 
 
