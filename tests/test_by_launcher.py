@@ -130,6 +130,10 @@ def test_else_it_is_what_the_launcher_says(tmp_path: Path) -> None:
     failed = failure_of(tmp_path, "echo srun: error: no such partition >&2; exit 1")
     assert "fake: exited with 1: srun: error: no such partition (log: " in str(failed)
     assert failure_of(tmp_path, "kill -9 $$").failure.message.startswith("was ended by SIGKILL")
+    broken = fake(tmp_path, "")
+    (tmp_path / "fake").write_text("#!/no/such/interpreter\n")
+    with pytest.raises(LauncherFailed, match="fake: cannot be started: No such file"):
+        run_by_launcher(broken, 4, ["train"], tmp_path, lambda: None)
     refused = failure_of(tmp_path, "echo hybrid: train.steps = 0: valid: 1 or more; exit 2")
     assert (refused.failure.kind, refused.failure.message[:15]) == ("job", "train.steps = 0")
 

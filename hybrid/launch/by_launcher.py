@@ -154,7 +154,7 @@ def run_by_launcher(
     if cores_for:
         environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // cores_for)))
     with PassedOn() if stops else contextlib.nullcontext():
-        process = _start(launcher.command(nproc, arguments), environ, logs / LOG)
+        process = _start(launcher.name, launcher.command(nproc, arguments), environ, logs / LOG)
         passed_on = 0
         try:
             while (code := process.poll()) is None:
@@ -171,8 +171,9 @@ def run_by_launcher(
 
 
 def _start(
-    command: Sequence[str], environ: Mapping[str, str], log: Path
+    name: str, command: Sequence[str], environ: Mapping[str, str], log: Path
 ) -> subprocess.Popen[bytes]:
+    """Start the launcher; raises LauncherFailed where the system cannot."""
     parent = os.getpid()
     libc = ctypes.CDLL(None)
 
@@ -183,15 +184,20 @@ def _start(
             os._exit(1)
 
     with log.open("wb") as file:
-        return subprocess.Popen(
-            command,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches this process alone
-            preexec_fn=end_with_parent if sys.platform == "linux" else None,
-        )
+        try:
+            return subprocess.Popen(
+                command,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches this process alone
+                preexec_fn=end_with_parent if sys.platform == "linux" else None,
+            )
+        except OSError as error:  # such as no interpreter of that name
+            raise LauncherFailed(
+                Failure(0, f"cannot be started: {error.strerror}", ""), name
+            ) from None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
