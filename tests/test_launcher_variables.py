@@ -37,7 +37,7 @@ NONSENSE: list[tuple[dict[str, str], str]] = [
     (PAIR | {"MASTER_PORT": "29500"}, "MASTER_PORT = '29500': MASTER_ADDR is not set"),
     ({"RANK": "0"}, "RANK = '0': WORLD_SIZE is not set; valid: both, or none"),
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE = '2': RANK is not set"),
-    ({"LOCAL_RANK": "0"}, "LOCAL_RANK = '0': valid with RANK and WORLD_SIZE"),
+    (PAIR | MEETING | {"MASTER_ADDR": "-"}, "MASTER_ADDR = '-'"),
     (PAIR | {"RANK": ""}, "RANK = ''"),
     (PAIR | {"RANK": " 1"}, "RANK = ' 1'"),
     (PAIR | {"RANK": "\u0661"}, "RANK = "),  # a digit, and none that int() and torch agree on
@@ -65,6 +65,7 @@ SENSE: list[dict[str, str]] = [
     {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
     STEP | {"MASTER_ADDR": "n1"},  # the port follows from the job's number
     MEETING,  # exported for what starts later
+    {"LOCAL_RANK": "3", "TORCHELASTIC_RESTART_COUNT": "x"},  # left by a script; no rank reads them
 ]
 COMMANDS = [["train", "JOB", "--strategy", "ddp"], ["compare", "JOB"], ["check", "JOB"]]
 COMMANDS += [["eval", "X"], ["export", "X", "--to", "Y"], ["generate", "X"], ["doctor"]]

@@ -84,7 +84,7 @@ def _ranges(lowest_port: int) -> Iterator[tuple[str, int, int]]:
     order = [*dict.fromkeys(key for pair in PAIRS for key in pair)]
     for key in [*order, *sorted((_RANKS | _SIZES) - set(order))]:
         yield key, *((1, MOST_RANKS) if key in _SIZES else (0, MOST_RANKS - 1))
-    for key in sorted(_NUMBERS):
+    for key in sorted(_NUMBERS if variables_of() else ()):  # a process that is no rank reads none
         yield key, 0, MOST_NUMBER
 
 
@@ -99,8 +99,6 @@ def _missing() -> Iterator[str]:
     if size in os.environ and rank not in os.environ and not is_in_a_shell_of_slurm():
         yield f"{_shown(size)}: {rank} is not set; valid: both, or none"
     kind = variables_of()
-    if kind is None and "LOCAL_RANK" in os.environ:
-        yield f"{_shown('LOCAL_RANK')}: valid with RANK and WORLD_SIZE, or without all three"
     # srun's ranks find out the one that is missing; a process alone needs none of the two.
     found = [key for key in _MEETING if key in os.environ]
     if kind not in (None, "srun") and len(found) == 1 and os.environ[VARIABLES[kind][1]] != "1":
@@ -123,7 +121,7 @@ def _is_address(text: str) -> bool:
             return bool(ipaddress.ip_address(text.partition("%")[0]))
         except ValueError:
             return False
-    return bool(re.fullmatch(r"[\w.-]{1,253}", text))
+    return bool(re.fullmatch(r"\w[\w.-]{0,252}", text))
 
 
 def _shown(key: str) -> str:
