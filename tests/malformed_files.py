@@ -199,7 +199,7 @@ LAUNCHERS: dict[str, tuple[str, dict[str, str], list[str]]] = {
     "a negative rank": ("zero2", {**RANK, "RANK": "-1"}, ["RANK = '-1'"]),
     "an empty world": ("zero2", {**RANK, "WORLD_SIZE": "0"}, ["WORLD_SIZE = '0'"]),
     "an empty size": ("zero2", {**RANK, "WORLD_SIZE": ""}, ["WORLD_SIZE = ''"]),
-    "half of it": ("zero2", {"RANK": "0"}, ["WORLD_SIZE = None"]),
+    "half of it": ("zero2", {"RANK": "0"}, ["WORLD_SIZE is not set"]),
     "other digits": ("zero2", {**RANK, "WORLD_SIZE": "\u0662"}, ["WORLD_SIZE"]),
     "FSDP for ZeRO": (
         "zero2",

@@ -107,6 +107,42 @@ def test_manifest_fits_its_schema() -> None:
     assert kind.from_dict(wrong).to_dict() != wrong
 
 
+def test_manifest_gives_pods_no_more_than_training_needs() -> None:
+    patch = document("kubernetes/trainjob.yaml")["spec"]["runtimePatches"][0]
+    (nodes,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = nodes["template"]["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    user = str(pod["securityContext"]["runAsUser"])
+    image = (LAUNCH / "container" / "Containerfile").read_text()
+    assert f"\nUSER {user}\n" in image and f"--uid {user} " in image
+    (container,) = pod["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert {volume["name"] for volume in pod["volumes"]} == mounted.keys()
+    arguments = document("kubernetes/trainjob.yaml")["spec"]["trainer"]["args"]
+    assert arguments[arguments.index("--out") + 1] in mounted.values()
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCH.glob("ci/*.yml")), ids=lambda file: file.name)
+def test_workflow_pins_its_actions_and_may_only_read(file: Path) -> None:
+    workflow, text = yaml.safe_load(file.read_text()), file.read_text()
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "permissions" not in str(workflow["jobs"])
+    assert "pull_request_target" not in text and "${{" not in text and "secrets" not in text
+    used = [line for line in text.splitlines() if "uses:" in line]
+    assert used
+    for line in used:
+        assert re.search(r"uses: actions/[a-z-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line), line
+    for step in (step for job in workflow["jobs"].values() for step in job["steps"]):
+        if "actions/checkout@" in step.get("uses", ""):
+            assert step["with"]["persist-credentials"] is False
+
+
 def test_image_is_said_not_to_be_built_and_installs_what_there_is() -> None:
     text = (LAUNCH / "container" / "Containerfile").read_text()
     assert text.startswith("# NOT BUILT HERE: ")

@@ -20,6 +20,7 @@ from .conftest import small_job
 
 RANKS = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}
 STEP = {"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "1"}
+OMPI = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}
 
 
 def share(
@@ -54,7 +55,7 @@ def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         (RANKS | {"OMP_NUM_THREADS": "3"}, 16, 16, "3"),
         (RANKS | {"LOCAL_WORLD_SIZE": "1"}, 16, 16, None),
         (RANKS | STEP, 16, 64, "4"),  # a step that has a part of its node
-        (RANKS | STEP | {"OMPI_COMM_WORLD_SIZE": "4"}, 8, 64, "8"),  # of mpirun's in a SLURM job
+        (RANKS | STEP | OMPI, 8, 64, "8"),  # of mpirun's in a SLURM job
         (RANKS | STEP | {"SLURM_CPUS_PER_TASK": "6"}, 6, 64, "6"),
         (RANKS | STEP | {"SLURM_CPUS_PER_TASK": "6"}, 64, 64, "6"),
     ],

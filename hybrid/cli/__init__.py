@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..job.arguments import (
+    ByLauncher,
     CompareOut,
     FreshRanks,
     GoOn,
@@ -28,12 +29,14 @@ from ..job.arguments import (
     Reference,
     Resume,
     ResumeAs,
+    Strict,
     TrustPickle,
 )
 from ..job.errors import Stopped
 from ..launch.endings import explain, say, suggest, versions
 from ..launch.stopping import end_now
-from . import checkpoints
+from . import checkpoints, jobs
+from .jobs import load as _load
 
 app = typer.Typer(
     add_completion=False,
@@ -51,6 +54,7 @@ def _print_versions(asked: bool) -> None:
 
 @app.callback()
 def _of_all_commands(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -62,6 +66,7 @@ def _of_all_commands(
     ] = False,
 ) -> None:
     """Train one job under every parallel strategy, prove the runs equal, measure their cost."""
+    jobs.check_surroundings(context.invoked_subcommand)
 
 
 @app.command()
@@ -76,9 +81,8 @@ def compare(
     resume_as: ResumeAs = None,
     overrides: Overrides = None,
     fresh_ranks: FreshRanks = False,
-    strict_reference: Annotated[
-        bool, typer.Option(help="Exit with 1 where the reference did not repeat itself.")
-    ] = False,
+    launcher: ByLauncher = None,
+    strict_reference: Strict = False,
     allow_known_bad: KnownBad = False,
     trust_pickle: TrustPickle = False,
     json: Json = False,
@@ -92,9 +96,9 @@ def compare(
 
     loaded, out = _load(job, overrides, allow_known_bad, trust_pickle), choose_folder(out, resume)
     refuse_lost_job(job, out, of=(2, 3))
-    how: Any = {"interrupt": interrupt, "resume_as": resume_as, "resume": resume is not None}
+    how: Any = {"interrupt": interrupt, "resume_as": resume_as, "launcher": launcher}
     with contextlib.closing(Progress()) as watcher:
-        rest = out, watcher, None, fresh_ranks, reference
+        rest = out, watcher, None, fresh_ranks, reference, resume is not None
         result = compare_strategies(loaded, _split(strategies), nproc, *rest, **how)
     if json:
         print(records.dumps(result), file=_stdout)
@@ -116,20 +120,24 @@ def train(
     overrides: Overrides = None,
     fresh_ranks: FreshRanks = False,
     resume: GoOn = None,
+    launcher: ByLauncher = None,
     allow_known_bad: KnownBad = False,
     trust_pickle: TrustPickle = False,
     json: Json = False,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
     until: Annotated[int | None, typer.Option(hidden=True)] = None,
+    launched: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Run the job once, on a launcher's processes or on `--nproc` of its own."""
     from .. import records
     from ..training.claiming import refuse_lost_job
     from ..training.run import run_job
 
-    loaded = _load(job, overrides, allow_known_bad, trust_pickle)
-    refuse_lost_job(job, out, unchanged=not (overrides or allow_known_bad or trust_pickle))
-    record = run_job(loaded, strategy, out, nproc, parent, fresh_ranks, resume, until)
+    loaded = _load(job, overrides, allow_known_bad, trust_pickle, launched)
+    if not launched:  # whose job `hybrid` has written to its folder
+        refuse_lost_job(job, out, unchanged=not (overrides or allow_known_bad or trust_pickle))
+    rest = launcher, jobs.num_launched(launched)
+    record = run_job(loaded, strategy, out, nproc, parent, fresh_ranks, resume, until, *rest)
     if record is None:
         return
     if json:
@@ -214,22 +222,6 @@ def doctor(
         raise typer.BadParameter("--no-self-test: valid without FILE, which starts no test")
     to = _stdout if json else None
     raise typer.Exit(run_on_files(files, to) if files else run(self_test, to))
-
-
-def _load(
-    path: Path, overrides: list[str] | None, allow_known_bad: bool, trust_pickle: bool
-) -> Any:
-    from ..data import SOURCES
-    from ..job.file import load_job
-    from ..job.imports import check_name
-    from ..models import check_model_name
-
-    allowed = ["launch.allow_known_bad=true"] if allow_known_bad else []
-    allowed += ["launch.trust_pickle=true"] if trust_pickle else []
-    job = load_job(path, [*(overrides or []), *allowed])
-    check_model_name(job.model.name)
-    check_name("data", job.data.name, SOURCES)
-    return job
 
 
 def _split(names: str | None) -> list[str] | None:

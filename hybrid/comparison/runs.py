@@ -14,7 +14,7 @@ from ..records import INTERRUPTED, Record, read
 from ..training.check import CheckedJob
 from ..training.progress import Watcher
 from ..training.resume import Chosen
-from ..training.run import Program, launch
+from ..training.run import Starter, launch
 from .resume import drop_results, find_checkpoint, find_run
 
 
@@ -28,7 +28,7 @@ class Runs:
     checked: CheckedJob
     out: Path
     watcher: Watcher
-    program: Program | None
+    program: Starter | None
     resume: bool
     title: str
     session: Mapping[str, Any]

@@ -16,6 +16,7 @@ from ..job.given import naming
 from ..job.outputs import read_folder
 from ..job.schema import Checkpoint, Job
 from ..job.variants import resolve, warnings_of, with_settings
+from ..launch.by_launcher import Launcher, choose_launcher
 from ..launch.fork_here import why_not
 from ..launch.ops_cache import remove_stale_locks
 from ..launch.warm import warm_ranks
@@ -27,7 +28,7 @@ from ..training.apart import check_apart
 from ..training.check import print_warnings
 from ..training.early import check_early
 from ..training.progress import Watcher
-from ..training.run import Program
+from ..training.run import Starter, modules_of
 from .best import find_best
 from .controls import Control
 from .differences import Run
@@ -49,7 +50,7 @@ def compare(
     nproc: int | None = None,
     out: Path | str = "out/compare",
     watcher: Watcher | None = None,
-    program: Program | None = None,
+    program: Starter | None = None,
     fresh_ranks: bool = False,
     reference: str | None = None,
     resume: bool = False,
@@ -57,25 +58,25 @@ def compare(
     data: Callable[..., Any] | None = None,
     interrupt: int | None = None,
     resume_as: str | None = None,
+    launcher: str | None = None,
 ) -> Comparison:
     """Run the job under each strategy on `nproc` processes, and compare each run with `reference`.
 
     strategies: names of strategies and of the job's variants; left out, all of them. nproc: left
-    out, the product of the degrees in `job.parallel` or in a variant, or 2. program: the command
-    that starts a rank. fresh_ranks: start each rank afresh; left out, all are forked from one
-    process. reference: left out, `single`, or the first run that can stand in. resume: keep the
-    runs that `out` holds already, and go on with those that were stopped. model, data: functions
-    that take the place of those that the job names (`hybrid.job.given`). interrupt: stop each run
-    but the reference after so many steps, and let new processes go on from there; resume_as: under
-    the strategy or variant of this name. Raises JobError before any process starts, and NoRoom. A
-    run that fails raises nothing. Where the job has a proxy, it comes first, in `out/proxy`."""
+    out, the product of the degrees in `job.parallel` or in a variant, or 2. program: what starts a
+    rank. fresh_ranks: start each afresh; left out, all are forked from one process. launcher: a
+    command with `{nproc}` that starts them. reference: left out, `single`, or what can stand in. resume: keep the runs in `out`; those that were stopped go on.
+    model, data: functions in the job's place (`job.given`). interrupt, resume_as: `Interruption`.
+    Raises JobError before any process starts, and NoRoom. A proxy comes first, in `out/proxy`."""
+    program = choose_launcher(launcher, "compare") or program
     if model is not None or data is not None:
         with naming(job, model, data, why_not(fresh_ranks or program is not None)) as named:
             rest = watcher, program, fresh_ranks, reference, resume, None, None, interrupt
             return compare(named, strategies, nproc, out, *rest, resume_as)
     out, stop, small = read_folder(out), make_interruption(interrupt, resume_as), make_proxy(job)
     selection = select(job, strategies, reference)
-    nproc = _check_names(job, [*selection.names, *([resume_as] if resume_as else [])], nproc)
+    names = [*selection.names, *filter(None, [resume_as])]
+    nproc = _check_names(job, names, nproc, here=not isinstance(program, Launcher))
     held = dataclasses.replace(selection, fixed=bool(stop) or selection.fixed)
     with claim(out, selection.names, resume) as mark, needs_room(out), warm_ranks(fresh_ranks):
         options = nproc, watcher or Watcher(), program, resume, stop, mark
@@ -85,12 +86,12 @@ def compare(
         return session.run(prover)
 
 
-def _check_names(job: Job, names: Sequence[str], nproc: int | None) -> int:
+def _check_names(job: Job, names: Sequence[str], nproc: int | None, here: bool) -> int:
     """Check the settings of strategies and variants, and return the number of processes."""
     names = [*dict.fromkeys(names)]
     print_warnings(warnings_of(job, names))
     registry.check_settings(job, names)
-    return check_early(job, names, nproc)
+    return check_early(job, names, nproc, here=here)
 
 
 class _Session:
@@ -103,7 +104,7 @@ class _Session:
         out: Path,
         nproc: int,
         watcher: Watcher,
-        program: Program | None,
+        program: Starter | None,
         resume: bool,
         stop: Interruption | None,
         mark: str | None,
@@ -113,7 +114,7 @@ class _Session:
 
         stop: where each run but the reference is interrupted. mark: the comparison's `id`. title:
         what stands before the runs' names where they are shown."""
-        modules = registry.modules(resolve(job, selection.names[0]).strategy)
+        modules = modules_of(resolve(job, selection.names[0]).strategy, program)
         self.checked = checked = check_apart(job, modules).require()
         every = checked.job.log.model_copy(update={"every": 1})  # parity looks at every step
         self.asked, self.job = job, checked.job.model_copy(update={"log": every})

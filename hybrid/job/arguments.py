@@ -51,6 +51,14 @@ FreshRanks = Annotated[
     bool,
     typer.Option("--fresh-ranks", help="Start each rank afresh, not by a fork of one process."),
 ]
+ByLauncher = Annotated[
+    str | None,
+    typer.Option(
+        "--launcher",
+        metavar="COMMAND",
+        help='Starts the ranks, such as "srun -n {nproc}". Left out: hybrid starts them itself.',
+    ),
+]
 KnownBad = Annotated[
     bool, typer.Option("--allow-known-bad", help="Run releases that are known to train wrongly.")
 ]
@@ -61,6 +69,13 @@ Names = Annotated[
 Reference = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Hold the runs against this one. Left out: single."),
+]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict-reference/--no-strict-reference",
+        help="Exit with 1 where the reference did not repeat itself.",
+    ),
 ]
 Resume = Annotated[
     str | None,

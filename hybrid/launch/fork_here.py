@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import fork_server
+from .environment import without_launcher
 
 # What has to run when a process ends, of those modules that a process forked here may use.
 _AT_EXIT = {
@@ -93,6 +94,8 @@ def fork_warm_process(control: socket.socket, variables: Mapping[str, str]) -> F
     try:
         gc.freeze()  # what the caller's other threads were at is never to be looked through here
         _let_go_of_the_caller()
+        for key in os.environ.keys() - without_launcher().keys():
+            del os.environ[key]
         os.environ.update(variables)
         if torch := sys.modules.get("torch"):
             torch.set_num_threads(1)  # OpenMP's other threads are not in a fork, which would wait

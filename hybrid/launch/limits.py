@@ -8,6 +8,7 @@ from typing import Any
 from ..job.errors import JobError
 from ..job.reading import show
 from .threads import num_cores
+from .variable_check import MOST_RANKS
 
 PER_CORE = 64  # so many processes of one core do nothing but wait for one another
 
@@ -17,14 +18,17 @@ def most_processes() -> int:
     return PER_CORE * num_cores()
 
 
-def check_processes(asked: Any, given: str) -> None:
-    """Raise JobError, which begins with what was `given`, unless so many processes can start."""
-    most, cores = most_processes(), num_cores()
+def check_processes(asked: Any, given: str, here: bool = True) -> None:
+    """Raise JobError, which begins with what was `given`, unless so many processes can start.
+
+    here: on this host; otherwise a launcher starts them, wherever that is."""
+    most, cores = most_processes() if here else MOST_RANKS, num_cores()
     if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
         raise JobError(f"{given}: {show(asked)} is no number of processes; valid: 1 to {most}")
     if asked > most:
         host = f"this host has {cores} {'core' if cores == 1 else 'cores'}"
-        raise JobError(f"{given}: {show(asked)} processes, and {host}; valid: 1 to {most}")
+        why = f", and {host}" if here else ""
+        raise JobError(f"{given}: {show(asked)} processes{why}; valid: 1 to {most}")
 
 
 def check_workers(workers: int, ranks: int) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..job.errors import Failure, RunFailed, Stopped
 from ..records.whole import new_file
+from .environment import without_launcher
 from .failures import first_cause
 from .heartbeat import is_peer_loss
 from .limits import check_processes
@@ -87,7 +88,7 @@ def _start(
     with new_file(log) as file:
         return subprocess.Popen(
             [*program, *arguments],
-            env=os.environ | variables,
+            env=without_launcher() | variables,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -102,7 +103,7 @@ def _free_port() -> int:
 
 
 def _variables(rank: int, nproc: int, port: int, cores_for: int) -> dict[str, str]:
-    """Return what a rank's environment has beside the variables of this process."""
+    """Return what a rank's environment has beside this process's, `without_launcher`."""
     found = {
         "RANK": rank,
         "LOCAL_RANK": rank,

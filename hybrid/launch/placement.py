@@ -9,11 +9,13 @@ import dataclasses
 import os
 import socket
 import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 from ..job.errors import JobError
 from ..layout import Layout
 from .environment import VARIABLES, launcher_name, num_local_ranks, read_number, variables_of
+from .variable_check import check_variables
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +31,7 @@ class Placement:
 
     `launcher` started it (None: no launcher did, the process is alone). `layout` is the run's once
     it is known. `store` is where the ranks met (None: they have not met, or the process is alone).
+    `launched`: `hybrid` had the launcher start it, and has begun the folder of the run.
     """
 
     rank: int = 0
@@ -37,6 +40,7 @@ class Placement:
     launcher: str | None = None
     layout: Layout = dataclasses.field(default_factory=Layout)
     store: dist.Store | None = None
+    launched: bool = False
 
     @property
     def host(self) -> str:
@@ -76,16 +80,29 @@ class Placement:
 def find_placement(started_by_hybrid: bool = False) -> Placement:
     """Place this process by its launcher's variables; without a launcher it is a process alone.
 
-    Raises JobError where the launcher's variables contradict each other."""
+    Raises JobError where the launcher's variables make no sense."""
+    check_variables(lowest_port=0)  # `export_rank_variables` sets that for a rank which is alone
     kind = variables_of()
     if kind is None:
         return Placement()
     rank, world, local, _ = (read_number(key) for key in VARIABLES[kind])
-    if world is None or rank is None or not rank < world:
-        keys = " and ".join(f"{k} = {os.environ.get(k)!r}" for k in VARIABLES[kind][:2])
-        raise JobError(f"{keys}: the launcher must set a rank below a world size")
+    assert rank is not None and world is not None  # `check_variables` requires both
     launcher = OWN if started_by_hybrid else launcher_name()
     return Placement(rank, world, rank if local is None else local, launcher)
+
+
+def set_apart(placement: Placement, nproc: int | None) -> Placement:
+    """Return the placement of this process where it is asked to start `nproc` ranks itself.
+
+    A launcher that started one process has given it a place to work in, such as a shell or a
+    notebook. One that started several has started the ranks."""
+    if placement.launcher in (None, OWN) or placement.world_size > 1 or nproc in (None, 1):
+        return placement
+    print(
+        f"hybrid: {placement.launcher} started this one process, which starts the {nproc} ranks",
+        file=sys.stderr,
+    )
+    return Placement()
 
 
 def export_rank_variables(placement: Placement) -> None:
@@ -117,10 +134,14 @@ def _find_rendezvous(kind: str, placement: Placement) -> tuple[str, int]:
         return _first_node(), PORTS[(1009 * job + step) % len(PORTS)]
     if num_local_ranks() == placement.world_size:
         return "localhost", PORTS[os.getppid() % len(PORTS)]  # all ranks of a host have one parent
-    how = "-x MASTER_ADDR=... -x MASTER_PORT=..." if kind == "Open MPI" else "-genv NAME VALUE"
+    how = {
+        "Open MPI": "start Open MPI with -x MASTER_ADDR=... -x MASTER_PORT=...",
+        "MPICH": "start MPICH with -genv NAME VALUE",
+        "torchrun": "set them on every host, as RANK and WORLD_SIZE, or LOCAL_WORLD_SIZE on one",
+    }
     raise JobError(
         "MASTER_ADDR and MASTER_PORT are not set, and ranks on several hosts need to be told where "
-        f"rank 0 is: start {kind} with {how}"
+        f"rank 0 is: {how[kind]}"
     )
 
 

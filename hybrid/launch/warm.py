@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..job.given import given_functions
+from .environment import without_launcher
 from .fork_here import ForkedHere, Polled, fork_warm_process
 from .fork_server import MESSAGE_BYTES
 
@@ -66,7 +67,7 @@ class WarmProcess:
                 number = str(theirs.fileno())
                 self.process = subprocess.Popen(
                     [sys.executable, "-m", f"{__package__}.fork_server", number, FILLER],
-                    env=os.environ | variables,
+                    env=without_launcher() | variables,
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,

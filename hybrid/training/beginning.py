@@ -18,6 +18,7 @@ from ..models.shared import build_shared
 from ..strategies import registry
 from .check import print_warnings
 from .folder import begin_run, keep_steps
+from .hosts import check_hosts
 from .resume import Chosen, Start, decide, read_chosen, tell_start
 
 
@@ -50,9 +51,15 @@ def build(
 
 
 def decide_together(
-    choice: Choice, placement: Placement, out: Path | None, resume: Path | str | None
+    choice: Choice,
+    placement: Placement,
+    out: Path | None,
+    resume: Path | str | None,
+    until: int | None = None,
 ) -> Start:
-    """Return how the run begins, which rank 0 decides; collective."""
+    """Return how the run begins, which rank 0 decides; collective.
+
+    Raises JobError on all ranks, also where hosts do not share what the run needs of them."""
     if placement.launcher == OWN:  # our own launcher has decided before it started us
         return Start(read_chosen(Path(resume), choice)) if resume else Start()
     start, problem = Start(), None
@@ -65,6 +72,7 @@ def decide_together(
     start, problem = gather_objects((start, problem))[0]
     if problem:
         raise problem
+    check_hosts(choice.job, placement, out, start, until)
     return start
 
 
@@ -74,6 +82,8 @@ def begin_record(
     """Begin the record of a run that another launcher started, and return what to warn of."""
     if out is None or placement.rank > 0:
         return []
+    if placement.launched:
+        return [*start.notes]
     chosen = start.chosen
     begin_run(out, job, choice, chosen.folder if chosen else None)
     lines = keep_steps(out, chosen.folder, chosen.manifest.step) if chosen else []

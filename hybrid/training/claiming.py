@@ -27,7 +27,8 @@ def claim_for_run(out: Path | None, placement: Placement, goes_on: bool) -> Iter
     goes_on: what is saved there stays. Raises JobError, which says who has the folder or what in it
     would be lost, and NoRoom."""
     with _claim(out, placement):
-        if out is not None and placement.rank == 0 and placement.launcher != OWN:
+        begins = placement.launcher != OWN and not placement.launched
+        if out is not None and placement.rank == 0 and begins:
             check_run(out, goes_on)
         yield
 
@@ -48,6 +49,8 @@ def _claim(out: Path | None, placement: Placement) -> Iterator[None]:
         yield
     elif placement.launcher == OWN:  # the process that started this rank has the folder
         hold_log(out / "logs" / f"rank{placement.rank}.log")
+        yield
+    elif placement.launched:  # the same, on some host
         yield
     elif placement.rank:
         refuse_held(out, _name_of_launch())

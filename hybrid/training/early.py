@@ -21,13 +21,17 @@ from ..strategies import registry
 from .check import print_warnings
 
 
-def check_early(job: Job, names: Sequence[str], nproc: int | None, alone: bool = False) -> int:
+def check_early(
+    job: Job, names: Sequence[str], nproc: int | None, alone: bool = False, here: bool = True
+) -> int:
     """Return the number of processes, after all that is known without torch has been checked.
 
     names: of strategies and variants. nproc: left out, what their degrees ask for. alone: no other
-    run is asked for, so that one that is not possible raises Unsupported. Raises JobError."""
-    nproc = count_processes(job, names, nproc)
-    check_workers(job.data.workers, nproc)
+    run is asked for, so that one that is not possible raises Unsupported. here: the processes start
+    on this host, not where a launcher has them. Raises JobError."""
+    nproc = count_processes(job, names, nproc, here)
+    if here:
+        check_workers(job.data.workers, nproc)
     _check_runs(job, names, nproc, alone)
     return nproc
 
@@ -51,17 +55,19 @@ def _check_runs(job: Job, names: Sequence[str], nproc: int, alone: bool) -> None
     print_warnings(unused_degrees(job, names, nproc))
 
 
-def count_processes(job: Job, names: Sequence[str], nproc: int | None) -> int:
-    """Return the number of processes; raises JobError where so many cannot be started here."""
+def count_processes(job: Job, names: Sequence[str], nproc: int | None, here: bool = True) -> int:
+    """Return the number of processes; raises JobError where so many cannot be started.
+
+    here: see `check_early`."""
     if nproc is not None:
-        check_processes(nproc, "--nproc")
+        check_processes(nproc, "--nproc", here)
         return nproc
     most = 0
     for name in names:
         choice = resolve(job, name)
         asked = default_nproc(choice.job)
         variant = f"variant.{name}: " if choice.variant_of else ""
-        check_processes(asked, f"{variant}{_tell_degrees(choice.job)}")
+        check_processes(asked, f"{variant}{_tell_degrees(choice.job)}", here)
         most = max(most, asked)
     return most
 

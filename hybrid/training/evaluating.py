@@ -24,7 +24,7 @@ from ..launch.local import run_ranks
 from ..launch.logs import redirect_output
 from ..launch.ops_cache import remove_stale_locks
 from ..launch.orphans import end_with_launcher
-from ..launch.placement import OWN, Placement, export_rank_variables, find_placement
+from ..launch.placement import OWN, Placement, export_rank_variables, find_placement, set_apart
 from ..launch.process_group import cleanup, join_process_group, restored_environment
 from ..launch.threads import set_num_threads
 from ..launch.warm import warm_ranks
@@ -59,7 +59,8 @@ def evaluate_saved(asked: Asked) -> dict[str, Any] | None:
 
     Writes `OUT/eval.json` and returns it in the process that shows it, None in the others. Raises
     JobError, Unsupported, RunFailed, NoRoom or the run's error."""
-    placement = find_placement(started_by_hybrid=asked.parent is not None)
+    found = find_placement(started_by_hybrid=asked.parent is not None)
+    placement = set_apart(found, asked.nproc)
     if placement.launcher is None:
         with needs_room(asked.out), warm_ranks(asked.fresh_ranks):
             return _launch(asked)
@@ -67,7 +68,7 @@ def evaluate_saved(asked: Asked) -> dict[str, Any] | None:
     if asked.nproc not in (None, placement.world_size):
         world = placement.world_size
         raise JobError(f"--nproc {asked.nproc}: the launcher started {world} processes")
-    saved = find_saved(asked.path, asked.given, verified=placement.launcher == OWN)
+    saved = _find_here(asked, placement)
     registry.check_settings(saved.job, [asked.strategy])
     placement = registry.place(saved.job, asked.strategy, placement)
     export_rank_variables(placement)
@@ -76,6 +77,16 @@ def evaluate_saved(asked: Asked) -> dict[str, Any] | None:
     set_num_threads(placement)
     result = _evaluate_and_clean_up(saved, asked, placement)
     return result if placement.rank == 0 and placement.launcher != OWN else None
+
+
+def _find_here(asked: Asked, placement: Placement) -> Saved:
+    """Return what this rank's host has of the checkpoint; a JobError names that host."""
+    try:
+        return find_saved(asked.path, asked.given, verified=placement.launcher == OWN)
+    except JobError as error:
+        if placement.rank == 0 or placement.launcher == OWN:
+            raise
+        raise JobError(f"{error} (rank {placement.rank} on {placement.host})") from None
 
 
 def _launch(asked: Asked) -> dict[str, Any]:

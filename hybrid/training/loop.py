@@ -146,7 +146,7 @@ def _train(
     status.set("loading the data")
     data = build_data(job)
     choice = dataclasses.replace(choice, job=resolve_lengths(job, len(data[0])))
-    start = decide_together(choice, placement, out, resume)
+    start = decide_together(choice, placement, out, resume, until)
     if start.ended:
         return start.ended
     warnings = list[str]()

@@ -4,6 +4,8 @@
 starts the ranks where no other launcher has; comparisons call it too. `hybrid.records` describes
 what a run leaves in its folder. No torch until a job is checked."""
 
+import dataclasses
+import json
 import os
 import signal
 import threading
@@ -12,15 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from .. import records
-from ..job.errors import JobError, RunFailed, Stopped, needs_room
+from ..job.errors import Failure, JobError, RunFailed, Stopped, needs_room
 from ..job.schema import Job
 from ..job.variants import Choice, resolve, warnings_of
 from ..launch.accelerate_env import check_started
+from ..launch.by_launcher import (
+    Launcher,
+    LauncherFailed,
+    choose_launcher,
+    pack_job,
+    require_launched,
+    run_by_launcher,
+)
 from ..launch.local import PROGRAM, Program, run_ranks
 from ..launch.logs import redirect_output
 from ..launch.ops_cache import remove_stale_locks
 from ..launch.orphans import end_with_launcher
-from ..launch.placement import OWN, Placement, export_rank_variables, find_placement
+from ..launch.placement import (
+    OWN,
+    Placement,
+    export_rank_variables,
+    find_placement,
+    set_apart,
+)
 from ..launch.stopping import end_now, requeue
 from ..launch.threads import set_num_threads
 from ..launch.warm import warm_ranks
@@ -35,6 +51,8 @@ from .folder import add_warnings, begin_run, end_run, keep_steps
 from .progress import Progress, Watcher
 from .resume import Chosen, decide, read_chosen, refuse_restart, tell_start
 
+Starter = Program | Launcher
+
 
 def run_job(
     job: Job,
@@ -45,29 +63,32 @@ def run_job(
     fresh_ranks: bool = False,
     resume: str | None = None,
     until: int | None = None,
+    launcher: str | None = None,
+    launched: int | None = None,
 ) -> Record | None:
     """Run a job once, on the ranks of a launcher or on `nproc` processes that this one starts.
 
-    strategy: its name, or that of a variant in the job. parent: the process id of the `hybrid` that
-    started this rank. fresh_ranks: start each rank afresh; left out, all are forked from one
-    process. resume, until: see `train`. Returns the record in the process that shows it, None in
-    the others. Raises JobError, Unsupported, RunFailed, NoRoom or the run's error."""
-    placement = find_placement(started_by_hybrid=parent is not None)
+    parent: the process id of the `hybrid` that started this rank. fresh_ranks: none is a fork.
+    strategy, resume, until: see `train`. launcher: starts the ranks in place of this process;
+    launched: this is one of so many. Returns the record in the process that shows it, None in the
+    others. Raises JobError, Unsupported, RunFailed, NoRoom or the run's error."""
+    starter = choose_launcher(launcher, "train --launcher") if launcher is not None else None
+    placement = _place(parent, nproc, starter, launched)
     if placement.rank == 0 and parent is None:
         print_warnings(warnings_of(job, [strategy]))
     registry.check_settings(job, [strategy])
     if job.checkpoint.every and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGUSR1, end_now)  # until the run has steps to save
-    if placement.launcher is None:
-        claimed = claim_for_run(out, placement, resume is not None)
+    claimed = claim_for_run(out, placement, resume is not None)
+    if placement.launcher is None and not launched:
         with claimed, needs_room(out), warm_ranks(fresh_ranks):
-            return _launch_checked(job, strategy, out, nproc, resume, until)
+            return _launch_checked(job, strategy, out, nproc, resume, until, starter)
     end_with_launcher(parent)
     if nproc not in (None, placement.world_size):
         raise JobError(f"--nproc {nproc}: the launcher started {placement.world_size} processes")
     placement = registry.place(job, strategy, placement)
     export_rank_variables(placement)
-    with claim_for_run(out, placement, resume is not None):
+    with claimed:
         return _run_rank(job, strategy, out, placement, resume, until)
 
 
@@ -75,11 +96,9 @@ def _run_rank(
     job: Job, strategy: str, out: Path, placement: Placement, resume: str | None, until: int | None
 ) -> Record | None:
     """Run this rank of a run, and return the record in the process that shows it."""
-    on_step = None
-    if placement.launcher != OWN:
+    if placement.launcher != OWN and not placement.launched:
         check_run(job, strategy, placement.world_size)
-        redirect_output(out / "logs", placement)
-        on_step = _follow(job, strategy, out) if placement.rank == 0 else None
+    on_step = None if placement.launcher == OWN else _follow(job, strategy, out, placement)
     set_num_threads(placement)
     from .loop import train
 
@@ -87,8 +106,24 @@ def _run_rank(
     return record if placement.rank == 0 and placement.launcher != OWN else None
 
 
-def _follow(job: Job, strategy: str, out: Path) -> Callable[[StepRecord, int], None]:
-    """Return what shows the steps of a run on the ranks of another launcher."""
+def _place(
+    parent: int | None, nproc: int | None, starter: Launcher | None, launched: int | None
+) -> Placement:
+    """Return where this process stands: as a rank, or apart from any launcher, to start ranks."""
+    placement = find_placement(started_by_hybrid=parent is not None)
+    if launched:
+        require_launched(placement, launched)
+        return dataclasses.replace(placement, launched=True)
+    return Placement() if starter else set_apart(placement, nproc)
+
+
+def _follow(
+    job: Job, strategy: str, out: Path, placement: Placement
+) -> Callable[[StepRecord, int], None] | None:
+    """Keep the log of another launcher's rank; return what shows the steps, on rank 0."""
+    redirect_output(out / "logs", placement)
+    if placement.rank > 0:
+        return None
     watcher = Progress(shared=True)
     watcher.started(strategy, job.train.steps or 0, out)
     return watcher.follow
@@ -101,29 +136,29 @@ def _launch_checked(
     nproc: int | None,
     resume: str | None,
     until: int | None,
+    starter: Launcher | None,
 ) -> Record:
     """Check the job, then start its ranks and show their progress.
 
     Where the folder has the whole run that is to go on, its record is returned."""
     choice = resolve(job, strategy)
-    nproc = check_early(job, [strategy], nproc, alone=True)
+    nproc = check_early(job, [strategy], nproc, alone=True, here=starter is None)
     if resume is None:
         refuse_restart(out)
-    checked = check_apart(job, registry.modules(choice.strategy)).require()
+    checked = check_apart(job, modules_of(choice.strategy, starter)).require()
     remove_stale_locks()
     layout, warnings = checked.plan(strategy, nproc)
-    check_started(layout.world_size)
+    check_started(1 if starter else layout.world_size)
     found = checked.warnings(strategy)
     print_warnings([*(f"{strategy}: {line}" for line in warnings), *found])
-    replicas = choice.job.strategy.local_sgd.emulate_replicas
-    emulating = choice.strategy == "local_sgd" and replicas
+    emulating = choice.strategy == "local_sgd" and choice.job.strategy.local_sgd.emulate_replicas
     start = decide(out, resume, resolve(checked.job, strategy))
     tell_start(start)
     if start.ended:
         return start.ended
     known = [*found, *start.notes]
     watcher, world_size = Progress(), 1 if emulating else layout.world_size
-    rest, chosen = (checked.job, strategy, world_size, out, watcher), start.chosen
+    rest, chosen = (checked.job, strategy, world_size, out, watcher, None, starter), start.chosen
     try:
         record = launch(*rest, warnings=known, resume=chosen, until=until)
         told = (line for line in record.warnings if line not in known)  # by the engine itself
@@ -143,7 +178,7 @@ def launch(
     out: Path,
     watcher: Watcher,
     label: str | None = None,
-    program: Program | None = None,
+    program: Starter | None = None,
     warnings: Sequence[str] = (),
     cores_for: int | None = None,
     resume: Chosen | Path | None = None,
@@ -152,22 +187,22 @@ def launch(
 ) -> Record:
     """Start `nproc` ranks of a checked job, wait for them and return the record.
 
-    label: the run's name for the watcher, if it is not the strategy's. program: what starts a rank,
-    else `PROGRAM`. warnings: of the try-out, for the record. cores_for: see `run_ranks`. resume:
-    the checkpoint from which the run goes on, or its folder. until: see `train`; the record says
-    `interrupted`, though all went well. comparison: see `begin_run`. Raises RunFailed with the
-    first cause, Stopped after a signal; the record then says `failed` or `not_possible`."""
+    label: the run's name for the watcher, if not the strategy's. program: what starts a rank, else
+    `PROGRAM`, or a launcher. warnings: of the try-out. cores_for: see `run_ranks`. resume: the
+    checkpoint that the run goes on from, or its folder. until: see `train`; the record then says
+    `interrupted`. Raises RunFailed with the first cause, and Stopped; the record says so."""
     label, choice = label or strategy, resolve(job, strategy)
     chosen = read_chosen(resume, choice) if isinstance(resume, Path) else resume
     file, warnings = _begin(out, job, choice, chosen, label, comparison, warnings)
     watcher.started(label, job.train.steps or 0, out)
-    options = {"--strategy": strategy, "--out": out, "--parent": os.getpid(), "--until": until}
-    from_there = chosen.folder if chosen else None
-    arguments = ["train", str(file), *_given(options | {"--resume": from_there})]
+    options = {"--strategy": strategy, "--out": out, "--until": until}
+    options["--resume"] = chosen.folder if chosen else None
+    arguments = ["train", str(file), *_given(options)]
+    run: Callable[..., None] = _run_by_launcher if isinstance(program, Launcher) else _run_here
     try:
-        rest = program or PROGRAM, registry.modules(choice.strategy), _cores_for(choice, cores_for)
-        run_ranks(nproc, arguments, out, watcher.poll, *rest, job.checkpoint.every is not None)
-        record = add_warnings(out, records.read(Record, out / "record.json"), warnings)
+        run(program, choice, nproc, arguments, out, watcher, _cores_for(choice, cores_for))
+        record = records.read(Record, out / "record.json")
+        record = add_warnings(out, record, [x for x in warnings if x not in record.warnings])
     except BaseException as raised:
         error = _explained(raised, job, strategy, nproc, out)
         record = end_run(out, choice, nproc, error, warnings)
@@ -176,6 +211,46 @@ def launch(
         raise error from None
     watcher.finished(label, record)
     return record
+
+
+def modules_of(strategy: str, program: Starter | None) -> Sequence[str]:
+    """Return what a warm process imports for ranks that are forked from it."""
+    return () if isinstance(program, Launcher) else registry.modules(strategy)
+
+
+def _run_here(
+    program: Program | None,
+    choice: Choice,
+    nproc: int,
+    arguments: list[str],
+    out: Path,
+    watcher: Watcher,
+    cores_for: int | None,
+) -> None:
+    arguments = [*arguments, "--parent", str(os.getpid())]
+    rest = registry.modules(choice.strategy), cores_for, choice.job.checkpoint.every is not None
+    run_ranks(nproc, arguments, out, watcher.poll, program or PROGRAM, *rest)
+
+
+def _run_by_launcher(
+    launcher: Launcher,
+    choice: Choice,
+    nproc: int,
+    arguments: list[str],
+    out: Path,
+    watcher: Watcher,
+    cores_for: int | None,
+) -> None:
+    packed = pack_job(json.loads((out / "job.json").read_text()), nproc)
+    arguments = [*arguments, "--launched", packed]
+    stops = choice.job.checkpoint.every is not None
+    run_by_launcher(launcher, nproc, arguments, out, watcher.poll, cores_for, stops)
+    if records.read(Record, out / "record.json").status == "running":  # as this process began it
+        message = (
+            f"ended well, and rank 0 has left no result in {out / 'record.json'}: it must write to "
+            "a file system that this host sees"
+        )
+        raise LauncherFailed(Failure(0, message, ""), launcher.name)
 
 
 def _begin(
@@ -197,6 +272,8 @@ def _begin(
 def _explained(
     error: BaseException, job: Job, strategy: str, nproc: int, out: Path
 ) -> BaseException:
+    if isinstance(error, LauncherFailed):
+        return error
     if isinstance(error, RunFailed):
         return RunFailed(explain(error.failure, job, strategy, nproc, out))
     return error

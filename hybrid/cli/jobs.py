@@ -1,0 +1,49 @@
+"""This module does what several commands begin with: they look at what a launcher says, and load
+the job."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+# The commands that a launcher may start, or whose libraries read its variables.
+READERS = {"compare", "train", "check", "doctor", "eval", "export", "sample", "generate"}
+
+
+def check_surroundings(command: str | None) -> None:
+    """Raise JobError where a launcher's variables make no sense for a command that reads them."""
+    if command in READERS and "--help" not in sys.argv:
+        from ..launch.variable_check import check_variables
+
+        check_variables()
+
+
+def num_launched(launched: str | None) -> int | None:
+    """Return how many processes `hybrid` had a launcher start, this one among them, if it did."""
+    from ..launch.by_launcher import unpack_job
+
+    return unpack_job(launched)[1] if launched else None
+
+
+def load(
+    path: Path,
+    overrides: list[str] | None,
+    allow_known_bad: bool,
+    trust_pickle: bool,
+    launched: str | None = None,
+) -> Any:
+    """Load the job of a command line; raises JobError.
+
+    launched: the job itself, where `hybrid` had a launcher start this process."""
+    from ..data import SOURCES
+    from ..job.file import load_job
+    from ..job.imports import check_name
+    from ..launch.by_launcher import unpack_job
+    from ..models import check_model_name
+
+    allowed = ["launch.allow_known_bad=true"] if allow_known_bad else []
+    allowed += ["launch.trust_pickle=true"] if trust_pickle else []
+    source = unpack_job(launched)[0] if launched else path
+    job = load_job(source, [*(overrides or []), *allowed])
+    check_model_name(job.model.name)
+    check_name("data", job.data.name, SOURCES)
+    return job
