@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import JobError, first_line, tell_error
 from .given import given_functions
-from .traces import at_users_line
+from .traces import at_users_line, is_users
 
 
 def check_name(section: str, name: str, known: Collection[str]) -> None:
@@ -92,14 +92,31 @@ def import_module(given: str, module: str) -> ModuleType:
 
     Raises JobError, which begins with what was `given`, where it cannot be imported."""
     if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a user's own file lies where the command is typed
+        # A user's own file lies where the command is typed. It comes last, or a `random.py` there
+        # would be what libraries import.
+        sys.path.append(os.getcwd())
     try:
-        return importlib.import_module(module)
+        loaded = importlib.import_module(module)
     except Exception as error:  # a user's file may raise anything while it is imported
         raise JobError(f"{given}: cannot be imported: {first_line(error)}") from error
     except SystemExit as error:  # a script whose work is not under `if __name__ == "__main__"`
         words = f"it ends the program while it is imported{at_users_line(error)}"
         raise JobError(f"{given}: cannot be imported: {words}") from error
+    _require_own(given, module, loaded)
+    return loaded
+
+
+def _require_own(given: str, module: str, loaded: ModuleType) -> None:
+    """Raise JobError where a library's module was imported, and a file here has the same name."""
+    first = module.partition(".")[0]
+    mine = next((name for name in (f"{first}.py", first) if os.path.exists(name)), None)
+    file = getattr(loaded, "__file__", None) or next(iter(getattr(loaded, "__path__", [])), None)
+    if mine is None or first == "hybrid" or (file and is_users(file)):
+        return
+    raise JobError(
+        f"{given}: imports {file or 'a module of Python itself'}, which hides {mine} here; valid: "
+        f"{mine} renamed, or PYTHONPATH=. to look here first"
+    )
 
 
 def find_function(given: str, path: str) -> Callable[..., Any]:

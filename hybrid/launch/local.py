@@ -19,6 +19,7 @@ from pathlib import Path
 from ..job.errors import Failure, RunFailed, Stopped
 from .failures import first_cause
 from .heartbeat import is_peer_loss
+from .interpreter import start_words
 from .stopping import SIGNALS, STOPPED, PassedOn, told
 from .threads import num_cores
 from .warm import Rank, ServerGone, wait_policy, warm_process
@@ -81,7 +82,7 @@ def _start(
             print("hybrid: the warm process has ended: ranks start afresh", file=sys.stderr)
     with log.open("wb") as file:
         return subprocess.Popen(
-            [*program, *arguments],
+            [*start_words(program), *arguments],
             env=os.environ | variables,
             stdin=subprocess.DEVNULL,
             stdout=file,

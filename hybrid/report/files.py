@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import records
 from ..records import Comparison
+from .clean import clean
 from .costs import join_best, tell_best, tell_sharing
 from .excuses import format_excused
 from .formats import format_value
@@ -38,11 +39,12 @@ def write(comparison: Comparison, out: Path) -> list[Path]:
 
 def markdown(comparison: Comparison) -> str:
     """Return the text of compare.md."""
-    return _render("compare.md.j2", _describe(comparison), finalize=_escape_markdown)
+    return _render("compare.md.j2", _describe(clean(comparison)), finalize=_escape_markdown)
 
 
 def html(comparison: Comparison) -> str:
     """Return the text of report.html, whose curves need plotly."""
+    comparison = clean(comparison)
     memories = [run.memory for run in trusted_runs(comparison).values() if run.memory]
     values = {
         **_describe(comparison),

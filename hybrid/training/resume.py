@@ -6,7 +6,6 @@ one. But for what an unfinished save has left, nothing is changed here."""
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ..checkpoint.names import CHECKPOINTS
 from ..job.errors import JobError
 from ..job.file import flatten, to_dict
 from ..job.variants import Choice
+from ..launch.endings import tell
 from ..layout import Layout
 from ..records import Record
 from .folder import belongs_to
@@ -88,9 +88,9 @@ def decide(out: Path | None, resume: str | Path | None, choice: Choice) -> Start
 def tell_start(start: Start) -> None:
     """Print how the run begins, where that was asked for, and what to warn of."""
     for line in start.notes:
-        print(f"hybrid: warning: {line}", file=sys.stderr)
+        tell(f"warning: {line}")
     if start.said:
-        print(f"hybrid: {start.said}", file=sys.stderr)
+        tell(start.said)
 
 
 def refuse_restart(out: Path | None, asked: str = "") -> None:
