@@ -3,18 +3,23 @@
 `Bytes` needs nothing installed or downloaded. In both classes all ids are below `vocab_size`, and
 the id `end` follows the tokens of each document."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from ...job.errors import first_line
+from ...job.errors import JobError, first_line
+from ...job.reading import require_plain, show
+from ...launch.hushed import hushed
 
 BYTES = "bytes"
 # A bare tokenizer file does not say which token ends a text; these are the usual names.
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 # A folder may hold a model's weights too; files with these suffixes make up the tokenizer.
+LARGE = 2**28  # bytes of a file
+VALID = "bytes, a folder, a tokenizer.json, a hub name"
 SUFFIXES = (".json", ".txt", ".model", ".tiktoken")
 
 
@@ -58,14 +63,23 @@ Tokenizer = Bytes | HuggingFace
 def files_of(name: str) -> list[Path]:
     """Lists the local files that make up a tokenizer; `bytes` and hub names have none.
 
-    Raises ValueError where the name means a local file or folder that does not exist."""
+    Raises ValueError where the name means a local file or folder that does not exist, or that has
+    what cannot be read to an end."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"tokenizer = {show(name)}: is no name; valid: {VALID}")
     path = Path(name).expanduser()
     if name == BYTES:
         return []
     if path.is_file():
         return [path]
     if path.is_dir():
-        return sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+        found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+        try:
+            for file in found:
+                require_plain(file, LARGE)
+        except JobError as error:
+            raise ValueError(f"tokenizer = {name!r}: {error}") from None
+        return [file for file in found if file.is_file()]
     if path.suffix == ".json" or path.is_absolute() or name[:1] in "~." or name.count("/") > 1:
         raise ValueError(f"tokenizer = {name!r}: no such file or folder")
     return []
@@ -80,21 +94,24 @@ def load_tokenizer(name: str) -> Tokenizer:
         return Bytes()
     path = Path(name).expanduser()
     files_of(name)  # refuses what is missing
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    loaded: Any
     try:
-        if path.is_file():
-            loaded = PreTrainedTokenizerFast(tokenizer_file=str(path))
-        else:
-            source = str(path) if path.is_dir() else name
-            loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        with hushed() if path.exists() else contextlib.nullcontext():
+            loaded = _load(name, path)
     except Exception as error:  # the libraries raise many kinds, of many lines
         raise ValueError(
-            f"tokenizer = {name!r}: cannot be loaded: {first_line(error)}; valid: bytes, a folder, "
-            "a tokenizer.json, a hub name"
+            f"tokenizer = {name!r}: cannot be loaded: {first_line(error)}; valid: {VALID}"
         ) from None
     return HuggingFace(loaded, _end_of(loaded, name))
+
+
+def _load(name: str, path: Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if path.is_file():
+        require_plain(path, LARGE)
+        return PreTrainedTokenizerFast(tokenizer_file=str(path))
+    source = str(path) if path.is_dir() else name
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def _end_of(tokenizer: Any, name: str) -> int:

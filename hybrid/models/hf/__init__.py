@@ -4,6 +4,7 @@ A job names it by `model.name = "hf:NAME_OR_PATH"`. For every causal type of tra
 `benchmarks/hf_models.md` says whether it can be cut into stages and whether the stages compute what
 the whole model computes."""
 
+import contextlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...job.reading import show
+from ...launch.hushed import hushed
 from ..losses import Loss, cross_entropy
+from .folder import check_folder, no_pickles
 from .layers import HFLayers
 from .probe import NotOnMeta, probe
 
 LAYER_DROP = ("layerdrop", "decoder_layerdrop")  # the config fields that set it
+MOST_LAYERS = 10_000  # each takes a millisecond to make
 LONGEST = 300  # characters shown of a message of transformers, which may list all its models
 
 
@@ -34,6 +39,7 @@ def hf(
     buffers by name. Raises NotOnMeta where that would not give the same model, and for anything
     else that is wrong a ValueError with one line."""
     on_meta = torch.get_default_device().type == "meta"
+    _check(source, weights is not False)
     config = _make_config(source, overrides or {})
     load = _has_weights(source) if weights is None else weights
     try:
@@ -71,6 +77,17 @@ def as_layers(model: Any) -> HFLayers:
     return HFLayers(model.train(), plan)
 
 
+def _check(source: str, weights: bool) -> None:
+    """Raises ValueError where a folder has what must not, or cannot, be read."""
+    if not isinstance(source, str) or not source or "\0" in source:
+        raise ValueError(f"source = {source!r}: is no name of a folder or on the hub")
+    if Path(source).is_dir():
+        try:
+            check_folder(Path(source), weights)
+        except ValueError as error:
+            raise ValueError(f"source = {source!r}: {error}") from None
+
+
 def _make_config(source: str, overrides: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
@@ -81,13 +98,18 @@ def _make_config(source: str, overrides: Mapping[str, Any]) -> Any:
     if not here and (source[0] in "./~" or source.count("/") > 1):
         raise ValueError(f"source = {source!r}: there is no such folder")
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        fields, _ = PreTrainedConfig.get_config_dict(source)
+        with hushed() if here else contextlib.nullcontext():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            fields, _ = PreTrainedConfig.get_config_dict(source)
     except Exception as error:  # a config's own code may raise anything
         words = f"config.json: {_one_line(error)}"
         if not here and isinstance(error, OSError):
             words = "no folder here has this name, and the hub gave no config (is there a network?)"
         raise ValueError(f"source = {source!r}: {words}") from error
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        words = f"config.json: num_hidden_layers = {show(layers)}: valid: up to {MOST_LAYERS:,}"
+        raise ValueError(f"source = {source!r}: {words}")
     if config.model_type not in CAUSAL:
         raise ValueError(
             f"source = {source!r}: transformers has no causal language model of type "
@@ -133,9 +155,12 @@ def _make_model(source: str, config: Any, load: bool) -> Any:
     given: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
     if not load:
         return Auto.from_config(config, **given)
-    given |= {"use_safetensors": True, "output_loading_info": True}
-    loaded: Any = Auto.from_pretrained(source, config=config, **given)
+    given |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    quiet = hushed() if Path(source).is_dir() else contextlib.nullcontext()
+    with quiet, no_pickles():
+        loaded: Any = Auto.from_pretrained(source, config=config, **given)
     model, info = loaded
+    _require_whole(model, info["mismatched_keys"])
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"its weights lack {len(missing)} of the parameters, such as {missing[0]}")
@@ -144,6 +169,19 @@ def _make_model(source: str, config: Any, load: bool) -> Any:
         words = f"{len(surplus)} tensors of its weights are not used, such as {surplus[0]}"
         warnings.warn(f"source = {source!r}: {words}", stacklevel=2)
     return model
+
+
+def _require_whole(model: nn.Module, unlike: Any) -> None:
+    """Raises ValueError where weights have another shape than the model's, or are no numbers."""
+    if unlike:
+        name, there, here = min(unlike)
+        more = f" ({len(unlike) - 1} more)" if len(unlike) > 1 else ""
+        raise ValueError(
+            f"its weights have {name} of shape {list(there)}, the model's is {list(here)}{more}"
+        )
+    for name, p in model.named_parameters():
+        if not p.is_meta and not p.isfinite().all():
+            raise ValueError(f"its weights are not finite, such as {name}")
 
 
 def _all_configs(config: Any) -> list[Any]:
