@@ -18,6 +18,7 @@ from .losses import Loss, cross_entropy
 
 BYTES = 257  # the byte tokenizer's vocabulary: 256 values and the end of a document
 GPT2_VOCABULARY = 50257
+MOST_LAYERS = 10_000
 INIT_STD = 0.02
 
 # A size is num_layers, width, num_heads, context, vocab_size. From 124m to 175b the sizes are those
@@ -179,6 +180,8 @@ def _sizes(preset: str | None, given: tuple[int | None, ...]) -> tuple[int, int,
             raise ValueError(f"{name} is missing; give it, or a preset: {', '.join(PRESETS)}")
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} = {value!r}: a whole number, 1 or more, is needed")
+    if chosen[0] > MOST_LAYERS:
+        raise ValueError(f"num_layers = {chosen[0]}: valid: up to {MOST_LAYERS:,}")
     return chosen
 
 

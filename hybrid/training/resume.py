@@ -4,7 +4,6 @@ It says in one line what it found, which checkpoints it skipped, and in what the
 one. But for what an unfinished save has left, nothing is changed here."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -122,7 +121,7 @@ def _saved_steps(out: Path) -> list[int]:
 
 def _status(out: Path) -> str:
     try:
-        return str(json.loads((out / "record.json").read_text())["status"])
+        return str(records.load(out / "record.json")["status"])
     except (OSError, ValueError, LookupError, TypeError):
         return "missing"
 
@@ -135,8 +134,10 @@ def find_ended(out: Path, resume: str | Path, choice: Choice) -> Start | None:
         return None
     try:
         record = records.read(Record, out / "record.json")
-        before = json.loads((out / "job.json").read_text())
+        before = records.load(out / "job.json")
     except (OSError, ValueError):
+        return None
+    if not isinstance(before, dict):
         return None
     # The newest checkpoint may be of an earlier step, where the run went on without saving.
     steps = [step.step + 1 for step in record.steps[-1:]]

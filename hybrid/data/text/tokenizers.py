@@ -17,9 +17,9 @@ from ...launch.hushed import hushed
 BYTES = "bytes"
 # A bare tokenizer file does not say which token ends a text; these are the usual names.
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-# A folder may hold a model's weights too; files with these suffixes make up the tokenizer.
 LARGE = 2**28  # bytes of a file
 VALID = "bytes, a folder, a tokenizer.json, a hub name"
+# A folder may hold a model's weights too; files with these suffixes make up the tokenizer.
 SUFFIXES = (".json", ".txt", ".model", ".tiktoken")
 
 
@@ -67,19 +67,21 @@ def files_of(name: str) -> list[Path]:
     what cannot be read to an end."""
     if not isinstance(name, str) or not name or "\0" in name:
         raise ValueError(f"tokenizer = {show(name)}: is no name; valid: {VALID}")
-    path = Path(name).expanduser()
     if name == BYTES:
         return []
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-        try:
+    try:
+        path = Path(name).expanduser()
+        if path.is_file():
+            require_plain(path, LARGE)
+            return [path]
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and not p.is_dir())
             for file in found:
                 require_plain(file, LARGE)
-        except JobError as error:
-            raise ValueError(f"tokenizer = {name!r}: {error}") from None
-        return [file for file in found if file.is_file()]
+            return found
+    except (OSError, RuntimeError, JobError) as error:  # RuntimeError: a user has no such home
+        words = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"tokenizer = {show(name)}: {words}") from None
     if path.suffix == ".json" or path.is_absolute() or name[:1] in "~." or name.count("/") > 1:
         raise ValueError(f"tokenizer = {name!r}: no such file or folder")
     return []
@@ -92,11 +94,15 @@ def load_tokenizer(name: str) -> Tokenizer:
     end of a text."""
     if name == BYTES:
         return Bytes()
-    path = Path(name).expanduser()
     files_of(name)  # refuses what is missing
+    import transformers
+
+    path = Path(name).expanduser()
     try:
         with hushed() if path.exists() else contextlib.nullcontext():
-            loaded = _load(name, path)
+            loaded = _load(transformers, name, path)
+            if not loaded.get_vocab():
+                raise ValueError("it has no tokens")
     except Exception as error:  # the libraries raise many kinds, of many lines
         raise ValueError(
             f"tokenizer = {name!r}: cannot be loaded: {first_line(error)}; valid: {VALID}"
@@ -104,14 +110,11 @@ def load_tokenizer(name: str) -> Tokenizer:
     return HuggingFace(loaded, _end_of(loaded, name))
 
 
-def _load(name: str, path: Path) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
+def _load(transformers: Any, name: str, path: Path) -> Any:
     if path.is_file():
-        require_plain(path, LARGE)
-        return PreTrainedTokenizerFast(tokenizer_file=str(path))
+        return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
     source = str(path) if path.is_dir() else name
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def _end_of(tokenizer: Any, name: str) -> int:

@@ -81,11 +81,12 @@ def _check(source: str, weights: bool) -> None:
     """Raises ValueError where a folder has what must not, or cannot, be read."""
     if not isinstance(source, str) or not source or "\0" in source:
         raise ValueError(f"source = {source!r}: is no name of a folder or on the hub")
-    if Path(source).is_dir():
-        try:
+    try:
+        if Path(source).is_dir():
             check_folder(Path(source), weights)
-        except ValueError as error:
-            raise ValueError(f"source = {source!r}: {error}") from None
+    except (OSError, ValueError) as error:  # OSError: such as a name that is too long
+        words = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"source = {show(source)}: {words}") from None
 
 
 def _make_config(source: str, overrides: Mapping[str, Any]) -> Any:
