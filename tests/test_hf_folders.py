@@ -165,7 +165,7 @@ def test_a_tokenizer_that_is_none_is_one_line(
     (tmp_path / "tokenizer.json").write_text(text)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Trainer"}')
     for name in (tmp_path / "tokenizer.json", tmp_path):
-        with pytest.raises(ValueError, match="^tokenizer = ") as refused:
+        with pytest.raises(ValueError, match=r"^tokenizer = ") as refused:
             load_tokenizer(str(name))
         assert "\n" not in str(refused.value)
     assert capfd.readouterr() == ("", "")
@@ -177,6 +177,6 @@ def test_a_tokenizer_of_another_type_or_that_never_ends_is_one_line(tmp_path: Pa
     loop.symlink_to(loop)
     wrong = [1, None, [], {}, "", "a\0b", "x" * 10**6, str(tmp_path), "/dev/zero", "~nobody-here/x"]
     for name in [*wrong, str(loop / "x.json")]:
-        with pytest.raises(ValueError, match="^tokenizer = ") as refused:
+        with pytest.raises(ValueError, match=r"^tokenizer = ") as refused:
             load_tokenizer(name)  # type: ignore[arg-type]
         assert len(str(refused.value)) < 400

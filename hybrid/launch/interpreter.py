@@ -12,10 +12,10 @@ from ..job.traces import OWN_PACKAGE
 
 
 def start_words(program: Sequence[str]) -> list[str]:
-    """Return the words that start `program`, which begins with `sys.executable` and may go on
-    with `-m`.
+    """Return the words that start `program`, which Python is the first word of.
 
-    Where this package itself may be found in the current folder alone, that stays the first."""
+    Where this package itself may be found in the current folder alone, that stays the first that
+    Python looks in."""
     ours = [*program[:2]] == [sys.executable, "-m"]
     if not ours or os.path.dirname(OWN_PACKAGE) == os.path.realpath(os.curdir):
         return [*program]
