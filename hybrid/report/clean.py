@@ -22,7 +22,7 @@ def clean(value: T) -> T:
         found = {clean(key): clean(item) for key, item in found.items()}
     elif isinstance(found, (list, tuple)) and found:
         found = type(found)(map(clean, found))
-    elif dataclasses.is_dataclass(found):
+    elif dataclasses.is_dataclass(found) and not isinstance(found, type):
         held = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
         found = dataclasses.replace(found, **{key: clean(item) for key, item in held.items()})
     return found
