@@ -13,9 +13,12 @@ import torch."""
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+# No `typing` yet: `hybrid.__main__` first sees to it that no file of the user's hides a library's.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from .comparison.session import compare
     from .data import build_data
     from .data.batches import BatchPlan

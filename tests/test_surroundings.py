@@ -1,99 +1,108 @@
-"""Ranks that hybrid starts inside a launcher or an allocation have nothing of it; four ranks."""
+"""Commands in odd surroundings: streams, names of files, signals, what is printed of any text."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from hybrid.job.errors import JobError
-from hybrid.launch.environment import VARIABLES, without_launcher
-from hybrid.launch.local import run_ranks
-from hybrid.launch.placement import Placement, set_apart
-from hybrid.launch.warm import warm_ranks
-from hybrid.training.run import run_job
-from tests.conftest import small_job
+from hybrid.job.imports import find_function
+from hybrid.job.shown import LONGEST_LINE, cut_lines, on_one_line, without_controls
+from hybrid.launch.endings import say
+from tests.conftest import SMALL
 
-# Of torchrun with one process, in the shell of salloc, as a rank of both kinds of MPI.
-SURROUNDING = {
-    **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
-    **{"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "ROLE_RANK": "0", "ROLE_WORLD_SIZE": "1"},
-    **{"ROLE_NAME": "default", "NODE_RANK": "0", "MASTER_ADDR": "elsewhere.invalid"},
-    **{"MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"},
-    **{"TORCHELASTIC_RESTART_COUNT": "3", "TORCHELASTIC_RUN_ID": "none"},
-    **{"TORCHELASTIC_ERROR_FILE": "/nowhere/error.json"},
-    **{"CROSS_RANK": "0", "CROSS_SIZE": "1", "LOCAL_SIZE": "1"},
-    **{"ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": "bf16", "FSDP_VERSION": "1"},
-    **{"PARALLELISM_CONFIG_TP_SIZE": "2", "MEGATRON_LM_TP_DEGREE": "2"},
-    **{"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
-    **{"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_CPUS_PER_TASK": "7"},
-    **{"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_STEP_NODELIST": "n1", "SLURM_PTY_PORT": "4"},
-    **{"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_UNIVERSE_SIZE": "1"},
-    **{"PMIX_RANK": "0", "PMIX_NAMESPACE": "1@1", "PMI_RANK": "0", "PMI_SIZE": "1"},
-    **{"PMI_FD": "9", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"},
-}
-SETTINGS = {"NCCL_DEBUG": "WARN", "GLOO_SOCKET_IFNAME": "lo", "TORCH_NCCL_BLOCKING_WAIT": "1"}
-SETTINGS |= {"CUDA_VISIBLE_DEVICES": "", "OMPI_MCA_btl": "tcp"}
-OF_THE_JOB = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "5", "SLURM_TMPDIR": "/tmp"}
-RANKS = 4
-SCRIPT = """
-import json, os, sys
-json.dump(dict(os.environ), open(sys.argv[1] + os.environ["RANK"], "w"))
-"""
+HYBRID = f"{sys.executable} -m hybrid"
+# Python's modules, and torch, which a folder has files of the same names of.
+HIDDEN = ("typing", "random", "json", "torch", "io", "enum", "signal", "contextlib", "dataclasses")
 
 
-@pytest.fixture
-def surrounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in (SURROUNDING | SETTINGS | OF_THE_JOB).items():
-        monkeypatch.setenv(key, value)
+def shell(command: str, folder: Path, **more: str) -> subprocess.CompletedProcess[bytes]:
+    """What a command in bash ends with, typed in `folder`."""
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=os.environ | more, capture_output=True, timeout=120
+    )
 
 
-@pytest.mark.parametrize("fresh", [True, False], ids=["afresh", "forked"])
-def test_no_variable_of_a_launcher_reaches_a_rank(
-    fresh: bool, surrounded: None, tmp_path: Path
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">/dev/full", "<&- >&- 2>&-", "2>/dev/full"])
+def test_streams_that_take_nothing_change_no_exit_status(streams: str, tmp_path: Path) -> None:
+    both = f"{HYBRID} strategies {streams}; echo $? > good; {HYBRID} train none.toml"
+    shell(f"{both} --strategy ddp {streams}; echo $? > bad", tmp_path)
+    assert [(tmp_path / name).read_text() for name in ("good", "bad")] == ["0\n", "2\n"]
+
+
+def test_what_a_full_output_lacks_is_said_and_a_reader_that_left_is_not(tmp_path: Path) -> None:
+    full = shell(f"{HYBRID} strategies --json >/dev/full", tmp_path)
+    assert full.stderr.decode().count("\n") == 1 and b"No space left" in full.stderr
+    left = shell(f"{HYBRID} strategies | head -1; exit ${{PIPESTATUS[0]}}", tmp_path)
+    assert (left.returncode, left.stderr) == (0, b"")
+
+
+def test_a_run_in_a_strange_folder_with_its_output_closed(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"n\xff\x1b[31m")
+    folder.mkdir()
+    for name in HIDDEN:
+        (folder / f"{name}.py").write_text("x = 1")
+    (folder / "job.json").write_text(json.dumps(SMALL))
+    words = "compare job.json --strategies single,ddp --nproc 2 --set train.steps=2 --out"
+    out = folder / "out"
+    done = shell(f'{HYBRID} {words} "$PWD/out" >&-', folder)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"warm process has ended" not in done.stderr
+    assert json.loads((out / "compare.json").read_text())["ok"]
+    for name in ("compare.md", "report.html"):
+        assert "\x1b" not in (out / name).read_text(encoding="utf-8")
+
+
+def test_a_signal_before_the_command_has_begun_is_answered(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("import time; open('here', 'w').close(); time.sleep(60)")
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    command = [sys.executable, "-m", "hybrid", "strategies"]
+    for number, code, words in (
+        (signal.SIGTERM, 143, "hybrid: stopped by SIGTERM before it began\n"),
+        (signal.SIGINT, 130, "hybrid: interrupted\n"),
+    ):
+        (tmp_path / "here").unlink(missing_ok=True)
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": path},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "here").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.communicate(timeout=60)[1] == words
+        assert process.returncode == code
+
+
+def test_a_users_file_that_a_library_hides_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "show.py").write_text(SCRIPT)
-    with warm_ranks(fresh):
-        program = (sys.executable, str(tmp_path / "show.py"))
-        run_ranks(RANKS, [f"{tmp_path}/seen"], tmp_path, program=program)
-    for rank in range(RANKS):
-        seen = json.loads((tmp_path / f"seen{rank}").read_text())
-        assert (seen["RANK"], seen["LOCAL_RANK"]) == (str(rank), str(rank))
-        assert (seen["WORLD_SIZE"], seen["LOCAL_WORLD_SIZE"]) == (str(RANKS), str(RANKS))
-        assert seen["MASTER_ADDR"] != SURROUNDING["MASTER_ADDR"] and seen["MASTER_PORT"] != "1"
-        ours = {*VARIABLES["torchrun"], "MASTER_ADDR", "MASTER_PORT"}
-        assert not (SURROUNDING.keys() - ours) & seen.keys()
-        assert {key: seen.get(key) for key in SETTINGS | OF_THE_JOB} == SETTINGS | OF_THE_JOB
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "random.py").write_text("def make(): pass")
+    (tmp_path / "my_own_data_of_this_test.py").write_text("def make(): return 5")
+    with pytest.raises(JobError, match=r"hides random\.py here; valid: random\.py renamed, or"):
+        find_function("data.name = 'random:make'", "random:make")
+    assert find_function("data.name", "my_own_data_of_this_test:make")() == 5
+    assert sys.path[0] != str(tmp_path) and sys.path[-1] == str(tmp_path)
 
 
-def test_srun_in_an_allocation_keeps_what_it_needs(surrounded: None) -> None:
-    kept = without_launcher(keep_slurm=True)
-    assert kept["SLURM_NTASKS"] == "8" and "RANK" not in kept and "PMI_RANK" not in kept
-
-
-def test_a_run_of_four_ranks_starts_inside_a_launcher_of_one(
-    surrounded: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    record = run_job(small_job(train__steps=2), "ddp", tmp_path, nproc=RANKS)
-    assert record and (record.status, record.world_size) == ("ok", RANKS)
-    assert "started this one process, which starts the 4 ranks" in capfd.readouterr().err
-    assert "RANK" in os.environ  # this process's own stay
-
-
-def test_only_a_launcher_of_one_process_leaves_the_ranks_to_it() -> None:
-    alone, rank = Placement(0, 1, 0, "srun"), Placement(1, 4, 1, "srun")
-    assert set_apart(alone, 4) == Placement()
-    assert set_apart(alone, None) == set_apart(alone, 1) == alone
-    assert set_apart(rank, 8) == rank and set_apart(Placement(), 4) == Placement()
-
-
-def test_ranks_of_a_launcher_do_not_start_others(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for key, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(key, value)
-    with pytest.raises(JobError, match="--nproc 2: the launcher started 4 processes"):
-        run_job(small_job(), "ddp", tmp_path, nproc=2)
+def test_whatever_is_in_a_message_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    wild = "a\x1b[31mb\r\nc\x07\u202e\udcff" + "x" * 10**6 + " valid: this"
+    assert say(wild, 2) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line[:-1].isprintable() and line.endswith(" valid: this\n")
+    assert len(line) < 2 * LONGEST_LINE and r"a\x1b[31mb c\x07" in line
+    assert on_one_line("a  b\n c") == "a b c"
+    assert without_controls("a\x1b\n\tb\x9b\ud800") == "a\\x1b\n\tb\\x9b\\ud800"
+    assert [len(x) < 2 * LONGEST_LINE for x in cut_lines(f"a\n{wild}\nb").split("\n")] == [True] * 4

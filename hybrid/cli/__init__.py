@@ -33,8 +33,9 @@ from ..job.arguments import (
     TrustPickle,
 )
 from ..job.errors import Stopped
-from ..launch.endings import explain, say, suggest, versions
+from ..launch.endings import explain, say, suggest, tell, versions
 from ..launch.stopping import end_now
+from ..launch.streams import lasting, problem_of
 from . import checkpoints, jobs
 from .jobs import load as _load
 
@@ -239,6 +240,7 @@ def _print_table(result: Any) -> None:
 
 
 _stdout: Any = sys.stdout
+_OF_RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 def put(text: Any) -> None:
@@ -249,7 +251,7 @@ def put(text: Any) -> None:
 def _keep_stdout() -> None:
     """Send to stderr what libraries print to stdout, where only results may stand."""
     global _stdout
-    _stdout = os.fdopen(os.dup(1), "w")
+    _stdout = lasting(sys.stdout, os.dup(1))
     os.dup2(2, 1)
 
 
@@ -260,6 +262,8 @@ _USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == 
 
 def main() -> None:
     """Run the command line and leave with its exit status."""
+    global _stdout
+    _stdout = sys.stdout
     signal.signal(signal.SIGTERM, end_now)
     if "CROSS_RANK" in os.environ:  # deepspeed's launcher also passes LOCAL_RANK as an argument
         sys.argv = [word for word in sys.argv if not word.startswith("--local_rank=")]
@@ -276,9 +280,16 @@ def main() -> None:
     except Stopped as error:
         error.tell()
         status = error.code
+    except SystemExit as ended:  # `end_now` has had a signal
+        status = ended.code
+        ranks = "--parent" in sys.argv or any(key in os.environ for key in _OF_RANKS)
+        if status == 128 + signal.SIGTERM and not ranks:  # a rank's end is its launcher's to tell
+            tell("stopped by a signal")
     except (KeyboardInterrupt, typer.Abort):
         status = say("interrupted", 130)
     except Exception as error:
         status = explain(error)
     _stdout.flush()
+    if problem := problem_of(_stdout):
+        tell(f"warning: {problem}")
     sys.exit(status or 0)

@@ -109,10 +109,11 @@ def generate(
 ) -> None:
     """Write text from the weights of a run on text, or of a checkpoint."""
     from .. import records
+    from ..job.shown import without_controls
     from ..training.generate import generate as generate_text
 
     text = generate_text(run, prompt, tokens, temperature, seed, top_k, trust, job)
-    _print(records.dumps({"prompt": prompt, "text": text}) if json else text)
+    _print(records.dumps({"prompt": prompt, "text": text}) if json else without_controls(text))
 
 
 def add_to(app: typer.Typer) -> None:
@@ -131,6 +132,6 @@ def _print(text: Any) -> None:
 
 
 def _shown(line: str) -> str:
-    from ..launch.endings import printable
+    from ..job.shown import printable
 
     return printable(line)

@@ -153,10 +153,10 @@ def _read_record(folder: Path, job: Job, name: str) -> Record | None:
     """Return the record of a run under this name in `folder` if it is of this job, else None."""
     try:
         record = records.read(Record, folder / "record.json")
-        ran = json.loads((folder / "job.json").read_text())
-    except (OSError, ValueError):
+        ran = _of_run(records.load(folder / "job.json"), name)
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
-    same = record.strategy == name and _of_run(ran, name) == _of_run(to_dict(job), name)
+    same = record.strategy == name and ran == _of_run(to_dict(job), name)
     return record if same else None
 
 
@@ -164,12 +164,14 @@ def _count_steps(path: Path) -> int:
     """Count the steps from 0 on of which a file has whole lines."""
     count = 0
     try:
+        if not path.is_file():
+            return 0
         with path.open() as lines:
             for line in lines:
                 if not line.endswith("\n") or json.loads(line)["step"] != count:
                     break
                 count += 1
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass
     return count
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from ..layout import LayoutError
 from ..records import Kind
+from .shown import on_one_line
 from .traces import at_users_line, sent_message, text_of, users_line
 
 # What the system says of a disk that is full, and of one that may not be written to.
@@ -84,7 +85,7 @@ class Stopped(SystemExit):
     def tell(self, more: str = "") -> None:
         """Print the message as one line on stderr, with `more` behind it, unless that is done."""
         if not self.told:
-            print(f"hybrid: {self}{more}", file=sys.stderr, flush=True)
+            print(on_one_line(f"hybrid: {self}{more}"), file=sys.stderr, flush=True)
         self.told = True
 
 

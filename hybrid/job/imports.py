@@ -11,6 +11,7 @@ from typing import Any
 from .errors import JobError, first_line, tell_error
 from .given import given_functions
 from .reading import show
+from .traces import is_users
 from .users_code import held_exit, passes
 
 
@@ -89,16 +90,35 @@ def import_module(given: str, module: str) -> ModuleType:
 
     Raises JobError, which begins with what was `given`, where it cannot be imported."""
     if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a user's own file lies where the command is typed
+        # A user's own file lies where the command is typed. It comes last, or a `random.py` there
+        # would be what libraries import.
+        sys.path.append(os.getcwd())
     try:
         with held_exit():
-            return importlib.import_module(module)
+            loaded = importlib.import_module(module)
     except (ImportError, SyntaxError) as error:
         raise JobError(f"{given}: cannot be imported: {first_line(error)}") from error
     except BaseException as error:  # a user's file may raise anything while it is imported
         if passes(error):
             raise
         raise JobError(f"{given}: cannot be imported: {tell_error(error)}") from error
+    _require_own(given, module, loaded)
+    return loaded
+
+
+def _require_own(given: str, module: str, loaded: ModuleType) -> None:
+    """Raise JobError where a library's module was imported, and a file here has the same name."""
+    first = module.partition(".")[0]
+    mine = next(
+        (name for name in (f"{first}.py", f"{first}/__init__.py") if os.path.exists(name)), None
+    )
+    file = getattr(loaded, "__file__", None) or next(iter(getattr(loaded, "__path__", [])), None)
+    if mine is None or first == "hybrid" or (file and is_users(file)):
+        return
+    raise JobError(
+        f"{given}: imports {file or 'a module of Python itself'}, which hides {mine} here; valid: "
+        f"{mine} renamed, or PYTHONPATH=. to look here first"
+    )
 
 
 def find_function(given: str, path: str) -> Callable[..., Any]:

@@ -35,6 +35,26 @@ def read_text(path: Path, what: str, max_bytes: int = MAX_BYTES) -> str:
         raise JobError(f"{what}: cannot be read: {problem}") from None
 
 
+def require_plain(path: Path, max_bytes: int | None = None) -> None:
+    """Raise JobError where a file that is there is a pipe, a device or a folder, or is too long.
+
+    One could wait for ever for what is in a pipe or a device, and a library would."""
+    what = show_key(path.name)
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise JobError(f"{what}: is a link to what is not there") from None
+        return
+    except (OSError, ValueError) as error:  # such as a loop of links, or a NUL in the name
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise JobError(f"{what}: cannot be read: {problem}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise JobError(f"{what}: is no regular file")
+    if max_bytes is not None and found.st_size > max_bytes:
+        raise JobError(f"{what}: holds more than {max_bytes >> 20} MiB")
+
+
 def read_json(path: Path, what: str, max_bytes: int = MAX_BYTES) -> Any:
     """Return what a JSON file holds; `what` names the file in errors.
 

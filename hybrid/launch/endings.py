@@ -4,6 +4,8 @@ It needs no torch."""
 
 import sys
 
+from ..job.shown import cut_lines, on_one_line
+
 PACKAGES = ("torch", "accelerate", "deepspeed")
 
 
@@ -21,7 +23,8 @@ def explain(error: Exception) -> int:
     if isinstance(error, RunFailed) and status != 1:
         return say(error.failure.message, status)
     if isinstance(error, RunFailed):
-        print(f"hybrid: {error}\n{error.failure.details}", file=sys.stderr)
+        tell(str(error))
+        print(cut_lines(error.failure.details), file=sys.stderr)
         return status
     return say(str(error), status)
 
@@ -40,19 +43,18 @@ def _is_said_by_another_rank() -> bool:
 
 def say(message: str, status: int) -> int:
     """Print a message as one line on stderr, and return the status."""
-    line = printable(" ".join(message.split()))
-    print(f"hybrid: {line}", file=sys.stderr)
+    tell(message)
     return status
 
 
-def printable(line: str) -> str:
-    """Return a line in which what cannot be shown, such as a part of a file's name, is escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+def tell(message: str) -> None:
+    """Print a message as one line on stderr, whatever is in it."""
+    print(f"hybrid: {on_one_line(message)}", file=sys.stderr, flush=True)
 
 
 def suggest(message: str) -> None:
     """Print on stderr what one may do next, after a command that ended well."""
-    print(f"hybrid: next: {message}", file=sys.stderr)
+    tell(f"next: {message}")
 
 
 def versions() -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from .. import records
 from ..job.errors import NO_ROOM, Failure, Stopped, kind_of, needs_room
 from ..job.schema import Job
+from ..job.shown import on_one_line
 from ..job.traces import at_users_line, sent_message, users_line
 from ..records.whole import new_file
 from .heartbeat import Cause, Heartbeat, is_peer_loss
@@ -139,7 +140,7 @@ def _print_cause(message: str, cause: Cause | None, here: Placement) -> None:
     if cause:
         line += f" ends, because of rank {cause.rank} on {cause.host}"
         message = f"{cause.message} ({cause.where}){cause.line}"
-    print(f"{line}: {message}", file=sys.stderr, flush=True)
+    print(on_one_line(f"{line}: {message}"), file=sys.stderr, flush=True)
 
 
 def _trace(error: BaseException) -> str:

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from .interpreter import start_words
 from .orphans import end_with_parent
 
 LOOK_S = 1.0  # between looks at whether the starter lives
@@ -145,7 +146,8 @@ def _become_rank(request: dict[str, Any], server: int, words: int) -> None:
     _show_command([sys.executable, *command])
     if reason := _why_not_forked():
         print(f"hybrid: this rank starts afresh: {reason}", file=sys.stderr)
-        os.execv(sys.executable, [sys.executable, *command])
+        program = start_words([sys.executable, *request["program"]])
+        os.execv(sys.executable, [*program, *request["arguments"]])
     if numpy_random := sys.modules.get("numpy.random"):
         numpy_random.seed()  # else all ranks would draw the same; Python's own module does this
     if torch := sys.modules.get("torch"):
@@ -175,7 +177,7 @@ def _show_command(words: Sequence[str]) -> None:
     (proc(5), /proc/pid/stat: arg_start, arg_end)."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, end = int(fields[45]), int(fields[46])  # fields 48 and 49; the first here is the third
-    text = b"\0".join(word.encode() for word in words) + b"\0"
+    text = b"\0".join(map(os.fsencode, words)) + b"\0"
     if start and len(text) <= end - start:
         ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)
 
@@ -189,12 +191,13 @@ def _run(request: dict[str, Any], here: bool) -> int:
         if program[0] == "-m":
             if here:
                 sys.modules.pop(program[1], None)  # else runpy warns that it runs it again
-            else:
+            elif not sys.flags.safe_path:
                 sys.path[0] = os.getcwd()
             sys.argv = ["", *program[2:], *arguments]
             runpy.run_module(program[1], run_name="__main__", alter_sys=not here)
         else:
-            sys.path[0] = str(Path(program[0]).resolve().parent)
+            folder = str(Path(program[0]).resolve().parent)
+            sys.path[: not sys.flags.safe_path] = [folder]
             sys.argv = [*program, *arguments]
             runpy.run_path(program[0], run_name="__main__")
         code = 0

@@ -21,6 +21,7 @@ from ..records.whole import new_file
 from .environment import without_launcher
 from .failures import first_cause
 from .heartbeat import is_peer_loss
+from .interpreter import start_words
 from .limits import check_processes
 from .logs import LOG
 from .stopping import SIGNALS, STOPPED, PassedOn, told
@@ -87,7 +88,7 @@ def _start(
             print("hybrid: the warm process has ended: ranks start afresh", file=sys.stderr)
     with new_file(log) as file:
         return subprocess.Popen(
-            [*program, *arguments],
+            [*start_words(program), *arguments],
             env=without_launcher() | variables,
             stdin=subprocess.DEVNULL,
             stdout=file,

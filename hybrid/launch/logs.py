@@ -5,6 +5,7 @@ of faulthandler and of processes that it starts. What Python prints, with warnin
 is on the launcher's terminal as well. That needs no further process, so none can be left behind.
 `hybrid.launch.local` makes the logs of ranks that it starts itself. The module needs no torch."""
 
+import contextlib
 import io
 import os
 import re
@@ -45,7 +46,7 @@ def _divert(stream: TextIO, number: int, log: int) -> TextIO:
 
 
 class _Both(io.RawIOBase):
-    """Writes the same to two descriptors; `fileno` is the log's."""
+    """Writes the same to two descriptors, as far as each takes it; `fileno` is the log's."""
 
     def __init__(self, log: int, terminal: int) -> None:
         self.log, self.terminal = log, terminal
@@ -59,6 +60,7 @@ class _Both(io.RawIOBase):
     def write(self, data: Any) -> int:
         for number in (self.log, self.terminal):
             left = memoryview(data)
-            while left:
-                left = left[os.write(number, left) :]
+            with contextlib.suppress(OSError):  # a terminal that is gone, a full disk
+                while left:
+                    left = left[os.write(number, left) :]
         return len(data)

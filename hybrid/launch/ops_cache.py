@@ -16,6 +16,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from ..job.errors import JobError
+
 VARIABLE = "TORCH_EXTENSIONS_DIR"
 
 
@@ -24,7 +26,11 @@ def cache_folder() -> Path:
 
     A relative XDG_CACHE_HOME is ignored (https://specifications.freedesktop.org/basedir-spec)."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "hybrid"
+    try:
+        return (base if base.is_absolute() else Path.home() / ".cache") / "hybrid"
+    except RuntimeError:  # a container may run under a number that no user has
+        words = "is not set, and this user has no home; valid: a folder for what can be made again"
+        raise JobError(f"XDG_CACHE_HOME: {words}") from None
 
 
 def package_version(name: str) -> str | None:

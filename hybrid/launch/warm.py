@@ -20,6 +20,7 @@ from ..job.given import given_functions
 from .environment import without_launcher
 from .fork_here import ForkedHere, Polled, fork_warm_process
 from .fork_server import MESSAGE_BYTES
+from .interpreter import start_words
 
 FILLER = " " * 4096  # room for the ranks' own command lines
 # What the libraries read while they are imported. One thread until the fork, since a fork has only
@@ -64,9 +65,9 @@ class WarmProcess:
             if self.functions:
                 self.process = fork_warm_process(theirs, variables)
             else:
-                number = str(theirs.fileno())
+                program = sys.executable, "-m", f"{__package__}.fork_server"
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", f"{__package__}.fork_server", number, FILLER],
+                    [*start_words(program), str(theirs.fileno()), FILLER],
                     env=without_launcher() | variables,
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],

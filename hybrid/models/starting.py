@@ -3,6 +3,7 @@
 `[model] weights = PATH` starts a run from them, with a fresh optimizer. `hybrid.checkpoint.sources`
 says what PATH may be. `hybrid eval`, `export` and `generate` take weights in the same way."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from ..checkpoint.tensor_file import BUFFER_BYTES, raw_bytes
 from ..job.errors import JobError
 from ..job.schema import Job
 from ..job.trust import HF
+from . import build_model, can_be_made_on_meta
+from .hf.probe import NotOnMeta
 from .layers import Layers
 
 Names = Mapping[str, Sequence[str]]
@@ -72,6 +75,19 @@ def match_names(weights: Weights, layers: Layers) -> dict[str, list[str]]:
         for name in names:
             _require_form(f"{where}: {name}", weights.tensors[name], tensors[canonical])
     return {canonical: names for canonical, names in found.items() if names}
+
+
+def require_fit(job: Job, weights: Weights) -> None:
+    """Raises what `match_names` does before the model takes any memory, where it is one of ours.
+
+    A job that was damaged may ask for a model of any size."""
+    if can_be_made_on_meta(job):
+        try:
+            with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+                layers = build_model(job)[0]
+        except NotOnMeta:
+            return
+        match_names(weights, layers)
 
 
 def _needed(layers: Layers) -> set[str]:

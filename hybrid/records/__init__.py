@@ -244,7 +244,19 @@ def write(value: Any, path: Path) -> None:
 
 def read(kind: type[T], path: Path) -> T:
     """Read back what `write` wrote; raises ValueError where the file does not hold a `kind`."""
-    return from_dict(kind, json.loads(path.read_text()))
+    return from_dict(kind, load(path))
+
+
+def load(path: Path) -> Any:
+    """Return what a JSON file holds; raises ValueError where it is none, or OSError.
+
+    A pipe or a device, which one would read for ever, is none."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path.name}: is no regular file")
+    try:
+        return json.loads(path.read_text())
+    except RecursionError:
+        raise ValueError(f"{path.name}: is nested too deeply") from None
 
 
 def read_line(line: str | bytes) -> dict[str, Any]:

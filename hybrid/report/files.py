@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import records
+from ..job.shown import without_controls
 from ..records import Comparison
 from ..records.whole import remove_parts, write_whole
+from .clean import clean
 from .costs import join_best, tell_best, tell_sharing
 from .excuses import format_excused
 from .formats import format_value
@@ -45,11 +47,12 @@ def write(comparison: Comparison, out: Path) -> list[Path]:
 
 def markdown(comparison: Comparison) -> str:
     """Return the text of compare.md."""
-    return _render("compare.md.j2", _describe(comparison), finalize=_escape_markdown)
+    return _render("compare.md.j2", _describe(clean(comparison)), finalize=_escape_markdown)
 
 
 def html(comparison: Comparison) -> str:
     """Return the text of report.html, whose curves need plotly."""
+    comparison = clean(comparison)
     memories = [run.memory for run in trusted_runs(comparison).values() if run.memory]
     values = {
         **_describe(comparison),
@@ -64,7 +67,7 @@ def html(comparison: Comparison) -> str:
         "job": comparison.job,
         "machine": comparison.machine,
     }
-    return _render("report.html.j2", values, autoescape=True)
+    return _render("report.html.j2", values, autoescape=True, finalize=_show)
 
 
 def _render(template: str, values: dict[str, Any], **escaping: Any) -> str:
@@ -85,7 +88,12 @@ def _render(template: str, values: dict[str, Any], **escaping: Any) -> str:
 def _escape_markdown(text: str) -> str:
     """Put `text` on one line and escape what Markdown or HTML reads as markup, except '->'."""
     marks = r"([\\`*|<&\[\]~]|(?<!-)>|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))"
-    return re.sub(marks, r"\\\1", " ".join(text.split()))
+    return re.sub(marks, r"\\\1", " ".join(without_controls(text).split()))
+
+
+def _show(value: Any) -> Any:
+    """Escape control characters in a text of the page, but not in what is HTML already."""
+    return without_controls(value) if type(value) is str else value
 
 
 def _describe(comparison: Comparison) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..records import Comparison, EvalResult, Memory, Parity, Record
+from .clean import clean
 from .costs import Meaning, find_meaning, format_pace, join_best, tell_sharing
 from .excuses import explain_size
 from .formats import (
@@ -128,6 +129,7 @@ def console_table(comparison: Comparison) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    comparison = clean(comparison)
     said = verdict(comparison)
     lines = [*said.details, join_best(comparison), tell_sharing(comparison), *said.notes]
     title, caption = Text(said.headline, TONES[said.tone]), Text("\n".join(filter(None, lines)))

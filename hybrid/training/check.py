@@ -4,7 +4,6 @@ The check also finds the number of steps, how many parameters each layer holds a
 and it tries the job out on a few samples (`hybrid.training.tryout`)."""
 
 import dataclasses
-import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from ..job.errors import CheckFailed, JobError, RunError, Unsupported, tell_erro
 from ..job.schema import Job, resolve_lengths
 from ..job.users_code import held_exit, passes
 from ..job.variants import resolve
+from ..launch.endings import tell
 from ..launch.placement import Placement
 from ..layout import Layout, LayoutError
 from ..stages.checks import ModelSummary
@@ -160,7 +160,7 @@ def check_fingerprints(sets: dict[str, Sequence[Any]]) -> dict[str, str]:
 def print_warnings(lines: Iterable[str]) -> None:
     """Print each warning on a line of stderr."""
     for line in lines:
-        print(f"hybrid: warning: {line}", file=sys.stderr)
+        tell(f"warning: {line}")
 
 
 def _build(job: Job) -> "tuple[Layers, Loss]":

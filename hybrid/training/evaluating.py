@@ -29,7 +29,7 @@ from ..launch.process_group import cleanup, join_process_group, restored_environ
 from ..launch.threads import set_num_threads
 from ..launch.warm import warm_ranks
 from ..models.shared import build_shared
-from ..models.starting import fill, match_names
+from ..models.starting import fill, match_names, require_fit
 from ..models.vector_functions import call_vector_functions_once
 from ..records.whole import remove_parts
 from ..strategies import registry
@@ -175,6 +175,7 @@ def _open(
     weights = saved.open()
     try:
         status.set("building the model")
+        require_fit(job, weights)
         layers, loss = build_shared(job, placement)
         names = match_names(weights, layers)
         status.set("building the engine")

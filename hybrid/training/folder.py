@@ -72,12 +72,12 @@ def keep_steps(out: Path, checkpoint: Path, step: int) -> list[str]:
     lines of later steps, and perhaps half a line."""
     run = out if belongs_to(checkpoint, out) else checkpoint.resolve().parent.parent
     kept, text = list[str](), ""
-    if (run / STEPS).exists():
+    if (run / STEPS).is_file():
         text = (run / STEPS).read_text(errors="replace")
     for line in text.splitlines(keepends=True):
         try:
             number = int(json.loads(line)["step"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             break
         if number >= step or not line.endswith("\n"):
             break

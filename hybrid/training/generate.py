@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from ..checkpoint.pieces import WEIGHT, Piece
-from ..data.text import CONTEXT
+from ..data.text import CONTEXT, check_options
 from ..data.text.tokenizers import BYTES, Tokenizer, load_tokenizer
-from ..job.errors import JobError
+from ..job.errors import JobError, tell_error
 from ..job.schema import Job
+from ..launch.failures import is_out_of_memory
 from ..models import build_model
-from ..models.starting import fill, match_names
+from ..models.starting import fill, match_names, require_fit
 from ..models.vector_functions import call_vector_functions_once
 from .saved import JobFrom, Saved, find_saved
 
@@ -49,7 +50,7 @@ def generate(
     model = _load_model(saved)
     _require_vocabulary(model, tokenizer.vocab_size)
     ids = [tokenizer.end, *tokenizer.encode(_utf8(prompt)).tolist()]
-    context = saved.job.data.options.get("context", CONTEXT)
+    context = saved.job.data.options.get("context") or CONTEXT
     draw = torch.Generator().manual_seed(seed)
     for _ in range(num_tokens):
         logits = _next_logits(model, ids[-context:], tokenizer.vocab_size)
@@ -73,16 +74,19 @@ def _check(num_tokens: int, temperature: float, seed: int, top_k: int | None) ->
 
 def _load_tokenizer(job: Job) -> Tokenizer:
     try:
-        return load_tokenizer(job.data.options.get("tokenizer", BYTES))
+        check_options(job.data.options)
+        return load_tokenizer(job.data.options.get("tokenizer") or BYTES)
     except ValueError as error:
         raise JobError(f"data.options.{error}") from None
 
 
 def _load_model(saved: Saved) -> nn.Module:
     """Make the job's model with the saved weights, in eval mode, on a GPU if there is one."""
-    layers = build_model(saved.job)[0]
-    weights, tensors = saved.open(), layers.tensors()
+    weights = saved.open()
     try:
+        require_fit(saved.job, weights)
+        layers = build_model(saved.job)[0]
+        tensors = layers.tensors()
         names = match_names(weights, layers)
         model = layers.whole()
         fill(weights, (Piece(n, WEIGHT, tuple(t.shape), t) for n, t in tensors.items()), names)
@@ -119,7 +123,21 @@ def _next_logits(model: nn.Module, ids: list[int], vocab_size: int) -> torch.Ten
 
 
 def _forward(model: nn.Module, ids: list[int]) -> Any:
-    return model(torch.tensor([ids], device=next(model.parameters()).device))
+    given = torch.tensor([ids], device=next(model.parameters()).device)
+    try:
+        return model(given)
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
+        if is_out_of_memory(error) or isinstance(error, ModuleNotFoundError):
+            raise
+        words = f"the model cannot read {len(ids)} tokens: {tell_error(error)}"
+        raise JobError(words) from error
 
 
 def _choose(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..job.shown import on_one_line, printable
 from ..records import INTERRUPTED, Record, StepRecord, read_line
 from ..report.formats import format_bytes, format_number
 
@@ -141,7 +142,7 @@ class Progress(Watcher):
             words = f"{record.status.replace('_', ' ')}: {record.reason}"
             if record.reason == INTERRUPTED and record.checkpoint:
                 words = f"interrupted after step {record.checkpoint.step}, where its state is saved"
-            row = Row({}, words=words)
+            row = Row({}, words=on_one_line(words))
             line = f"{name}: {row.words}"
         self.rows[name] = row
         self._show(line)
@@ -197,7 +198,7 @@ class Progress(Watcher):
         if self.live:
             self.live.update(table(self.rows, self.console.width), refresh=True)
         else:
-            print(line, file=sys.stderr, flush=True)
+            print(on_one_line(line), file=sys.stderr, flush=True)
 
 
 def rate_of(step: Step) -> tuple[str, str]:
@@ -264,9 +265,9 @@ def table(rows: Mapping[str, Row], width: int) -> RenderableType:
     reasons = []
     for name, row in rows.items():
         if row.words:
-            reasons.append(Text(f"{name}: {row.words}", style="yellow"))
+            reasons.append(Text(f"{printable(name)}: {row.words}", style="yellow"))
         else:
-            grid.add_row(Text(name), *(row.numbers[key] for key in NUMBERS))
+            grid.add_row(Text(printable(name)), *(row.numbers[key] for key in NUMBERS))
     return Group(grid, *reasons)
 
 

@@ -4,9 +4,7 @@ It says in one line what it found, which checkpoints it skipped, and in what the
 one. But for what an unfinished save has left, nothing is changed here."""
 
 import dataclasses
-import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from ..job.errors import JobError
 from ..job.file import flatten, to_dict
 from ..job.outputs import read_folder
 from ..job.variants import Choice
+from ..launch.endings import tell
 from ..layout import Layout
 from ..records import Record
 from .folder import belongs_to
@@ -89,9 +88,9 @@ def decide(out: Path | None, resume: str | Path | None, choice: Choice) -> Start
 def tell_start(start: Start) -> None:
     """Print how the run begins, where that was asked for, and what to warn of."""
     for line in start.notes:
-        print(f"hybrid: warning: {line}", file=sys.stderr)
+        tell(f"warning: {line}")
     if start.said:
-        print(f"hybrid: {start.said}", file=sys.stderr)
+        tell(start.said)
 
 
 def refuse_restart(out: Path | None, asked: str = "") -> None:
@@ -123,7 +122,7 @@ def _saved_steps(out: Path) -> list[int]:
 
 def _status(out: Path) -> str:
     try:
-        return str(json.loads((out / "record.json").read_text())["status"])
+        return str(records.load(out / "record.json")["status"])
     except (OSError, ValueError, LookupError, TypeError):
         return "missing"
 
@@ -136,8 +135,10 @@ def find_ended(out: Path, resume: str | Path, choice: Choice) -> Start | None:
         return None
     try:
         record = records.read(Record, out / "record.json")
-        before = json.loads((out / "job.json").read_text())
+        before = records.load(out / "job.json")
     except (OSError, ValueError):
+        return None
+    if not isinstance(before, dict):
         return None
     # The newest checkpoint may be of an earlier step, where the run went on without saving.
     steps = [step.step + 1 for step in record.steps[-1:]]

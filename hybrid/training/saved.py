@@ -16,7 +16,7 @@ from ..checkpoint.names import CHECKPOINTS
 from ..checkpoint.sources import CheckpointWeights, Weights, find_unless_final, open_final
 from ..checkpoint.weights import ABOUT, verify_weights
 from ..data import SOURCES
-from ..job.errors import JobError
+from ..job.errors import JobError, tell_error
 from ..job.file import load_job
 from ..job.imports import check_name
 from ..job.reading import read_json
@@ -26,6 +26,8 @@ from ..models import check_model_name
 from ..models.starting import without_weights
 
 JOB = "job.json"
+MOST_STEPS = 2**53  # what a number of JSON holds exactly
+_WRONG = OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError
 VALID = "valid: the folder of a checkpoint, of a run, or of its final weights"
 
 
@@ -71,6 +73,15 @@ def find_saved(path: Path, given: JobFrom, verified: bool = False) -> Saved:
 
     verified: another process has verified them. Raises JobError where there are none, where they
     are damaged, or where the folder's job names code that is not trusted."""
+    try:
+        return _find_saved(path, given, verified)
+    except JobError:
+        raise
+    except _WRONG as error:  # what a damaged folder has makes readers raise all kinds of errors
+        raise JobError(f"{path}: cannot be read: {tell_error(error)}; {VALID}") from error
+
+
+def _find_saved(path: Path, given: JobFrom, verified: bool) -> Saved:
     folder, manifest, notes = _find(path, verified)
     if manifest is not None:
         values = manifest.values
@@ -80,7 +91,7 @@ def find_saved(path: Path, given: JobFrom, verified: bool = False) -> Saved:
     about = read_json(folder / ABOUT, str(folder / ABOUT))
     job = _job(folder, folder.parent.parent / JOB, given)
     step = about.get("step")
-    step = step if type(step) is int else None
+    step = step if type(step) is int and 0 <= step < MOST_STEPS else None
     return Saved(folder, job, str(about.get("strategy")), step, notes=notes)
 
 

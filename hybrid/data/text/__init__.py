@@ -14,9 +14,10 @@ The split does not depend on a seed, a rank, the files' names or their order, an
 document are on one side. A single document is cut in two."""
 
 import hashlib
+import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import numpy
 import torch
 
+from ...job.reading import show_key
 from ...launch.ops_cache import cache_folder
 from ..targets import IGNORED_TARGET
 from .cache import Side, TokenFile, open_tokens, write_tokens
@@ -105,6 +107,14 @@ def text(
             f"context = {context}: longer than the train text, of {train.num_tokens} tokens"
         )
     return train, held
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises ValueError where `text` would refuse these options; no file is looked at."""
+    known = list(inspect.signature(text).parameters)
+    if wrong := [name for name in options if name not in known]:
+        raise ValueError(f"{show_key(wrong[0])}: unknown; valid: {', '.join(known)}")
+    _check({name: value for name, value in options.items() if value is not None})
 
 
 def _check(options: dict[str, Any]) -> None:

@@ -56,7 +56,11 @@ def stamp(files: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for file in files:
         s = os.stat(file)
-        digest.update(f"{file}\0{s.st_size}\0{s.st_mtime_ns}\0{s.st_ctime_ns}\n".encode())
+        digest.update(
+            f"{file}\0{s.st_size}\0{s.st_mtime_ns}\0{s.st_ctime_ns}\n".encode(
+                errors="surrogateescape"
+            )
+        )
     return digest.hexdigest()
 
 

@@ -3,17 +3,22 @@
 `Bytes` needs nothing installed or downloaded. In both classes all ids are below `vocab_size`, and
 the id `end` follows the tokens of each document."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from ...job.errors import first_line
+from ...job.errors import JobError, first_line
+from ...job.reading import require_plain, show
+from ...launch.hushed import hushed
 
 BYTES = "bytes"
 # A bare tokenizer file does not say which token ends a text; these are the usual names.
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+LARGE = 2**28  # bytes of a file
+VALID = "bytes, a folder, a tokenizer.json, a hub name"
 # A folder may hold a model's weights too; files with these suffixes make up the tokenizer.
 SUFFIXES = (".json", ".txt", ".model", ".tiktoken")
 
@@ -58,14 +63,25 @@ Tokenizer = Bytes | HuggingFace
 def files_of(name: str) -> list[Path]:
     """Lists the local files that make up a tokenizer; `bytes` and hub names have none.
 
-    Raises ValueError where the name means a local file or folder that does not exist."""
-    path = Path(name).expanduser()
+    Raises ValueError where the name means a local file or folder that does not exist, or that has
+    what cannot be read to an end."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"tokenizer = {show(name)}: is no name; valid: {VALID}")
     if name == BYTES:
         return []
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        return sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    try:
+        path = Path(name).expanduser()
+        if path.is_file():
+            require_plain(path, LARGE)
+            return [path]
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and not p.is_dir())
+            for file in found:
+                require_plain(file, LARGE)
+            return found
+    except (OSError, RuntimeError, JobError) as error:  # RuntimeError: a user has no such home
+        words = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"tokenizer = {show(name)}: {words}") from None
     if path.suffix == ".json" or path.is_absolute() or name[:1] in "~." or name.count("/") > 1:
         raise ValueError(f"tokenizer = {name!r}: no such file or folder")
     return []
@@ -78,23 +94,27 @@ def load_tokenizer(name: str) -> Tokenizer:
     end of a text."""
     if name == BYTES:
         return Bytes()
-    path = Path(name).expanduser()
     files_of(name)  # refuses what is missing
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    import transformers
 
-    loaded: Any
+    path = Path(name).expanduser()
     try:
-        if path.is_file():
-            loaded = PreTrainedTokenizerFast(tokenizer_file=str(path))
-        else:
-            source = str(path) if path.is_dir() else name
-            loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        with hushed() if path.exists() else contextlib.nullcontext():
+            loaded = _load(transformers, name, path)
+            if not loaded.get_vocab():
+                raise ValueError("it has no tokens")
     except Exception as error:  # the libraries raise many kinds, of many lines
         raise ValueError(
-            f"tokenizer = {name!r}: cannot be loaded: {first_line(error)}; valid: bytes, a folder, "
-            "a tokenizer.json, a hub name"
+            f"tokenizer = {name!r}: cannot be loaded: {first_line(error)}; valid: {VALID}"
         ) from None
     return HuggingFace(loaded, _end_of(loaded, name))
+
+
+def _load(transformers: Any, name: str, path: Path) -> Any:
+    if path.is_file():
+        return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    source = str(path) if path.is_dir() else name
+    return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def _end_of(tokenizer: Any, name: str) -> int:

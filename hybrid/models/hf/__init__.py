@@ -4,6 +4,7 @@ A job names it by `model.name = "hf:NAME_OR_PATH"`. For every causal type of tra
 `benchmarks/hf_models.md` says whether it can be cut into stages and whether the stages compute what
 the whole model computes."""
 
+import contextlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...job.reading import show
+from ...launch.hushed import hushed
 from ..losses import Loss, cross_entropy
 from ..presets import MOST_LAYERS
+from .folder import check_folder, no_pickles
 from .layers import HFLayers
 from .probe import NotOnMeta, probe
 
@@ -35,6 +39,7 @@ def hf(
     buffers by name. Raises NotOnMeta where that would not give the same model, and for anything
     else that is wrong a ValueError with one line."""
     on_meta = torch.get_default_device().type == "meta"
+    _check(source, weights is not False)
     config = _make_config(source, overrides or {})
     load = _has_weights(source) if weights is None else weights
     try:
@@ -72,6 +77,18 @@ def as_layers(model: Any) -> HFLayers:
     return HFLayers(model.train(), plan)
 
 
+def _check(source: str, weights: bool) -> None:
+    """Raises ValueError where a folder has what must not, or cannot, be read."""
+    if not isinstance(source, str) or not source or "\0" in source:
+        raise ValueError(f"source = {source!r}: is no name of a folder or on the hub")
+    try:
+        if Path(source).is_dir():
+            check_folder(Path(source), weights)
+    except (OSError, ValueError) as error:  # OSError: such as a name that is too long
+        words = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"source = {show(source)}: {words}") from None
+
+
 def _make_config(source: str, overrides: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
@@ -82,8 +99,9 @@ def _make_config(source: str, overrides: Mapping[str, Any]) -> Any:
     if not here and (source[0] in "./~" or source.count("/") > 1):
         raise ValueError(f"source = {source!r}: there is no such folder")
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        fields, _ = PreTrainedConfig.get_config_dict(source)
+        with hushed() if here else contextlib.nullcontext():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            fields, _ = PreTrainedConfig.get_config_dict(source)
     except Exception as error:  # a config's own code may raise anything
         words = f"config.json: {_one_line(error)}"
         if not here and isinstance(error, OSError):
@@ -97,7 +115,8 @@ def _make_config(source: str, overrides: Mapping[str, Any]) -> Any:
     config = _override(config, fields, overrides) if overrides else config
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise ValueError(f"num_hidden_layers = {layers}: valid: 1 to {MOST_LAYERS}")
+        words = f"num_hidden_layers = {show(layers)}: valid: up to {MOST_LAYERS:,}"
+        raise ValueError(f"source = {source!r}: {words}")
     return config
 
 
@@ -138,9 +157,12 @@ def _make_model(source: str, config: Any, load: bool) -> Any:
     given: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
     if not load:
         return Auto.from_config(config, **given)
-    given |= {"use_safetensors": True, "output_loading_info": True}
-    loaded: Any = Auto.from_pretrained(source, config=config, **given)
+    given |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    quiet = hushed() if Path(source).is_dir() else contextlib.nullcontext()
+    with quiet, no_pickles():
+        loaded: Any = Auto.from_pretrained(source, config=config, **given)
     model, info = loaded
+    _require_whole(model, info["mismatched_keys"])
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"its weights lack {len(missing)} of the parameters, such as {missing[0]}")
@@ -149,6 +171,19 @@ def _make_model(source: str, config: Any, load: bool) -> Any:
         words = f"{len(surplus)} tensors of its weights are not used, such as {surplus[0]}"
         warnings.warn(f"source = {source!r}: {words}", stacklevel=2)
     return model
+
+
+def _require_whole(model: nn.Module, unlike: Any) -> None:
+    """Raises ValueError where weights have another shape than the model's, or are no numbers."""
+    if unlike:
+        name, there, here = min(unlike)
+        more = f" ({len(unlike) - 1} more)" if len(unlike) > 1 else ""
+        raise ValueError(
+            f"its weights have {name} of shape {list(there)}, the model's is {list(here)}{more}"
+        )
+    for name, p in model.named_parameters():
+        if not p.is_meta and not p.isfinite().all():
+            raise ValueError(f"its weights are not finite, such as {name}")
 
 
 def _all_configs(config: Any) -> list[Any]:
