@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from .held_port import VARIABLE
 from .orphans import end_with_parent
 
 LOOK_S = 1.0  # between looks at whether the starter lives
@@ -64,7 +65,7 @@ def _serve(control: socket.socket, words: int) -> dict[str, Any]:
             os.read(woken, 1024)
             _report_exits(control)
         if control.fileno() in ready:
-            message = control.recv(MESSAGE_BYTES)
+            message, passed, _, _ = socket.recv_fds(control, MESSAGE_BYTES, 1)
             if not message:
                 os._exit(0)
             request = json.loads(message)
@@ -74,8 +75,12 @@ def _serve(control: socket.socket, words: int) -> dict[str, Any]:
             server, child = os.getpid(), _fork()
             if child == 0:
                 control.close()
+                if passed:
+                    request["variables"][VARIABLE] = str(passed[0])
                 _become_rank(request, server, words)
                 return request
+            for descriptor in passed:
+                os.close(descriptor)
             control.send(json.dumps({"pid": child}).encode())
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from ..job.errors import Failure, RunFailed, Stopped
 from .failures import first_cause
 from .heartbeat import is_peer_loss
+from .held_port import LOOPBACK, VARIABLE, hold_port
 from .stopping import SIGNALS, STOPPED, PassedOn, told
 from .threads import num_cores
 from .warm import Rank, ServerGone, wait_policy, warm_process
@@ -55,11 +56,15 @@ def run_ranks(
     ranks: Ranks = []
     with PassedOn() if stops else contextlib.nullcontext():
         try:
-            port = _free_port()
-            for rank in range(nproc):
-                variables = _variables(rank, nproc, port, cores_for or nproc)
-                log = logs / f"rank{rank}.log"
-                ranks.append(_start(program, arguments, variables, log, modules))
+            warm_process()  # made before the socket, it has no copy of it
+            with hold_port() as held:
+                port = held.getsockname()[1]
+                for rank in range(nproc):
+                    variables = _variables(rank, nproc, port, cores_for or nproc)
+                    log = logs / f"rank{rank}.log"
+                    theirs = held if rank == 0 else None
+                    ranks.append(_start(program, arguments, variables, log, modules, theirs))
+                    held.close()  # from now on rank 0 alone has it
             _wait(ranks, logs, on_poll)
         finally:
             end(ranks)
@@ -71,29 +76,30 @@ def _start(
     variables: dict[str, str],
     log: Path,
     modules: Sequence[str],
+    held: socket.socket | None,
 ) -> Started:
-    """Fork a rank from the warm process, or start it afresh where that is not possible."""
+    """Fork a rank from the warm process, or start it afresh where that is not possible.
+
+    held: has the port where the ranks meet, for rank 0."""
     warm = warm_process() if program[0] == sys.executable else None
     if warm:
         try:
-            return warm.fork(program[1:], arguments, variables, log, modules)
+            return warm.fork(program[1:], arguments, variables, log, modules, held)
         except ServerGone:
             print("hybrid: the warm process has ended: ranks start afresh", file=sys.stderr)
+    passed = [held.fileno()] if held else []
+    if passed:
+        variables = variables | {VARIABLE: str(passed[0])}
     with log.open("wb") as file:
         return subprocess.Popen(
             [*program, *arguments],
             env=os.environ | variables,
+            pass_fds=passed,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches this process alone, which ends the ranks
         )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _variables(rank: int, nproc: int, port: int, cores_for: int) -> dict[str, str]:
@@ -103,7 +109,7 @@ def _variables(rank: int, nproc: int, port: int, cores_for: int) -> dict[str, st
         "LOCAL_RANK": rank,
         "WORLD_SIZE": nproc,
         "LOCAL_WORLD_SIZE": nproc,
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": port,
         # More threads than cores made two ranks 17 times slower; a user's own setting stands.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, num_cores() // cores_for)),

@@ -10,7 +10,10 @@ from typing import Any
 
 from ..engines.protocol import StepResult
 from ..launch.exchange import gather_objects
+from ..launch.serialization import sendable
 from ..records import StepRecord, read_line
+
+sendable(StepRecord)
 
 
 class StepLog:
