@@ -105,7 +105,7 @@ def _read(found: dict[str, Any]) -> Any:
 
 def _read_object(held: Sequence[Any]) -> Any:
     name, values = held
-    cls = _classes[name]
+    cls: Any = _classes[name]
     if issubclass(cls, BaseException):
         raise ValueError(f"{name} is an error")
     if issubclass(cls, tuple):
