@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import pickle
@@ -20,6 +21,7 @@ from hybrid.launch.serialization import dumps, loads
 from hybrid.records import StepRecord
 from hybrid.training import step_log  # noqa: F401, whose records travel
 from hybrid.training.resume import Chosen, Start
+from tests.conftest import ROOT
 
 ENTRY = Entry("F32", (3, 7), [FilePiece("a", "b", 0, 21), FilePiece("a", "c", 0, 2, ((0,), (2,)))])
 VALUES: list[Any] = [
@@ -126,3 +128,16 @@ def test_four_ranks_get_all_values_of_unlike_lengths() -> None:
         return [torch.cat([one, one.new_zeros(longest - len(one))]) for one in sent]
 
     assert gather_by(all_gather, values[2], torch.device("cpu")) == values
+
+
+UNPICKLE = {f"{kind}_object" for kind in ("all_gather", "gather", "broadcast", "scatter")}
+UNPICKLE |= {f"{kind}_object_list" for kind in ("broadcast", "scatter", "send", "recv")}
+
+
+def test_nothing_of_ours_unpickles_what_ranks_send() -> None:
+    """Data sets and checkpoints have tests of their own."""
+    for file in (ROOT / "hybrid").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute):
+                loads = node.attr in ("load", "loads") and ast.unparse(node.value) == "pickle"
+                assert node.attr not in UNPICKLE and not loads, f"{file}:{node.lineno}"

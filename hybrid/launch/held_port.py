@@ -1,8 +1,9 @@
 """This module holds the port at which the ranks of one host meet, and hands it to rank 0.
 
 Whoever starts the ranks binds a socket to the port before any of them runs, so that no other
-process can take it in between. Rank 0 gets the socket, and listens on it once its store is there.
-The address is the loopback's, which no other host reaches. The module needs no torch."""
+process can take it in between. Rank 0 gets the socket, and listens on it once its store is there:
+torch's client would wait without end on a port that listens while no store answers. The address is
+the loopback's, which no other host reaches. The module needs no torch."""
 
 import errno
 import os
