@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from hybrid.launch.held_port import take_held_port
+
 IN_STEP = 2
 
 
@@ -79,8 +81,10 @@ def goes_elsewhere() -> None:
 
 
 def port_is_taken() -> None:
-    """Another program listens where rank 0 means to."""
+    """Another program listens where rank 0 means to, which has lost the port that it had."""
     if _rank() == 0:
+        if (held := take_held_port()) is not None:
+            os.close(held)
         listener = socket.socket()
         listener.bind(("0.0.0.0", int(os.environ["MASTER_PORT"])))
         listener.listen()

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..job.errors import JobError
 from ..job.reading import read_json
+from ..launch.serialization import sendable
 
 FORMAT = 1
 LONGEST = 2**28  # bytes of a manifest: about a million pieces
@@ -71,6 +72,7 @@ class BadManifest(ValueError):
     """Says in one line what is wrong with a manifest; the line begins with `manifest.json`."""
 
 
+@sendable
 class FilePiece(NamedTuple):
     """Tells where a part of a canonical tensor stands in a file.
 
@@ -84,6 +86,7 @@ class FilePiece(NamedTuple):
     box: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
+@sendable
 class Entry(NamedTuple):
     """Describes one canonical tensor: its dtype as safetensors writes it, its shape, its parts."""
 
@@ -97,6 +100,7 @@ class Entry(NamedTuple):
         return math.prod(self.shape)
 
 
+@sendable
 class Manifest(NamedTuple):
     """Holds a manifest: its values as they stand, and its tensors by name and key."""
 

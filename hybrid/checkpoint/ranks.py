@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..job.errors import NoRoom, RunError, needs_room
+from ..launch.serialization import sendable
 
 Gather = Callable[[Any], list[Any]]  # returns every rank's value
 
 
+@sendable
 class _Problem(NamedTuple):
     """Says what a rank could not do. room: it lacked room, or the right to write."""
 

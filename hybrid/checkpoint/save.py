@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..job.errors import NoRoom, RunError
+from ..launch.serialization import sendable
 from .flushing import Flusher, flush_folder, make_folder, write_flushed
 from .folders import PART, folder_of, replaced_name
 from .manifest import (
@@ -89,6 +90,7 @@ def make_room(shares: Sequence[Share]) -> Snapshot:
     return Snapshot(0, found, {}, {}, {})
 
 
+@sendable
 class StateHashes(NamedTuple):
     """Tells one state from another, by two hashes.
 
@@ -99,6 +101,7 @@ class StateHashes(NamedTuple):
     own_hash: str = ""
 
 
+@sendable
 @dataclasses.dataclass(frozen=True)
 class _Written:
     """Says what a rank has written."""

@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 
 from ..launch.exchange import gather_objects, group_device
+from ..launch.serialization import sendable
 from .manifest import Entry, Manifest, compact, rows_of
 from .pieces import Piece, Share, order_of, shares_of
 from .tensor_file import BUFFER_BYTES, TensorFile, dtype_name, dtype_of, raw_bytes
 
 
+@sendable
 class _Range(NamedTuple):
     """Says that a rank writes `size` elements of a tensor, from `start` on."""
 

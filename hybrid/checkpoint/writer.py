@@ -3,7 +3,6 @@
 The threads of all ranks exchange what `save` needs over a gloo group of their own, so that it never
 mixes with what the training sends. They touch no GPU and no other group."""
 
-import pickle
 import threading
 import time
 import weakref
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..job.errors import RunError
+from ..launch.exchange import gather_by
 from ..measure.traffic import uncounted
 from .save import StateHashes
 
@@ -42,12 +42,7 @@ class Writer:
         """Return every rank's value; for the thread alone."""
         if self._group is None:
             return [value]
-        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = [int(size) for size in self._all_gather(torch.tensor([len(mine)]))]
-        padded = torch.zeros(max(sizes), dtype=torch.uint8)
-        padded[: len(mine)] = mine
-        found = zip(self._all_gather(padded), sizes, strict=True)
-        return [pickle.loads(part[:size].numpy().tobytes()) for part, size in found]
+        return gather_by(self._all_gather, value, torch.device("cpu"))
 
     def _all_gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
         """Return every rank's tensor; all have the same shape.

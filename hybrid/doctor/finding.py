@@ -3,9 +3,12 @@
 import dataclasses
 from typing import Literal
 
+from ..launch.serialization import sendable
+
 Status = Literal["ok", "warning", "error"]
 
 
+@sendable
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """Says what was found, and in `mend` what to do about it (None where there is nothing to do).

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ..launch.exchange import gather_objects
 from ..launch.placement import Placement
+from ..launch.serialization import sendable
 from .finding import Finding
 
 REPEATS = 20  # of a message of 8 bytes
@@ -25,6 +26,7 @@ TARGET_S = 0.1  # the length of a message is chosen so that it travels this long
 SLOW = 0.5  # of the median bandwidth of its kind
 
 
+@sendable
 @dataclasses.dataclass(frozen=True)
 class Link:
     """Describes the way between two ranks; the latency is that of 8 bytes."""

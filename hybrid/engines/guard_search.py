@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..data.loader import MicroBatch
 from ..job.errors import RunError
 from ..launch.exchange import gather_objects
+from ..launch.serialization import sendable
 from ..models.losses import take_loss
 from ..models.own_loss import OwnLoss
 from .counting import num_rows
@@ -57,6 +58,7 @@ def models_of(engine: Any) -> list[Any]:
     return list(getattr(engine, "models", [engine.model]))
 
 
+@sendable
 @dataclasses.dataclass
 class _Seen:
     """Holds what one rank saw, by the numbers of its micro-batches: a layer, ids of samples."""

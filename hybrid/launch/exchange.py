@@ -1,11 +1,15 @@
-"""This module lets ranks exchange numbers and small objects outside an engine's own collectives."""
+"""This module lets ranks exchange numbers and small objects outside an engine's own collectives.
+
+Objects go as JSON (`hybrid.launch.serialization`): no rank unpickles what another one sends."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from .serialization import dumps, loads
 
 Row = TypeVar("Row", bound=Sequence[int | float])
 
@@ -27,12 +31,32 @@ def gather_rows(row: Row) -> list[Row]:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return the `value` of every rank, in rank order; for small things outside timed steps."""
+    """Return the `value` of every rank, in rank order; for small things outside timed steps.
+
+    Raises TypeError for what `hybrid.launch.serialization` cannot send."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+
+    def all_gather(mine: torch.Tensor) -> list[torch.Tensor]:
+        found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(found, mine)
+        return found
+
+    return gather_by(all_gather, value, group_device())
+
+
+def gather_by(
+    all_gather: Callable[[torch.Tensor], list[torch.Tensor]], value: Any, device: torch.device
+) -> list[Any]:
+    """Return the `value` of every rank by two collectives: of the lengths, and of the bytes.
+
+    all_gather: returns every rank's tensor, where all have the same shape and are on `device`."""
+    mine = torch.frombuffer(bytearray(dumps(value)), dtype=torch.uint8)
+    sizes = [int(size) for size in all_gather(torch.tensor([len(mine)], device=device))]
+    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
+    padded[: len(mine)] = mine
+    parts = zip(all_gather(padded), sizes, strict=True)
+    return [loads(part[:size].cpu().numpy().tobytes()) for part, size in parts]
 
 
 def group_device() -> torch.device:

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from .held_port import VARIABLE
 from .interpreter import start_words
 from .orphans import end_with_parent
 
@@ -65,7 +66,7 @@ def _serve(control: socket.socket, words: int) -> dict[str, Any]:
             os.read(woken, 1024)
             _report_exits(control)
         if control.fileno() in ready:
-            message = control.recv(MESSAGE_BYTES)
+            message, passed, _, _ = socket.recv_fds(control, MESSAGE_BYTES, 1)
             if not message:
                 os._exit(0)
             request = json.loads(message)
@@ -75,8 +76,12 @@ def _serve(control: socket.socket, words: int) -> dict[str, Any]:
             server, child = os.getpid(), _fork()
             if child == 0:
                 control.close()
+                if passed:
+                    request["variables"][VARIABLE] = str(passed[0])
                 _become_rank(request, server, words)
                 return request
+            for descriptor in passed:
+                os.close(descriptor)
             control.send(json.dumps({"pid": child}).encode())
 
 

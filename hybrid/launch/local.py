@@ -21,6 +21,7 @@ from ..records.whole import new_file
 from .environment import without_launcher
 from .failures import first_cause
 from .heartbeat import is_peer_loss
+from .held_port import LOOPBACK, VARIABLE, hold_port
 from .interpreter import start_words
 from .limits import check_processes
 from .logs import LOG
@@ -62,11 +63,15 @@ def run_ranks(
     ranks: Ranks = []
     with PassedOn() if stops else contextlib.nullcontext():
         try:
-            port = _free_port()
-            for rank in range(nproc):
-                variables = _variables(rank, nproc, port, cores_for or nproc)
-                log = logs / f"rank{rank}.log"
-                ranks.append(_start(program, arguments, variables, log, modules))
+            warm_process()  # made before the socket, it has no copy of it
+            with hold_port() as held:
+                port = held.getsockname()[1]
+                for rank in range(nproc):
+                    variables = _variables(rank, nproc, port, cores_for or nproc)
+                    log = logs / f"rank{rank}.log"
+                    theirs = held if rank == 0 else None
+                    ranks.append(_start(program, arguments, variables, log, modules, theirs))
+                    held.close()  # from now on rank 0 alone has it
             _wait(ranks, logs, on_poll)
         finally:
             end(ranks)
@@ -78,29 +83,30 @@ def _start(
     variables: dict[str, str],
     log: Path,
     modules: Sequence[str],
+    held: socket.socket | None,
 ) -> Started:
-    """Fork a rank from the warm process, or start it afresh where that is not possible."""
+    """Fork a rank from the warm process, or start it afresh where that is not possible.
+
+    held: has the port where the ranks meet, for rank 0."""
     warm = warm_process() if program[0] == sys.executable else None
     if warm:
         try:
-            return warm.fork(program[1:], arguments, variables, log, modules)
+            return warm.fork(program[1:], arguments, variables, log, modules, held)
         except ServerGone:
             print("hybrid: the warm process has ended: ranks start afresh", file=sys.stderr)
+    passed = [held.fileno()] if held else []
+    if passed:
+        variables = variables | {VARIABLE: str(passed[0])}
     with new_file(log) as file:
         return subprocess.Popen(
             [*start_words(program), *arguments],
             env=without_launcher() | variables,
+            pass_fds=passed,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches this process alone, which ends the ranks
         )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _variables(rank: int, nproc: int, port: int, cores_for: int) -> dict[str, str]:
@@ -110,7 +116,7 @@ def _variables(rank: int, nproc: int, port: int, cores_for: int) -> dict[str, st
         "LOCAL_RANK": rank,
         "WORLD_SIZE": nproc,
         "LOCAL_WORLD_SIZE": nproc,
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": port,
         # More threads than cores made two ranks 17 times slower; a user's own setting stands.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, num_cores() // cores_for)),

@@ -5,7 +5,9 @@ imported only when a device is asked for."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import ipaddress
 import os
 import socket
 import subprocess
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING
 from ..job.errors import JobError
 from ..layout import Layout
 from .environment import VARIABLES, launcher_name, num_local_ranks, read_number, variables_of
+from .held_port import LOOPBACK
 from .variable_check import check_variables
 
 if TYPE_CHECKING:
@@ -123,6 +126,18 @@ def export_rank_variables(placement: Placement) -> None:
         address, port = ("localhost", 0) if kind is None else _find_rendezvous(kind, placement)
         os.environ.setdefault("MASTER_ADDR", address)
         os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def loopback_address(placement: Placement) -> str | None:
+    """Return this host's own address where all ranks of the run are on it, else None.
+
+    That is what the launcher says, or the address at which MASTER_ADDR has the ranks meet."""
+    named = os.environ.get("MASTER_ADDR", "")
+    own = (placement.launcher in (None, OWN)) or num_local_ranks() == placement.world_size
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(named).is_loopback:
+            return named
+    return LOOPBACK if own or named == "localhost" else None
 
 
 def _find_rendezvous(kind: str, placement: Placement) -> tuple[str, int]:

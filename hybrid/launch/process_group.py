@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
@@ -18,13 +18,15 @@ import torch.distributed as dist
 from ..job.errors import StartError, first_line
 from ..job.schema import Launch
 from .accelerate_env import clear_accelerate_variables
-from .placement import Placement, export_rank_variables
+from .held_port import hold_port, is_held, take_held_port
+from .placement import OWN, Placement, export_rank_variables, loopback_address
 from .threads import set_num_threads
 
 DEFAULT_LIMITS = Launch()
 _joined = ExitStack()  # what `cleanup` undoes
 FAREWELL_S = 0.05
 CONNECT_PAUSE_S = 0.1
+_served = set[int]()  # ports on which this process has had a store
 _ARRIVED = "hybrid/arrived/"  # keys of the store: each rank's host, once it has come
 
 
@@ -36,13 +38,16 @@ def join_process_group(placement: Placement, limits: Launch = DEFAULT_LIMITS) ->
     StartError, which names the ranks that are missing, after `limits.start_timeout_s`."""
     if dist.is_initialized():
         return placement
+    held = take_held_port()
     _joined.enter_context(restored_environment())
     export_rank_variables(placement)
     set_num_threads(placement)
     device = placement.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = _meet(placement, limits.start_timeout_s)
+    if loopback_address(placement):
+        _keep_to_loopback(placement)
+    store = _meet(placement, limits.start_timeout_s, held)
     timeout = timedelta(seconds=limits.collective_timeout_s)
     store.set_timeout(timeout)
     _set_default_timeouts(timeout, timeout)
@@ -72,32 +77,55 @@ def _set_default_timeouts(gloo: timedelta, nccl: timedelta | None) -> None:
     dist.distributed_c10d.default_pg_nccl_timeout = nccl
 
 
-def _meet(placement: Placement, seconds: int) -> dist.Store:
+def _keep_to_loopback(placement: Placement) -> None:
+    """Have gloo and nccl listen on the loopback, until `cleanup` restores the variables."""
+    names = [name for _, name in socket.if_nameindex()]
+    loopback = next((name for name in ("lo", "lo0") if name in names), "lo")  # macOS: lo0
+    for variable, value in (("GLOO_SOCKET_IFNAME", loopback), ("NCCL_SOCKET_IFNAME", "=lo")):
+        found = os.environ.get(variable, value)
+        if found.removeprefix("=") != loopback and placement.rank == 0:
+            why = "all ranks are on this host, and talk over its loopback"
+            print(f"hybrid: warning: {variable} = {found!r} has no effect: {why}", file=sys.stderr)
+        os.environ[variable] = value
+
+
+def _meet(placement: Placement, seconds: int, held: int | None) -> dist.Store:
     """Return the store of the rendezvous once all ranks have come to it."""
     rank, world_size = placement.rank, placement.world_size
-    store = _open_store(placement, seconds)
+    store = _open_store(placement, seconds, held)
     keys = [f"{_ARRIVED}{other}" for other in range(world_size)]
     store.set(keys[rank], placement.host)
     try:
         store.wait(keys, timedelta(seconds=seconds))
     except dist.DistError:
         missing = [other for other, key in enumerate(keys) if not store.check([key])]
-        raise StartError(
-            f"ranks {', '.join(map(str, missing))} of {world_size} did not start within {seconds} s"
-            " (launch.start_timeout_s)"
-        ) from None
+        raise StartError(_missing(missing, world_size, seconds)) from None
     return store
 
 
-def _open_store(placement: Placement, seconds: int) -> dist.Store:
+def _missing(ranks: Sequence[int], world_size: int, seconds: int) -> str:
+    return (
+        f"ranks {', '.join(map(str, ranks))} of {world_size} did not start within {seconds} s"
+        " (launch.start_timeout_s)"
+    )
+
+
+def _open_store(placement: Placement, seconds: int, held: int | None) -> dist.Store:
     """Open the store at MASTER_ADDR:MASTER_PORT, which rank 0 holds unless torchrun does.
 
+    held: the descriptor of a socket that has the port already, for rank 0. Where all ranks are on
+    this host, the store listens on its loopback alone.
     torchrun's store outlives its ranks: after a restart (`--max-restarts`) it still has the keys of
     the first attempt. So each attempt has a prefix of its own, as under torch's `env://`."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    holds = placement.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    holds = placement.rank == 0 and not of_agent
+    if not of_agent:
+        address = loopback_address(placement) or address
     try:
-        if not holds:
+        if holds:
+            held = _bind(placement, port) if held is None else held
+        else:
             _wait_for_port(address, port, seconds)
         store = dist.TCPStore(
             address,
@@ -107,8 +135,11 @@ def _open_store(placement: Placement, seconds: int) -> dist.Store:
             timeout=timedelta(seconds=seconds),
             wait_for_workers=False,  # it would not say who is missing
             multi_tenant=True,
+            master_listen_fd=held if holds else None,
         )
     except (dist.DistError, OSError) as error:
+        if not holds and placement.launcher == OWN and is_held(address, port):
+            raise StartError(_missing([0], placement.world_size, seconds)) from None
         where = f"rank 0 cannot listen on port {port}" if holds else f"within {seconds} s"
         raise StartError(
             f"no meeting of ranks at MASTER_ADDR:MASTER_PORT = {address}:{port}, {where}: "
@@ -116,6 +147,23 @@ def _open_store(placement: Placement, seconds: int) -> dist.Store:
         ) from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"hybrid/attempt_{attempt}", store)
+
+
+def _bind(placement: Placement, port: int) -> int | None:
+    """Return the descriptor of a socket on the loopback, None: torch listens everywhere.
+
+    A store that this process opened before, and still uses, keeps the port; torch shares it."""
+    address = loopback_address(placement)
+    if address is None:
+        return None
+    try:
+        found = hold_port(address, port)
+    except OSError:
+        if port in _served:
+            return None
+        raise
+    _served.add(found.getsockname()[1])
+    return found.detach()
 
 
 def _wait_for_port(address: str, port: int, seconds: int) -> None:

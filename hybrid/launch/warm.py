@@ -87,11 +87,12 @@ class WarmProcess:
         variables: Mapping[str, str],
         log: Path,
         modules: Sequence[str],
+        held: socket.socket | None = None,
     ) -> Rank:
         """Fork a rank that runs `program arguments` with these variables beside the process's own.
 
-        program: what follows `python` on a command line. modules: imported before the fork. Raises
-        ServerGone."""
+        program: what follows `python` on a command line. modules: imported before the fork.
+        held: a socket that the rank gets too. Raises ServerGone."""
         request = {
             "program": list(program),
             "arguments": list(arguments),
@@ -101,7 +102,7 @@ class WarmProcess:
             "modules": list(modules),
         }
         try:
-            self._send(request)
+            self._send(request, [held.fileno()] if held else [])
             while (answer := self._receive()) is not None:
                 if "code" not in answer:
                     self.codes[answer["pid"]] = None
@@ -129,9 +130,9 @@ class WarmProcess:
         """Import modules that ranks will need, and do not wait for it."""
         self._send({"modules": list(modules)})
 
-    def _send(self, request: Mapping[str, Any]) -> None:
+    def _send(self, request: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
         with contextlib.suppress(BrokenPipeError):  # `fork` sees that the process is gone
-            self.socket.send(json.dumps(request).encode())
+            socket.send_fds(self.socket, [json.dumps(request).encode()], descriptors)
 
     def look(self) -> None:
         """Take the exit codes that have come since the last look."""

@@ -31,7 +31,10 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
+from ..launch.serialization import sendable
 
+
+@sendable
 @dataclasses.dataclass(frozen=True)
 class OpCount:
     """Counts one kind of collective on this rank.

@@ -1,9 +1,11 @@
 """Begins a run in one rank: decides from where it goes on, and makes its engine."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import records
 from ..data.targets import targets_per_sample
 from ..data.workers import AHEAD
 from ..engines.protocol import Engine
@@ -15,6 +17,7 @@ from ..launch.failures import RankStatus
 from ..launch.placement import OWN, Placement
 from ..measure.clock import Instruments
 from ..models.shared import build_shared
+from ..records import Record
 from ..strategies import registry
 from .check import print_warnings
 from .folder import begin_run, keep_steps
@@ -69,9 +72,12 @@ def decide_together(
         except JobError as error:
             problem = Refused(str(error))
         tell_start(start)
-    start, problem = gather_objects((start, problem))[0]
+    ended = records.to_dict(start.ended) if start.ended else None
+    mine = dataclasses.replace(start, ended=None), ended, problem
+    start, ended, problem = gather_objects(mine)[0]
     if problem:
         raise problem
+    start = dataclasses.replace(start, ended=records.from_dict(Record, ended) if ended else None)
     check_hosts(choice.job, placement, out, start, until)
     return start
 

@@ -16,6 +16,7 @@ from ..job.file import flatten, to_dict
 from ..job.outputs import read_folder
 from ..job.variants import Choice
 from ..launch.endings import tell
+from ..launch.serialization import sendable
 from ..layout import Layout
 from ..records import Record
 from .folder import belongs_to
@@ -33,6 +34,7 @@ _ALGORITHM = {"local_sgd": ("sync_every",), "ddp": ("comm_hook", "powersgd_rank"
 _VALID = "valid: auto, a run's folder, a step's folder in it"
 
 
+@sendable
 @dataclasses.dataclass(frozen=True)
 class Chosen:
     """Holds the checkpoint that a run starts from.
@@ -49,6 +51,7 @@ class Chosen:
         return bool(values["strategy"] == choice.strategy and values["layout"] == layout.to_dict())
 
 
+@sendable
 @dataclasses.dataclass(frozen=True)
 class Start:
     """Says how a run begins.

@@ -13,8 +13,11 @@ from typing import Any
 
 from ..engines.protocol import StepResult
 from ..launch.exchange import gather_objects
+from ..launch.serialization import sendable
 from ..records import StepRecord, read_line
 from ..records.whole import naming, no_links
+
+sendable(StepRecord)
 
 
 class StepLog:
