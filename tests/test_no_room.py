@@ -16,7 +16,8 @@ import hybrid
 from hybrid import records
 from hybrid.job.errors import Failure, NoRoom, RunFailed, exit_status, kind_of, needs_room
 from hybrid.job.file import to_dict
-from hybrid.launch.failures import RankStatus, first_cause, leave_error
+from hybrid.launch.failures import RankStatus, leave_error
+from hybrid.launch.first_cause import first_cause
 from hybrid.launch.placement import Placement
 from hybrid.training.step_log import StepLog
 from tests.conftest import hybrid_command, small_job

@@ -31,7 +31,8 @@ from ..job.arguments import (
     TrustPickle,
 )
 from ..job.errors import Stopped
-from ..launch.endings import explain, say, suggest, versions
+from ..launch.endings import explain, explain_exit, say, suggest, versions
+from ..launch.farewell import leave
 from ..launch.stopping import end_now
 from . import checkpoints
 
@@ -280,9 +281,11 @@ def main() -> None:
     except Stopped as error:
         error.tell()
         status = error.code
+    except SystemExit as error:
+        status = explain_exit(error)
     except (KeyboardInterrupt, typer.Abort):
         status = say("interrupted", 130)
     except Exception as error:
         status = explain(error)
     _stdout.flush()
-    sys.exit(status or 0)
+    leave(status or 0)

@@ -34,6 +34,18 @@ def users_line(error: BaseException) -> str:
     return found
 
 
+def innermost_line(error: BaseException) -> str:
+    """Return FILE:LINE where an error was raised, whoever's code that is; empty without a trace."""
+    frames = [*_frames(error.__traceback__)]
+    return f"{show_file(frames[-1][0])}:{frames[-1][1]}" if frames else ""
+
+
+def is_raised_by(error: BaseException, *packages: str) -> bool:
+    """Tell whether this package, or an installed one of these names, raised an error itself."""
+    file = ([("", 0), *_frames(error.__traceback__)])[-1][0]
+    return file.startswith(OWN_PACKAGE) or any(f"/{name}/" in file for name in packages)
+
+
 def at_users_line(error: BaseException) -> str:
     """Return ", at FILE:LINE" of the user's line, to stand behind a message.
     It is empty if there is none, or if the message has it already."""

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from ..job.errors import StartError, first_line
 from ..job.schema import Launch
 from .accelerate_env import clear_accelerate_variables
+from .blocking_calls import mark, unmark
+from .farewell import abandon_groups
 from .placement import Placement, export_rank_variables
 from .threads import set_num_threads
 
@@ -54,6 +56,7 @@ def join_process_group(placement: Placement, limits: Launch = DEFAULT_LIMITS) ->
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
+    mark()
     return dataclasses.replace(placement, store=store)
 
 
@@ -150,10 +153,15 @@ def restored_environment() -> Iterator[None]:
         os.environ.update(found)
 
 
-def cleanup() -> None:
-    """Leave the process group, if this process is in one, and restore the environment variables."""
+def cleanup(failed: bool = False) -> None:
+    """Leave the process group, if this process is in one, and restore the environment variables.
+
+    failed: nothing is waited for, since a peer may be gone."""
     try:
-        if dist.is_initialized():
+        unmark()
+        if failed:
+            abandon_groups()
+        elif dist.is_initialized():
             _leave()
     finally:
         _joined.close()

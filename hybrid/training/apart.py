@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import records
-from ..job.errors import CheckFailed, JobError, first_line, kind_of
+from ..job.errors import CheckFailed, JobError, first_line, is_users_exit, kind_of
 from ..job.file import load_job, to_dict
 from ..job.given import given_functions
 from ..job.schema import Job
-from ..launch.failures import how_it_ended
+from ..job.traces import at_users_line
+from ..launch.first_cause import how_it_ended
 from ..launch.local import end
 from ..launch.warm import Rank, ServerGone, WarmProcess, warm_process
 from ..stages.checks import ModelSummary
@@ -37,7 +38,7 @@ def check_apart(job: Job, modules: Sequence[str]) -> CheckedJob:
     modules: of the ranks that start next, which the warm process imports meanwhile."""
     warm = None if "torch" in sys.modules and not given_functions() else warm_process()
     if warm is None:
-        return look_at_job(job)
+        return _look_here(job)
     with contextlib.ExitStack() as files:
         # Files without a name, which the child opens by this process's descriptors: none is left.
         asked, answer, log = (_nameless_file(files, name) for name in ("job", "answer", "log"))
@@ -46,12 +47,24 @@ def check_apart(job: Job, modules: Sequence[str]) -> CheckedJob:
             child = _start(warm, asked, answer, log)
             warm.prepare(modules)
         except ServerGone:
-            return look_at_job(job)
+            return _look_here(job)
         code = _follow(child, log)
         said = os.pread(answer, os.fstat(answer).st_size, 0)
     if code or not said:
-        raise CheckFailed(f"the process that checks the job {how_it_ended(code)}")
+        raise CheckFailed(
+            f"the process that checks the job {how_it_ended(code)} before it was done"
+            + ("" if code else ", in a call of os._exit or the like in the job's own code")
+        )
     return _read(json.loads(said))
+
+
+def _look_here(job: Job) -> CheckedJob:
+    try:
+        return look_at_job(job)
+    except SystemExit as error:
+        if is_users_exit(error):
+            raise CheckFailed(f"checking the job: {_told(error)}") from error
+        raise
 
 
 def _nameless_file(files: contextlib.ExitStack, name: str) -> int:
@@ -115,16 +128,25 @@ def main() -> None:
             "num_samples": checked.num_samples,
             "lone_sample": checked.lone_sample,
         }
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if not is_users_exit(error) and isinstance(error, SystemExit):
+            raise
         kind, message = kind_of(error), str(error)
         if isinstance(error, ModuleNotFoundError):
             answer = {"error": {"kind": "missing", "message": message, "name": error.name}}
         else:
             if kind == "error":
                 traceback.print_exc()
-                message = f"checking the job: {type(error).__name__}: {first_line(error)}"
+                message = f"checking the job: {_told(error)}"
             answer = {"error": {"kind": kind, "message": message}}
     Path(sys.argv[2]).write_text(json.dumps(answer))
+
+
+def _told(error: BaseException) -> str:
+    """Return an error in one line, which for `sys.exit` says no more than a number."""
+    if isinstance(error, SystemExit):
+        return f"sys.exit({error.code!r}) in the job's own code{at_users_line(error)}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from ..job.file import to_dict
 from ..job.schema import Job, resolve_lengths
 from ..job.variants import Choice, resolve
 from ..launch.exchange import gather_objects
-from ..launch.failures import RankStatus, leave_error
+from ..launch.failures import MEETING, RankStatus, leave_error
 from ..launch.local import run_ranks
 from ..launch.logs import redirect_output
 from ..launch.ops_cache import remove_stale_locks
@@ -33,6 +33,7 @@ from ..models.vector_functions import call_vector_functions_once
 from ..strategies import registry
 from .check import print_warnings
 from .evaluation import evaluate
+from .leaving import as_failure
 from .run import default_nproc
 from .saved import JobFrom, Saved, find_saved
 
@@ -95,7 +96,7 @@ def _launch(asked: Asked) -> dict[str, Any]:
     arguments += ["--out", str(asked.out), "--parent", str(os.getpid())]
     try:
         modules = registry.modules(choice.strategy)
-        run_ranks(layout.world_size, arguments, asked.out, modules=modules)
+        run_ranks(layout.world_size, arguments, asked.out, modules=modules, says_end=True)
     finally:
         file.unlink(missing_ok=True)
     result: dict[str, Any] = records.read(dict[str, Any], asked.out / RESULT)
@@ -108,15 +109,20 @@ def _evaluate_and_clean_up(saved: Saved, asked: Asked, placement: Placement) -> 
     status = RankStatus(saved.job, placement, asked.out / "logs")
     try:
         with needs_room(asked.out):
-            return _evaluate(saved, asked, placement, status)
-    except BaseException as error:
+            result = _evaluate(saved, asked, placement, status)
+        status.end()
+        return result
+    except BaseException as raised:
+        error = as_failure(raised)
         cause = leave_error(error, status)
         if cause is not None:
-            raise PeerFailed(cause.describe()) from error
+            raise PeerFailed(cause.describe()) from raised
+        if error is not raised:
+            raise error from raised
         raise
     finally:
         status.close()
-        cleanup()
+        cleanup(status.failed)
 
 
 def _evaluate(
@@ -125,6 +131,7 @@ def _evaluate(
     call_vector_functions_once()
     choice = resolve(saved.job, asked.strategy)
     if placement.world_size > 1:
+        status.set(MEETING)
         placement = join_process_group(placement, choice.job.launch)
         status.start_heartbeat(placement)
     if len({str(found) for found in gather_objects(saved.describe())}) > 1:
