@@ -111,17 +111,17 @@ def start(
     return start_train(out, strategy, steps, nproc=NPROC, fault=plant, launch=limits)
 
 
-def wait_for_fault(out: Path, in_step: bool, steps: int = 2) -> float:
-    """When the fault came: with the second step's record, or when the ranks began to meet."""
+def wait_for_fault(out: Path, run: subprocess.Popen[str] | None, steps: int = 0) -> float:
+    """When the fault came, in seconds of `time.time`: its file's time, or that of so many steps."""
     deadline = time.monotonic() + 2 * START_S
-    file = out / ("steps.jsonl" if in_step else "logs/rank0.where")
-    lines = steps if in_step else 0
+    file = out / ("steps.jsonl" if steps else "fault")
     while time.monotonic() < deadline:
-        if any(out.glob("logs/rank*.where")) if not in_step else file.exists():
-            if not in_step or len(file.read_text().splitlines()) >= lines:
-                break
+        if file.exists() and (not steps or len(file.read_text().splitlines()) >= steps):
+            break
+        if run is not None and run.poll() is not None:
+            break
         time.sleep(0.05)
-    return time.monotonic()
+    return file.stat().st_mtime if file.exists() and not steps else time.time()
 
 
 def leftovers(out: Path) -> str:
@@ -153,7 +153,7 @@ def check(strategy: str, kind: str, folder: Path) -> tuple[bool, str]:
     out = folder / f"{strategy}-{kind}".replace(" ", "-")
     meets = fault.plant in ("never_starts", "goes_elsewhere", "port_is_taken")
     run = start(out, strategy, fault, guilty, waits=meets)
-    began = wait_for_fault(out, in_step=not meets)
+    began = wait_for_fault(out, run, steps=2 if fault.sent else 0)
     if fault.sent:
         run.send_signal(fault.sent)
     try:
@@ -162,7 +162,7 @@ def check(strategy: str, kind: str, folder: Path) -> tuple[bool, str]:
         run.kill()
         run.communicate()
         return False, row_of(strategy, kind, guilty, "did not end", 999, "", "", False)
-    took, left = time.monotonic() - began, leftovers(out)
+    took, left = time.time() - began, leftovers(out)
     lines = [line for line in said.splitlines() if re.match("hybrid: (?!warning)", line)]
     first = lines[0] if lines else ""
     ok = run.returncode == fault.status and took <= fault.within_s and not left
@@ -181,14 +181,15 @@ def check_cut(strategy: str, kind: str, folder: Path) -> tuple[bool, str]:
     with Hosts(NPROC) as hosts:
         ranks = hosts.start_ranks(range(NPROC), words, out)
         # Some seconds of steps, after which each rank's last sign of life says so.
-        began = wait_for_fault(out, in_step=True, steps=100)
+        wait_for_fault(out, None, steps=100)
         time.sleep(2)
+        began = time.time()
         hosts.cut(guilty)
         try:
             codes = [rank.wait(timeout=120) for rank in ranks]
         except subprocess.TimeoutExpired:
             return False, row_of(strategy, kind, guilty, "did not end", 999, "", "", False)
-    took, left = time.monotonic() - began - 2, leftovers(out)
+    took, left = time.time() - began, leftovers(out)
     firsts = []
     for rank in set(range(NPROC)) - {guilty}:
         said = (out / f"rank{rank}.log").read_text().splitlines()

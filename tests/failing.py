@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 IN_STEP = 2
@@ -113,12 +114,14 @@ def dies_once() -> None:
 def never_starts() -> None:
     """It does not come to the meeting."""
     if _rank() == GUILTY:
+        _mark()
         time.sleep(100_000)
 
 
 def goes_elsewhere() -> None:
     """It looks for the others where nobody is."""
     if _rank() == GUILTY:
+        _mark()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
@@ -127,6 +130,7 @@ def goes_elsewhere() -> None:
 def port_is_taken() -> None:
     """Another program listens where rank 0 means to."""
     if _rank() == 0:
+        _mark()
         listener = socket.socket()
         listener.bind(("0.0.0.0", int(os.environ["MASTER_PORT"])))
         listener.listen()
@@ -150,10 +154,17 @@ def _in_step(act: Callable[[], Any], everywhere: bool = False) -> None:
 
     def step(self: Any, number: int) -> Any:
         if number == IN_STEP and (everywhere or _rank() == GUILTY):
+            _mark()
             act()
         return enter(self, number)
 
     Instruments.step = step  # type: ignore[method-assign]
+
+
+def _mark() -> None:
+    """Leave a file in OUT when the fault comes, whose time is the fault's."""
+    if "--out" in sys.argv:
+        Path(sys.argv[sys.argv.index("--out") + 1], "fault").touch()
 
 
 def _in_call(module: str, name: str, act: Callable[[], Any], everywhere: bool = False) -> None:

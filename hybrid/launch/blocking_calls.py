@@ -1,9 +1,9 @@
 """This module has the calls of torch that wait for other ranks say so (`hybrid.launch.waiting`).
 
 Every wait of Python's ends in `Work.wait`: that of `torch.distributed`'s functions, of DeepSpeed,
-of FSDP2 and of torch's pipelines. Functional collectives have `wait_tensor`. What DDP waits for inside
-C++ is marked at the function that begins it, and the end of its backward pass by a callback of
-autograd, which runs once all gradients are computed and before DDP waits for their reduction.
+of FSDP2 and of torch's pipelines. Functional collectives have `wait_tensor`. What DDP waits for
+inside C++ is marked at the function that begins it, and the end of its backward pass by a callback
+of autograd, which runs once all gradients are computed and before DDP waits for their reduction.
 
 A collective that only begins is no wait. How many a rank has begun, torch counts itself."""
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.autograd import Variable
+from torch.distributed import _functional_collectives
 
 from .waiting import enter, leave
 
@@ -26,9 +27,8 @@ def _sites() -> Iterator[tuple[Any, str, str]]:
 
     They are looked up by name where they are called, so that setting them here is enough."""
     c10d = torch._C._distributed_c10d
-    functional: Any = torch.distributed._functional_collectives
     yield c10d.Work, "wait", "a collective or a message"
-    yield functional, "wait_tensor", "a collective"
+    yield _functional_collectives, "wait_tensor", "a collective"
     yield dist, "_broadcast_coalesced", "the buffers or parameters of the first rank"
     yield dist, "_verify_params_across_processes", "the comparison of all ranks' parameters"
     yield c10d.Reducer, "_rebuild_buckets", "DDP's order of its buckets"

@@ -1,9 +1,9 @@
 """This module knows whether this rank waits for others, since each blocking call says so.
 
 Code that waits for another rank stands in `with waiting(WHAT):`; `hybrid.launch.blocking_calls`
-does the same around the calls of torch. Nothing is guessed from what a thread executes. A rank that does
-not wait while the others do is the one they wait for (`hybrid.launch.blame`). Entering and leaving
-takes less than a microsecond. The module needs no torch."""
+does the same around the calls of torch. Nothing is guessed from what a thread executes. A rank that
+does not wait while the others do is the one they wait for (`hybrid.launch.blame`). Entering and
+leaving takes less than a microsecond. The module needs no torch."""
 
 import dataclasses
 import threading
