@@ -5,7 +5,7 @@ begun, whether it has ended. It asks no other process."""
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 STARTING = "starting"
 
@@ -92,14 +92,19 @@ def _odd_one(signs: Sequence[Sign]) -> tuple[int, str] | None:
     if len(signs) < 3:
         return None
     steps = Counter(sign.step for sign in signs)
-    lines = Counter(sign.line for sign in signs)
     for rank, sign in enumerate(signs):
         alone = steps[sign.step] == 1 and len(steps) == 2
         if alone and sign.step == min(steps):
             return rank, f"it waits in step {sign.step}, at {sign.line}, behind all others"
-    for rank, sign in enumerate(signs):
-        if lines[sign.line] == 1 and len(lines) == 2:
-            other = max(lines, key=lambda line: lines[line])
-            message = f"it waits at {sign.line} while all others wait at {other}"
-            return rank, f"{message}: the ranks call unlike collectives"
-    return None
+    return unlike_rank({rank: sign.line for rank, sign in enumerate(signs)})
+
+
+def unlike_rank(lines: Mapping[int, str]) -> tuple[int, str] | None:
+    """Return the one rank of three or more that is at another line than all others, which agree."""
+    counts = Counter(lines.values())
+    if len(lines) < 3 or len(counts) != 2 or min(counts.values()) > 1:
+        return None
+    (other, _), (line, _) = counts.most_common()
+    rank = next(rank for rank, found in lines.items() if found == line)
+    unlike = "the ranks call unlike collectives"
+    return rank, f"it is at {line} while all others wait at {other}: {unlike}"

@@ -5,6 +5,7 @@ A rank keeps a `RankStatus`: what it is doing, in words. If it fails, `leave_err
 files. The module needs no torch."""
 
 import dataclasses
+import faulthandler
 import mmap
 import re
 import resource
@@ -60,6 +61,8 @@ class RankStatus:
                 file.write(b" " * _WIDTH)
                 file.flush()
                 self._shown = mmap.mmap(file.fileno(), _WIDTH)
+        if placement.launcher is not None and not faulthandler.is_enabled():
+            faulthandler.enable(2)  # what a library's abort or a bad access ends says where it was
         self.set("starting")
 
     def set(self, doing: str, step: int | None = None) -> None:
@@ -125,6 +128,7 @@ def leave_error(error: BaseException, status: RankStatus) -> Cause | None:
             "details": _trace(error),
             "kind": kind,
             "effect": lost,
+            "at": users_line(error) or innermost_line(error),
             "cause": dataclasses.asdict(cause) if cause else None,
         }
         try:

@@ -8,12 +8,14 @@ import contextlib
 import json
 import re
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..job.errors import NO_ROOM, Failure
-from .blame import STARTING
+from .blame import STARTING, unlike_rank
 from .failures import HAS_ENDED
-from .lost_peers import NO_MEETING, effect_in, is_peer_loss
+from .heartbeat import pick_line
+from .lost_peers import NO_MEETING, effect_in, is_mismatch, is_peer_loss
 
 _SAID_LAST = 2**16  # bytes at the end of a log, in which the C++ library says why it aborts
 _WHAT = re.compile(r"^\s*what\(\):\s+(.+)$", re.MULTILINE)
@@ -44,7 +46,37 @@ def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
     if NO_MEETING in first.message and 0 not in dead and _where(logs, 0) == STARTING:
         # Rank 0 opens the meeting, and another one that looks elsewhere would let it wait there.
         return Failure(0, f"did not come to the meeting of ranks: {first.message}", first.details)
+    if is_mismatch(first.message) and (odd := _unlike(dead, logs, first)):
+        return odd
     return (_suspected(logs, first.details) if lost else None) or first
+
+
+def _unlike(dead: Iterable[int], logs: Path, first: Failure) -> Failure | None:
+    """Return the failure of the one rank that called another collective than all others."""
+    lines = dict[int, str]()
+    for rank in dead:
+        path = logs / f"rank{rank}.error.json"
+        left = json.loads(path.read_text()) if path.exists() else {}
+        lines[rank] = left.get("at") or _aborted_at(_log_of(rank, logs))
+    found = unlike_rank({rank: line for rank, line in lines.items() if line})
+    if found is None:
+        return None
+    rank, message = found
+    return Failure(rank, f"{message} ({_where(logs, rank)})", first.details)
+
+
+def _aborted_at(log: str) -> str:
+    """Return the line of the main thread by Python's faulthandler, empty where it said nothing."""
+    _, fatal, text = log[-_SAID_LAST:].rpartition("Fatal Python error: ")
+    *_, main = re.split(r"^(?:Current t|T)hread 0x", text, flags=re.MULTILINE)
+    frames = re.findall(r'^  File "(.+)", line (\d+)', main, re.MULTILINE)
+    return pick_line((file, int(number)) for file, number in frames) if fatal else ""
+
+
+def _log_of(rank: int, logs: Path) -> str:
+    with contextlib.suppress(OSError):  # on a full disk there may be none
+        return (logs / f"rank{rank}.log").read_text(errors="replace")
+    return ""
 
 
 def _suspected(logs: Path, details: str) -> Failure | None:
@@ -61,9 +93,7 @@ def _suspected(logs: Path, details: str) -> Failure | None:
 
 def _without_words(rank: int, code: int, logs: Path) -> Failure:
     """Return the failure of a rank that left no error file: by its exit code and its log."""
-    log, doing = "", _where(logs, rank)
-    with contextlib.suppress(OSError):  # on a full disk there may be none
-        log = (logs / f"rank{rank}.log").read_text(errors="replace")
+    log, doing = _log_of(rank, logs), _where(logs, rank)
     tail = "\n".join(log.splitlines()[-TAIL_LINES:])
     if NO_ROOM in doing:
         return Failure(rank, doing, tail, "room")
@@ -74,7 +104,8 @@ def _without_words(rank: int, code: int, logs: Path) -> Failure:
     message = how_it_ended(code) + (f": {said[-1].strip()}" if said else "")
     if code == 0:
         message += " before the end of its run, in a call of os._exit or the like"
-    return Failure(rank, f"{message} ({doing})", tail)
+    at = _aborted_at(log) if code < 0 else ""
+    return Failure(rank, f"{message} ({doing})" + (f", at {at}" if at else ""), tail)
 
 
 def _where(logs: Path, rank: int) -> str:

@@ -13,7 +13,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -205,22 +205,29 @@ def _line_of(thread: int | None) -> str:
     """Return the line that a thread executes, as FILE:LINE.
 
     It is the innermost one of the user's code which this package has called, if there is one."""
-    frame = sys._current_frames().get(thread or 0)
-    innermost = ""
+    return pick_line(_frames(sys._current_frames().get(thread or 0))) or "no line"
+
+
+def _frames(frame: FrameType | None) -> Iterator[tuple[str, int]]:
     while frame is not None:
-        file = frame.f_code.co_filename
+        yield frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+
+
+def pick_line(frames: Iterable[tuple[str, int]]) -> str:
+    """Return the one of these lines, the innermost first, that says most; empty if there is none.
+
+    It is the user's innermost one which this package has called, else the innermost of all."""
+    innermost = ""
+    for file, number in frames:
         if not file.endswith(_WRAPPERS):
+            line = f"{show_file(file)}:{number}"
             if _is_users(file):
-                return _show(frame)
-            innermost = innermost or _show(frame)
+                return line
+            innermost = innermost or line
             if file.startswith(OWN_PACKAGE):
                 break
-        frame = frame.f_back
-    return innermost or "no line"
+    return innermost
 
 
 _is_users = functools.cache(is_users)  # it asks the file system
-
-
-def _show(frame: FrameType) -> str:
-    return f"{show_file(frame.f_code.co_filename)}:{frame.f_lineno}"

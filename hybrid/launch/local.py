@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..job.errors import Failure, RunFailed, Stopped
 from .first_cause import first_cause, left_early
-from .lost_peers import is_peer_loss
+from .lost_peers import is_mismatch, is_peer_loss
 from .stopping import SIGNALS, STOPPED, PassedOn, told
 from .threads import num_cores
 from .warm import Rank, ServerGone, wait_policy, warm_process
@@ -157,7 +157,7 @@ def _await_cause(ranks: Ranks, logs: Path, seen: float, says_end: bool) -> Failu
         codes = [rank.poll() for rank in ranks]
         failure = first_cause(_dead(codes, logs, says_end), logs, seen)
         enough = None not in codes or time.monotonic() > deadline
-        if enough or not is_peer_loss(failure.message):
+        if enough or not (is_peer_loss(failure.message) or is_mismatch(failure.message)):
             return failure
 
 

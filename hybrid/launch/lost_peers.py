@@ -9,8 +9,9 @@ PEER_LOSS_MESSAGES = (
     *("Connection was likely closed", "Timed out waiting", "Connection refused"),
     "wait timeout after",  # the store: a key that another rank sets
     "Application timeout caused pair closure",  # gloo: another collective had timed out
+    "Wait timeout",  # gloo, whose peers did not come to a new group
     "Gloo connectFullMesh failed",
-    "timed out in monitoredBarrier",
+    "failed to pass monitoredBarrier",
     "NCCL communicator was aborted",
     "Watchdog caught collective operation timeout",
     "Some NCCL operations have failed or timed out",
