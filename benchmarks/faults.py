@@ -66,10 +66,14 @@ FAULTS = {
     "a rank is stopped": Fault("is_stopped", None, 1, LATE_S, SILENT),
     "a rank falls behind": Fault("falls_behind", None, 1, LATE_S, BEHIND),
     "a rank never starts": Fault(
-        "never_starts", None, 1, LATE_S, r"ranks N of 4 did not st|rank N .*did not come to the me"
+        "never_starts",
+        None,
+        1,
+        LATE_S,
+        r"rank N .*(ranks N of 4 did not start|did not come to the meeting)",
     ),
     "a wrong rendezvous": Fault(
-        "goes_elsewhere", None, 1, LATE_S, r"rank N .*no meeting of|ranks N of 4 did not st"
+        "goes_elsewhere", None, 1, LATE_S, "rank N .*(no meeting of|ranks N of 4 did not start)"
     ),
     "a taken port": Fault("port_is_taken", None, 1, LATE_S, "rank 0 .*cannot listen on"),
     "SIGTERM": Fault("nothing", signal.SIGTERM, 143, 8, ""),

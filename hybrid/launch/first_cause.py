@@ -5,6 +5,7 @@ thought of each other while they waited (`hybrid.launch.stall`), their logs, and
 that it was doing. It needs no torch."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import signal
@@ -19,6 +20,7 @@ from .lost_peers import NO_MEETING, effect_in, is_mismatch, is_peer_loss
 
 _SAID_LAST = 2**16  # bytes at the end of a log, in which the C++ library says why it aborts
 _WHAT = re.compile(r"^\s*what\(\):\s+(.+)$", re.MULTILINE)
+_MISSING = re.compile(r"ranks (\d+)[\d, ]* of \d+ did not start within")  # `StartError`
 TAIL_LINES = 20  # of a log, where a rank left nothing else
 
 
@@ -46,6 +48,8 @@ def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
     if NO_MEETING in first.message and 0 not in dead and _where(logs, 0) == STARTING:
         # Rank 0 opens the meeting, and another one that looks elsewhere would let it wait there.
         return Failure(0, f"did not come to the meeting of ranks: {first.message}", first.details)
+    if missing := _MISSING.search(first.message):
+        return dataclasses.replace(first, rank=int(missing[1]))
     if is_mismatch(first.message) and (odd := _unlike(dead, logs, first)):
         return odd
     return (_suspected(logs, first.details) if lost else None) or first
