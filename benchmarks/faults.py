@@ -8,7 +8,7 @@ Run from the top folder; about forty minutes on two cores. Four ranks train, and
 one that fails. Each run must end within its stated time, with the expected status, name that rank
 as the first cause, and leave no process and no lock. After all of them each strategy trains once
 more. The link is cut between hosts that benchmarks/hosts.py makes, which needs root; there each
-rank ends by itself.
+rank ends by itself, as in benchmarks/faults_alone.py.
 """
 
 from __future__ import annotations
@@ -225,6 +225,7 @@ def main() -> None:
     parser.add_argument("--hangs", action="store_true", help="the places in which a rank hangs")
     parser.add_argument("--only", default="", help="STRATEGY,KIND: this row alone; may be part")
     asked = parser.parse_args()
+    faults = HANGS if asked.hangs else FAULTS
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no host is left
     print(f"# {'Where a rank hangs' if asked.hangs else 'How runs end'}\n")
     command = " ".join(["python -m benchmarks.faults", *sys.argv[1:]])
@@ -239,7 +240,7 @@ def main() -> None:
     strategy, _, kind = asked.only.partition(",")
     good, count = 0, 0
     with tempfile.TemporaryDirectory() as folder:
-        for run in runs_of(HANGS if asked.hangs else FAULTS):
+        for run in runs_of(faults):
             if not (run.args[0].startswith(strategy) and run.args[1].startswith(kind)):  # type: ignore[attr-defined]
                 continue
             ok, row = run(Path(folder))

@@ -34,6 +34,7 @@ from .placement import Placement
 OUT_OF_MEMORY = "out of memory"  # how what memory ran out for is described, and told again
 _WIDTH = 240  # bytes in `logs/rankN.where`
 MEETING = "meeting the other ranks"
+FAREWELL_S = 8.0  # in which the other ranks may ask rank 0's store for the cause
 HAS_ENDED = "the run has ended"  # what a rank does once all of its work is done
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # in the RuntimeError that torch raises on a full host
 
@@ -52,6 +53,7 @@ class RankStatus:
         self.peers: Heartbeat | None = None
         self.step = -1  # the last one that began; -1: none
         self.failed = False
+        self.follows = False  # its failure follows from another rank's
         self._shown: mmap.mmap | None = None  # the file, written without a system call
         if logs:
             name = f"rank{placement.rank}.where"
@@ -93,6 +95,9 @@ class RankStatus:
         """Stop the signs of life and close the status file."""
         if self.peers:
             self.peers.stop(FAILED if self.failed else ENDED)
+            # The store ends with rank 0. Our own launcher reads files and does not need it.
+            if self.follows and self.placement.rank == 0 and self.placement.under_foreign_launcher:
+                self.peers.await_others(FAREWELL_S)
         if self._shown:
             self._shown.close()
 
@@ -118,6 +123,7 @@ def leave_error(error: BaseException, status: RankStatus) -> Cause | None:
     cause = _ask_peers(status.peers, error, lost, message) if status.peers else None
     if status.peers and cause is None and not lost:
         status.peers.report(message, line)
+    status.follows = cause is not None
     if kind == "error" and status.placement.under_foreign_launcher:
         _print_cause(whole + line, cause, status.placement)
     if status.logs:
