@@ -90,7 +90,7 @@ def loops_in_c() -> None:
 
 
 def skips_a_collective() -> None:
-    """Three ranks exchange something in the model, and the fourth one does not."""
+    """Three ranks exchange something, and the fourth one does not."""
 
     def act() -> None:
         import torch
@@ -99,7 +99,7 @@ def skips_a_collective() -> None:
         if _rank() != GUILTY:
             dist.all_reduce(torch.ones(7919))
 
-    _in_call("torch.nn", "Linear.forward", act, everywhere=True)
+    _in_step(act, everywhere=True)
 
 
 def dies_once() -> None:
@@ -167,10 +167,10 @@ def _mark() -> None:
         Path(sys.argv[sys.argv.index("--out") + 1], "fault").touch()
 
 
-def _in_call(module: str, name: str, act: Callable[[], Any], everywhere: bool = False) -> None:
-    """Do it in the first call of a function once the step has begun; everywhere: on every rank."""
+def _in_call(module: str, name: str, act: Callable[[], Any]) -> None:
+    """Do it in the first call of a function once the step has begun."""
     armed = [False]
-    _in_step(lambda: armed.__setitem__(0, True), everywhere)
+    _in_step(lambda: armed.__setitem__(0, True))
     found: Any = pkgutil.resolve_name(module)
     *owners, last = name.split(".")
     for owner in owners:

@@ -52,21 +52,36 @@ def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
         return dataclasses.replace(first, rank=int(missing[1]))
     if is_mismatch(first.message) and (odd := _unlike(dead, logs, first)):
         return odd
-    return (_suspected(logs, first.details) if lost else None) or first
+    return (_suspected(logs, first.details) or _deadlock(dead, logs, first)) if lost else first
+
+
+def _deadlock(dead: Iterable[int], logs: Path, first: Failure) -> Failure:
+    """Return the failure of ranks that waited for one another, with the line of each."""
+    lines = _lines(dead, logs)
+    if "Timed out waiting" not in first.message or len(lines) < 2:
+        return first
+    told = ", ".join(f"rank {rank} at {line}" for rank, line in sorted(lines.items()))
+    return dataclasses.replace(first, message=f"{first.message}; all waited: {told}")
 
 
 def _unlike(dead: Iterable[int], logs: Path, first: Failure) -> Failure | None:
     """Return the failure of the one rank that called another collective than all others."""
-    lines = dict[int, str]()
-    for rank in dead:
-        path = logs / f"rank{rank}.error.json"
-        left = json.loads(path.read_text()) if path.exists() else {}
-        lines[rank] = left.get("at") or _aborted_at(_log_of(rank, logs))
-    found = unlike_rank({rank: line for rank, line in lines.items() if line})
+    found = unlike_rank(_lines(dead, logs))
     if found is None:
         return None
     rank, message = found
     return Failure(rank, f"{message} ({_where(logs, rank)})", first.details)
+
+
+def _lines(dead: Iterable[int], logs: Path) -> dict[int, str]:
+    """Return the lines where ranks failed, as far as they left them."""
+    lines = dict[int, str]()
+    for rank in dead:
+        path = logs / f"rank{rank}.error.json"
+        left = json.loads(path.read_text()) if path.exists() else {}
+        if line := left.get("at") or _aborted_at(_log_of(rank, logs)):
+            lines[rank] = line
+    return lines
 
 
 def _aborted_at(log: str) -> str:
