@@ -152,7 +152,8 @@ def _ask_peers(peers: Heartbeat, error: BaseException, lost: bool, message: str)
 
 def _is_of_users_own(error: BaseException) -> bool:
     """Tell whether the user's code lost a connection of its own, such as to a server of data."""
-    return bool(users_line(error)) and not is_raised_by(error, "torch", "deepspeed", "accelerate")
+    own = isinstance(error, OSError) and bool(users_line(error))  # torch's are RuntimeErrors
+    return own and not is_raised_by(error, "torch", "deepspeed", "accelerate")
 
 
 def _first_words(error: BaseException) -> str:

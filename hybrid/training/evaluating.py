@@ -18,19 +18,20 @@ from ..job.file import to_dict
 from ..job.schema import Job, resolve_lengths
 from ..job.variants import Choice, resolve
 from ..launch.exchange import gather_objects
-from ..launch.failures import MEETING, RankStatus, leave_error
+from ..launch.failures import RankStatus, leave_error
 from ..launch.local import run_ranks
 from ..launch.logs import redirect_output
 from ..launch.ops_cache import remove_stale_locks
 from ..launch.orphans import end_with_launcher
 from ..launch.placement import OWN, Placement, export_rank_variables, find_placement
-from ..launch.process_group import cleanup, join_process_group, restored_environment
+from ..launch.process_group import cleanup, restored_environment
 from ..launch.threads import set_num_threads
 from ..launch.warm import warm_ranks
 from ..models.shared import build_shared
 from ..models.starting import fill, match_names
 from ..models.vector_functions import call_vector_functions_once
 from ..strategies import registry
+from .beginning import meet
 from .check import print_warnings
 from .evaluation import evaluate
 from .leaving import as_failure
@@ -131,9 +132,7 @@ def _evaluate(
     call_vector_functions_once()
     choice = resolve(saved.job, asked.strategy)
     if placement.world_size > 1:
-        status.set(MEETING)
-        placement = join_process_group(placement, choice.job.launch)
-        status.start_heartbeat(placement)
+        placement = meet(placement, choice.job, status)
     if len({str(found) for found in gather_objects(saved.describe())}) > 1:
         raise RunError("the ranks found different checkpoints, since a run saves there; name one")
     status.set("loading the data")

@@ -22,14 +22,14 @@ from ..job.given import naming
 from ..job.schema import Job, resolve_lengths
 from ..job.variants import Choice, resolve
 from ..launch.exchange import gather_objects
-from ..launch.failures import MEETING, RankStatus, leave_error
+from ..launch.failures import RankStatus, leave_error
 from ..launch.placement import OWN, Placement, find_placement
-from ..launch.process_group import cleanup, join_process_group, restored_environment
+from ..launch.process_group import cleanup, restored_environment
 from ..launch.stopping import StopSignals, requeue
 from ..models.vector_functions import call_vector_functions_once
 from ..records import Record
 from ..strategies import registry
-from .beginning import begin_record, build, decide_together, make_instruments
+from .beginning import begin_record, build, decide_together, make_instruments, meet
 from .check import check_on_rank_0, print_warnings
 from .checkpointing import Checkpoints
 from .evaluation import make_loader
@@ -141,9 +141,7 @@ def _train(
     job, strategy = choice.job, choice.strategy
     placement = registry.place(job, strategy, placement)
     if placement.world_size > 1:
-        status.set(MEETING)
-        placement = join_process_group(placement, job.launch)
-        status.start_heartbeat(placement)
+        placement = meet(placement, job, status)
     status.set("loading the data")
     data = build_data(job)
     choice = dataclasses.replace(choice, job=resolve_lengths(job, len(data[0])))

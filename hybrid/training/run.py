@@ -154,8 +154,7 @@ def launch(
     arguments = ["train", str(file), *_given(options)]
     try:
         rest = program or PROGRAM, registry.modules(choice.strategy), _cores_for(choice, cores_for)
-        stops = job.checkpoint.every is not None
-        run_ranks(nproc, arguments, out, watcher.poll, *rest, stops, says_end=True)
+        run_ranks(nproc, arguments, out, watcher.poll, *rest, bool(job.checkpoint.every), True)
         record = add_warnings(out, records.read(Record, out / "record.json"), warnings)
     except BaseException as raised:
         error = _explained(raised, job, strategy, nproc)
