@@ -40,7 +40,7 @@ NPROC = 4
 SEED = 14
 LIMIT_S = 6  # launch.start_timeout_s and launch.collective_timeout_s of the runs
 START_LIMIT_S = 30  # launch.start_timeout_s where all ranks come: four of them on two cores
-START_S = 60  # from the command to the fault at most, on two cores
+START_S = 120  # from the command to the fault at most, on two cores
 
 
 class Fault(NamedTuple):
@@ -179,7 +179,7 @@ def check_cut(strategy: str, kind: str, folder: Path) -> tuple[bool, str]:
 
     The others must name the rank there. It cannot know that it is the one that is cut off."""
     fault, guilty, out = FAULTS[kind], draw_guilty(kind, strategy), folder / f"{strategy}-cut"
-    limits = {"start_timeout_s": 60, "collective_timeout_s": LIMIT_S}
+    limits = {"start_timeout_s": 120, "collective_timeout_s": LIMIT_S}
     records.write(to_dict(small_job(train__steps=100_000, launch=limits)), out / "small.json")
     words = ["train", str(out / "small.json"), "--strategy", strategy, "--out", str(out)]
     with Hosts(NPROC) as hosts:
