@@ -142,6 +142,11 @@ def how_it_ended(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}"
 
 
+def names_missing(message: str) -> bool:
+    """Tell whether a message names ranks that did not come to the meeting."""
+    return bool(_MISSING.search(message))
+
+
 def left_early(rank: int, logs: Path) -> bool:
     """Tell whether a rank that left with status 0 had not done all of its work."""
     return _where(logs, rank) != HAS_ENDED

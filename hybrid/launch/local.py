@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..job.errors import Failure, RunFailed, Stopped
-from .first_cause import first_cause, left_early
+from .first_cause import first_cause, left_early, names_missing
 from .lost_peers import is_mismatch, is_peer_loss
 from .stopping import SIGNALS, STOPPED, PassedOn, told
 from .threads import num_cores
@@ -30,6 +30,7 @@ PROGRAM: Program = (sys.executable, "-m", "hybrid")
 GRACE_S = 3.0  # between SIGTERM and SIGKILL, for ranks to flush their logs
 POLL_S = 0.02
 PATIENCE_S = 8.0  # for ranks that still run and may know the cause
+MEETING_S = 3.0  # for one that looked elsewhere, where others say that it did not start
 
 
 def run_ranks(
@@ -151,12 +152,13 @@ def _await_cause(ranks: Ranks, logs: Path, seen: float, says_end: bool) -> Failu
     """Return the first cause, once ranks that fail in the same moment have left their errors too.
 
     It waits longer while a lost connection is all that is known, since that is only an effect."""
-    deadline = time.monotonic() + PATIENCE_S
+    began = time.monotonic()
     while True:
         time.sleep(0.2)
         codes = [rank.poll() for rank in ranks]
         failure = first_cause(_dead(codes, logs, says_end), logs, seen)
-        enough = None not in codes or time.monotonic() > deadline
+        patience_s = MEETING_S if names_missing(failure.message) else PATIENCE_S
+        enough = None not in codes or time.monotonic() - began > patience_s
         if enough or not (is_peer_loss(failure.message) or is_mismatch(failure.message)):
             return failure
 
