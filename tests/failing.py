@@ -1,22 +1,27 @@
-"""Has rank 1 fail in one way, then runs the command: `failing.py FAULT train ...`.
+"""Has one rank fail in one way, then runs the command: `failing.py FAULT@RANK train ...`.
 
-Each fault is what happens to ranks of long runs; how a run ends then is held against what is
-promised by tests/test_failures.py, and by benchmarks/faults.py under several strategies.
+Without `@RANK` it is rank 1. Each fault is what happens to ranks of long runs; how a run ends then
+is held against what is promised by tests/test_failures.py, and by benchmarks/faults.py under
+several strategies.
 """
 
 from __future__ import annotations
 
 import os
+import pkgutil
+import re
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hybrid.launch.held_port import take_held_port
 
 IN_STEP = 2
+GUILTY = 1  # the rank that fails; `main` sets it
 
 
 def raises() -> None:
@@ -57,6 +62,49 @@ def falls_behind() -> None:
     _in_step(lambda: time.sleep(100_000))
 
 
+def sleeps_in_forward() -> None:
+    """The model's own code does not return."""
+    _in_call("torch.nn", "Linear.forward", lambda: time.sleep(100_000))
+
+
+def sleeps_in_getitem() -> None:
+    """The data set's own code does not return."""
+    _in_call("hybrid.data.steps", "load_micro_batch", lambda: time.sleep(100_000))
+
+
+def sleeps_in_loss() -> None:
+    """The loss does not return."""
+    _in_call("torch.nn.functional", "cross_entropy", lambda: time.sleep(100_000))
+
+
+def loops_in_python() -> None:
+    """An endless loop, in which Python's other threads run."""
+
+    def act() -> None:
+        while True:
+            pass
+
+    _in_call("torch.nn", "Linear.forward", act)
+
+
+def loops_in_c() -> None:
+    """An endless loop in C that keeps Python's lock: no other thread runs."""
+    _in_call("torch.nn", "Linear.forward", lambda: re.match("(a+)+$", "a" * 99 + "b"))
+
+
+def skips_a_collective() -> None:
+    """Three ranks exchange something, and the fourth one does not."""
+
+    def act() -> None:
+        import torch
+        import torch.distributed as dist
+
+        if _rank() != GUILTY:
+            dist.all_reduce(torch.ones(7919))
+
+    _in_step(act, everywhere=True)
+
+
 def dies_once() -> None:
     """It is killed in torchrun's first attempt alone. Rank 0 then comes late to the second, so that
     the first attempt's keys would be all that rank 1 finds in torchrun's store."""
@@ -68,13 +116,15 @@ def dies_once() -> None:
 
 def never_starts() -> None:
     """It does not come to the meeting."""
-    if _rank() == 1:
+    if _rank() == GUILTY:
+        _mark()
         time.sleep(100_000)
 
 
 def goes_elsewhere() -> None:
     """It looks for the others where nobody is."""
-    if _rank() == 1:
+    if _rank() == GUILTY:
+        _mark()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
@@ -85,6 +135,7 @@ def port_is_taken() -> None:
     if _rank() == 0:
         if (held := take_held_port()) is not None:
             os.close(held)
+        _mark()
         listener = socket.socket()
         listener.bind(("0.0.0.0", int(os.environ["MASTER_PORT"])))
         listener.listen()
@@ -101,27 +152,56 @@ def _rank() -> int:
     return find_placement().rank
 
 
-def _in_step(act: Callable[[], Any]) -> None:
+def _in_step(act: Callable[[], Any], everywhere: bool = False) -> None:
     from hybrid.measure.clock import Instruments
 
     enter = Instruments.step
 
     def step(self: Any, number: int) -> Any:
-        if number == IN_STEP and _rank() == 1:
+        if number == IN_STEP and (everywhere or _rank() == GUILTY):
+            _mark()
             act()
         return enter(self, number)
 
     Instruments.step = step  # type: ignore[method-assign]
 
 
+def _mark() -> None:
+    """Leave a file in OUT when the fault comes, whose time is the fault's."""
+    if "--out" in sys.argv:
+        Path(sys.argv[sys.argv.index("--out") + 1], "fault").touch()
+
+
+def _in_call(module: str, name: str, act: Callable[[], Any]) -> None:
+    """Do it in the first call of a function once the step has begun."""
+    armed = [False]
+    _in_step(lambda: armed.__setitem__(0, True))
+    found: Any = pkgutil.resolve_name(module)
+    *owners, last = name.split(".")
+    for owner in owners:
+        found = getattr(found, owner)
+    call = getattr(found, last)
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if armed[0]:
+            armed[0] = False
+            act()
+        return call(*args, **kwargs)
+
+    setattr(found, last, called)
+
+
 def main() -> None:
     """The command, whose ranks come back to this file."""
-    fault = sys.argv.pop(1)
+    global GUILTY
+    word = sys.argv.pop(1)
+    fault, _, guilty = word.partition("@")
+    GUILTY = int(guilty or GUILTY)
     from hybrid.launch.environment import launcher_name
     from hybrid.training import run
 
     if launcher_name() is None:
-        run.PROGRAM = [sys.executable, __file__, fault]
+        run.PROGRAM = [sys.executable, __file__, word]
     elif "single" not in sys.argv:  # the reference stays whole
         globals()[fault]()
     from hybrid.cli import main

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -12,12 +11,9 @@ import pytest
 
 from hybrid.job.errors import Failure, JobError, RunFailed, Unsupported
 from hybrid.launch import heartbeat
-from hybrid.launch.failures import (
-    RankStatus,
-    first_cause,
-    leave_error,
-)
-from hybrid.launch.heartbeat import PEER_LOSS_MESSAGES, is_peer_loss
+from hybrid.launch.failures import RankStatus, leave_error
+from hybrid.launch.first_cause import first_cause
+from hybrid.launch.lost_peers import PEER_LOSS_MESSAGES, is_peer_loss
 from hybrid.launch.placement import Placement
 from hybrid.layout import LayoutError
 from tests.conftest import small_job
@@ -104,22 +100,6 @@ def test_the_loss_of_the_meeting_point_is_an_effect(tmp_path: Path) -> None:
     log(tmp_path, 0)
     found = first_cause({0: -signal.SIGABRT, 1: 1}, tmp_path, seen=2.0)
     assert (found.rank, found.message) == (0, "was ended by SIGABRT (starting)")
-
-
-def test_a_rank_that_has_ended_waits_for_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert heartbeat._ENDED is threading._shutdown.__code__  # type: ignore[attr-defined]
-    stay = threading.Event()
-
-    def shut() -> None:
-        stay.wait()
-
-    thread = threading.Thread(target=shut, daemon=True)
-    thread.start()
-    time.sleep(0.1)
-    assert not heartbeat._line_of(thread.ident)[1]
-    monkeypatch.setattr(heartbeat, "_ENDED", shut.__code__)
-    assert heartbeat._line_of(thread.ident)[1]
-    stay.set()
 
 
 def test_an_error_raised_before_a_kill_was_seen_is_the_cause(tmp_path: Path) -> None:

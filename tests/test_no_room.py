@@ -17,7 +17,8 @@ import hybrid
 from hybrid import records
 from hybrid.job.errors import Failure, NoRoom, RunFailed, exit_status, kind_of, needs_room
 from hybrid.job.file import to_dict
-from hybrid.launch.failures import RankStatus, first_cause, leave_error
+from hybrid.launch.failures import RankStatus, leave_error
+from hybrid.launch.first_cause import first_cause
 from hybrid.launch.placement import Placement
 from hybrid.records import whole
 from hybrid.training import step_log

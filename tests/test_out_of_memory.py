@@ -11,10 +11,10 @@ import pytest
 from hybrid.launch.failures import (
     RankStatus,
     describe_out_of_memory,
-    first_cause,
     is_out_of_memory,
     leave_error,
 )
+from hybrid.launch.first_cause import first_cause
 from hybrid.launch.placement import Placement
 from tests.conftest import small_job
 from tests.test_first_cause import here, raised

@@ -16,8 +16,10 @@ import hybrid
 from hybrid.job import traces
 from hybrid.job.errors import JobError, first_line
 from hybrid.job.traces import at_users_line, users_line
-from hybrid.launch.failures import RankStatus, first_cause, leave_error
-from hybrid.launch.heartbeat import PEER_LOSS_MESSAGES, Cause
+from hybrid.launch.blame import Cause
+from hybrid.launch.failures import RankStatus, leave_error
+from hybrid.launch.first_cause import first_cause
+from hybrid.launch.lost_peers import PEER_LOSS_MESSAGES
 from hybrid.launch.placement import Placement
 from hybrid.models import build_model
 from tests import own_code

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from ..job.errors import RunError
 from ..launch.exchange import gather_by
+from ..launch.waiting import stand_aside, thread_waits, waiting
 from ..measure.traffic import uncounted
 from .save import StateHashes
 
@@ -51,11 +53,12 @@ class Writer:
         went away while the interpreter ends. So it looks instead."""
         found = [torch.empty_like(mine) for _ in range(self.world_size)]
         work: Any = dist.all_gather(found, mine, group=self._group, async_op=True)
-        while not work.is_completed():
-            if self._closed:
-                raise RunError("the run has ended")
-            time.sleep(LOOK_S)
-        work.wait()
+        with waiting("a checkpoint"):
+            while not work.is_completed():
+                if self._closed:
+                    raise RunError("the run has ended")
+                time.sleep(LOOK_S)
+            work.wait()
         return found
 
     def start(self, work: Callable[[], StateHashes | None]) -> None:
@@ -68,6 +71,7 @@ class Writer:
         self._thread.start()
 
     def _run(self, work: Callable[[], StateHashes]) -> None:
+        stand_aside()
         try:
             with uncounted():
                 self._saved = work()
@@ -80,9 +84,10 @@ class Writer:
         wait: until the thread is done; left out, None is returned while it is not."""
         if self._thread is None:
             return None
-        # It waits in this file, by which `hybrid.launch.heartbeat` knows that it waits.
         while wait and self._thread.is_alive():
-            time.sleep(LOOK_S)
+            # The rank waits for others where this thread does, and not while it writes.
+            with waiting("a checkpoint") if thread_waits(self._thread) else nullcontext():
+                time.sleep(LOOK_S)
         if self._thread.is_alive():
             return None
         self._thread = None

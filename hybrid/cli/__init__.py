@@ -33,7 +33,8 @@ from ..job.arguments import (
     TrustPickle,
 )
 from ..job.errors import Stopped
-from ..launch.endings import explain, say, suggest, tell, versions
+from ..launch.endings import explain, explain_exit, say, suggest, tell, versions
+from ..launch.farewell import leave
 from ..launch.stopping import end_now
 from ..launch.streams import lasting, problem_of
 from . import checkpoints, jobs
@@ -280,8 +281,8 @@ def main() -> None:
     except Stopped as error:
         error.tell()
         status = error.code
-    except SystemExit as ended:  # `end_now` has had a signal
-        status = ended.code
+    except SystemExit as ended:  # by `end_now`, which has had a signal, or by the user's code
+        status = explain_exit(ended)
         ranks = "--parent" in sys.argv or any(key in os.environ for key in _OF_RANKS)
         if status == 128 + signal.SIGTERM and not ranks:  # a rank's end is its launcher's to tell
             tell("stopped by a signal")
@@ -292,4 +293,4 @@ def main() -> None:
     _stdout.flush()
     if problem := problem_of(_stdout):
         tell(f"warning: {problem}")
-    sys.exit(status or 0)
+    leave(status or 0)

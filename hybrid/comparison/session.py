@@ -62,13 +62,13 @@ def compare(
 ) -> Comparison:
     """Run the job under each strategy on `nproc` processes, and compare each run with `reference`.
 
-    strategies: names of strategies and of the job's variants; left out, all of them. nproc: left
-    out, the product of the degrees in `job.parallel` or in a variant, or 2. program: what starts a
-    rank. fresh_ranks: start each afresh; left out, all are forked from one process. launcher: a
-    command with `{nproc}` that starts them. reference: left out, `single`, or what can stand in.
-    resume: keep the runs in `out`; those that were stopped go on. model, data: functions in the
-    job's place (`job.given`). interrupt, resume_as: `Interruption`.
-    Raises JobError before any process starts, and NoRoom. A proxy comes first, in `out/proxy`."""
+    strategies: names of strategies and variants; left out, all. nproc: left out, the product of the
+    degrees in `job.parallel` or in a variant, or 2. program: what starts a rank. fresh_ranks: start
+    each afresh; left out, all are forked from one process. launcher: a command with `{nproc}` that
+    starts them. reference: left out, `single`, or what can stand in. resume: keep the runs in
+    `out`; those that were stopped go on. model, data: functions in the job's place (`job.given`).
+    interrupt, resume_as: `Interruption`. Raises JobError before any process starts, and NoRoom. A
+    proxy comes first, in `out/proxy`."""
     program = choose_launcher(launcher, "compare") or program
     if model is not None or data is not None:
         with naming(job, model, data, why_not(fresh_ranks or program is not None)) as named:

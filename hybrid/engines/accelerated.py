@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data.loader import MicroBatch
 from ..job.schema import Job
+from ..launch.blocking_calls import reducing
 from ..launch.placement import Placement
 from ..models.losses import Loss
 from ..records import Receipt
@@ -84,9 +85,11 @@ class AcceleratedEngine(BaseEngine):
     def _accumulate(self, micro_batches: Sequence[MicroBatch], tally: Tally) -> None:
         """Add up the gradients of the micro-batches, and reduce them over the ranks."""
         for k, micro_batch in enumerate(micro_batches):
-            with self._reduction(k == len(micro_batches) - 1):
+            due = k == len(micro_batches) - 1
+            with self._reduction(due):
                 loss_sum = self._forward(self.model, micro_batch, (*self.shares, k, 0), tally)
-                self._backward(loss_sum, len(micro_batches))
+                with reducing(loss_sum) if due and self.wrapped else contextlib.nullcontext():
+                    self._backward(loss_sum, len(micro_batches))
 
     def _reduction(self, due: bool) -> contextlib.AbstractContextManager[None]:
         """Reduce gradients over the ranks after the last micro-batch alone, as `accumulate` does.

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..launch.stopping import told
+from ..launch.waiting import waiting
 from .tally import Tally
 
 SEND_EVERY_S = 1.0  # at least, where the state is saved: a rank may have been told to stop
@@ -139,7 +140,8 @@ class _Gathering:
             numbers = [number for row in self.rows for number in row.read(self.device)]
             return [numbers if self.last is None else [*numbers, self.last]]
         if self.device.type == "cuda":
-            numbers = self.copy.read()
+            with waiting("the numbers of a step"):
+                numbers = self.copy.read()
         else:
             self.work.wait()
             numbers = self.table.tolist()

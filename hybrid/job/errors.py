@@ -25,7 +25,7 @@ from pathlib import Path
 from ..layout import LayoutError
 from ..records import Kind
 from .shown import on_one_line
-from .traces import at_users_line, sent_message, text_of, users_line
+from .traces import at_users_line, is_raised_by, sent_message, text_of, users_line
 
 # What the system says of a disk that is full, and of one that may not be written to.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
@@ -134,6 +134,12 @@ def exit_status(error: BaseException) -> int | None:
     if isinstance(error, ModuleNotFoundError) and error.name != "hybrid":
         return 3
     return 1 if isinstance(error, (PeerFailed, CheckFailed)) else None
+
+
+def is_users_exit(error: BaseException) -> bool:
+    """Tell whether the user's code called `sys.exit` or the like; a signal's handler is ours."""
+    exits = isinstance(error, SystemExit) and not isinstance(error, Stopped)
+    return exits and bool(users_line(error)) and not is_raised_by(error)
 
 
 def first_line(error: BaseException) -> str:

@@ -34,6 +34,19 @@ def users_line(error: BaseException) -> str:
     return found
 
 
+def innermost_line(error: BaseException) -> str:
+    """Return FILE:LINE where an error was raised, whoever's code that is; empty without a trace."""
+    frames = [*_frames(error.__traceback__)]
+    return f"{show_file(frames[-1][0])}:{frames[-1][1]}" if frames else ""
+
+
+def is_raised_by(error: BaseException, *packages: str) -> bool:
+    """Tell whether this package, or an installed one of these names, raised an error itself."""
+    file = ([("", 0), *_frames(error.__traceback__)])[-1][0]
+    own = os.path.realpath(file).startswith(OWN_PACKAGE + os.sep)
+    return own or any(f"/{name}/" in file for name in packages)
+
+
 def at_users_line(error: BaseException) -> str:
     """Return ", at FILE:LINE" of the user's line, to stand behind a message.
     It is empty if there is none, or if the message has it already."""
@@ -53,12 +66,6 @@ def sent_message(error: BaseException) -> str:
     """Return the message of the error that a worker process sent as text, empty for others."""
     text = text_of(error)
     return text.rstrip().splitlines()[-1].strip() if _SENT in text else ""
-
-
-def is_raised_here(error: BaseException) -> bool:
-    """Tell whether an error was raised by this package's own code, such as a handler of signals."""
-    files = [file for file, _ in _frames(error.__traceback__)]
-    return bool(files) and os.path.realpath(files[-1]).startswith(OWN_PACKAGE + os.sep)
 
 
 def is_users(file: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from .errors import Stopped, Unsupported
-from .traces import is_raised_here
+from .traces import is_raised_by
 
 
 class _Left(SystemExit):
@@ -25,7 +25,7 @@ def passes(error: BaseException) -> bool:
     word that a strategy cannot run the job."""
     if isinstance(error, (KeyboardInterrupt, MemoryError, Stopped, Unsupported)):
         return True
-    return isinstance(error, SystemExit) and not isinstance(error, _Left) and is_raised_here(error)
+    return isinstance(error, SystemExit) and not isinstance(error, _Left) and is_raised_by(error)
 
 
 @contextlib.contextmanager

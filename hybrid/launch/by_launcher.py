@@ -26,8 +26,8 @@ from typing import Any
 
 from ..job.errors import Failure, JobError, RunFailed, Stopped
 from .environment import without_launcher
-from .failures import first_cause, how_it_ended
-from .heartbeat import is_peer_loss
+from .first_cause import first_cause, how_it_ended
+from .lost_peers import is_peer_loss
 from .placement import Placement, find_placement
 from .stopping import STOPPED, PassedOn, told
 from .threads import num_cores

@@ -3,6 +3,7 @@
 It needs no torch."""
 
 import sys
+import traceback
 
 from ..job.shown import cut_lines, on_one_line
 
@@ -14,9 +15,13 @@ def explain(error: Exception) -> int:
 
     Raises the error again where only its traceback explains it."""
     from ..job.errors import PeerFailed, RunFailed, exit_status
+    from .farewell import has_failed
 
     status = exit_status(error)
     if status is None:
+        if has_failed():  # Python would take down what may hang before it ends
+            traceback.print_exception(error)
+            return 1
         raise error
     if isinstance(error, PeerFailed) or (status == 2 and _is_said_by_another_rank()):
         return status  # `leave_error` knows the first cause and has printed it
@@ -27,6 +32,19 @@ def explain(error: Exception) -> int:
         print(cut_lines(error.failure.details), file=sys.stderr)
         return status
     return say(str(error), status)
+
+
+def explain_exit(error: SystemExit) -> int:
+    """Return the status of a command that ends by `sys.exit`, which in the user's code is an error.
+
+    A signal's handler ends it so too, with the status of the signal."""
+    from ..job.errors import is_users_exit
+    from ..job.traces import at_users_line
+
+    if is_users_exit(error):
+        text = f"sys.exit({error.code!r}) in the job's own code ended the command"
+        return say(text + at_users_line(error), 1)
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
 
 
 def _is_said_by_another_rank() -> bool:

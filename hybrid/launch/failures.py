@@ -1,16 +1,14 @@
-"""This module records why each rank failed, and finds which of several failures came first.
+"""This module records why each rank failed.
 
 A rank keeps a `RankStatus`: what it is doing, in words. If it fails, `leave_error` writes why to
-`OUT/logs/rankN.error.json` and tells the other ranks. `first_cause` reads these files. The module
-needs no torch."""
+`OUT/logs/rankN.error.json` and tells the other ranks. `hybrid.launch.first_cause` reads these
+files. The module needs no torch."""
 
-import contextlib
 import dataclasses
-import json
+import faulthandler
 import mmap
 import re
 import resource
-import signal
 import sys
 import time
 import traceback
@@ -18,19 +16,28 @@ from pathlib import Path
 from typing import Any
 
 from .. import records
-from ..job.errors import NO_ROOM, Failure, Stopped, kind_of, needs_room
+from ..job.errors import Stopped, kind_of, needs_room
 from ..job.schema import Job
 from ..job.shown import on_one_line
-from ..job.traces import at_users_line, sent_message, users_line
+from ..job.traces import (
+    at_users_line,
+    innermost_line,
+    is_raised_by,
+    sent_message,
+    users_line,
+)
 from ..records.whole import new_file
-from .heartbeat import Cause, Heartbeat, is_peer_loss
+from .blame import ENDED, FAILED, Cause
+from .farewell import note_failure
+from .heartbeat import Doing, Heartbeat
+from .lost_peers import is_mismatch, is_peer_loss
 from .placement import Placement
 
 OUT_OF_MEMORY = "out of memory"  # how what memory ran out for is described, and told again
 _WIDTH = 240  # bytes in `logs/rankN.where`
-_SAID_LAST = 2**16  # bytes at the end of a log, in which the C++ library says why it aborts
-_WHAT = re.compile(r"^\s*what\(\):\s+(.+)$", re.MULTILINE)
-TAIL_LINES = 20  # of a log, where a rank left nothing else
+MEETING = "meeting the other ranks"
+FAREWELL_S = 8.0  # in which the other ranks may ask rank 0's store for the cause
+HAS_ENDED = "the run has ended"  # what a rank does once all of its work is done
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # in the RuntimeError that torch raises on a full host
 
 
@@ -46,6 +53,9 @@ class RankStatus:
         self.parameters: int | None = None
         self.held: int | None = None
         self.peers: Heartbeat | None = None
+        self.step = -1  # the last one that began; -1: none
+        self.failed = False
+        self.follows = False  # its failure follows from another rank's
         self._shown: mmap.mmap | None = None  # the file, written without a system call
         if logs:
             name = f"rank{placement.rank}.where"
@@ -55,11 +65,15 @@ class RankStatus:
                 file.write(b" " * _WIDTH)
                 file.flush()
                 self._shown = mmap.mmap(file.fileno(), _WIDTH)
+        if placement.launcher is not None and not faulthandler.is_enabled():
+            faulthandler.enable(2)  # what a library's abort or a bad access ends says where it was
         self.set("starting")
 
-    def set(self, doing: str) -> None:
-        """Set what this rank does from now on."""
+    def set(self, doing: str, step: int | None = None) -> None:
+        """Set what this rank does from now on. step: the one that it begins."""
         self.doing = doing
+        if step is not None:
+            self.step = step
         if self._shown:
             # It covers the old text, also where a character takes several bytes.
             self._shown[:] = doing.encode()[:_WIDTH].ljust(_WIDTH)
@@ -67,12 +81,25 @@ class RankStatus:
     def start_heartbeat(self, placement: Placement) -> None:
         """Start to write signs of life to the store where the ranks met, if they did."""
         if placement.store is not None and placement.world_size > 1:
-            self.peers = Heartbeat(placement, lambda: self.doing)
+            timeout_s = self.job.launch.collective_timeout_s
+            self.peers = Heartbeat(placement, self._tell, timeout_s, self.logs)
+
+    def _tell(self) -> Doing:
+        blocking_calls = sys.modules.get(f"{__package__}.blocking_calls")
+        begun = blocking_calls.num_begun() if blocking_calls else 0
+        return Doing(self.doing, self.step, begun)
+
+    def end(self) -> None:
+        """Say that this rank has done all of its work: it may leave with status 0 from now on."""
+        self.set(HAS_ENDED)
 
     def close(self) -> None:
         """Stop the signs of life and close the status file."""
         if self.peers:
-            self.peers.stop()
+            self.peers.stop(FAILED if self.failed else ENDED)
+            # The store ends with rank 0. Our own launcher reads files and does not need it.
+            if self.follows and self.placement.rank == 0 and self.placement.under_foreign_launcher:
+                self.peers.await_others(FAREWELL_S)
         if self._shown:
             self._shown.close()
 
@@ -83,20 +110,22 @@ def leave_error(error: BaseException, status: RankStatus) -> Cause | None:
     Returns the other rank's failure that this one follows from, if there is one. Where memory ran
     out, what is known of it is also added to the error's notes, for launchers that print them."""
     message, kind = _first_words(error), kind_of(error)
-    line = ""
+    lost = is_peer_loss(message) and not _is_of_users_own(error)
+    line, status.failed = "", not getattr(error, "agreed", False)
+    if status.placement.launcher is not None and status.failed:
+        note_failure()
     whole = f"{message} ({status.doing})"
     if kind != "error":
         message = whole = str(error)
     elif is_out_of_memory(error):
         message = whole = describe_out_of_memory(error, status)
         error.add_note(message)
-    elif not is_peer_loss(message):
+    elif not lost:
         line = _users_line(error, status)
-    cause = None
-    if status.peers and is_peer_loss(message):
-        cause = status.peers.first_cause()
-    elif status.peers:
+    cause = _ask_peers(status.peers, error, lost, message) if status.peers else None
+    if status.peers and cause is None and not lost:
         status.peers.report(message, line)
+    status.follows = cause is not None
     if kind == "error" and status.placement.under_foreign_launcher:
         _print_cause(whole + line, cause, status.placement)
     if status.logs:
@@ -106,6 +135,8 @@ def leave_error(error: BaseException, status: RankStatus) -> Cause | None:
             "message": whole + line,
             "details": _trace(error),
             "kind": kind,
+            "effect": lost,
+            "at": users_line(error) or innermost_line(error),
             "cause": dataclasses.asdict(cause) if cause else None,
         }
         try:
@@ -113,6 +144,18 @@ def leave_error(error: BaseException, status: RankStatus) -> Cause | None:
         except OSError:  # such as a full disk: the file of `set` has had its room before
             status.set(message[-_WIDTH:])
     return cause
+
+
+def _ask_peers(peers: Heartbeat, error: BaseException, lost: bool, message: str) -> Cause | None:
+    """Tell the other ranks that this one fails; return whose fault it is, if it is another's."""
+    peers.fails(users_line(error) or innermost_line(error))
+    return peers.first_cause() if lost or is_mismatch(message) else None
+
+
+def _is_of_users_own(error: BaseException) -> bool:
+    """Tell whether the user's code lost a connection of its own, such as to a server of data."""
+    own = isinstance(error, OSError) and bool(users_line(error))  # torch's are RuntimeErrors
+    return own and not is_raised_by(error, "torch", "deepspeed", "accelerate")
 
 
 def _first_words(error: BaseException) -> str:
@@ -211,52 +254,3 @@ def _limits(error: BaseException) -> list[str]:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.0f} MiB"
-
-
-def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
-    """Return the first failure of the ranks that ended badly, given as rank to exit code.
-
-    `seen`: when (in seconds of `time.time`) the launcher saw that a rank had ended. A rank that
-    left no error file failed then; a lost connection to another rank counts last."""
-    found: list[tuple[bool, float, Failure]] = []
-    for rank, code in dead.items():
-        path = logs / f"rank{rank}.error.json"
-        if path.exists():
-            left = json.loads(path.read_text())
-            who, message = rank, left["message"]
-            if cause := left["cause"]:
-                who = cause["rank"]
-                message = f"{cause['message']} ({_where(logs, who)}){cause.get('line', '')}"
-            failure = Failure(who, message, left["details"], left["kind"])
-            found.append((is_peer_loss(failure.message), left["time"], failure))
-        else:
-            found.append((False, seen, _without_words(rank, code, logs)))
-    return min(found, key=lambda f: f[:2])[2]
-
-
-def _without_words(rank: int, code: int, logs: Path) -> Failure:
-    """Return the failure of a rank that left no error file: by its exit code and its log."""
-    log, doing = "", _where(logs, rank)
-    with contextlib.suppress(OSError):  # on a full disk there may be none
-        log = (logs / f"rank{rank}.log").read_text(errors="replace")
-    tail = "\n".join(log.splitlines()[-TAIL_LINES:])
-    if NO_ROOM in doing:
-        return Failure(rank, doing, tail, "room")
-    said = _WHAT.findall(log[-_SAID_LAST:]) if code == -signal.SIGABRT else []
-    message = how_it_ended(code) + (f": {said[-1].strip()}" if said else "")
-    return Failure(rank, f"{message} ({doing})", tail)
-
-
-def _where(logs: Path, rank: int) -> str:
-    """Return what a rank said last that it was doing."""
-    path = logs / f"rank{rank}.where"
-    return path.read_text(errors="replace").strip() if path.exists() else "starting"
-
-
-def how_it_ended(code: int) -> str:
-    """Say in words what a rank's exit code means."""
-    if code >= 0:
-        return f"exited with {code}"
-    if -code == signal.SIGKILL:
-        return "was ended by SIGKILL, by which the system also ends what takes too much memory"
-    return f"was ended by {signal.Signals(-code).name}"

@@ -3,96 +3,88 @@
 All of it goes through the store where the ranks met, so it needs no working collective. A rank that
 fails reports why (`report`). Its peers, whose collectives then break or time out, ask for that
 (`first_cause`) and end with this cause instead of their own error. A rank that was killed, stopped
-or cut off cannot report; its peers notice that its signs of life have ceased."""
+or cut off cannot report; its peers notice that its signs of life have ceased. One that lives, but
+does not come, is found by what all ranks say of themselves (`hybrid.launch.blame`)."""
 
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
+from ..job.traces import OWN_PACKAGE, is_users, show_file
+from .blame import ENDED, Cause, Sign, find_cause
 from .placement import Placement
+from .stall import LOOK_S, SHARE, StallWatch
 from .stopping import STOPPED, give_up, told
+from .waiting import num_waits, waits_for
 
 T = TypeVar("T")
 PERIOD_S = 1.0  # between signs of life
 QUIET_BEATS = 5  # of our own, in which another rank gives none
 PATIENCE_S = 2.0  # for another rank's report of a failure
+LOST_MEETING = "gone or cut off, and with it the meeting point of the run"
 _CAUSE = "hybrid/cause"
-# The files in which a rank waits for others: in a collective, in a backward pass that starts some,
-# for the numbers of a step, for a checkpoint.
-_WAITING = (
-    *("torch/distributed/", "torch/autograd/", "deepspeed/comm/"),
-    *("engines/step_queue.py", "checkpoint/writer.py"),
-)
-_ENDED = threading._shutdown.__code__  # type: ignore[attr-defined]
-# Errors with these words say that a peer is gone or did not come: an effect, never the first cause.
-PEER_LOSS_MESSAGES = (
-    "closed by peer",
-    "reset by peer",
-    "Broken pipe",
-    "Socket closed",
-    "Connection was likely closed",
-    "Timed out waiting",
-    "Application timeout caused pair closure",  # gloo: another collective had timed out
-    "Connection refused",
-    "did not start within",
-    "gone or cut off, and with it the meeting point",  # `Heartbeat.first_cause`
-)
+# Functions around a blocking call, which say nothing of where it stands.
+_WRAPPERS = ("/launch/blocking_calls.py", "/launch/waiting.py", "torch/distributed/c10d_logger.py")
 
 
-def is_peer_loss(message: str) -> bool:
-    """Tell whether an error says that another rank is gone or did not come.
+@dataclasses.dataclass
+class Doing:
+    """Holds what a rank is doing: in words, its step (-1: none), the collectives it has begun."""
 
-    A rank that found nobody at the rendezvous is itself the one that did not come."""
-    return "no meeting of ranks" not in message and any(
-        words in message for words in PEER_LOSS_MESSAGES
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Cause:
-    """Says which rank failed first by what this rank knows, why, and what it was doing.
-
-    `line` says where in the user's code, if it was there: ", at FILE:LINE (log: ...)"."""
-
-    rank: int
-    host: str
-    message: str
-    where: str
-    line: str = ""
-
-    def describe(self) -> str:
-        """Describe the failure in one line."""
-        return f"rank {self.rank} on {self.host}: {self.message} ({self.where}){self.line}"
+    words: str
+    step: int = -1
+    begun: int = 0
 
 
 class Heartbeat:
     """Writes this rank's signs of life to the store from now until `stop`.
 
-    `doing` returns what the rank is doing."""
+    doing: returns what the rank is doing. timeout_s: of a collective. logs: the folder for what
+    this rank thinks of the others while it waits."""
 
-    def __init__(self, placement: Placement, doing: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        doing: Callable[[], Doing],
+        timeout_s: float,
+        logs: Path | None = None,
+    ) -> None:
         store: Any = placement.store
         self.store, self.doing = store.clone(), doing
         self.rank, self.world_size = placement.rank, placement.world_size
         self.host = placement.host
-        self._stopped = threading.Event()
+        self.watch = StallWatch(
+            self.rank, SHARE * timeout_s, logs and logs / f"rank{self.rank}.waits.json"
+        )
+        self._failed_at: str | None = None  # the line where this rank failed, once it has
+        self._left = ""
+        self._stopped, self._woken = False, threading.Event()
         self._beats = 0
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Stop the signs of life."""
-        self._stopped.set()
+    def stop(self, left: str = ENDED) -> None:
+        """Stop the signs of life; the last one says how this rank has left."""
+        self._left, self._stopped = left, True
+        self._woken.set()
         self._thread.join(PERIOD_S)
+
+    def fails(self, line: str) -> None:
+        """Say that this rank fails, where, and that it asks for the cause: it is not waited for."""
+        self._failed_at = line
+        self._woken.set()
 
     def report(self, message: str, line: str = "") -> None:
         """Report why this rank fails, and on which line; the first report is kept."""
-        cause = Cause(self.rank, self.host, message, self.doing(), line)
+        cause = Cause(self.rank, self.host, message, self.doing().words, line)
         word = json.dumps(dataclasses.asdict(cause))
         _bounded(lambda: self.store.compare_set(_CAUSE, "", word), None)
 
@@ -100,21 +92,41 @@ class Heartbeat:
         """Return the failure that this rank's follows from, or None if no other rank is to blame.
 
         For a rank that lost a peer or waited in vain; it takes a few seconds."""
-        lost = "gone or cut off, and with it the meeting point of the run"
-        return _bounded(
-            lambda: self._reported() or self._silent_rank() or self._stuck_rank(),
-            Cause(0, "its host", lost, "out of sight"),
-        )
+        return _bounded(self._ask, Cause(0, "its host", LOST_MEETING, "out of sight"))
+
+    def await_others(self, seconds: float) -> None:
+        """Wait until all ranks that live have left too, for `seconds` at most.
+
+        For the rank that holds the store, which the others ask for the cause."""
+        deadline = time.monotonic() + seconds
+        first = _bounded(self._signs, None)
+        while first and time.monotonic() < deadline:
+            signs = _bounded(self._signs, None)
+            if not signs or all(s.left for r, s in enumerate(signs) if r != self.rank):
+                return
+            time.sleep(0.1)
+
+    def _ask(self) -> Cause | None:
+        verdict = self.watch.verdict
+        if reported := self._reported(0.0 if verdict else PATIENCE_S):
+            return reported
+        if verdict:
+            return verdict
+        before = self._signs()
+        time.sleep(LOOK_S)
+        return find_cause(before, self._signs(), self.rank)
 
     def _beat(self) -> None:
         signs, quiet = list[int](), 0
         while True:
-            self._beats += 1
-            line, waits = _line_of(threading.main_thread().ident)
-            sign = {"beat": self._beats, "host": self.host, "where": self.doing()}
-            sign |= {"line": line, "waits": waits}
+            last = self._stopped
+            self._woken.clear()
             try:
-                self.store.set(f"hybrid/alive/{self.rank}", json.dumps(sign))
+                doing = self.doing()
+                self._sign(doing)
+                if last:
+                    return
+                self.watch.look(self._progress(doing), self._signs)
                 if told():
                     before, signs = signs, self._beats_of_others()
                     quiet = (
@@ -125,11 +137,24 @@ class Heartbeat:
                         return
             except RuntimeError:
                 return  # the store is gone, and the next collective will raise
-            if self._stopped.wait(PERIOD_S):
-                return
+            if not self._stopped:
+                self._woken.wait(PERIOD_S)
+
+    def _sign(self, doing: Doing) -> None:
+        """Write a sign of life."""
+        self._beats += 1
+        line, waits = self._failed_at, "the cause of its failure"
+        if line is None:
+            line, waits = _line_of(threading.main_thread().ident), waits_for()
+        rest = waits, doing.step, doing.begun, self._left
+        sign = Sign(self._beats, self.host, doing.words, line, *rest)
+        self.store.set(f"hybrid/alive/{self.rank}", json.dumps(dataclasses.asdict(sign)))
+
+    def _progress(self, doing: Doing) -> Hashable:
+        return doing.words, doing.begun, num_waits(), self._failed_at
 
     def _beats_of_others(self) -> list[int]:
-        return [sign["beat"] for rank, sign in enumerate(self._signs()) if rank != self.rank]
+        return [sign.beat for rank, sign in enumerate(self._signs()) if rank != self.rank]
 
     def _another_failed(self) -> bool:
         """Tell whether another rank has reported that it fails, and was not told to stop."""
@@ -138,8 +163,8 @@ class Heartbeat:
         cause = Cause(**json.loads(self.store.get(_CAUSE)))
         return cause.rank != self.rank and not cause.message.startswith(STOPPED)
 
-    def _reported(self) -> Cause | None:
-        deadline = time.monotonic() + PATIENCE_S
+    def _reported(self, patience_s: float) -> Cause | None:
+        deadline = time.monotonic() + patience_s
         while not self.store.check([_CAUSE]):
             if time.monotonic() > deadline:
                 return None
@@ -147,28 +172,13 @@ class Heartbeat:
         cause = Cause(**json.loads(self.store.get(_CAUSE)))
         return None if cause.rank == self.rank else cause
 
-    def _signs(self) -> list[dict[str, Any]]:
+    def _signs(self) -> list[Sign]:
         keys = [f"hybrid/alive/{rank}" for rank in range(self.world_size)]
-        none = {"beat": 0, "host": "its host", "where": "starting", "line": "", "waits": False}
-        return [json.loads(self.store.get(k)) if self.store.check([k]) else none for k in keys]
-
-    def _silent_rank(self) -> Cause | None:
-        """Find a rank whose signs of life have ceased."""
-        before = self._signs()
-        time.sleep(3 * PERIOD_S)
-        for rank, (old, new) in enumerate(zip(before, self._signs(), strict=True)):
-            if old["beat"] == new["beat"] and rank != self.rank:
-                message = "no sign of life: killed, stopped or cut off"
-                return Cause(rank, new["host"], message, new["where"])
-        return None
-
-    def _stuck_rank(self) -> Cause | None:
-        """Find a rank that lives but does not wait for others as the rest do."""
-        for rank, sign in enumerate(self._signs()):
-            if rank != self.rank and not sign["waits"]:
-                message = f"it did not join the others, and is at {sign['line']}"
-                return Cause(rank, sign["host"], message, sign["where"])
-        return None
+        if self.store.check(keys):
+            return [Sign(**json.loads(word)) for word in self.store.multi_get(keys)]
+        return [
+            Sign(**json.loads(self.store.get(k))) if self.store.check([k]) else Sign() for k in keys
+        ]
 
 
 def _bounded(ask: Callable[[], T | None], otherwise: T | None) -> T | None:
@@ -191,17 +201,33 @@ def _bounded(ask: Callable[[], T | None], otherwise: T | None) -> T | None:
     return answers[0] if answers else otherwise
 
 
-def _line_of(thread: int | None) -> tuple[str, bool]:
-    """Return the line that a thread executes, as FILE:LINE FUNCTION, and whether it waits there.
+def _line_of(thread: int | None) -> str:
+    """Return the line that a thread executes, as FILE:LINE.
 
-    A rank that has waited in vain asks for the cause, in a function of this file further up, and
-    one that has ended waits for its threads."""
-    frame = sys._current_frames().get(thread or 0)
-    if frame is None:
-        return "no line", False
-    line = f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"
-    waits = any(words in line for words in _WAITING)
-    while frame and not waits:
-        waits = frame.f_code.co_filename == __file__ or frame.f_code is _ENDED
+    It is the innermost one of the user's code which this package has called, if there is one."""
+    return pick_line(_frames(sys._current_frames().get(thread or 0))) or "no line"
+
+
+def _frames(frame: FrameType | None) -> Iterator[tuple[str, int]]:
+    while frame is not None:
+        yield frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
-    return line, waits
+
+
+def pick_line(frames: Iterable[tuple[str, int]]) -> str:
+    """Return the one of these lines, the innermost first, that says most; empty if there is none.
+
+    It is the user's innermost one which this package has called, else the innermost of all."""
+    innermost = ""
+    for file, number in frames:
+        if not file.endswith(_WRAPPERS):
+            line = f"{show_file(file)}:{number}"
+            if _is_users(file):
+                return line
+            innermost = innermost or line
+            if file.startswith(OWN_PACKAGE):
+                break
+    return innermost
+
+
+_is_users = functools.cache(is_users)  # it asks the file system

@@ -19,12 +19,12 @@ from pathlib import Path
 from ..job.errors import Failure, RunFailed, Stopped
 from ..records.whole import new_file
 from .environment import without_launcher
-from .failures import first_cause
-from .heartbeat import is_peer_loss
+from .first_cause import first_cause, left_early, names_missing
 from .held_port import LOOPBACK, VARIABLE, hold_port
 from .interpreter import start_words
 from .limits import check_processes
 from .logs import LOG
+from .lost_peers import is_mismatch, is_peer_loss
 from .stopping import SIGNALS, STOPPED, PassedOn, told
 from .threads import num_cores
 from .warm import Rank, ServerGone, wait_policy, warm_process
@@ -36,6 +36,7 @@ PROGRAM: Program = (sys.executable, "-m", "hybrid")
 GRACE_S = 3.0  # between SIGTERM and SIGKILL, for ranks to flush their logs
 POLL_S = 0.02
 PATIENCE_S = 8.0  # for ranks that still run and may know the cause
+MEETING_S = 3.0  # for one that looked elsewhere, where others say that it did not start
 
 
 def run_ranks(
@@ -47,13 +48,16 @@ def run_ranks(
     modules: Sequence[str] = (),
     cores_for: int | None = None,
     stops: bool = False,
+    says_end: bool = False,
 ) -> None:
     """Run `program arguments` as `nproc` ranks until all have ended well, and call `on_poll` often.
 
     modules: what a warm process imports before it forks them. cores_for: a rank has the threads
     that each of so many would have; left out, of `nproc`. stops: the ranks save and leave at a
-    signal, which is passed on to them; a second one ends them at once. Raises RunFailed as soon as
-    a rank has ended badly, and Stopped where a signal was the cause. No rank is left running."""
+    signal, which is passed on to them; a second one ends them at once. says_end: a rank says when
+    it has done its work (`RankStatus.end`), and has failed if it leaves before. Raises RunFailed as
+    soon as a rank has ended badly, and Stopped where a signal was the cause. No rank is left
+    running."""
     check_processes(nproc, "--nproc")
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -72,7 +76,7 @@ def run_ranks(
                     theirs = held if rank == 0 else None
                     ranks.append(_start(program, arguments, variables, log, modules, theirs))
                     held.close()  # from now on rank 0 alone has it
-            _wait(ranks, logs, on_poll)
+            _wait(ranks, logs, on_poll, says_end)
         finally:
             end(ranks)
 
@@ -126,14 +130,14 @@ def _variables(rank: int, nproc: int, port: int, cores_for: int) -> dict[str, st
     return {key: str(value) for key, value in found.items()}
 
 
-def _wait(ranks: Ranks, logs: Path, on_poll: Callable[[], None] | None) -> None:
+def _wait(ranks: Ranks, logs: Path, on_poll: Callable[[], None] | None, says_end: bool) -> None:
     passed_on = 0
     while True:
         codes = [rank.poll() for rank in ranks]
         if on_poll:
             on_poll()
-        if any(codes):
-            failure = _await_cause(ranks, logs, time.time())
+        if _dead(codes, logs, says_end):
+            failure = _await_cause(ranks, logs, time.time(), says_end)
             if failure.kind == "stopped" or (passed_on and _is_by_signal(failure.message)):
                 _await_all(ranks)
                 raise Stopped(_how_stopped(failure), passed_on or signal.SIGTERM)
@@ -148,17 +152,27 @@ def _wait(ranks: Ranks, logs: Path, on_poll: Callable[[], None] | None) -> None:
         time.sleep(POLL_S)
 
 
-def _await_cause(ranks: Ranks, logs: Path, seen: float) -> Failure:
+def _dead(codes: Sequence[int | None], logs: Path, says_end: bool) -> dict[int, int]:
+    """Return the exit codes of the ranks that have ended badly: also with 0, before their end."""
+    return {
+        rank: code
+        for rank, code in enumerate(codes)
+        if code or (code == 0 and says_end and left_early(rank, logs))
+    }
+
+
+def _await_cause(ranks: Ranks, logs: Path, seen: float, says_end: bool) -> Failure:
     """Return the first cause, once ranks that fail in the same moment have left their errors too.
 
     It waits longer while a lost connection is all that is known, since that is only an effect."""
-    deadline = time.monotonic() + PATIENCE_S
+    began = time.monotonic()
     while True:
         time.sleep(0.2)
-        dead = {i: code for i, r in enumerate(ranks) if (code := r.poll())}
-        failure = first_cause(dead, logs, seen)
-        enough = len(dead) == len(ranks) or time.monotonic() > deadline
-        if enough or not is_peer_loss(failure.message):
+        codes = [rank.poll() for rank in ranks]
+        failure = first_cause(_dead(codes, logs, says_end), logs, seen)
+        patience_s = MEETING_S if names_missing(failure.message) else PATIENCE_S
+        enough = None not in codes or time.monotonic() - began > patience_s
+        if enough or not (is_peer_loss(failure.message) or is_mismatch(failure.message)):
             return failure
 
 

@@ -16,9 +16,9 @@ from typing import Any, TextIO
 from ..records.whole import new_file
 from .placement import Placement
 
-LOG = re.compile(
-    r"\.?rank(\d+)\.(log|error\.json|where)(\.[0-9a-f]+)?(\.part)?"
-)  # what ranks leave in `logs`
+LOG = re.compile(  # what ranks leave in `logs`
+    r"\.?rank(\d+)\.(log|error\.json|waits\.json|where)(\.[0-9a-f]+)?(\.part)?"
+)
 
 
 def redirect_output(logs: Path, placement: Placement) -> None:

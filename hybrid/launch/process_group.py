@@ -18,6 +18,8 @@ import torch.distributed as dist
 from ..job.errors import StartError, first_line
 from ..job.schema import Launch
 from .accelerate_env import clear_accelerate_variables
+from .blocking_calls import mark, unmark
+from .farewell import abandon_groups
 from .held_port import hold_port, is_held, take_held_port
 from .placement import OWN, Placement, export_rank_variables, loopback_address
 from .threads import set_num_threads
@@ -59,6 +61,7 @@ def join_process_group(placement: Placement, limits: Launch = DEFAULT_LIMITS) ->
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
+    mark()
     return dataclasses.replace(placement, store=store)
 
 
@@ -198,10 +201,15 @@ def restored_environment() -> Iterator[None]:
         os.environ.update(found)
 
 
-def cleanup() -> None:
-    """Leave the process group, if this process is in one, and restore the environment variables."""
+def cleanup(failed: bool = False) -> None:
+    """Leave the process group, if this process is in one, and restore the environment variables.
+
+    failed: nothing is waited for, since a peer may be gone."""
     try:
-        if dist.is_initialized():
+        unmark()
+        if failed:
+            abandon_groups()
+        elif dist.is_initialized():
             _leave()
     finally:
         _joined.close()

@@ -22,7 +22,7 @@ from ..job.given import given_functions
 from ..job.schema import Job
 from ..job.traces import text_of
 from ..job.users_code import passes
-from ..launch.failures import how_it_ended
+from ..launch.first_cause import how_it_ended
 from ..launch.local import end
 from ..launch.warm import Rank, ServerGone, WarmProcess, warm_process
 from ..stages.checks import ModelSummary
@@ -39,7 +39,7 @@ def check_apart(job: Job, modules: Sequence[str]) -> CheckedJob:
     modules: of the ranks that start next, which the warm process imports meanwhile."""
     warm = None if "torch" in sys.modules and not given_functions() else warm_process()
     if warm is None:
-        return look_at_job(job)
+        return _look_here(job)
     with contextlib.ExitStack() as files:
         # Files without a name, which the child opens by this process's descriptors: none is left.
         asked, answer, log = (_nameless_file(files, name) for name in ("job", "answer", "log"))
@@ -48,12 +48,24 @@ def check_apart(job: Job, modules: Sequence[str]) -> CheckedJob:
             child = _start(warm, asked, answer, log)
             warm.prepare(modules)
         except ServerGone:
-            return look_at_job(job)
+            return _look_here(job)
         code = _follow(child, log)
         said = os.pread(answer, os.fstat(answer).st_size, 0)
     if code or not said:
-        raise CheckFailed(f"the process that checks the job {how_it_ended(code)}")
+        raise CheckFailed(
+            f"the process that checks the job {how_it_ended(code)} before it was done"
+            + ("" if code else ", in a call of os._exit or the like in the job's own code")
+        )
     return _read(json.loads(said))
+
+
+def _look_here(job: Job) -> CheckedJob:
+    try:
+        return look_at_job(job)
+    except SystemExit as error:
+        if passes(error):
+            raise
+        raise CheckFailed(f"checking the job: {tell_error(error)}") from error
 
 
 def _nameless_file(files: contextlib.ExitStack, name: str) -> int:

@@ -13,8 +13,9 @@ from ..job.errors import JobError, Refused
 from ..job.schema import Job
 from ..job.variants import Choice
 from ..launch.exchange import gather_objects
-from ..launch.failures import RankStatus
+from ..launch.failures import MEETING, RankStatus
 from ..launch.placement import OWN, Placement
+from ..launch.process_group import join_process_group
 from ..measure.clock import Instruments
 from ..models.shared import build_shared
 from ..records import Record
@@ -51,6 +52,14 @@ def build(
     engine = registry.open_engine(job, strategy, layers, loss, placement, samples)
     status.held = engine.num_held
     return engine, targets_per_sample(samples, loss), names, weights_from
+
+
+def meet(placement: Placement, job: Job, status: RankStatus) -> Placement:
+    """Join the other ranks of the run, and tell them from now on what this one does."""
+    status.set(MEETING)
+    placement = join_process_group(placement, job.launch)
+    status.start_heartbeat(placement)
+    return placement
 
 
 def decide_together(

@@ -25,7 +25,7 @@ from ..launch.logs import redirect_output
 from ..launch.ops_cache import remove_stale_locks
 from ..launch.orphans import end_with_launcher
 from ..launch.placement import OWN, Placement, export_rank_variables, find_placement, set_apart
-from ..launch.process_group import cleanup, join_process_group, restored_environment
+from ..launch.process_group import cleanup, restored_environment
 from ..launch.threads import set_num_threads
 from ..launch.warm import warm_ranks
 from ..models.shared import build_shared
@@ -33,11 +33,13 @@ from ..models.starting import fill, match_names, require_fit
 from ..models.vector_functions import call_vector_functions_once
 from ..records.whole import remove_parts
 from ..strategies import registry
+from .beginning import meet
 from .check import print_warnings
 from .claiming import EVAL_JOB as JOB
 from .claiming import EVAL_RESULT as RESULT
 from .early import count_processes
 from .evaluation import evaluate
+from .leaving import as_failure
 from .saved import JobFrom, Saved, find_saved
 
 
@@ -110,7 +112,7 @@ def _launch(asked: Asked) -> dict[str, Any]:
     arguments += ["--out", str(asked.out), "--parent", str(os.getpid())]
     try:
         modules = registry.modules(choice.strategy)
-        run_ranks(layout.world_size, arguments, asked.out, modules=modules)
+        run_ranks(layout.world_size, arguments, asked.out, modules=modules, says_end=True)
     finally:
         file.unlink(missing_ok=True)
     result: dict[str, Any] = records.read(dict[str, Any], asked.out / RESULT)
@@ -123,15 +125,20 @@ def _evaluate_and_clean_up(saved: Saved, asked: Asked, placement: Placement) -> 
     status = RankStatus(saved.job, placement, asked.out / "logs")
     try:
         with needs_room(asked.out):
-            return _evaluate(saved, asked, placement, status)
-    except BaseException as error:
+            result = _evaluate(saved, asked, placement, status)
+        status.end()
+        return result
+    except BaseException as raised:
+        error = as_failure(raised)
         cause = leave_error(error, status)
         if cause is not None:
-            raise PeerFailed(cause.describe()) from error
+            raise PeerFailed(cause.describe()) from raised
+        if error is not raised:
+            raise error from raised
         raise
     finally:
         status.close()
-        cleanup()
+        cleanup(status.failed)
 
 
 def _evaluate(
@@ -140,8 +147,7 @@ def _evaluate(
     call_vector_functions_once()
     choice = resolve(saved.job, asked.strategy)
     if placement.world_size > 1:
-        placement = join_process_group(placement, choice.job.launch)
-        status.start_heartbeat(placement)
+        placement = meet(placement, choice.job, status)
     if len({str(found) for found in gather_objects(saved.describe())}) > 1:
         raise RunError("the ranks found different checkpoints, since a run saves there; name one")
     status.set("loading the data")

@@ -25,12 +25,12 @@ from ..job.variants import Choice, resolve
 from ..launch.exchange import gather_objects
 from ..launch.failures import RankStatus, leave_error
 from ..launch.placement import OWN, Placement, find_placement
-from ..launch.process_group import cleanup, join_process_group, restored_environment
+from ..launch.process_group import cleanup, restored_environment
 from ..launch.stopping import StopSignals, requeue
 from ..models.vector_functions import call_vector_functions_once
 from ..records import Record
 from ..strategies import registry
-from .beginning import begin_record, build, decide_together, make_instruments
+from .beginning import begin_record, build, decide_together, make_instruments, meet
 from .check import check_on_rank_0, print_warnings
 from .checkpointing import Checkpoints
 from .claiming import claim_for_run
@@ -38,7 +38,7 @@ from .evaluation import make_loader
 from .folder import end_run
 from .guard import go_back, rolls_back, warn
 from .in_progress import OnStep, RunInProgress
-from .leaving import failure_of
+from .leaving import as_failure, failure_of
 from .projection import project
 from .step_log import make_record
 from .tryout.samples import blame_samples
@@ -94,20 +94,23 @@ def _train_and_clean_up(
     with stops if stoppable else contextlib.nullcontext():
         try:
             with needs_room(out):
-                return _train(choice, placement, out, on_step, status, stops, resume, until)
-        except BaseException as error:
+                record = _train(choice, placement, out, on_step, status, stops, resume, until)
+            status.end()
+            return record
+        except BaseException as raised:
             stops.leaves = True
+            error = as_failure(raised)
             # This comes before `cleanup`, which can wait for a peer that is gone.
             failure = failure_of(error, leave_error(error, status), stops)
             _end_badly(choice, placement, out, failure)
-            if failure is not error:
-                raise failure from error
+            if failure is not raised:
+                raise failure from raised
             raise
         finally:
             end_workers()
             end_writers()
             status.close()
-            cleanup()
+            cleanup(status.failed)
 
 
 def _end_badly(
@@ -141,8 +144,7 @@ def _train(
     job, strategy = choice.job, choice.strategy
     placement = registry.place(job, strategy, placement)
     if placement.world_size > 1:
-        placement = join_process_group(placement, job.launch)
-        status.start_heartbeat(placement)
+        placement = meet(placement, job, status)
     status.set("loading the data")
     data = build_data(job)
     choice = dataclasses.replace(choice, job=resolve_lengths(job, len(data[0])))
@@ -193,7 +195,7 @@ class _Run(RunInProgress):
                 self.evaluate()
                 self.told = self.told or self.ask_all()
             self._leave_if_told(loader)
-            self.status.set(f"in step {step}")
+            self.status.set(f"in step {step}", step)
             with self.instruments.loading():
                 batches = loader.step(step)
             count = None if self.known is None else self.known * self.plan.batch_size(step)

@@ -229,7 +229,7 @@ def _run_here(
 ) -> None:
     arguments = [*arguments, "--parent", str(os.getpid())]
     rest = registry.modules(choice.strategy), cores_for, choice.job.checkpoint.every is not None
-    run_ranks(nproc, arguments, out, watcher.poll, program or PROGRAM, *rest)
+    run_ranks(nproc, arguments, out, watcher.poll, program or PROGRAM, *rest, says_end=True)
 
 
 def _run_by_launcher(

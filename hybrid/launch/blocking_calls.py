@@ -1,0 +1,101 @@
+"""This module has the calls of torch that wait for other ranks say so (`hybrid.launch.waiting`).
+
+Every wait of Python's ends in `Work.wait`: that of `torch.distributed`'s functions, of DeepSpeed,
+of FSDP2 and of torch's pipelines. Functional collectives have `wait_tensor`. What DDP waits for
+inside C++ is marked at the function that begins it, and the end of its backward pass by a callback
+of autograd, which runs once all gradients are computed and before DDP waits for their reduction.
+
+A collective that only begins is no wait. How many a rank has begun, torch counts itself."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd import Variable
+from torch.distributed import _functional_collectives
+
+from .waiting import enter, leave
+
+_marked: list[tuple[Any, str, Any]] = []  # owner, name, and what was there before
+
+
+def _sites() -> Iterator[tuple[Any, str, str]]:
+    """Yield each call that waits, as owner and name, and what it waits for.
+
+    They are looked up by name where they are called, so that setting them here is enough."""
+    c10d = torch._C._distributed_c10d
+    yield c10d.Work, "wait", "a collective or a message"
+    yield _functional_collectives, "wait_tensor", "a collective"
+    yield dist, "_broadcast_coalesced", "the buffers or parameters of the first rank"
+    yield dist, "_verify_params_across_processes", "the comparison of all ranks' parameters"
+    yield c10d.Reducer, "_rebuild_buckets", "DDP's order of its buckets"
+    yield c10d.ProcessGroup, "monitored_barrier", "a barrier"
+    yield dist.distributed_c10d, "_new_process_group_helper", "a new group of ranks"
+    yield dist.distributed_c10d, "_store_based_barrier", "a new group of ranks"
+
+
+def mark() -> None:
+    """Have the calls say that they wait, from now until `unmark`."""
+    if _marked:
+        return
+    for owner, name, what in _sites():
+        call = getattr(owner, name, None)
+        if call is not None:  # a release of torch without it
+            _marked.append((owner, name, call))
+            setattr(owner, name, _marking(call, what))
+
+
+def unmark() -> None:
+    """Put the calls back as torch has them."""
+    while _marked:
+        owner, name, call = _marked.pop()
+        setattr(owner, name, call)
+
+
+def _marking(call: Callable[..., Any], what: str) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def wait(*arguments: Any, **named: Any) -> Any:
+        enter(what)
+        try:
+            return call(*arguments, **named)
+        finally:
+            leave()
+
+    return wait
+
+
+@contextlib.contextmanager
+def reducing(loss: torch.Tensor) -> Iterator[None]:
+    """Have DDP's backward pass say that it waits, once it has computed all gradients.
+
+    loss: of which `backward` is taken in the context."""
+    entered = []
+
+    def begin() -> None:
+        entered.append(True)
+        enter("the reduction of gradients")
+
+    def on_gradient(gradient: torch.Tensor) -> None:
+        # Callbacks run in the order they were given: DDP gives its own with the last bucket.
+        Variable._execution_engine.queue_callback(begin)
+
+    loss.register_hook(on_gradient)
+    try:
+        yield
+    finally:
+        if entered:
+            leave()
+
+
+def num_begun() -> int:
+    """Return how many collectives and messages of the default group this rank has begun."""
+    group: Any = dist.group.WORLD
+    if group is None:
+        return 0
+    try:
+        return int(group._get_sequence_number_for_group())
+    except (RuntimeError, ValueError):  # a backend that does not count
+        return 0
