@@ -76,8 +76,7 @@ def compare(
             return compare(named, strategies, nproc, out, *rest, resume_as)
     out, stop, small = read_folder(out), make_interruption(interrupt, resume_as), make_proxy(job)
     selection = select(job, strategies, reference)
-    names = [*selection.names, *filter(None, [resume_as])]
-    nproc = _check_names(job, names, nproc, here=not isinstance(program, Launcher))
+    nproc = _check_names(job, [*selection.names, resume_as], nproc, isinstance(program, Launcher))
     held = dataclasses.replace(selection, fixed=bool(stop) or selection.fixed)
     with claim(out, selection.names, resume) as mark, needs_room(out), warm_ranks(fresh_ranks):
         options = nproc, watcher or Watcher(), program, resume, stop, mark
@@ -87,12 +86,14 @@ def compare(
         return session.run(prover)
 
 
-def _check_names(job: Job, names: Sequence[str], nproc: int | None, here: bool) -> int:
-    """Check the settings of strategies and variants, and return the number of processes."""
-    names = [*dict.fromkeys(names)]
+def _check_names(job: Job, runs: Sequence[str | None], nproc: int | None, by_others: bool) -> int:
+    """Check the settings of strategies and variants, and return the number of processes.
+
+    by_others: a launcher starts them."""
+    names = [*dict.fromkeys(filter(None, runs))]
     print_warnings(warnings_of(job, names))
     registry.check_settings(job, names)
-    return check_early(job, names, nproc, here=here)
+    return check_early(job, names, nproc, here=not by_others)
 
 
 class _Session:
