@@ -82,7 +82,9 @@ class _Own(NamedTuple):
 
 
 @pytest.mark.parametrize(
-    "value", [_Own(1), object(), torch.zeros(2), ValueError("x"), 1j], ids=repr
+    "value",
+    [_Own(1), object(), torch.zeros(2), ValueError("x"), 1j],
+    ids=lambda v: type(v).__name__,
 )
 def test_what_is_not_sendable_is_refused_where_it_is_sent(value: Any) -> None:
     with pytest.raises(TypeError, match="cannot be sent to other ranks"):

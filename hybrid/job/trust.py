@@ -31,7 +31,7 @@ def require_trust(where: str, job: Job, typed: Collection[str] = ()) -> None:
     """Raise JobError if the job in the folder `where` names anything by import path.
 
     typed: the fields that the command line has set, which are the user's own."""
-    keys = {key.partition("=")[0].strip() for key in typed}
+    keys = _keys(typed)
     named = {k: name for k, name in named_functions(job).items() if k.partition("[")[0] not in keys}
     if named:
         words = ", ".join(f"{key} = {name!r}" for key, name in named.items())
@@ -39,3 +39,17 @@ def require_trust(where: str, job: Job, typed: Collection[str] = ()) -> None:
             f"{where}: its job names code that reading it would run: {words}; valid: --trust where "
             "you trust it, or --job JOB, the job on the command line"
         )
+
+
+def without_cache(job: Job, typed: Collection[str] = ()) -> Job:
+    """Return the job of a folder without the folder to write tokens to that it names.
+
+    They are kept in the default one then. typed: see `require_trust`."""
+    if "data.options.cache" in _keys(typed):
+        return job
+    options = {key: value for key, value in job.data.options.items() if key != "cache"}
+    return job.model_copy(update={"data": job.data.model_copy(update={"options": options})})
+
+
+def _keys(typed: Collection[str]) -> set[str]:
+    return {key.partition("=")[0].strip() for key in typed}

@@ -21,7 +21,7 @@ from ..job.file import load_job
 from ..job.imports import check_name
 from ..job.reading import read_json
 from ..job.schema import Job
-from ..job.trust import require_trust
+from ..job.trust import require_trust, without_cache
 from ..models import check_model_name
 from ..models.starting import without_weights
 
@@ -129,6 +129,7 @@ def _job(folder: Path, source: Any, given: JobFrom) -> Job:
         job = load_job(source, given.overrides)
         if not given.trust:
             require_trust(str(folder), job, given.overrides)
+            job = without_cache(job, given.overrides)
     check_model_name(job.model.name)
     check_name("data", job.data.name, SOURCES)
     return without_weights(job)
