@@ -49,11 +49,11 @@ def get_attribute() -> Any:
 
 
 def import_missing() -> Any:
-    pass
+    import no_such_package_here  # noqa: F401
 
 
 def import_name() -> Any:
-    pass
+    from tests.leaving import no_such_name_here  # noqa: F401
 
 
 # kind: what is done, and the words of it in the line.

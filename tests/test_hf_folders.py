@@ -114,7 +114,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     ),
     "config names code": (config_with(attn_implementation="a/b"), "names code that is not run"),
     "layers without end": (config_with(num_hidden_layers=2**70), "valid: up to 10,000"),
-    "shapes": (weights_of(lambda t: torch.zeros(3)), r"of shape [3], the model's is [100, 32]"),
+    "shapes": (weights_of(lambda t: torch.zeros(3)), r"of shape [3], the model's is [97, 32]"),
     "nan": (weights_of(lambda t: t * torch.nan), "its weights are not finite"),
 }
 

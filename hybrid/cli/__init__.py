@@ -136,7 +136,7 @@ def train(
     from ..training.run import run_job
 
     loaded = _load(job, overrides, allow_known_bad, trust_pickle, launched)
-    if not launched:  # whose job `hybrid` has written to its folder
+    if not launched and parent is None:  # else `hybrid` has written the job to its folder
         refuse_lost_job(job, out, unchanged=not (overrides or allow_known_bad or trust_pickle))
     rest = launcher, jobs.num_launched(launched)
     record = run_job(loaded, strategy, out, nproc, parent, fresh_ranks, resume, until, *rest)

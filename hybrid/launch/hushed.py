@@ -12,7 +12,8 @@ from collections.abc import Iterator
 def hushed() -> Iterator[None]:
     """Drop what this process writes to its standard output and error while the context lasts.
 
-    What Python itself writes there goes the same way. A panic is raised as an Exception."""
+    What Python writes goes the same way, also to a stream in their place. A panic is raised as an
+    Exception."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
@@ -22,7 +23,12 @@ def hushed() -> Iterator[None]:
         for number in (1, 2):
             os.dup2(nothing, number)
         try:
-            yield
+            with (
+                open(nothing, "w", closefd=False) as nowhere,
+                contextlib.redirect_stdout(nowhere),
+                contextlib.redirect_stderr(nowhere),
+            ):
+                yield
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # of pyo3, no Exception
                 raise

@@ -13,7 +13,7 @@ from ..engines.refusals import check_cuts, check_shares
 from ..job.errors import JobError, Unsupported, tell_error
 from ..job.imports import import_module
 from ..job.schema import Job
-from ..job.users_code import passes
+from ..job.users_code import held_exit, passes
 from ..job.variants import Choice, resolve
 from ..launch.accelerate_env import check_configuration
 from ..launch.placement import OWN, Placement, find_placement
@@ -107,7 +107,8 @@ def find_layout(
 def _layout(choice: Choice, nproc: int) -> Layout:
     strategy = get(choice.strategy)
     try:
-        return strategy.layout(choice.job, nproc)
+        with held_exit():
+            return strategy.layout(choice.job, nproc)
     except (JobError, LayoutError, Unsupported):
         raise
     except BaseException as error:  # a user's own may raise anything
