@@ -21,6 +21,7 @@ from hybrid.checkpoint.manifest import read_manifest
 from hybrid.comparison import runs as making
 from hybrid.comparison.causes import Facts, likely_cause
 from hybrid.comparison.differences import Found, Run, find_lost_step
+from hybrid.comparison.previous import read_id
 from hybrid.comparison.verdict import judge_run
 from hybrid.job.errors import Failure, JobError, RunFailed
 from hybrid.records import Comparison, Parity, Record, ResumedFrom, StepRecord
@@ -183,7 +184,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
             shutil.rmtree(path)
     lines = (out / "ddp" / "steps.jsonl").read_text().splitlines(keepends=True)
     (out / "ddp" / "steps.jsonl").write_text("".join(lines[:5]) + lines[5][:20])
-    records.write(Record("ddp", "running"), out / "ddp" / "record.json")
+    mark = read_id(out)
+    records.write(Record("ddp", "running", comparison=mark), out / "ddp" / "record.json")
     return out, job
 
 

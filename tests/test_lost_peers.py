@@ -139,7 +139,7 @@ def nobody_meets() -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process_group, "_open_store", lambda *_: client)
         with pytest.raises(StartError) as raised:
-            process_group._meet(here, limits.start_timeout_s)
+            process_group._meet(here, limits.start_timeout_s, None)
     del server
     return str(raised.value)
 

@@ -220,11 +220,8 @@ def test_commands_are_the_command_lines(wrong: Made, monkeypatch: pytest.MonkeyP
     assert named == {"compare", "doctor"} <= group.commands.keys()
     options = {o for p in group.commands["compare"].params for o in p.opts}
     used = set(re.findall(r"(?<![\w-])--[a-z-]+", text))
-    assert (
-        {"--out", "--json", "--set", "--nproc", "--reference", "--strict-reference"}
-        == used
-        <= options
-    )
+    words = {"--out", "--json", "--set", "--nproc", "--reference", "--strict-reference", "--resume"}
+    assert words == used <= options
     overrides = re.findall(r"--set ([\w.]+=\w+)", text)
     assert len(overrides) == 3 and load_job(JOBS / "mlp.toml", overrides)
 

@@ -138,7 +138,7 @@ def test_an_error_at_import_names_its_line(
     ("raises", "words"),
     [
         ("model", "KeyError: 'no such key'"),
-        ("exit", "it ends the program, with status 1: usage: train.py"),
+        ("exit", "SystemExit: it ends the program, with status 1: usage: train.py"),
     ],
 )
 def test_an_error_of_a_model_function_is_one_line_of_the_job(raises: str, words: str) -> None:

@@ -16,7 +16,7 @@ from hybrid import records, report
 from hybrid.job.variants import resolve
 from hybrid.launch.failures import RankStatus
 from hybrid.launch.placement import Placement
-from hybrid.records import whole
+from hybrid.records import Record, whole
 from hybrid.records.whole import new_file, part_of, whole_file, working_folder, write_whole
 from hybrid.training.exporting import _at_once
 from hybrid.training.folder import begin_run
@@ -81,6 +81,8 @@ def test_a_kill_leaves_the_old_file_and_a_part_that_the_next_start_removes(tmp_p
         killed = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT)
         assert killed.returncode == -signal.SIGKILL and path.read_text() == OLD
     assert len(names(tmp_path)) == 8
+    records.write(Record("single", "ok"), tmp_path / "record.json")  # else it is of no run
+    (tmp_path / "steps.jsonl").write_text("")
     begin_run(tmp_path, job, resolve(job, "single"))
     left = {name for name in names(tmp_path) if name.endswith(".part")}
     assert len(left) == 1 and left.pop().startswith(".mine.json."), "a file of another is removed"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from ..job.errors import JobError
-from .environment import VARIABLES, is_in_a_shell_of_slurm, variables_of
+from .environment import VARIABLES, is_in_a_shell_of_slurm, num_local_ranks, variables_of
 
 MOST_RANKS = 2**17  # of a run; more than any cluster has
 MOST_PORT = 2**16 - 1
@@ -99,11 +99,15 @@ def _missing() -> Iterator[str]:
     if size in os.environ and rank not in os.environ and not is_in_a_shell_of_slurm():
         yield f"{_shown(size)}: {rank} is not set; valid: both, or none"
     kind = variables_of()
-    # srun's ranks find out the one that is missing; a process alone needs none of the two.
     found = [key for key in _MEETING if key in os.environ]
-    if kind not in (None, "srun") and len(found) == 1 and os.environ[VARIABLES[kind][1]] != "1":
+    # srun's ranks find out the one that is missing, and so do ranks that are all on this host.
+    if kind not in (None, "srun") and len(found) == 1 and not _is_on_one_host(VARIABLES[kind][1]):
         other = next(key for key in _MEETING if key not in found)
         yield f"{_shown(found[0])}: {other} is not set; valid: both, or none"
+
+
+def _is_on_one_host(size: str) -> bool:
+    return os.environ[size] in ("1", str(num_local_ranks()))
 
 
 def _has(*keys: str) -> bool:

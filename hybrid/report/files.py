@@ -39,6 +39,7 @@ def write(comparison: Comparison, out: Path) -> list[Path]:
         out / "report.html": html(comparison),
         out / "compare.json": records.dumps(comparison) + "\n",
     }
+    out.mkdir(parents=True, exist_ok=True)
     remove_parts(*texts, out / "session.json")  # of killed comparisons
     for path, text in texts.items():
         write_whole(path, text)

@@ -3,6 +3,7 @@
 The record there says `running`, then `ok`, `failed` or `not_possible` with the reason, so that a
 reader never takes the record or the weights of the run before for this run's. No torch."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -42,6 +43,8 @@ def begin_run(
         remove(path for path in saved if not stays or path.name == FINAL)
         if not stays:
             (out / STEPS).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there is none, or files of others in it
+                (out / CHECKPOINTS).rmdir()
         # What a killed run may have left.
         remove_parts(*(out / name for name in (STEPS, "record.json", "job.json")))
         shutil.rmtree(out / BRANCHES, ignore_errors=True)

@@ -92,11 +92,12 @@ def check_run(out: Path, goes_on: bool = False) -> None:
     check_kinds(out, FILES, FOLDERS)
     check_ours(out, ["record.json"])
     job, steps = out / "job.json", out / STEPS
-    if job.exists() and not (out / "record.json").exists():
+    saved = list_saved(out / CHECKPOINTS)
+    if job.exists() and not (saved or (out / "record.json").exists()):
         _refuse_one(out, job, "is of no run, as it has no record.json, and would be overwritten")
     if steps.exists() and not _has_steps(steps):
         _refuse_one(out, steps, "is of no run, and would be overwritten")
-    for found in list_saved(out / CHECKPOINTS) if not goes_on else []:
+    for found in saved if not goes_on else []:
         for path, known in _contents(found):
             if not known:
                 _refuse_one(out, path, "is of no run, and would be removed with that folder")

@@ -1,4 +1,4 @@
-"""This module holds a model's sizes against its host and its data, without running the model.
+"""This module holds a model's sizes against its data, without running the model.
 
 A large model has no values when it is checked, so that it is not tried out: these checks are what
 there is then. Without them torch would raise in the ranks, and not name the job's key."""
@@ -10,18 +10,13 @@ from torch import nn
 
 from ..job.errors import JobError
 from ..job.schema import Job
-from ..launch.limits import check_memory
 from ..models import FAMILIES
 from ..models.layers import Layers
 from ..stages.checks import Boundary
 
 
 def check_sizes(job: Job, layers: Layers, train_set: Sequence[Any]) -> None:
-    """Raise JobError where this host has no room for the model, or an embedding too few rows.
-
-    One whole copy of a model is made on each host before it is cut or sharded."""
-    size = sum(t.numel() * t.element_size() for t in layers.tensors().values())
-    check_memory(size, f"model.name = {job.model.name!r}: its parameters and buffers")
+    """Raise JobError where an embedding has too few rows for the data."""
     embeddings = [(n, m) for n, m in _named(layers) if isinstance(m, nn.Embedding)]
     wanted = getattr(train_set, "vocab_size", None)
     if wanted and embeddings and embeddings[0][1].num_embeddings < wanted:
