@@ -1,5 +1,4 @@
-"""This module does what several commands begin with: they look at what a launcher says, and load
-the job."""
+"""This module looks at what a launcher says and loads the job, with which several commands begin."""
 
 import sys
 from pathlib import Path

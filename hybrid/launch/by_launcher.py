@@ -212,8 +212,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _failure(name: str, nproc: int, code: int, logs: Path, passed_on: int) -> BaseException:
-    """Return the error that a launcher's end means: the first cause among its ranks, if one left
-    its own, else what the launcher said."""
+    """Return the error that a launcher's end means.
+
+    That is the first cause among its ranks, if one left its own, else what the launcher said."""
     dead = {n: code for n in range(nproc) if (logs / f"rank{n}.error.json").exists()}
     found = first_cause(dead, logs, time.time()) if dead else None
     if found and found.kind == "stopped":
