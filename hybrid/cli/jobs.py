@@ -1,4 +1,4 @@
-"""This module looks at what a launcher says and loads the job, with which several commands begin."""
+"""This module looks at what a launcher says and loads the job, as several commands begin."""
 
 import sys
 from pathlib import Path
