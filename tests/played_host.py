@@ -41,6 +41,9 @@ def can_go_apart() -> bool:
 
 def main() -> None:
     from hybrid.cli import main as run
+    from hybrid.launch import farewell
+
+    farewell.leave = sys.exit  # type: ignore[assignment]  # a failed rank leaves without an error
 
     folder, codes, rank = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"])
     host = "2" if rank >= 2 else "1"

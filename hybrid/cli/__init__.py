@@ -33,8 +33,8 @@ from ..job.arguments import (
     TrustPickle,
 )
 from ..job.errors import Stopped
+from ..launch import farewell
 from ..launch.endings import explain, explain_exit, say, suggest, tell, versions
-from ..launch.farewell import leave
 from ..launch.stopping import end_now
 from ..launch.streams import lasting, problem_of
 from . import checkpoints, jobs
@@ -265,6 +265,7 @@ def main() -> None:
     """Run the command line and leave with its exit status."""
     global _stdout
     _stdout = sys.stdout
+    farewell.begin()
     signal.signal(signal.SIGTERM, end_now)
     if "CROSS_RANK" in os.environ:  # deepspeed's launcher also passes LOCAL_RANK as an argument
         sys.argv = [word for word in sys.argv if not word.startswith("--local_rank=")]
@@ -293,4 +294,4 @@ def main() -> None:
     _stdout.flush()
     if problem := problem_of(_stdout):
         tell(f"warning: {problem}")
-    leave(status or 0)
+    farewell.leave(status or 0)

@@ -21,6 +21,11 @@ def note_failure() -> None:
     _failed[0] = True
 
 
+def begin() -> None:
+    """Note that a command begins: what failed in this process before is not its failure."""
+    _failed[0] = False
+
+
 def has_failed() -> bool:
     """Tell whether this process is a rank that has failed."""
     return _failed[0]
