@@ -160,7 +160,7 @@ def test_zero_shards_make_up_the_weights(stage: int, tmp_path: Path, deepspeeds:
         read_all(tmp_path / "ds")
 
 
-def test_dcp_shards_make_up_the_weights(tmp_path: Path) -> None:
+def test_dcp_shards_make_up_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch.distributed.checkpoint as dcp
 
     weights = truth()
@@ -172,6 +172,12 @@ def test_dcp_shards_make_up_the_weights(tmp_path: Path) -> None:
     (tmp_path / "flat" / "__0_0.distcp").unlink()
     with pytest.raises(JobError, match=r"__0_0\.distcp"):
         read_all(tmp_path / "flat")
+    encoding = sys.modules["torch.distributed.checkpoint.metadata"]._MEM_FORMAT_ENCODING
+    by_name: Any = lambda self, proto: (getattr, (encoding, self.name))  # noqa: E731
+    monkeypatch.setattr(encoding, "__reduce_ex__", by_name)
+    dcp.save(dict(weights), checkpoint_id=tmp_path / "by_name", no_dist=True)
+    assert b"getattr" in (tmp_path / "by_name" / ".metadata").read_bytes()
+    assert_equal(read_all(tmp_path / "by_name"), weights)
 
 
 def test_files_of_torch_save(tmp_path: Path) -> None:

@@ -27,7 +27,10 @@ def test_a_sample_that_is_met_later_is_named_in_its_step() -> None:
 def test_a_batch_without_a_target_that_counts_is_named() -> None:
     data = {"name": "tests.test_tryout_reach:ignored"}
     with pytest.raises(RunError, match=r"loss nan.*no target of this batch counts") as failed:
-        hybrid.train(make_job(data=data, train__global_batch=1, train__steps=60), "single")
+        hybrid.train(
+            make_job(data=data, train__global_batch=1, train__micro_batches=1, train__steps=60),
+            "single",
+        )
     assert "lower optimizer.lr" not in str(failed.value)
 
 

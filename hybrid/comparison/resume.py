@@ -104,9 +104,9 @@ def find_run(
     the run must have been stopped and resumed; None: where it was stopped does not matter."""
     if (record := _read_record(folder, job, name)) is None:
         return None
-    if record.comparison != session["id"]:
+    if record.comparison != session.get("id"):
         whose = f"the comparison {record.comparison}" if record.comparison else "no comparison"
-        mine = f", and {SESSION} of {session['id']}" if session["id"] else ""
+        mine = f", and {SESSION} of {session['id']}" if session.get("id") else ""
         print_warnings([f"{folder}: begins anew: its record is of {whose}{mine}"])
         return None
     same = record.world_size == world_size and find_lost_step(record) is None
@@ -129,7 +129,7 @@ def find_checkpoint(
     if not any(saved.glob("step-*")):
         return None
     record = _read_record(folder, job, name)
-    if record is None or record.comparison != session["id"]:
+    if record is None or record.comparison != session.get("id"):
         return None
     try:
         chosen = choose(folder, AUTO, resolve(job, name))
