@@ -38,7 +38,7 @@ MIB = 2**20
 
 
 def job(asynchronous: bool) -> Job:
-    """Return a job that saves after each second step of six."""
+    """Return a job that saves after each fourth step of eight."""
     return hybrid.load_job(
         {
             "model": {"name": "mlp", "options": {"sizes": SIZES}},
@@ -47,8 +47,8 @@ def job(asynchronous: bool) -> Job:
                 "options": {"samples": 12, "features": SIZES[0], "classes": SIZES[-1]},
             },
             "optimizer": {"name": "adamw", "lr": 1e-4},
-            "train": {"global_batch": 4, "steps": 6},
-            "checkpoint": {"every": 2, "keep": 2, "async": asynchronous},
+            "train": {"global_batch": 4, "steps": 8},
+            "checkpoint": {"every": 4, "keep": 2, "async": asynchronous},
         }
     )
 
