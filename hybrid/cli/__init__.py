@@ -33,6 +33,7 @@ from ..job.arguments import (
     TrustPickle,
 )
 from ..job.errors import Stopped
+from ..job.shown import printable
 from ..launch import farewell
 from ..launch.endings import explain, explain_exit, say, suggest, tell, versions
 from ..launch.stopping import end_now
@@ -106,7 +107,7 @@ def compare(
         print(records.dumps(result), file=_stdout)
     else:
         _print_table(result)
-        print(f"{out / 'report.html'}  {out / 'compare.md'}  {out / 'compare.json'}")
+        print(printable(f"{out / 'report.html'}  {out / 'compare.md'}  {out / 'compare.json'}"))
         own = "" if ":" in loaded.model.name else "; `hybrid init mine` begins a job of your own"
         suggest(f"open {out / 'report.html'} in a browser{own}")
     broken = strict_reference and result.reference_fault is not None
@@ -149,7 +150,7 @@ def train(
         loss = f"loss {record.steps[-1].loss:.6f}" if record.steps else "none of them recorded"
         done = record.steps[-1].step + 1 if record.steps else 0
         done = max(done, record.checkpoint.step if record.checkpoint else 0)
-        print(f"{strategy}: {done} steps, {loss}{rate}; {out}")
+        print(printable(f"{strategy}: {done} steps, {loss}{rate}; {out}"))
         suggest(f"`hybrid compare {job} --strategies {strategy}` holds it against one process")
 
 

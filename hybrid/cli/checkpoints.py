@@ -13,6 +13,9 @@ from ..job.arguments import (
     Json,
     Nproc,
     Overrides,
+    Seed,
+    Tokens,
+    TopK,
     Trust,
 )
 
@@ -62,7 +65,7 @@ def evaluate(
         figures = ("loss", "accuracy", "perplexity")
         shown = [f"{key} {result[key]:.6f}" for key in figures if result[key] is not None]
         step = result["checkpoint"]["step"]
-        _print(f"{strategy}: step {step}, {', '.join(shown)}; {out / 'eval.json'}")
+        _print(_shown(f"{strategy}: step {step}, {', '.join(shown)}; {out / 'eval.json'}"))
 
 
 def export(
@@ -91,7 +94,7 @@ def export(
     if json:
         _print(records.dumps(result))
     else:
-        _print(f"{result['path']}: {result['tensors']} tensors, {result['bytes']:,} bytes")
+        _print(_shown(f"{result['path']}: {result['tensors']} tensors, {result['bytes']:,} bytes"))
 
 
 def generate(
@@ -99,10 +102,10 @@ def generate(
         Path, typer.Argument(metavar="RUN", help="A run's folder, OUT or OUT/STRATEGY; a step's.")
     ],
     prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
-    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to write at most.")] = 200,
+    tokens: Tokens = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest only.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    top_k: TopK = None,
+    seed: Seed = 0,
     job: JobOfCheckpoint = None,
     trust: Trust = False,
     json: Json = False,

@@ -90,7 +90,7 @@ def _check_names(job: Job, runs: Sequence[str | None], nproc: int | None, by_oth
     """Check the settings of strategies and variants, and return the number of processes.
 
     by_others: a launcher starts them."""
-    names = [*dict.fromkeys(filter(None, runs))]
+    names = [*dict.fromkeys(name for name in runs if name is not None)]
     print_warnings(warnings_of(job, names))
     registry.check_settings(job, names)
     return check_early(job, names, nproc, here=not by_others)

@@ -1,5 +1,6 @@
 """This module has the arguments and options that several commands of the command line take."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,15 @@ def _processes(text: str) -> int:
     if not (text.isascii() and text.isdigit() and text.strip("0")):
         raise typer.BadParameter(f"{show(text)} is no number of processes; valid: 1 or more")
     return int(text[:MOST_DIGITS])  # which is too many all the same (`hybrid.launch.limits`)
+
+
+def whole_number(text: str | int) -> int:
+    """Read an option's whole number; the error shows what was given."""
+    if isinstance(text, int):  # an option's default
+        return text
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        raise typer.BadParameter(f"{show(text)} is no whole number")
+    return int(text)
 
 
 Nproc = Annotated[
@@ -87,7 +97,9 @@ Resume = Annotated[
 Interrupt = Annotated[
     int | None,
     typer.Option(
-        metavar="STEP", help="Stop each run after so many steps and resume it: tests checkpoints."
+        parser=whole_number,
+        metavar="STEP",
+        help="Stop each run after so many steps and resume it: tests checkpoints.",
     ),
 ]
 ResumeAs = Annotated[
@@ -119,3 +131,11 @@ TrustPickle = Annotated[
     typer.Option("--trust-pickle", help="Read pickled model.weights, by a loader that runs none."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Tokens = Annotated[
+    int, typer.Option(parser=whole_number, metavar="N", help="Tokens to write at most.")
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(parser=whole_number, metavar="N", help="Draw from so many likeliest only."),
+]
+Seed = Annotated[int, typer.Option(parser=whole_number, metavar="N", help="Seed of the draws.")]
