@@ -12,6 +12,7 @@ from ..job.reading import show
 from ..job.schema import Job
 from ..job.users_code import passes
 
+LARGEST = 3.4e38  # fp32 holds no greater rate, and optimizers take it as such
 TRIED = 10_000  # steps of a run of which a schedule of one's own is asked before it starts
 
 
@@ -79,6 +80,8 @@ def _factor(job: Job, step: int) -> float:
     number = isinstance(factor, numbers.Real) and not isinstance(factor, bool)
     if not number or not 0 <= factor < math.inf:
         raise JobError(f"{given}: gave {show(factor)}; valid: a factor of optimizer.lr, >= 0")
+    if job.optimizer.lr * factor > LARGEST:
+        raise JobError(f"{given}: gave {show(factor)}; valid: a rate of at most {LARGEST:.2g}")
     return float(factor)
 
 
