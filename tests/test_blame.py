@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from hybrid.launch import blocking_calls, stall
+from hybrid.launch import waiting as waiting_module
 from hybrid.launch.blame import (
     ENDED,
     FAILED,
@@ -27,7 +28,6 @@ from hybrid.launch.blame import (
 from hybrid.launch.stall import StallWatch
 from hybrid.launch.waiting import (
     enter,
-    forget,
     leave,
     num_waits,
     stand_aside,
@@ -96,8 +96,22 @@ def test_where_all_wait_the_odd_one_is_named(seed: int) -> None:
     assert unlike_rank({0: "a", 1: "b"}) is None
 
 
-def test_a_wait_is_the_ranks_unless_its_thread_stands_aside() -> None:
-    forget()
+def test_a_wait_that_begins_in_another_thread_ends_where_it_belongs() -> None:
+    """As on a GPU, where the callback that begins it runs in a thread of the device."""
+    begin = threading.Thread(target=enter, args=("a reduction", threading.get_ident()))
+    begin.start()
+    begin.join()
+    assert waits_for() == "a reduction"
+    leave()
+    assert waits_for() == ""
+    with waiting("a step"):
+        assert waits_for() == "a step"
+
+
+def test_a_wait_is_the_ranks_unless_its_thread_stands_aside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(waiting_module, "_threads", {})
     before = num_waits()
     with waiting("a step"), waiting("a collective in it"):
         assert waits_for() == "a step" and num_waits() == before + 1
@@ -120,7 +134,7 @@ def test_a_wait_is_the_ranks_unless_its_thread_stands_aside() -> None:
         stay.set()
         thread.join()
         assert waits_for() == "" and not thread_waits(thread)
-        forget()
+        monkeypatch.setattr(waiting_module, "_threads", {})
 
 
 def test_a_wait_costs_a_few_microseconds() -> None:

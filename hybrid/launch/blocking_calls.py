@@ -9,6 +9,7 @@ A collective that only begins is no wait. How many a rank has begun, torch count
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch.autograd import Variable
 from torch.distributed import _functional_collectives
 
-from .waiting import enter, leave
+from .waiting import enter, leave, waiting
 
 _marked: list[tuple[Any, str, Any]] = []  # owner, name, and what was there before
 
@@ -58,11 +59,8 @@ def unmark() -> None:
 def _marking(call: Callable[..., Any], what: str) -> Callable[..., Any]:
     @functools.wraps(call)
     def wait(*arguments: Any, **named: Any) -> Any:
-        enter(what)
-        try:
+        with waiting(what):
             return call(*arguments, **named)
-        finally:
-            leave()
 
     return wait
 
@@ -72,11 +70,11 @@ def reducing(loss: torch.Tensor) -> Iterator[None]:
     """Have DDP's backward pass say that it waits, once it has computed all gradients.
 
     loss: of which `backward` is taken in the context."""
-    entered = []
+    entered, thread = [], threading.get_ident()
 
-    def begin() -> None:
+    def begin() -> None:  # on a GPU it runs in a thread of the device
         entered.append(True)
-        enter("the reduction of gradients")
+        enter("the reduction of gradients", thread)
 
     def on_gradient(gradient: torch.Tensor) -> None:
         # Callbacks run in the order they were given: DDP gives its own with the last bucket.

@@ -23,11 +23,10 @@ _threads: dict[int, _Thread] = {}
 _entered = [0]  # waits so far, by which one tells whether a rank still waits in the same one
 
 
-def _here() -> _Thread:
-    ident = threading.get_ident()
-    found = _threads.get(ident)
+def _of(thread: int) -> _Thread:
+    found = _threads.get(thread)
     if found is None:
-        found = _threads[ident] = _Thread()
+        found = _threads[thread] = _Thread()
     return found
 
 
@@ -53,23 +52,23 @@ class waiting:
         leave()
 
 
-def enter(what: str) -> None:
-    """Begin a wait, which `leave` ends."""
-    here = _here()
-    here.depth += 1
-    if here.depth == 1:
-        here.what = what
+def enter(what: str, thread: int | None = None) -> None:
+    """Begin a wait of this thread, or of the one with this identifier; `leave` ends it there."""
+    waits = _of(thread or threading.get_ident())
+    waits.depth += 1
+    if waits.depth == 1:
+        waits.what = what
         _entered[0] += 1
 
 
 def leave() -> None:
     """End the wait that began last in this thread."""
-    _here().depth -= 1
+    _of(threading.get_ident()).depth -= 1
 
 
 def stand_aside() -> None:
     """Say that this thread does not train: its waits are not the rank's."""
-    _here().aside = True
+    _of(threading.get_ident()).aside = True
 
 
 def thread_waits(thread: threading.Thread | None) -> bool:
@@ -89,8 +88,3 @@ def waits_for() -> str:
 def num_waits() -> int:
     """Return how many waits have begun in this process."""
     return _entered[0]
-
-
-def forget() -> None:
-    """Forget all threads, as in a process that was forked, or after a run."""
-    _threads.clear()
