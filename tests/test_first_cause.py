@@ -46,6 +46,13 @@ def test_the_earliest_raise_wins_whatever_its_rank(tmp_path: Path) -> None:
     assert found == Failure(1, "RuntimeError: first", "trace of 1", "error")
 
 
+def test_a_mistake_that_rank_0_tells_all_is_its_own(tmp_path: Path) -> None:
+    leave(tmp_path, 0, 12.0, "model.name = 'x': gone", "job")
+    leave(tmp_path, 2, 11.0, "model.name = 'x': gone", "job")
+    leave(tmp_path, 1, 13.0, "model.name = 'x': other", "job")
+    assert first_cause({0: 2, 1: 2, 2: 2}, tmp_path, seen=20.0).rank == 0
+
+
 def test_how_gloo_and_its_store_word_a_lost_peer() -> None:
     store = "Failed to recv, got 0 bytes. Connection was likely closed. Did the server shutdown?"
     for said in (LOST, store, "Read error [127.0.0.1]:80: Connection reset by peer"):

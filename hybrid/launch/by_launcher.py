@@ -8,8 +8,8 @@ command line, since a rank may be on a host that does not have this one's files.
 
 import base64
 import contextlib
-import ctypes
 import dataclasses
+import functools
 import json
 import os
 import shlex
@@ -25,15 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from ..job.errors import Failure, JobError, RunFailed, Stopped
+from ..records.whole import new_file
 from .environment import without_launcher
-from .first_cause import first_cause, how_it_ended
+from .first_cause import TAIL_LINES, first_cause, how_it_ended, left_by, read_log
+from .logs import LAUNCHER_LOG, list_logs
 from .lost_peers import is_peer_loss
+from .orphans import end_with_parent
 from .placement import Placement, find_placement
 from .stopping import STOPPED, PassedOn, told
 from .threads import num_cores
 
 PLACE = "{nproc}"  # in a template: the number of processes
-LOG = "launcher.log"
 # These start Python themselves, and take the module's name after this option.
 START_PYTHON = {"torchrun": "-m", "torch.distributed.run": "-m", "accelerate": "-m",
                 "deepspeed": "--module"}  # fmt: skip
@@ -41,8 +43,6 @@ NO_PYTHON = ("--no-python", "--no_python")  # and so these do not
 EXAMPLE = '"srun -n {nproc}", "torchrun --standalone --nproc-per-node {nproc}"'
 GRACE_S = 10.0  # for a launcher to end its ranks
 POLL_S = 0.02
-TAIL_LINES = 20
-_PDEATHSIG = 1  # PR_SET_PDEATHSIG, prctl(2)
 _OURS = ("hybrid: warning", "hybrid: next:", "hybrid: what each rank")  # lines that tell no cause
 
 
@@ -147,14 +147,15 @@ def run_by_launcher(
     signal was the cause. The launcher has ended then."""
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    for rank in range(nproc):
-        for end in ("log", "where", "error.json"):
-            (logs / f"rank{rank}.{end}").unlink(missing_ok=True)
+    for old in list_logs(logs):
+        old.unlink(missing_ok=True)
     environ = without_launcher(keep_slurm=True) | {"PYTHONUNBUFFERED": "1"}
     if cores_for:
         environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // cores_for)))
     with PassedOn() if stops else contextlib.nullcontext():
-        process = _start(launcher.name, launcher.command(nproc, arguments), environ, logs / LOG)
+        process = _start(
+            launcher.name, launcher.command(nproc, arguments), environ, logs / LAUNCHER_LOG
+        )
         passed_on = 0
         try:
             while (code := process.poll()) is None:
@@ -174,16 +175,9 @@ def _start(
     name: str, command: Sequence[str], environ: Mapping[str, str], log: Path
 ) -> subprocess.Popen[bytes]:
     """Start the launcher; raises LauncherFailed where the system cannot."""
-    parent = os.getpid()
-    libc = ctypes.CDLL(None)
-
-    def end_with_parent() -> None:
-        # A launcher that is told to end also ends its ranks; where it is killed it cannot.
-        libc.prctl(_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    with log.open("wb") as file:
+    # A launcher that is told to end also ends its ranks; where it is killed it cannot.
+    end = functools.partial(end_with_parent, os.getpid(), signal.SIGTERM)
+    with new_file(log) as file:
         try:
             return subprocess.Popen(
                 command,
@@ -192,7 +186,7 @@ def _start(
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches this process alone
-                preexec_fn=end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=end if sys.platform == "linux" else None,
             )
         except OSError as error:  # such as no interpreter of that name
             raise LauncherFailed(
@@ -215,14 +209,14 @@ def _failure(name: str, nproc: int, code: int, logs: Path, passed_on: int) -> Ba
     """Return the error that a launcher's end means.
 
     That is the first cause among its ranks, if one left its own, else what the launcher said."""
-    dead = {n: code for n in range(nproc) if (logs / f"rank{n}.error.json").exists()}
+    dead = {n: code for n in range(nproc) if left_by(n, logs)}
     found = first_cause(dead, logs, time.time()) if dead else None
     if found and found.kind == "stopped":
         return Stopped(found.message, passed_on or signal.SIGTERM)
     if passed_on:
         words = f"{STOPPED}{signal.Signals(passed_on).name} before the first step was saved"
         return Stopped(words, passed_on)
-    lines = _read(logs / LOG).splitlines()
+    lines = read_log(logs / LAUNCHER_LOG).splitlines()
     if found and not is_peer_loss(found.message):
         return LauncherFailed(found, f"rank {found.rank} on {_host_of(found.rank, logs)}")
     said = [line for line in lines if line.startswith("hybrid: ") and not line.startswith(_OURS)]
@@ -230,18 +224,11 @@ def _failure(name: str, nproc: int, code: int, logs: Path, passed_on: int) -> Ba
     words, tail = words.removeprefix("hybrid: ")[:300], "\n".join(lines[-TAIL_LINES:])
     if code == 2 and said:  # a rank's own status, where the launcher passes it on
         return LauncherFailed(Failure(0, words, tail, "job"), name)
-    message = f"{how_it_ended(code)}: {words} (log: {logs / LOG})"
+    message = f"{how_it_ended(code)}: {words} (log: {logs / LAUNCHER_LOG})"
     return LauncherFailed(Failure(0, message, tail), name)
 
 
 def _host_of(rank: int, logs: Path) -> str:
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        return str(json.loads(_read(logs / f"rank{rank}.error.json"))["host"])
+        return str((left_by(rank, logs) or {})["host"])
     return socket.gethostname()
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""

@@ -11,6 +11,7 @@ import re
 import signal
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..job.errors import NO_ROOM, Failure
 from .blame import STARTING, unlike_rank
@@ -31,9 +32,7 @@ def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
     left no error file failed then; a lost connection to another rank counts last."""
     found: list[tuple[bool, float, Failure]] = []
     for rank, code in dead.items():
-        path = logs / f"rank{rank}.error.json"
-        if path.exists():
-            left = json.loads(path.read_text())
+        if left := left_by(rank, logs):
             who, message = rank, left["message"]
             if cause := left["cause"]:
                 who = cause["rank"]
@@ -45,6 +44,9 @@ def first_cause(dead: dict[int, int], logs: Path, seen: float) -> Failure:
             failure = _without_words(rank, code, logs)
             found.append((is_peer_loss(failure.message), seen, failure))
     lost, _, first = min(found, key=lambda f: f[:2])
+    if first.kind not in ("error", "stopped"):  # all ranks may raise the mistake that one found
+        alike = (failure for *_, failure in found if failure.message == first.message)
+        first = min(alike, key=lambda failure: failure.rank)
     if NO_MEETING in first.message and 0 not in dead and _where(logs, 0) == STARTING:
         # Rank 0 opens the meeting, and another one that looks elsewhere would let it wait there.
         return Failure(0, f"did not come to the meeting of ranks: {first.message}", first.details)
@@ -77,9 +79,8 @@ def _lines(dead: Iterable[int], logs: Path) -> dict[int, str]:
     """Return the lines where ranks failed, as far as they left them."""
     lines = dict[int, str]()
     for rank in dead:
-        path = logs / f"rank{rank}.error.json"
-        left = json.loads(path.read_text()) if path.exists() else {}
-        if line := left.get("at") or _aborted_at(_log_of(rank, logs)):
+        left = left_by(rank, logs) or {}
+        if line := left.get("at") or _aborted_at(read_log(logs / f"rank{rank}.log")):
             lines[rank] = line
     return lines
 
@@ -92,9 +93,16 @@ def _aborted_at(log: str) -> str:
     return pick_line((file, int(number)) for file, number in frames) if fatal else ""
 
 
-def _log_of(rank: int, logs: Path) -> str:
+def left_by(rank: int, logs: Path) -> dict[str, Any] | None:
+    """Return what a rank that failed left in its error file, None where it left none."""
+    path = logs / f"rank{rank}.error.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_log(path: Path) -> str:
+    """Return the text of a log, empty where it cannot be read."""
     with contextlib.suppress(OSError):  # on a full disk there may be none
-        return (logs / f"rank{rank}.log").read_text(errors="replace")
+        return path.read_text(errors="replace")
     return ""
 
 
@@ -112,7 +120,7 @@ def _suspected(logs: Path, details: str) -> Failure | None:
 
 def _without_words(rank: int, code: int, logs: Path) -> Failure:
     """Return the failure of a rank that left no error file: by its exit code and its log."""
-    log, doing = _log_of(rank, logs), _where(logs, rank)
+    log, doing = read_log(logs / f"rank{rank}.log"), _where(logs, rank)
     tail = "\n".join(log.splitlines()[-TAIL_LINES:])
     if NO_ROOM in doing:
         return Failure(rank, doing, tail, "room")

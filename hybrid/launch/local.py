@@ -23,7 +23,7 @@ from .first_cause import first_cause, left_early, names_missing
 from .held_port import LOOPBACK, VARIABLE, hold_port
 from .interpreter import start_words
 from .limits import check_processes
-from .logs import LOG
+from .logs import list_logs
 from .lost_peers import is_mismatch, is_peer_loss
 from .stopping import SIGNALS, STOPPED, PassedOn, told
 from .threads import num_cores
@@ -61,9 +61,8 @@ def run_ranks(
     check_processes(nproc, "--nproc")
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    for old in logs.iterdir():
-        if LOG.fullmatch(old.name):  # no other file is ours
-            old.unlink()
+    for old in list_logs(logs):  # no other file is ours
+        old.unlink()
     ranks: Ranks = []
     with PassedOn() if stops else contextlib.nullcontext():
         try:

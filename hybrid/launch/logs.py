@@ -20,6 +20,16 @@ LOG = re.compile(  # what ranks leave in `logs`
     r"\.?rank(\d+)\.(log|error\.json|waits\.json|where)(\.[0-9a-f]+)?(\.part)?"
 )
 
+LAUNCHER_LOG = "launcher.log"  # what another launcher prints, in `logs`
+
+
+def list_logs(logs: Path) -> list[Path]:
+    """Return the logs of ranks in a folder, and what else a run leaves there."""
+    if not logs.is_dir():
+        return []
+    ours = (p for p in logs.iterdir() if LOG.fullmatch(p.name) or p.name == LAUNCHER_LOG)
+    return [path for path in ours if not path.is_dir()]
+
 
 def redirect_output(logs: Path, placement: Placement) -> None:
     """Write this rank's output to a new log from now on; rank 0 prints where the logs are.

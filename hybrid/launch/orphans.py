@@ -43,9 +43,9 @@ def end_with_launcher(started_by: int | None = None) -> None:
         threading.Thread(target=_watch, args=(above,), name="launcher", daemon=True).start()
 
 
-def end_with_parent(parent: int) -> None:
-    """Have the kernel end this process when its parent ends, whose process id is `parent`."""
-    ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
+def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent, of this process id, ends."""
+    ctypes.CDLL(None).prctl(_PDEATHSIG, number)
     if os.getppid() != parent:
         os._exit(1)  # the parent died before the call above
 

@@ -11,10 +11,11 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from ..checkpoint.names import CHECKPOINTS
 from ..job.errors import NO_ROOM, JobError, NoRoom
-from ..launch.logs import LOG
+from ..launch.logs import list_logs
 
 STEPS = "steps.jsonl"
 FILES = ("record.json", "job.json", STEPS)  # of a run
@@ -64,16 +65,17 @@ def check_kinds(out: Path, files: Iterable[str], folders: Iterable[str] = ()) ->
     for name in files:
         path = out / name
         if path.exists() and not path.is_file():
-            _refuse_one(out, path, "is no file, and a file of this name is to be written")
+            refuse_one(out, path, "is no file, and a file of this name is to be written")
     for name in folders:
         path = out / name
         if os.path.lexists(path) and not path.is_dir():
-            _refuse_one(out, path, "is no folder, and one of this name is to be made")
+            refuse_one(out, path, "is no folder, and one of this name is to be made")
         if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
             raise NoRoom(f"{out}: {NO_ROOM}{path.name}: {os.strerror(errno.EACCES)}")
 
 
-def _refuse_one(out: Path, path: Path, why: str) -> None:
+def refuse_one(out: Path, path: Path, why: str) -> NoReturn:
+    """Raise JobError for a file in `out` that a run may not touch."""
     raise JobError(f"--out {out}: {path} {why}; valid: another --out, or move it away")
 
 
@@ -81,7 +83,7 @@ def check_ours(out: Path, names: Iterable[str]) -> None:
     """Raise JobError where a file with one of these names is there and not of this tool."""
     for name in names:
         if (out / name).exists() and not is_ours(out / name):
-            _refuse_one(out, out / name, "is not of this tool, and would be overwritten")
+            refuse_one(out, out / name, "is not of this tool, and would be overwritten")
 
 
 def check_run(out: Path, goes_on: bool = False) -> None:
@@ -94,18 +96,18 @@ def check_run(out: Path, goes_on: bool = False) -> None:
     job, steps = out / "job.json", out / STEPS
     saved = list_saved(out / CHECKPOINTS)
     if job.exists() and not (saved or (out / "record.json").exists()):
-        _refuse_one(out, job, "is of no run, as it has no record.json, and would be overwritten")
+        refuse_one(out, job, "is of no run, as it has no record.json, and would be overwritten")
     if steps.exists() and not _has_steps(steps):
-        _refuse_one(out, steps, "is of no run, and would be overwritten")
+        refuse_one(out, steps, "is of no run, and would be overwritten")
     for found in saved if not goes_on else []:
         for path, known in _contents(found):
             if not known:
-                _refuse_one(out, path, "is of no run, and would be removed with that folder")
+                refuse_one(out, path, "is of no run, and would be removed with that folder")
     checkpoints = out / CHECKPOINTS
     if checkpoints.is_symlink() and (checkpoints.resolve().parent / "record.json").exists():
-        _refuse_one(out, checkpoints, "is a link to those of another run")
+        refuse_one(out, checkpoints, "is a link to those of another run")
     if (checkpoints / FINAL).is_symlink():
-        _refuse_one(out, checkpoints / FINAL, "is a link to a folder, and would be written to")
+        refuse_one(out, checkpoints / FINAL, "is a link to a folder, and would be written to")
 
 
 def _has_steps(file: Path) -> bool:
@@ -139,13 +141,6 @@ def list_files(out: Path, names: Sequence[str]) -> list[Path]:
     there = os.listdir(out) if out.is_dir() else []
     halves = [name for name in there if name.endswith(".part") and half.fullmatch(name)]
     return [path for name in (*halves, *known) if not (path := out / name).is_dir()]
-
-
-def list_logs(logs: Path) -> list[Path]:
-    """Return the logs of ranks in a folder, and what else ranks leave there."""
-    if not logs.is_dir():
-        return []
-    return [path for path in logs.iterdir() if LOG.fullmatch(path.name) and not path.is_dir()]
 
 
 def list_run(out: Path) -> list[Path]:
