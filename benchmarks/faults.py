@@ -136,11 +136,19 @@ def leftovers(out: Path) -> str:
     return "; ".join([*left, *(str(path) for path in ops_folder().glob("**/lock"))])
 
 
+def first_lines(out: Path, guilty: int) -> list[str]:
+    """What each of the other ranks says first of a rank, by its log in `out`."""
+    logs = [out / f"rank{rank}.log" for rank in range(NPROC) if rank != guilty]
+    said = [log.read_text(errors="replace").splitlines() for log in logs]
+    return [next((line for line in lines if line.startswith("hybrid: rank")), "") for lines in said]
+
+
 def row_of(
-    strategy: str, kind: str, guilty: int, exits: str, took: float, first: str, left: str, ok: bool
-) -> str:
+    strategy: str, kind: str, guilty: int, exits: str, took: float, first: str, left: str, ok: bool,
+    within_s: float | None = None,
+) -> str:  # fmt: skip
     """One row of the table."""
-    within_s = (FAULTS | HANGS)[kind].within_s
+    within_s = within_s or (FAULTS | HANGS)[kind].within_s
     drawn = "-" if (FAULTS | HANGS)[kind].sent else str(guilty)
     shown = re.sub(r" on [^:, ]+", "", first.replace(f"{Path.cwd()}/", ""))
     shown = shown.removeprefix("hybrid: ")[:110].replace("|", "/")
@@ -194,10 +202,7 @@ def check_cut(strategy: str, kind: str, folder: Path) -> tuple[bool, str]:
         except subprocess.TimeoutExpired:
             return False, row_of(strategy, kind, guilty, "did not end", 999, "", "", False)
     took, left = time.time() - began, leftovers(out)
-    firsts = []
-    for rank in set(range(NPROC)) - {guilty}:
-        said = (out / f"rank{rank}.log").read_text().splitlines()
-        firsts.append(next((line for line in said if line.startswith("hybrid: rank")), ""))
+    firsts = first_lines(out, guilty)
     words_ = fault.words.replace("N", str(guilty))
     # Rank 0's host is that of the store, with which all is out of sight.
     words_ = words_.replace("in step", "meeting point|in step") if guilty == 0 else words_

@@ -9,8 +9,6 @@ scheduler does. Each must end by itself, whatever hangs, and all must name the o
 from __future__ import annotations
 
 import os
-import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,18 +18,24 @@ from pathlib import Path
 from hybrid import records
 from hybrid.job.file import to_dict
 from tests.conftest import small_job
+from tests.pages import free_port
 
-from .faults import FAULTS, LIMIT_S, NPROC, SEED, STRATEGIES, draw_guilty, leftovers, wait_for_fault
+from .faults import (
+    FAULTS,
+    LIMIT_S,
+    NPROC,
+    SEED,
+    STRATEGIES,
+    draw_guilty,
+    first_lines,
+    leftovers,
+    row_of,
+    wait_for_fault,
+)
 from .machine import summarise_machine
 
 KINDS = ("a rank raises", "a rank is killed", "a rank falls behind")
 WITHIN_S = 2 * LIMIT_S + 12
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start_ranks(out: Path, strategy: str, plant: str) -> list[subprocess.Popen[bytes]]:
@@ -40,7 +44,7 @@ def start_ranks(out: Path, strategy: str, plant: str) -> list[subprocess.Popen[b
     records.write(to_dict(small_job(train__steps=6, launch=limits)), out / "small.json")
     words = ["train", str(out / "small.json"), "--strategy", strategy, "--out", str(out)]
     command, ranks = [sys.executable, "tests/failing.py", plant, *words], []
-    fixed = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
+    fixed = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     for rank in range(NPROC):
         more = {"RANK": str(rank), "WORLD_SIZE": str(NPROC), "LOCAL_RANK": str(rank)}
         with (out / f"rank{rank}.log").open("wb") as log:
@@ -66,18 +70,12 @@ def check(strategy: str, kind: str, folder: Path) -> tuple[bool, str]:
     for process in ranks:
         process.kill()
         process.wait()
-    said = [(out / f"rank{r}.log").read_text(errors="replace").splitlines() for r in others]
-    firsts = [next((x for x in text if x.startswith("hybrid: rank")), "") for text in said]
+    firsts = first_lines(out, guilty)
     wrong = [first for first in firsts if f"because of rank {guilty} " not in first]
     left = leftovers(out)
     ok = codes[:3] == [1] * 3 and None not in codes and took <= WITHIN_S and not wrong and not left
-    shown = re.sub(r" on [^:, ]+", "", (wrong or firsts)[0].replace(f"{Path.cwd()}/", ""))
-    shown = shown.removeprefix("hybrid: ")[:110].replace("|", "/")
-    exits = ", ".join(map(str, codes))
-    return ok, (
-        f"| {strategy} | {kind} | {guilty} | {exits} | {took:.1f} of {WITHIN_S} | {shown} "
-        f"| {left or 'nothing'} | {'yes' if ok else '**no**'} |"
-    )
+    exits, first = ", ".join(map(str, codes)), (wrong or firsts)[0]
+    return ok, row_of(strategy, kind, guilty, exits, took, first, left, ok, WITHIN_S)
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ def draw(seed: int, kind: str, number: int) -> Case:
 
 def plan(cases: int, seed: int, kinds: list[str]) -> list[Case]:
     """Return so many cases, of each kind its share, in an order in which each comes early."""
-    shares = {k: NAMES[k] and KINDS[NAMES[k]] for k in kinds}
+    shares = {k: KINDS[NAMES[k]] for k in kinds}
     given = Counter[str]()
     found = []
     for _ in range(cases):

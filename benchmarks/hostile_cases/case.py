@@ -59,6 +59,20 @@ class Case:
 Draw = Callable[[random.Random, int], Case]
 
 
+def draw_in_turn(
+    taken: Sequence[Draw], source: random.Random, number: int, tables: Sequence[Draw] = ()
+) -> Case:
+    """Return the case of a number, of a kind whose draws are taken one after another.
+
+    tables: these get the entries of their table in turn, by a number of their own."""
+    place = number % len(taken)
+    how = taken[place]
+    if how not in tables:
+        return how(source, number)
+    turn = number // len(taken) * taken.count(how) + taken[:place].count(how)
+    return dataclasses.replace(how(source, turn), number=number)
+
+
 def run_of(seed: int, kind: str, number: int) -> random.Random:
     """Return the source of random numbers of one case, which depends on no other case."""
     return random.Random(f"{seed}/{kind}/{number}")
@@ -80,11 +94,6 @@ def laid(*steps: Callable[[Path], object]) -> Callable[[Path], None]:
             step(folder)
 
     return make
-
-
-def files(**content: str | bytes) -> Callable[[Path], None]:
-    """Return a function that writes files; `__` in a name stands for the dot."""
-    return lambda folder: write(folder, {k.replace("__", "."): v for k, v in content.items()})
 
 
 def shown(value: Word, most: int = 12) -> str:
@@ -142,6 +151,14 @@ def job_with(*changes: tuple[str, str]) -> str:
 def lay_job(folder: Path) -> None:
     """Write the job, and beside it what must not change."""
     write(folder, {"job.toml": JOB, "mine.txt": MINE})
+
+
+def compare(
+    *more: Word, strategies: str = "single", nproc: str = "1", out: Word = "out"
+) -> list[Word]:
+    """Return the words of a comparison of `job.toml`."""
+    words: list[Word] = ["compare", "job.toml", "--strategies", strategies, "--nproc", nproc]
+    return [*words, "--out", out, *more]
 
 
 def train(*more: Word, strategy: str = "single", nproc: str = "1", out: Word = "out") -> list[Word]:

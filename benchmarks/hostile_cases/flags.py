@@ -6,7 +6,7 @@ import functools
 import random
 from typing import Any
 
-from .case import EITHER, RIGHT, WRONG, Case, Word, laid, lay_job, shown
+from .case import EITHER, RIGHT, WRONG, Case, Word, draw_in_turn, laid, lay_job, shown
 from .grounds import lay_run, lay_text_run
 
 KIND = "flags"
@@ -66,7 +66,7 @@ def options() -> list[tuple[str, Any]]:
     return [(c, p) for c, p in found if p.opts[0].startswith("--") and p.name != "help"]
 
 
-def values_of(command: str, option: Any) -> list[Word]:
+def values_of(option: Any) -> list[Word]:
     """Return values that an option must refuse."""
     name = option.opts[0]
     if name in ("--nproc", "--interrupt", "--top-k", "--parent", "--until"):
@@ -102,7 +102,7 @@ def _case(number: int, what: str, arguments: list[Word], **more: Any) -> Case:
     runs = {"run": lay_run, "text_run": lay_text_run}
     named = [lay for name, lay in runs.items() if any(str(w).startswith(name) for w in arguments)]
     make = laid(lay_job, *named)
-    starts = arguments[0] == "compare" and any(w in arguments for w in ("--interrupt",))
+    starts = arguments[0] == "compare" and "--interrupt" in arguments
     return Case(KIND, number, what, arguments, make, starts=starts, **more)
 
 
@@ -110,9 +110,7 @@ def wrong_value(draw: random.Random, number: int) -> Case:
     """Give an option a value that it must refuse."""
     valued = [(c, p) for c, p in options() if not p.is_flag and not p.hidden]
     command, option = valued[number % len(valued)]
-    name, value = option.opts[0], draw.choice(values_of(command, option))
-    if len(value) > 100_000:
-        value = value[:100_000]
+    name, value = option.opts[0], draw.choice(values_of(option))
     joined = draw.random() < 0.5 or value in ("--", "-") or str(value).startswith("-")
     given: list[Word] = [_join(name, value)] if joined else [name, value]
     said = (f"{name}|{name.lstrip('-')}|{name.lstrip('-').replace('-', '_')}",)
@@ -142,7 +140,7 @@ def doubled(draw: random.Random, number: int) -> Case:
     """Give an option twice, the second time a value that it must refuse."""
     valued = [(c, p) for c, p in options() if not p.is_flag and not p.hidden]
     command, option = draw.choice(valued)
-    name, value = option.opts[0], draw.choice(values_of(command, option))
+    name, value = option.opts[0], draw.choice(values_of(option))
     good: list[Word] = GOOD[command]
     first: list[Word] = [] if name in good else [_join(name, "1" if "set" not in name else "a.b=1")]
     words = [command, *good, *first, _join(name, value)]
@@ -235,9 +233,4 @@ TAKEN += [init_name, init_name, wrong_argument, wrong_argument, doubled, asks_fo
 
 def draw(source: random.Random, number: int) -> Case:
     """Return the case of a number."""
-    how = TAKEN[number % len(TAKEN)]
-    if how is wrong_value:  # each of the options in turn
-        turn = number // len(TAKEN) * 9 + number % len(TAKEN)
-        found = wrong_value(source, turn)
-        return Case(**{**found.__dict__, "number": number})
-    return how(source, number)
+    return draw_in_turn(TAKEN, source, number, (wrong_value,))

@@ -9,7 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .case import EITHER, JOB, LACKS, MINE, RIGHT, Case, Word, laid, lay_job, shown, train, write
+from .case import (
+    EITHER,
+    JOB,
+    LACKS,
+    MINE,
+    RIGHT,
+    Case,
+    Word,
+    compare,
+    draw_in_turn,
+    laid,
+    lay_job,
+    shown,
+    train,
+    write,
+)
 from .grounds import lay_run
 
 KIND = "folders"
@@ -101,9 +116,9 @@ ODD: dict[str, tuple[Word, Callable[[Path], object]]] = {
 def _command(draw: random.Random, out: Word, dear: bool) -> list[Word]:
     how = draw.randrange(5 if dear else 6)
     if how == 0:
-        return ["compare", "job.toml", "--strategies", "single", "--nproc", "1", "--out", out]
+        return compare(out=out)
     if how == 1 and not dear:
-        return ["compare", "job.toml", "--strategies", "ddp,zero1", "--nproc", "2", "--out", out]
+        return compare(strategies="ddp,zero1", nproc="2", out=out)
     if how in (2, 3) and not dear:
         return train(strategy="ddp", nproc="2", out=out)
     return train(out=out)
@@ -170,8 +185,4 @@ TAKEN = [unusable, odd, unusable, export_to, unusable, odd, unusable, own_job, u
 
 def draw(source: random.Random, number: int) -> Case:
     """Return the case of a number."""
-    how = TAKEN[number % len(TAKEN)]
-    if how in (unusable, odd):  # each of the table in turn
-        turn = number // len(TAKEN) * TAKEN.count(how) + TAKEN[: number % len(TAKEN)].count(how)
-        return Case(**{**how(source, turn).__dict__, "number": number})
-    return how(source, number)
+    return draw_in_turn(TAKEN, source, number, (unusable, odd))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from .case import EITHER, LACKS, WRONG, Case, job_with, train, write
+from .case import EITHER, LACKS, WRONG, Case, draw_in_turn, job_with, train, write
 
 KIND = "functions"
 HEAD = "import os, sys, torch\nfrom torch import nn\n"
-# How a user's code ends, as statements of Python; whether the line must name the user's own line.
+# How a user's code ends, as statements of Python.
 RAISES = {
     "KeyError": "{}['k']",
     "a missing file": "open('/nonexistent/x')",
@@ -256,8 +256,4 @@ TAKEN = [raises, returns, raises, raises_inside, returns, broken, raises, return
 
 def draw(source: random.Random, number: int) -> Case:
     """Return the case of a number."""
-    how = TAKEN[number % len(TAKEN)]
-    if how in (raises, raises_inside):  # each of the table in turn
-        turn = number // len(TAKEN) * TAKEN.count(how) + TAKEN[: number % len(TAKEN)].count(how)
-        return Case(**{**how(source, turn).__dict__, "number": number})
-    return how(source, number)
+    return draw_in_turn(TAKEN, source, number, (raises, raises_inside))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .case import EITHER, MINE, WRONG, Case, job_with, laid, train, write
+from .case import EITHER, MINE, WRONG, Case, draw_in_turn, job_with, laid, train, write
 from .damage import ANY, TEXTS, mutate
 from .grounds import CONFIG, TOUCH, Bomb, lay_hugging_face, llama_shapes, safetensors, tokenizer
 
@@ -180,14 +180,16 @@ def _case(number: int, what: str, *steps: Callable[[Path], object], **more: Any)
         "hf/modeling_evil.py": EVIL,
     }
     make = laid(lay_hugging_face, lambda f: write(f, files), *steps)
-    return Case(KIND, number, what, train(), make, starts=True, out=("out", "tokens"), **more)
+    return Case(
+        KIND, number, what, train(), make, starts=True, out=("out", "tokens"), words=("hf",), **more
+    )
 
 
 def configs(draw: random.Random, number: int) -> Case:
     """Give a config that means harm or nonsense."""
     key = draw.choice(list(CONFIGS))
     make, ends = CONFIGS[key]
-    return _case(number, f"config.json: {key}", make, ends=ends, words=("hf",))
+    return _case(number, f"config.json: {key}", make, ends=ends)
 
 
 def indexes(draw: random.Random, number: int) -> Case:
@@ -197,7 +199,6 @@ def indexes(draw: random.Random, number: int) -> Case:
         number,
         f"the index leads to {key}",
         INDEXES[key],
-        words=("hf",),
         ends=MAY_LOAD.get(key, WRONG),
     )
 
@@ -209,7 +210,6 @@ def weights(draw: random.Random, number: int) -> Case:
         number,
         f"the weights {key}",
         WEIGHTS[key],
-        words=("hf",),
         ends=EITHER if key in MAY_RUN else WRONG,
     )
 
@@ -220,7 +220,7 @@ def tokenizers(draw: random.Random, number: int) -> Case:
     text = json.dumps(TOKENIZERS[key])
     return _case(number, f"tokenizer_config.json: {key}", lambda f: write(f,
         {"hf/tokenizer_config.json": text}),
-                 ends=EITHER, words=("hf",))  # fmt: skip
+                 ends=EITHER)  # fmt: skip
 
 
 def damaged(draw: random.Random, number: int) -> Case:
@@ -230,7 +230,7 @@ def damaged(draw: random.Random, number: int) -> Case:
     )
     way, seed = draw.choice([w for w in ANY if w != "is huge and sparse"]), draw.random()
     return _case(number, f"{name} {way}", lambda f: ANY[way](f / "hf" / name, random.Random(seed)),
-                 ends=EITHER, words=("hf",))  # fmt: skip
+                 ends=EITHER)  # fmt: skip
 
 
 def rewritten(draw: random.Random, number: int) -> Case:
@@ -244,7 +244,6 @@ def rewritten(draw: random.Random, number: int) -> Case:
         f"{name} is {key}",
         lambda f: write(f, {f"hf/{name}": TEXTS[key]}),
         ends=EITHER,
-        words=("hf",),
     )
 
 
@@ -259,7 +258,6 @@ def mutated(draw: random.Random, number: int) -> Case:
         f"{name}: {words}",
         lambda f: write(f, {f"hf/{name}": text}),
         ends=EITHER,
-        words=("hf",),
     )
 
 
@@ -293,8 +291,4 @@ TAKEN = [
 
 def draw(source: random.Random, number: int) -> Case:
     """Return the case of a number."""
-    how = TAKEN[number % len(TAKEN)]
-    if how in (indexes, weights):  # each of the table in turn
-        turn = number // len(TAKEN) * TAKEN.count(how) + TAKEN[: number % len(TAKEN)].count(how)
-        return Case(**{**how(source, turn).__dict__, "number": number})
-    return how(source, number)
+    return draw_in_turn(TAKEN, source, number, (indexes, weights))

@@ -18,7 +18,7 @@ SIZES, FEATURES, TRAIN = (
     "global_batch = 7\nmicro_batches = 2\nsteps = 3",
 )
 MORE = "every = 2\n"
-# What a job says that cannot be, what the line must name, and whether the job alone shows it.
+# What a job says that cannot be: the change, the strategy, and what the line must name.
 IMPOSSIBLE: dict[str, tuple[tuple[str, str], str, str]] = {
     "degrees that do not multiply": ((MORE, MORE + "[parallel]\npp = 3\ndp = 5\n"), "2d", "pp|dp"),
     "a degree without end": ((MORE, MORE + "[parallel]\ndp = 1000000000000\n"), "2d", "dp"),

@@ -5,7 +5,19 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from .case import EITHER, RIGHT, WRONG, Case, Word, laid, lay_job, shown, train
+from .case import (
+    EITHER,
+    RIGHT,
+    WRONG,
+    Case,
+    Word,
+    compare,
+    draw_in_turn,
+    laid,
+    lay_job,
+    shown,
+    train,
+)
 from .grounds import lay_run
 
 KIND = "launchers"
@@ -108,16 +120,7 @@ def compare_inside(draw: random.Random, number: int) -> Case:
     """Start a comparison as a rank of a launcher: no two in one folder by accident."""
     family = draw.choice(list(FAMILIES))
     variables = dict(FAMILIES[family])
-    words: list[Word] = [
-        "compare",
-        "job.toml",
-        "--strategies",
-        "single",
-        "--nproc",
-        "1",
-        "--out",
-        "out",
-    ]
+    words = compare()
     if draw.random() < 0.5:
         variables = {**variables, MUST_BE_NUMBERS[family][0]: "1"}
     return _case(
@@ -188,7 +191,6 @@ def world_of_one(draw: random.Random, number: int) -> Case:
     """Be the one rank of a launcher, which is right."""
     family = draw.choice(list(FAMILIES))
     variables = {k: "1" if v == "2" else v for k, v in FAMILIES[family].items()}
-    variables |= {k: "0" for k in ("MASTER_PORT",) if k in variables}
     variables.pop("MASTER_PORT", None)
     words: list[Word] = ["train", "job.toml", "--strategy", "single", "--out", "out", *SHORT]
     return _case(number, f"the one rank of {family}", variables, words, ends=RIGHT, starts=True)
@@ -218,8 +220,4 @@ TAKEN = [no_number, no_number, no_port, left_behind, contradiction, compare_insi
 
 def draw(source: random.Random, number: int) -> Case:
     """Return the case of a number."""
-    how = TAKEN[number % len(TAKEN)]
-    if how is left_behind:  # each of the table in turn
-        turn = number // len(TAKEN) * 2 + (number % len(TAKEN) > 3)
-        return Case(**{**how(source, turn).__dict__, "number": number})
-    return how(source, number)
+    return draw_in_turn(TAKEN, source, number, (left_behind,))

@@ -15,9 +15,9 @@ from .grounds import TOUCH, lay_run, lay_text_run
 
 KIND = "runs"
 RESULTS = frozenset({0, 1, 2})
-# What each command reads of a run: the file, and what the line names of it.
 FINAL = "checkpoints/final"
 STEP = "checkpoints/step-00000002"
+# What commands read of a run.
 FILES = (
     "job.json", "record.json", "steps.jsonl", f"{FINAL}/checkpoint.json",
     f"{FINAL}/model.safetensors",

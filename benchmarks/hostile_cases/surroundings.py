@@ -8,7 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .case import EITHER, LACKS, MINE, RIGHT, Case, Word, job_with, laid, lay_job, train, write
+from .case import (
+    EITHER,
+    LACKS,
+    MINE,
+    RIGHT,
+    Case,
+    Word,
+    compare,
+    draw_in_turn,
+    job_with,
+    laid,
+    lay_job,
+    train,
+    write,
+)
 from .grounds import TOUCH, lay_run
 
 KIND = "surroundings"
@@ -51,18 +65,8 @@ def _short(draw: random.Random) -> list[Word]:
 
 
 def _long(draw: random.Random) -> list[Word]:
-    compare: list[Word] = [
-        "compare",
-        "job.toml",
-        "--strategies",
-        "single",
-        "--nproc",
-        "1",
-        "--out",
-        "out",
-    ]
     return draw.choice(
-        [train(), train(), train("--json"), train(strategy="ddp", nproc="2"), compare]
+        [train(), train(), train("--json"), train(strategy="ddp", nproc="2"), compare()]
     )
 
 
@@ -247,8 +251,4 @@ TAKEN = [variables, streams, variables, shadows, variables, limits, working_fold
 
 def draw(source: random.Random, number: int) -> Case:
     """Return the case of a number."""
-    how = TAKEN[number % len(TAKEN)]
-    if how in (variables, streams, limits, working_folder):  # each of the table in turn
-        turn = number // len(TAKEN) * TAKEN.count(how) + TAKEN[: number % len(TAKEN)].count(how)
-        return Case(**{**how(source, turn).__dict__, "number": number})
-    return how(source, number)
+    return draw_in_turn(TAKEN, source, number, (variables, streams, limits, working_folder))
