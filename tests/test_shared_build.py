@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import hybrid
+from hybrid.checkpoint import tensor_file
 from hybrid.job.errors import NoRoom
 from hybrid.launch.exchange import gather_objects
 from hybrid.launch.local import run_ranks
@@ -201,7 +202,7 @@ def test_nothing_stays_when_the_rank_that_writes_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(shared_module, "raw_bytes", lambda t: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(tensor_file, "raw_bytes", lambda t: os.kill(os.getpid(), signal.SIGKILL))
     if (child := os.fork()) == 0:
         write_nameless({"a": torch.ones(3)})
         os._exit(0)

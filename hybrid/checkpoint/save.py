@@ -112,7 +112,7 @@ class _Written:
     numbers: Mapping[str, Any]
     own_hash: str
     host: str
-    passing: str  # the hash of this rank's shares, which is the state's if it is alone
+    state_hash: str  # taken in passing by a rank that is alone, empty: not yet
 
 
 def save(
@@ -187,14 +187,15 @@ def _write(
         if not label.startswith(RNG):
             digest.update(raw_bytes(tensor.reshape(-1)))
     own_hash = digest.hexdigest() if any(not label.startswith(RNG) for label in own) else ""
-    passing = PassingHash([one.key for one in parts[: len(entries)]], snapshot.shares)
+    keys = [one.key for one in parts[: len(entries)]]
+    passing = PassingHash(keys, snapshot.shares) if alone else None
     try:
-        file, flusher = write_file(part / name, parts, watch=passing.take if alone else None)
+        file, flusher = write_file(part / name, parts, watch=passing.take if passing else None)
     except FileNotFoundError as error:
         raise RunError(f"{part.name}: {error.strerror}; {SHARED}") from None
     flushers.append(flusher)
-    numbers = dict(snapshot.numbers)
-    return _Written(file, entries, own, numbers, own_hash, host, passing.hexdigest())
+    state_hash = passing.hexdigest() if passing else ""
+    return _Written(file, entries, own, dict(snapshot.numbers), own_hash, host, state_hash)
 
 
 def _take_hash(
@@ -210,8 +211,7 @@ def _take_hash(
     own = [{"numbers": dict(one.numbers), "tensors": dict(one.own)} for one in everyone]
     values = {"format": FORMAT, "step": snapshot.step, **snapshot.values, "files": files}
     values |= {"ranks": own, "tensors": tensors_as_json(tensors)}
-    alone = len(everyone) == 1
-    state_hash = everyone[0].passing if alone else hash_of_files(part, Manifest(values, tensors))
+    state_hash = everyone[0].state_hash or hash_of_files(part, Manifest(values, tensors))
     saved = StateHashes(state_hash, "".join(one.own_hash for one in everyone))
     own_hashes = "", saved.own_hash  # a state that was loaded has none
     if unlike and saved.state_hash == unlike.state_hash and unlike.own_hash in own_hashes:

@@ -80,13 +80,12 @@ def write_file(
     watch: gets the key of each block of a tensor and its bytes, in order, in a thread of its own;
     of an empty tensor it gets an empty block. Nobody reads such a file again soon. The file is on
     the disk once `finish` of the flusher has returned."""
-    text, digest, size = _header(parts, metadata), hashlib.sha256(), 0
+    blocks, digest, size = blocks_of(parts, metadata), hashlib.sha256(), 0
     file = path.open("xb", buffering=0)
     flusher, past = Flusher(file), PastCache(file) if watch else None
     try:
         with ThreadPoolExecutor(2) as threads:  # which take hashes during the write
-            start = ("", len(text).to_bytes(8, "little")), ("", text)
-            for key, block in itertools.chain(start, _blocks_of(parts)):
+            for key, block in blocks:
                 beside = [threads.submit(digest.update, block)]
                 if key and watch:
                     beside.append(threads.submit(watch, key, block))
@@ -102,6 +101,17 @@ def write_file(
         raise
     flusher.end()
     return {"bytes": size, "sha256": digest.hexdigest()}, flusher
+
+
+def blocks_of(
+    parts: Sequence[Part], metadata: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Return the bytes of a file in order, each block of a tensor with its key, others with none.
+
+    Raises ValueError at once where the format has no such dtype."""
+    text = _header(parts, metadata)
+    start = ("", len(text).to_bytes(8, "little")), ("", text)
+    return itertools.chain(start, _blocks_of(parts))
 
 
 def _header(parts: Sequence[Part], metadata: Mapping[str, str] | None) -> bytes:

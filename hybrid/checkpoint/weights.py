@@ -1,7 +1,6 @@
 """Saves a model's final weights as safetensors with a checksum, and verifies saved ones."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 
 from ..job.errors import JobError
 from ..job.reading import read_json
-from ..records.whole import naming, part_of, write_whole
+from ..records.whole import whole_path, write_whole
 from .tensor_file import part_of_tensor, sha256_of, write_file
 
 ABOUT = "checkpoint.json"
@@ -32,15 +31,9 @@ def save_weights(
     parts = []
     for name, source in (names or dict(zip(state, state, strict=True))).items():
         parts.append(part_of_tensor(name, state[source], tuple(state[source].shape)))
-    new = part_of(path)
-    try:
-        with naming(path, new):
-            written, flusher = write_file(new, parts)
-            flusher.finish()
-            os.replace(new, path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+    with whole_path(path) as new:
+        written, flusher = write_file(new, parts)
+        flusher.finish()
     words = {"file": FILE, "sha256": written["sha256"], **about}
     write_whole(folder / ABOUT, json.dumps(words, indent=1) + "\n")
     return path

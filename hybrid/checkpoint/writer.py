@@ -70,7 +70,7 @@ class Writer:
         self._thread = threading.Thread(target=self._run, args=(work,), name="save", daemon=True)
         self._thread.start()
 
-    def _run(self, work: Callable[[], StateHashes]) -> None:
+    def _run(self, work: Callable[[], StateHashes | None]) -> None:
         stand_aside()
         try:
             with uncounted():

@@ -36,6 +36,7 @@ from ..job.errors import Stopped
 from ..job.shown import printable
 from ..launch import farewell
 from ..launch.endings import explain, explain_exit, say, suggest, tell, versions
+from ..launch.environment import variables_of
 from ..launch.stopping import end_now
 from ..launch.streams import lasting, problem_of
 from . import checkpoints, jobs
@@ -242,7 +243,6 @@ def _print_table(result: Any) -> None:
 
 
 _stdout: Any = sys.stdout
-_OF_RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 def put(text: Any) -> None:
@@ -285,7 +285,7 @@ def main() -> None:
         status = error.code
     except SystemExit as ended:  # by `end_now`, which has had a signal, or by the user's code
         status = explain_exit(ended)
-        ranks = "--parent" in sys.argv or any(key in os.environ for key in _OF_RANKS)
+        ranks = "--parent" in sys.argv or variables_of() is not None
         if status == 128 + signal.SIGTERM and not ranks:  # a rank's end is its launcher's to tell
             tell("stopped by a signal")
     except (KeyboardInterrupt, typer.Abort):

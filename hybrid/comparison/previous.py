@@ -27,6 +27,7 @@ from ..training.leftovers import (
     list_files,
     list_run,
     move,
+    refuse_one,
     remove,
     remove_empty,
 )
@@ -65,10 +66,7 @@ def check_place(out: Path, names: Sequence[str]) -> None:
     if not any(is_ours(out / name) for name in (SESSION, RESULTS[0])):
         for name in RESULTS[1:]:
             if (out / name).exists():
-                raise JobError(
-                    f"--out {out}: {out / name} is of no comparison, and would be overwritten; "
-                    "valid: another --out, or move it away"
-                )
+                refuse_one(out, out / name, "is of no comparison, and would be overwritten")
     for name in names:
         check_run(out / name)
     if (out / PROXY).is_dir():

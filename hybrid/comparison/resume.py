@@ -6,7 +6,6 @@ on from its newest checkpoint."""
 
 import json
 import os
-import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ..job.outputs import read_folder
 from ..job.reading import read_json, show
 from ..job.schema import Job
 from ..job.variants import resolve
+from ..launch.endings import tell
 from ..measure.machine import describe_machine
 from ..records import Record
 from ..training.check import print_warnings
@@ -40,7 +40,7 @@ def describe_session(job: Job, nproc: int, mark: str | None) -> dict[str, Any]:
 def begin_session(out: Path, asked: Mapping[str, Any], resume: bool) -> None:
     """Write `session.json`, after an earlier comparison in this folder has made way."""
     if not resume and (kept := make_way(out, str(asked["id"]))):
-        print(f"hybrid: {kept}", file=sys.stderr)
+        tell(kept)
     records.write(asked, out / SESSION)
 
 

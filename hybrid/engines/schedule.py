@@ -51,7 +51,8 @@ def check_schedule(job: Job) -> None:
         learning_rate(job, step)
     for step in range(TRIED, total, max(1, (total - TRIED) // TRIED)):
         learning_rate(job, step)
-    learning_rate(job, total - 1)
+    if total > TRIED:
+        learning_rate(job, total - 1)
     if learning_rate(job, 0) != first:
         raise JobError(f"{given}: gives another factor for step 0 when it is called again")
 

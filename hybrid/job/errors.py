@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..layout import LayoutError
 from ..records import Kind
-from .shown import on_one_line
+from .shown import LONGEST_LINE, on_one_line
 from .traces import at_users_line, is_raised_by, sent_message, text_of, users_line
 
 # What the system says of a disk that is full, and of one that may not be written to.
@@ -33,7 +33,6 @@ _NO_RIGHT = {errno.EACCES, errno.EPERM}
 NO_ROOM = "cannot be written to: "  # in the words of `NoRoom`
 
 LONGEST = 300  # characters of a message of a user's code that are shown
-LONGEST_LINE = 2000  # and of any other message
 
 
 class JobError(ValueError):
@@ -136,10 +135,15 @@ def exit_status(error: BaseException) -> int | None:
     return 1 if isinstance(error, (PeerFailed, CheckFailed)) else None
 
 
+def is_our_exit(error: BaseException) -> bool:
+    """Tell whether this package ends the program so, as a signal's handler does."""
+    return isinstance(error, SystemExit) and (isinstance(error, Stopped) or is_raised_by(error))
+
+
 def is_users_exit(error: BaseException) -> bool:
-    """Tell whether the user's code called `sys.exit` or the like; a signal's handler is ours."""
-    exits = isinstance(error, SystemExit) and not isinstance(error, Stopped)
-    return exits and bool(users_line(error)) and not is_raised_by(error)
+    """Tell whether the user's code called `sys.exit` or the like."""
+    exits = isinstance(error, SystemExit) and not is_our_exit(error)
+    return exits and bool(users_line(error))
 
 
 def first_line(error: BaseException) -> str:

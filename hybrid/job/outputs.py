@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..records.whole import part_of
 from .errors import NO_ROOM, JobError, NoRoom
 from .reading import show
 
@@ -80,8 +81,7 @@ def check_new(path: Path, option: str = "--to") -> None:
             raise JobError(f"{option} {path}: is there already; valid: a path that is not")
         made = make_folder(path.parent)
         try:
-            # The longest name that is written before the file has its own.
-            part = path.with_name(f".{path.name}.{os.getpid()}.part")
+            part = part_of(path)  # the longest name that is written before the file has its own
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             part.unlink()
         finally:

@@ -253,7 +253,11 @@ def _others(job: Job) -> list[str]:
         rises = "is no less" if schedule.min_lr == job.optimizer.lr else "is more, so that it rises"
         text = f"schedule.min_lr = {schedule.min_lr}: optimizer.lr = {job.optimizer.lr} falls to it"
         found.append(f"{text}, and it {rises}; valid: less than optimizer.lr")
-    if guard and guard.max_in_a_row != 10 and guard.non_finite == guard.on_spike == "stop":
+    if (
+        guard
+        and guard.max_in_a_row != Guard.model_fields["max_in_a_row"].default
+        and guard.non_finite == guard.on_spike == "stop"
+    ):
         found.append("guard.max_in_a_row has no effect where the first such step ends the run")
     if job.launch.trust_pickle and job.model.weights is None:
         found.append("launch.trust_pickle has no effect without model.weights")

@@ -10,8 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
-from .errors import Stopped, Unsupported
-from .traces import is_raised_by
+from .errors import Unsupported, is_our_exit
 
 
 class _Left(SystemExit):
@@ -23,9 +22,9 @@ def passes(error: BaseException) -> bool:
 
     That is Ctrl-C, a signal that this package handles, a lack of memory, and the toolkit's own
     word that a strategy cannot run the job."""
-    if isinstance(error, (KeyboardInterrupt, MemoryError, Stopped, Unsupported)):
+    if isinstance(error, (KeyboardInterrupt, MemoryError, Unsupported)):
         return True
-    return isinstance(error, SystemExit) and not isinstance(error, _Left) and is_raised_by(error)
+    return is_our_exit(error) and not isinstance(error, _Left)
 
 
 @contextlib.contextmanager

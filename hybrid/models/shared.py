@@ -8,18 +8,16 @@ The file is in the temporary folder and has no name there, so that nothing of it
 ends a rank. The others open it by the first rank's descriptor, which Linux shows in /proc."""
 
 import contextlib
-import json
 import os
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from ..checkpoint.tensor_file import dtype_name, raw_bytes
+from ..checkpoint.tensor_file import blocks_of, part_of_tensor
 from ..job.errors import needs_room
 from ..job.schema import Job
 from ..launch.exchange import gather_objects
@@ -56,18 +54,11 @@ def write_nameless(tensors: Mapping[str, torch.Tensor]) -> int:
     """Write tensors, as safetensors lays them out, to a new file without a name.
 
     Returns its descriptor. Raises NoRoom, which names the temporary folder."""
-    header, end = dict[str, Any](), 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        of = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
-        header[name] = of | {"data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
+    parts = [part_of_tensor(name, t, tuple(t.shape)) for name, t in tensors.items()]
     folder = Path(tempfile.gettempdir())
     with needs_room(folder), naming(folder / WHAT), tempfile.TemporaryFile() as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(raw_bytes(tensor.reshape(-1)))
+        for _, block in blocks_of(parts):
+            file.write(block)
         file.flush()
         return os.dup(file.fileno())
 

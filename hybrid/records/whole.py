@@ -41,21 +41,30 @@ def naming(path: Path, part: Path | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def whole_path(path: Path) -> Iterator[Path]:
+    """Give a name to write a new file to, which becomes `path` when the context ends well.
+
+    Where it ends with an error, nothing of the new file stays."""
+    part = part_of(path)
+    with naming(path, part):
+        try:
+            yield part
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Give a new file to write and read, which becomes `path` when the context ends well.
 
     It is on the disk then, so that after a crash of the machine there is the old file or this one.
     Where the context ends with an error, nothing of the new file stays."""
-    part = part_of(path)
-    with naming(path, part), open(part, "x+b", opener=no_links) as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+    with whole_path(path) as part, open(part, "x+b", opener=no_links) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -127,10 +127,6 @@ class _Plan:
         ends = [part.stop - 1 for part in self.parts[:-1]]
         return [b for b in self.boundaries if b.after_layer in ends]
 
-    def fewer_stages(self, stages: int) -> str:
-        """Say how a job asks for so many stages."""
-        return _ask_for(self.name, stages)
-
     def other_cut(self) -> str:
         """Name the most even partition without faults, or say why there is none."""
         groups = cut_groups(self.sizes, self.barred)
@@ -138,7 +134,7 @@ class _Plan:
             return f"cut elsewhere: strategy.{self.name}.partition = {cut}"
         if len(groups) == 1:
             return "use a strategy without stages: no cut of these layers avoids it"
-        return f"use {len(groups)} stages at most ({self.fewer_stages(len(groups))})"
+        return f"use {len(groups)} stages at most ({_ask_for(self.name, len(groups))})"
 
 
 def _ask_for(name: str, stages: int) -> str:

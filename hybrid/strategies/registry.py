@@ -86,7 +86,7 @@ def plan(
     try:
         return layout, [*warnings, *_check(choice.job, choice.strategy, layout, summary)]
     except (JobError, LayoutError) as error:
-        raise _of_variant(choice, error) from None
+        raise of_variant(choice, error) from None
 
 
 def find_layout(
@@ -101,7 +101,7 @@ def find_layout(
         layout = _layout(choice, nproc)
         return layout, check_shares(choice.job, choice.strategy, layout, num_samples)
     except (JobError, LayoutError) as error:
-        raise _of_variant(choice, error) from None
+        raise of_variant(choice, error) from None
 
 
 def _layout(choice: Choice, nproc: int) -> Layout:
@@ -118,7 +118,7 @@ def _layout(choice: Choice, nproc: int) -> Layout:
         raise JobError(f"{given} raised {tell_error(error)}") from error
 
 
-def _of_variant(choice: Choice, error: ValueError) -> ValueError:
+def of_variant(choice: Choice, error: ValueError) -> ValueError:
     """Return an error of the job, with the name of the variant that it is about in front."""
     return type(error)(f"variant.{choice.name}: {error}") if choice.variant_of else error
 

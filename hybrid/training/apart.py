@@ -132,19 +132,15 @@ def main() -> None:
     except BaseException as error:
         if passes(error) and isinstance(error, SystemExit):
             raise
-        kind, message = kind_of(error), text_of(error)
+        found: dict[str, Any] = {"kind": kind_of(error), "message": text_of(error)}
         if isinstance(error, KeyboardInterrupt):  # by the user's code: Ctrl-C reaches the parent
-            message = f"the job's own code raised {tell_error(error)}"
-            answer = {"error": {"kind": "job", "message": message}}
-        elif isinstance(error, CheckFailed):
-            answer = {"error": {"kind": kind, "message": message}}
+            found = {"kind": "job", "message": f"the job's own code raised {tell_error(error)}"}
         elif isinstance(error, ModuleNotFoundError):
-            answer = {"error": {"kind": "missing", "message": message, "name": error.name}}
-        else:
-            if kind == "error":
-                traceback.print_exc()
-                message = f"checking the job: {tell_error(error)}"
-            answer = {"error": {"kind": kind, "message": message}}
+            found |= {"kind": "missing", "name": error.name}
+        elif found["kind"] == "error" and not isinstance(error, CheckFailed):
+            traceback.print_exc()
+            found["message"] = f"checking the job: {tell_error(error)}"
+        answer = {"error": found}
     Path(sys.argv[2]).write_text(json.dumps(answer))  # a file without a name
 
 

@@ -43,16 +43,20 @@ def check_run(job: Job, name: str, nproc: int) -> None:
 
 def _check_runs(job: Job, names: Sequence[str], nproc: int, alone: bool) -> None:
     """Check what is known of each run, and print warnings."""
+    layouts, layers = list[tuple[Choice, Layout]](), count_layers(job)
     for name in names:
+        choice = resolve(job, name)
         try:
-            check_layout(job, name, nproc)
+            layout, _ = registry.find_layout(job, name, nproc)
+            layouts.append((choice, layout))
+            _check_stages(choice, layout, layers)
         except LayoutError as error:
             raise JobError(f"{error} (--nproc {nproc})") from None
         except Unsupported:
             if alone:
                 raise
     check_fit(job)
-    print_warnings(unused_degrees(job, names, nproc))
+    print_warnings(_unused_degrees(job, layouts, nproc))
 
 
 def count_processes(job: Job, names: Sequence[str], nproc: int | None, here: bool = True) -> int:
@@ -72,22 +76,18 @@ def count_processes(job: Job, names: Sequence[str], nproc: int | None, here: boo
     return most
 
 
-def check_layout(job: Job, name: str, nproc: int) -> None:
-    """Check the layout of a strategy or variant; raises JobError, LayoutError or Unsupported."""
-    layout, _ = registry.find_layout(job, name, nproc)
-    choice, layers = resolve(job, name), count_layers(job)
+def _check_stages(choice: Choice, layout: Layout, layers: int | None) -> None:
+    """Check a run's stages, where the number of layers is known; raises JobError or Unsupported."""
     if not layers or layout.pp == 1:
         return
     if problem := too_many_stages(choice.strategy, layout.pp, layers):
         raise Unsupported(problem)
     cut = getattr(choice.job.settings(choice.strategy), "partition", None)
-    if isinstance(cut, list) and job.model.name in FAMILIES:
+    if isinstance(cut, list) and choice.job.model.name in FAMILIES:
         try:
             partition(cut, [1] * layers, layout.pp)
         except JobError as error:
-            raise JobError(
-                f"variant.{name}: {error}" if choice.variant_of else str(error)
-            ) from None
+            raise registry.of_variant(choice, error) from None
 
 
 def default_nproc(job: Job) -> int:
@@ -96,17 +96,11 @@ def default_nproc(job: Job) -> int:
     return (p.pp or 1) * (p.dp or 1) if p.pp or p.dp else (p.replicate or 1) * (p.shard or 2)
 
 
-def unused_degrees(job: Job, names: Sequence[str], nproc: int) -> list[str]:
-    """Return a line for each degree in [parallel] that no run among `names` has.
+def _unused_degrees(job: Job, layouts: Sequence[tuple[Choice, Layout]], nproc: int) -> list[str]:
+    """Return a line for each degree in [parallel] that none of the runs has.
 
     Strategies with one axis put all processes on it, whatever the degrees say. A run on so many
     processes as the degree asks for has it all the same."""
-    layouts = list[tuple[Choice, Layout]]()
-    for name in names:
-        try:
-            layouts.append((resolve(job, name), registry.find_layout(job, name, nproc)[0]))
-        except (JobError, LayoutError, Unsupported):
-            continue
     found = []
     for key in DEGREES:
         asked = getattr(job.parallel, key)

@@ -20,7 +20,7 @@ from ..job.variants import Choice
 from ..records import Record, Status
 from ..records.whole import remove_parts, write_whole
 from .branches import BRANCHES
-from .leftovers import FINAL, STEPS, check_run, list_saved, remove
+from .leftovers import FILES, FINAL, STEPS, check_run, list_saved, remove
 
 
 def begin_run(
@@ -46,7 +46,7 @@ def begin_run(
             with contextlib.suppress(OSError):  # there is none, or files of others in it
                 (out / CHECKPOINTS).rmdir()
         # What a killed run may have left.
-        remove_parts(*(out / name for name in (STEPS, "record.json", "job.json")))
+        remove_parts(*(out / name for name in FILES))
         shutil.rmtree(out / BRANCHES, ignore_errors=True)
         record = Record(choice.name, "running", variant_of=choice.variant_of, comparison=comparison)
         records.write(record, out / "record.json")

@@ -5,7 +5,6 @@ starts the ranks where no other launcher has; comparisons call it too. `hybrid.r
 what a run leaves in its folder. No torch until a job is checked."""
 
 import dataclasses
-import json
 import os
 import signal
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 
 from .. import records
 from ..job.errors import Failure, JobError, RunFailed, Stopped, needs_room
+from ..job.file import to_dict
 from ..job.schema import Job
 from ..job.variants import Choice, resolve, warnings_of
 from ..launch.accelerate_env import check_started
@@ -198,10 +198,9 @@ def launch(
     options = {"--strategy": strategy, "--out": out, "--until": until}
     options["--resume"] = chosen.folder if chosen else None
     arguments = ["train", str(file), *_given(options)]
-    run: Callable[..., None] = _run_by_launcher if isinstance(program, Launcher) else _run_here
     try:
-        run(program, choice, nproc, arguments, out, watcher, _cores_for(choice, cores_for))
-        record = records.read(Record, out / "record.json")
+        _run(job, program, choice, nproc, arguments, out, watcher, _cores_for(choice, cores_for))
+        record = _read_result(out, program)
         record = add_warnings(out, record, [x for x in warnings if x not in record.warnings])
     except BaseException as raised:
         error = _explained(raised, job, strategy, nproc, out)
@@ -218,8 +217,9 @@ def modules_of(strategy: str, program: Starter | None) -> Sequence[str]:
     return () if isinstance(program, Launcher) else registry.modules(strategy)
 
 
-def _run_here(
-    program: Program | None,
+def _run(
+    job: Job,
+    program: Starter | None,
     choice: Choice,
     nproc: int,
     arguments: list[str],
@@ -227,30 +227,27 @@ def _run_here(
     watcher: Watcher,
     cores_for: int | None,
 ) -> None:
-    arguments = [*arguments, "--parent", str(os.getpid())]
-    rest = registry.modules(choice.strategy), cores_for, choice.job.checkpoint.every is not None
-    run_ranks(nproc, arguments, out, watcher.poll, program or PROGRAM, *rest, says_end=True)
-
-
-def _run_by_launcher(
-    launcher: Launcher,
-    choice: Choice,
-    nproc: int,
-    arguments: list[str],
-    out: Path,
-    watcher: Watcher,
-    cores_for: int | None,
-) -> None:
-    packed = pack_job(json.loads((out / "job.json").read_text()), nproc)
-    arguments = [*arguments, "--launched", packed]
+    """Run the ranks as processes of a launcher, or else of this one."""
     stops = choice.job.checkpoint.every is not None
-    run_by_launcher(launcher, nproc, arguments, out, watcher.poll, cores_for, stops)
-    if records.read(Record, out / "record.json").status == "running":  # as this process began it
+    if not isinstance(program, Launcher):
+        arguments = [*arguments, "--parent", str(os.getpid())]
+        rest = program or PROGRAM, registry.modules(choice.strategy), cores_for, stops
+        run_ranks(nproc, arguments, out, watcher.poll, *rest, says_end=True)
+        return
+    arguments = [*arguments, "--launched", pack_job(to_dict(job), nproc)]
+    run_by_launcher(program, nproc, arguments, out, watcher.poll, cores_for, stops)
+
+
+def _read_result(out: Path, program: Starter | None) -> Record:
+    """Return the record that rank 0 has left; raises LauncherFailed where it is not here."""
+    record = records.read(Record, out / "record.json")
+    if isinstance(program, Launcher) and record.status == "running":  # as this process began it
         message = (
             f"ended well, and rank 0 has left no result in {out / 'record.json'}: it must write to "
             "a file system that this host sees"
         )
-        raise LauncherFailed(Failure(0, message, ""), launcher.name)
+        raise LauncherFailed(Failure(0, message, ""), program.name)
+    return record
 
 
 def _begin(

@@ -131,7 +131,12 @@ def check_set(trial: Trial, scores: Scores, test: Sequence[Any]) -> Finding | No
     for side, samples in (("train", trial.samples), ("test", test)):
         if isinstance(samples, JobSet) and samples.collate is not None:
             continue  # it may change them
-        base, places = find_base(samples, list(range(min(len(samples), MOST_ROWS))))
+        base, _ = find_base(samples, [])
+        whole = reader_of(base) is TensorDataset
+        if not whole and type(base) not in (list, tuple):
+            continue
+        most = MOST_ROWS if whole else MOST_SAMPLES
+        _, places = find_base(samples, list(range(min(len(samples), most))))
         for i, target in enumerate(_targets(base, places)):
             found = _first_beyond(target, scores) if _is_classes(target) else None
             if found:
@@ -147,7 +152,7 @@ def _targets(base: Any, places: list[int]) -> Sequence[torch.Tensor]:
         return [target if whole else target[places]]
     if type(base) not in (list, tuple):
         return []
-    found = [split_sample(base[place])[1] for place in places[:MOST_SAMPLES]]
+    found = [split_sample(base[place])[1] for place in places]
     return [
         torch.as_tensor(y)[None] if isinstance(y, (int, torch.Tensor)) else _NONE for y in found
     ]
@@ -155,10 +160,6 @@ def _targets(base: Any, places: list[int]) -> Sequence[torch.Tensor]:
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _NONE = torch.zeros(1)  # of a sample whose target is no class
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) or type(value) is int
 
 
 def _is_classes(target: torch.Tensor) -> bool:
