@@ -44,7 +44,16 @@ def test_what_a_full_output_lacks_is_said_and_a_reader_that_left_is_not(tmp_path
     assert (left.returncode, left.stderr) == (0, b"")
 
 
-def test_a_run_in_a_strange_folder_with_its_output_closed(tmp_path: Path) -> None:
+def test_too_few_open_files_are_refused_before_any_process_starts(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text(json.dumps(SMALL))
+    done = shell(f"ulimit -n 30; {HYBRID} train job.json --strategy ddp --nproc 4", tmp_path)
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1), done.stderr.decode()
+    assert b"--nproc: a process of 4 has 33 files open or more, and here" in done.stderr
+
+
+def test_a_run_in_a_strange_folder_with_its_output_closed_and_few_open_files(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / os.fsdecode(b"n\xff\x1b[31m")
     folder.mkdir()
     for name in HIDDEN:
@@ -52,7 +61,7 @@ def test_a_run_in_a_strange_folder_with_its_output_closed(tmp_path: Path) -> Non
     (folder / "job.json").write_text(json.dumps(SMALL))
     words = "compare job.json --strategies single,ddp --nproc 2 --set train.steps=2 --out"
     out = folder / "out"
-    done = shell(f'{HYBRID} {words} "$PWD/out" >&-', folder)
+    done = shell(f'ulimit -n 64; {HYBRID} {words} "$PWD/out" >&-', folder)
     assert done.returncode == 0, done.stderr.decode()
     assert b"warm process has ended" not in done.stderr
     assert json.loads((out / "compare.json").read_text())["ok"]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from .threads import num_cores
 from .variable_check import MOST_RANKS
 
 PER_CORE = 64  # so many processes of one core do nothing but wait for one another
+FILES_OF_A_RANK, FILES_PER_PEER = 24, 3  # ddp with 1 to 8 ranks over gloo ends early with fewer
 
 
 def most_processes() -> int:
@@ -29,6 +31,22 @@ def check_processes(asked: Any, given: str, here: bool = True) -> None:
         host = f"this host has {cores} {'core' if cores == 1 else 'cores'}"
         why = f", and {host}" if here else ""
         raise JobError(f"{given}: {show(asked)} processes{why}; valid: 1 to {most}")
+    if here:
+        _check_open_files(asked, given)
+
+
+def _check_open_files(ranks: int, given: str) -> None:
+    """Raise JobError if a rank may surely not have as many files open as it needs (ulimit -n)."""
+    if sys.platform == "win32":
+        return
+    from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit
+
+    needed, limit = FILES_OF_A_RANK + FILES_PER_PEER * (ranks - 1), getrlimit(RLIMIT_NOFILE)[0]
+    if limit != RLIM_INFINITY and limit < needed:
+        raise JobError(
+            f"{given}: a process of {ranks} has {needed} files open or more, and here it may have "
+            f"{limit}; valid: `ulimit -n {max(64, 2 * needed)}` before the command"
+        )
 
 
 def check_workers(workers: int, ranks: int) -> None:
