@@ -7,7 +7,6 @@ killed has no results and is not kept, nor is one with a failed run where a bett
 """
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -90,13 +89,13 @@ def make_way(out: Path, new: str) -> str:
     kept = out / PREVIOUS / MOVED
     if not kept.exists():
         return ""
-    date = _read(kept).get("comparison") or "before"
+    date = records.load_object(kept).get("comparison") or "before"
     return f"{kept.parent} keeps the comparison {date} until one in {out} has ended well"
 
 
 def _ended_well(out: Path) -> bool:
     """Tell whether no run of the comparison in `out` failed or was interrupted."""
-    runs = _read(out / RESULTS[0]).get("strategies")
+    runs = records.load_object(out / RESULTS[0]).get("strategies")
     return isinstance(runs, dict) and all(
         isinstance(run, dict) and run.get("status") != "failed" for run in runs.values()
     )
@@ -110,7 +109,7 @@ def finish_move(out: Path) -> None:
             half.unlink()
         remove_empty(part, [])
         return
-    moved = _read(part / MOVED)
+    moved = records.load_object(part / MOVED)
     labels = [*_plain(moved.get("runs", []))]
     move(_list_all(out, labels), out, part)
     _remove_empty(out, labels)
@@ -125,7 +124,7 @@ def finish_move(out: Path) -> None:
 def remove_previous(out: Path) -> None:
     """Remove what was kept of the comparison before, and nothing else there."""
     kept = out / PREVIOUS
-    labels = [*_plain(_read(kept / MOVED).get("runs", []))]
+    labels = [*_plain(records.load_object(kept / MOVED).get("runs", []))]
     if (kept / MOVED).exists():
         remove([*_list_all(kept, labels), kept / MOVED])
         _remove_empty(kept, labels)
@@ -133,7 +132,7 @@ def remove_previous(out: Path) -> None:
 
 def read_id(out: Path) -> str | None:
     """Return the `id` of the comparison in `out`, None where it has none."""
-    found = _read(out / SESSION).get("id")
+    found = records.load_object(out / SESSION).get("id")
     return found if isinstance(found, str) else None
 
 
@@ -146,21 +145,17 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _labels_of(out: Path) -> list[str]:
     """Return the names of the runs of the comparison in `out`: by its results, and by its `id`."""
-    old, result = read_id(out), _read(out / RESULTS[0])
+    old, result = read_id(out), records.load_object(out / RESULTS[0])
     held = [result.get(key) for key in ("strategies", "controls")]
     named = [name for runs in held if isinstance(runs, dict) for name in runs]
     folders = [path.name for path in out.iterdir() if path.is_dir()] if old else []
-    own = [name for name in folders if _read(out / name / "record.json").get("comparison") == old]
+    own = [
+        name
+        for name in folders
+        if records.load_object(out / name / "record.json").get("comparison") == old
+    ]
     return [*dict.fromkeys([*_plain(named), *own])]
 
 

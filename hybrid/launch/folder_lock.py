@@ -16,14 +16,13 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
 
 from ..job.errors import JobError
 from ..job.outputs import make_folder, makes, remove_folders
-from ..records import PROXY
+from ..records import PROXY, load_object
 
 LOCK = "hybrid.lock"
 LOOKS_S = 0.3  # in which another command that merely looks at the lock has let go of it
@@ -152,22 +151,13 @@ def _unlock(descriptor: int, path: Path) -> None:
 
 
 def _in_use(folder: Path, path: Path) -> str:
-    holder = _read(path)
+    holder = load_object(path)
     who = "another command"
     if holder:
         who = f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
         who += f" ({str(holder.get('command'))[:200]})"
     whose = "is" if path.parent == _real(folder) else f"{path.parent} is"
     return f"--out {folder}: {whose} in use by {who}; valid: another --out, or wait for its end"
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    """Return what a lock's file says, nothing where it says nothing yet."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_bytes())
-        if isinstance(found, dict):
-            return found
-    return {}
 
 
 def _is_locked(path: Path) -> bool:
@@ -209,7 +199,7 @@ def refuse_held(folder: Path, launch: str | None = None) -> None:
 
 
 def _is_of(path: Path, launch: str | None) -> bool:
-    return launch is not None and _read(path).get("launch") == launch
+    return launch is not None and load_object(path).get("launch") == launch
 
 
 def hold_log(log: Path) -> None:

@@ -254,9 +254,18 @@ def load(path: Path) -> Any:
     if path.exists() and not path.is_file():
         raise ValueError(f"{path.name}: is no regular file")
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except RecursionError:
         raise ValueError(f"{path.name}: is nested too deeply") from None
+
+
+def load_object(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file; nothing where there is none, or one that cannot be read."""
+    try:
+        found = load(path)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_line(line: str | bytes) -> dict[str, Any]:

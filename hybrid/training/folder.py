@@ -56,10 +56,7 @@ def begin_run(
 
 def comparison_of(out: Path) -> str | None:
     """Return the `id` of the comparison of which the run in `out` is one, as it began."""
-    try:
-        found = json.loads((out / "record.json").read_text())["comparison"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    found = records.load_object(out / "record.json").get("comparison")
     return found if isinstance(found, str) else None
 
 
