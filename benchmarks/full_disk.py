@@ -189,6 +189,7 @@ def main() -> int:
     given = parser.parse_args()
     rows = [run_case(name, given.out.absolute()) for name in given.only.split(",")]
     lines = ["# A full disk", "", f"Machine: {summarise_machine()}.", ""]
+    lines += ["Command: `python -m benchmarks.full_disk --out DIR`.", ""]
     lines += ["| moment | what the command said | wrong |", "|---|---|---|"]
     lines += [f"| {r['name']} | {r['said']} | {'; '.join(r['problems']) or '-'} |" for r in rows]
     (given.out / "full_disk.md").write_text("\n".join(lines) + "\n")
