@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from hybrid.records import EvalResult, Memory, Record, StepRecord, Throughput
+from hybrid.report.formats import format_count, format_time
 from hybrid.training import progress
-from hybrid.training.progress import NUMBERS, Progress, format_count, format_time, table, time
+from hybrid.training.progress import NUMBERS, Progress, table, time
 
 GIB = 2**30
 

@@ -9,11 +9,14 @@ from ..job.arguments import (
     CheckpointPath,
     EvalOut,
     FreshRanks,
+    Hidden,
     JobOfCheckpoint,
     Json,
     Nproc,
     Overrides,
+    Prompt,
     Seed,
+    Temperature,
     Tokens,
     TopK,
     Trust,
@@ -43,7 +46,7 @@ def evaluate(
     fresh_ranks: FreshRanks = False,
     trust: Trust = False,
     json: Json = False,
-    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+    parent: Hidden = None,
 ) -> None:
     """Evaluate a checkpoint as its run does, under any strategy; writes OUT/eval.json."""
     from .. import records
@@ -101,9 +104,9 @@ def generate(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run's folder, OUT or OUT/STRATEGY; a step's.")
     ],
-    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
+    prompt: Prompt = "",
     tokens: Tokens = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    temperature: Temperature = 0.8,
     top_k: TopK = None,
     seed: Seed = 0,
     job: JobOfCheckpoint = None,
