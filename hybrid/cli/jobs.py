@@ -14,8 +14,7 @@ READERS = {"compare", "train", "check", "doctor", "eval", "export", "sample", "g
 def check_surroundings(command: str | None) -> None:
     """Raise JobError where the working folder is gone, or a launcher's variables make no sense.
 
-    Ranks of our own are not held against these: the process that started them has read what it
-    handed on, and set the rest."""
+    The variables of our own ranks are looked at when they find their place."""
     if command in ("strategies", None) or "--help" in sys.argv:
         return
     try:
