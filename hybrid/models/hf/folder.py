@@ -69,8 +69,8 @@ def _check_config(folder: Path) -> None:
     kind = values.get("model_type")
     if isinstance(kind, str) and not _may_be_known(kind):
         raise ValueError(
-            f"{file.name}: model_type = {show(kind)}: transformers has no such model, and code that "
-            "a folder brings is not run; valid: a type that transformers has"
+            f"{file.name}: model_type = {show(kind)}: transformers has no such model, and code "
+            "that a folder brings is not run; valid: a type that transformers has"
         )
 
 
