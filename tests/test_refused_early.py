@@ -29,6 +29,7 @@ COMMANDS: list[tuple[list[str], str]] = [
     (["generate", "x", "--seed", "-1"], "'--seed': '-1': valid: 0 up to"),
     (["generate", JOB], "linear.toml: is no folder; valid: the folder of"),
     (["export", "/", "--to", "x", "--job", "nosuch"], "nosuch: cannot be read: No such file"),
+    (["eval", "/", "--set", "="], "--set '=': write a.b=value"),
     (["eval", "/", "--job", JOB, "--set", "train.steps=x"], "train.steps = 'x'"),
     (["generate", "x", "--prompt", "\udcff"], "'--prompt': '\\udcff': is not UTF-8 text"),
     (["train", JOB, "--strategy", "single", "--resume", "n" * 300], "is no folder; valid: auto"),

@@ -43,8 +43,10 @@ def _check_given(folder: Path, job: Path | None, overrides: list[str] | None) ->
     The job of the folder itself is read later, with the rest of what is there."""
     from ..checkpoint.names import VALID
     from ..job.errors import JobError
-    from ..job.file import load_job
+    from ..job.file import load_job, parse_pair
 
+    for text in overrides or ():
+        parse_pair(text)
     if not os.path.isdir(folder):
         raise JobError(f"{folder}: is no folder; {VALID}")
     if job is not None:
