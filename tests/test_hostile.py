@@ -43,6 +43,8 @@ FAULTS = {
     "a temporary file": ("open('../tmp/x', 'w'); " + LINE, "left in TMPDIR: tmp/x"),
     "code that ran": (f"open('../{SANDBOX}', 'w'); " + LINE, "code was run"),
 }  # fmt: skip
+# Cases of seed 0 that broke the contract once, and are cheap.
+MENDED = [("flags", 44), ("flags", 63), ("flags", 84), ("flags", 132), ("surroundings", 36)]
 
 
 def lay(folder: Path) -> None:
@@ -75,6 +77,24 @@ def test_a_right_end_passes(tmp_path: Path) -> None:
     assert judged(ours + LINE, tmp_path / "case") == []
 
 
+def test_what_a_users_module_prints_is_the_users_as_it_is_and_no_more(tmp_path: Path) -> None:
+    def said(text: str) -> list[str]:
+        case = Case("planted", 0, "planted", ["train"], prints="\x1b[31mred")
+        return judge.judge_words(case, 2, "", text + "hybrid: --out\n")[0]
+
+    assert said("\x1b[31mred\n") == []
+    assert "control characters" in said("\x1b[31mredder\n")[-1]
+    assert "control characters" in said("\x1b[31m\n")[-1] and "2 lines" in said("red\n")[0]
+
+
+def test_folders_on_the_way_to_the_results_may_be_made(tmp_path: Path) -> None:
+    code = "import os; os.makedirs('a/b/c'); os.makedirs('a/b2'); open('a/x', 'w'); " + LINE
+    case = Case("planted", 0, "planted", ["train"], out=("a/b/c",))
+    program = (sys.executable, "-S", "-c", "import sys; " + code)
+    found = judge.run(case, tmp_path / "case", ROOT, program).problems
+    assert found == ["made outside --out: here/a/b2", "made outside --out: here/a/x"]
+
+
 def test_cases_depend_on_their_seed_and_number_alone() -> None:
     first, again, other = (
         plan(520, 0, list(NAMES)),
@@ -103,6 +123,8 @@ def test_a_few_real_cases_hold_and_are_kept_as_rows(tmp_path: Path) -> None:
     given = [c for c in given if c.arguments[0] in ("train", "check", "compare", "doctor")][:5]
     given += [c for c in plan(90, 3, ["jobs"]) if c.what.startswith("malformed")][:4]
     rows = [run_case(case, 3, ROOT, None) for case in given]
+    mended = [draw(0, kind, number) for kind, number in MENDED]
+    assert [run_case(case, 0, ROOT, None)["problems"] for case in mended] == [[]] * len(MENDED)
     assert [row["problems"] for row in rows] == [[]] * 9
     assert all(row["status"] == 2 and row["cpu_s"] < 2 for row in rows)
     page = summarise(rows, "command")

@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from hybrid.records import EvalResult, Memory, Record, StepRecord, Throughput
+from hybrid.report.formats import format_count, format_time
 from hybrid.training import progress
-from hybrid.training.progress import NUMBERS, Progress, format_count, format_time, table, time
+from hybrid.training.progress import NUMBERS, Progress, table, time
 
 GIB = 2**30
 
@@ -46,10 +47,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def watcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clock: list[float]) -> Progress:
-    """A watcher outside a terminal, always due, of a run of ten steps."""
+    """A watcher outside a terminal, always due, of a run of ten steps that has said it starts."""
     monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.0)
     made = Progress()
     made.started("fsdp", 10, tmp_path)
+    made.poll()
     return made
 
 
@@ -167,11 +169,11 @@ def test_in_the_process_that_trains_it_reads_when_it_is_due(
 ) -> None:
     watcher = Progress(shared=True)
     watcher.started("ddp", 0, tmp_path)
-    assert capsys.readouterr().err == "ddp: starting\n"
-    for number in (0, 1):
+    assert capsys.readouterr().err == ""
+    for number, said in ((0, "ddp: starting\n"), (1, "")):
         append(tmp_path, step(number))
         watcher.follow(record().steps[number], 10)
-        assert capsys.readouterr().err == "" and watcher.offset == 0
+        assert capsys.readouterr().err == said and watcher.offset == 0
     clock[0] += 10
     watcher.follow(record().steps[1], 10)
     assert "ddp: step 2/10, loss" in capsys.readouterr().err
@@ -184,11 +186,26 @@ def test_steps_of_an_earlier_run_are_not_shown(
     append(tmp_path, step(7))
     watcher = Progress()
     watcher.started("fsdp", 10, tmp_path)
-    assert shown(watcher, capsys) == ""
+    assert shown(watcher, capsys) == "fsdp: starting, 10 steps\n"
     append(tmp_path, step(0))
     watcher.poll()
     watcher.started("zero1", 10, tmp_path)
-    assert shown(watcher, capsys) == "", "nor those of the run before"
+    said = shown(watcher, capsys)
+    assert said == "zero1: starting, 10 steps\n", "nor those of the run before"
+
+
+def test_a_run_that_is_refused_leaves_no_line_beside_that_of_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], clock: list[float]
+) -> None:
+    watcher = Progress()
+    watcher.started("fsdp", 10, tmp_path)
+    watcher.poll()
+    watcher.refused("fsdp")
+    clock[0] += 100
+    assert shown(watcher, capsys) == "" and not watcher.rows
+    watcher.started("ddp", 10, tmp_path)
+    watcher.finished("ddp", Record("ddp", "failed", "it broke"))
+    assert capsys.readouterr().err == "ddp: starting, 10 steps\nddp: failed: it broke\n"
 
 
 def record(**changes: Any) -> Record:

@@ -78,6 +78,24 @@ def test_the_run_that_was_off_gives_up_its_name_and_folder(off: str, tmp_path: P
     assert controls.keys() == {"single_again", "single_off"}
 
 
+def test_a_run_moves_beside_what_a_tracker_and_a_person_keep_there(tmp_path: Path) -> None:
+    runs = {"single": OFF, "single_again": GOOD, "single_third": GOOD}
+    for name in runs:
+        (tmp_path / name / "trackers" / f"events of {name}").mkdir(parents=True)
+        (tmp_path / name / "steps.jsonl").write_text(name)
+    kept = tmp_path / "single_off"  # by the comparison before, which had the same fault
+    (kept / "trackers" / "events of then").mkdir(parents=True)
+    for file in ("steps.jsonl", "mine.txt"):
+        (kept / file).write_text("then")
+    main, controls = {"single": OFF.record}, {n: GOOD.record for n in runs if n[6:]}
+    assert settle("single", main, controls, tmp_path, lambda name: runs[name], rule())
+    there = {path.name: path.read_text() for path in kept.iterdir() if path.is_file()}
+    assert there == {"steps.jsonl": "single", "mine.txt": "then"}
+    events = {path.name for path in (kept / "trackers").iterdir()}
+    assert events == {"events of then", "events of single"}
+    assert (tmp_path / "single" / "steps.jsonl").read_text() == "single_again"
+
+
 def suspect(**runs: Run) -> dict[str, Parity]:
     """Verdicts on runs whose names begin with their engine's, against GOOD."""
     parity = {n: compare_runs(run, GOOD, "single", rule()) for n, run in runs.items()}

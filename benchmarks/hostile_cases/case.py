@@ -33,7 +33,8 @@ class Case:
     words: each must stand in the line on what is wrong, `a|b` means one of the two. starts: a
     process has to start, or the user's code to run, before the fault can be known, so that the
     limit on CPU time does not hold. own_code: a traceback of the user's own code is shown. out:
-    where the command may write. guarded: files there that it may not change all the same."""
+    where the command may write. guarded: files there that it may not change all the same. prints:
+    a line that the user's own module prints, which is the user's and no part of what is judged."""
 
     kind: str
     number: int
@@ -48,6 +49,7 @@ class Case:
     own_code: bool = False
     out: Sequence[str] = ("out",)
     guarded: Sequence[str] = ()
+    prints: str = ""
     limit_s: float = LIMIT_S
 
     @property

@@ -52,6 +52,7 @@ RAISES = {
     "os.abort()": "os.abort()",
 }
 DIES = ("os._exit(0)", "os._exit(7)", "SIGKILL of itself", "SIGSEGV of itself", "os.abort()")
+PRINTED = "\x1b[31mred"
 GOOD = {
     "model": "def make():\n"
     "    return nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 2)), nn.CrossEntropyLoss()\n",
@@ -155,7 +156,7 @@ BROKEN = {
     "make is a coroutine": "async def make(): pass\n",
     "make is a generator": "def make():\n    yield 1\n", "make is a class": "class make: pass\n",
     "a million levels": "x = " + "(" * 5000 + ")" * 5000 + "\n",
-    "print at import": "print('\\x1b[31mred')\ndef make(): pass\n",
+    "print at import": f"print({PRINTED!r})\ndef make(): pass\n",
     "it imports hybrid": "import hybrid.cli\nhybrid.cli.main()\n",
     "it changes folder": "import os\nos.chdir('/')\ndef make(): pass\n",
 }  # fmt: skip
@@ -246,9 +247,9 @@ def broken(draw: random.Random, number: int) -> Case:
     """Have a module that is no module, or a function that is none."""
     key, section = draw.choice(list(BROKEN)), draw.choice(list(PLACES))
     late = section in ("optimizer", "schedule", "metric")
-    return _case(
-        draw, number, f"{section}: {key}", section, BROKEN[key], ends=WRONG | {1} if late else WRONG
-    )
+    ends = WRONG | {1} if late else WRONG
+    printed = PRINTED if key == "print at import" else ""
+    return _case(draw, number, f"{section}: {key}", section, BROKEN[key], ends=ends, prints=printed)
 
 
 TAKEN = [raises, returns, raises, raises_inside, returns, broken, raises, returns]

@@ -200,6 +200,9 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any], case: Case) -> 
         ours = ours and path not in [f"here/{name}" for name in case.guarded]
         if path not in after and not ours:
             found.append(f"removed: {path}")
+        elif path not in before and any(r.startswith(f"{path}/") for r in roots):
+            if not stat.S_ISDIR(after[path][0]):
+                found.append(f"made on the way to --out, and no folder: {path}")
         elif path not in before and root is None:
             found.append(f"made outside --out: {path}")
         elif path in before and path in after and before[path] != after[path] and not ours:
@@ -210,6 +213,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any], case: Case) -> 
 def judge_words(case: Case, status: int, out: str, err: str) -> tuple[list[str], str]:
     """Return what is wrong with the status and with what was printed, and the line of ours."""
     problems = []
+    out, err = (_without(case.prints, text) for text in (out, err))
     if status not in case.ends:
         problems.append(f"status {status}, not {' or '.join(map(str, sorted(case.ends)))}")
     lines = [line for line in err.splitlines() if line.strip() and not line.startswith(NOISE)]
@@ -230,6 +234,11 @@ def judge_words(case: Case, status: int, out: str, err: str) -> tuple[list[str],
     if any(c in out + err for c in ("\x1b", "\0", "\x07")):
         problems.append("control characters on the terminal")
     return problems, line[:400]
+
+
+def _without(line: str, text: str) -> str:
+    """Return a text without a line of the user's own, wherever it stands whole and as it is."""
+    return "\n".join(x for x in text.split("\n") if not line or x != line)
 
 
 def clear(folder: Path) -> None:

@@ -144,7 +144,7 @@ def own_module(draw: random.Random, number: int) -> Case:
 FOLDERS: dict[str, str] = {
     "is no UTF-8": "cd $'x\\xff'", "has a newline": "cd $'a\\nb'", "has spaces": "cd 'a b'",
     "has a colon": "cd a:b",
-    "is gone": "cd gone; rmdir ../gone", "is the root": "cd /", "is /proc": "cd /proc",
+    "is gone": "mkdir gone; cd gone; rmdir ../gone", "is the root": "cd /", "is /proc": "cd /proc",
     "is deep": "cd deep/$(printf 'd/%.0s' {1..100})",
     "is called as a package": "cd torch", "has an escape": "cd $'\\x1b[31m'",
     "is a link": "cd link",
@@ -159,7 +159,6 @@ def working_folder(draw: random.Random, number: int) -> Case:
         "a\nb",
         "a b",
         "a:b",
-        "gone",
         "deep/" + "d/" * 100,
         "torch",
         "\x1b[31m",

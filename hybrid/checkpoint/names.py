@@ -1,6 +1,7 @@
 """This module names the folders of checkpoints. No torch here."""
 
 CHECKPOINTS = "checkpoints"  # in a run's folder
+VALID = "valid: the folder of a checkpoint, of a run, or of its final weights"
 
 
 def step_name(step: int) -> str:

@@ -7,6 +7,7 @@ https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only"""
 
 import io
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -140,7 +141,9 @@ def load(source: Path | io.BytesIO, name: str = "") -> Any:
     """Return what torch's restricted loader reads; raises JobError with the reason it gives."""
     mapped = isinstance(source, Path) and zipfile.is_zipfile(source)
     try:
-        with torch.serialization.safe_globals(STAND_INS):
+        # torch warns of pickles that it then reads or refuses: what is said of them is ours to say.
+        with warnings.catch_warnings(), torch.serialization.safe_globals(STAND_INS):
+            warnings.simplefilter("ignore")
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped or None)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "Unsupported" in line]

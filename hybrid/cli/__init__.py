@@ -18,6 +18,7 @@ from ..job.arguments import (
     CompareOut,
     FreshRanks,
     GoOn,
+    Hidden,
     Interrupt,
     JobFile,
     Json,
@@ -128,8 +129,8 @@ def train(
     allow_known_bad: KnownBad = False,
     trust_pickle: TrustPickle = False,
     json: Json = False,
-    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
-    until: Annotated[int | None, typer.Option(hidden=True)] = None,
+    parent: Hidden = None,
+    until: Hidden = None,
     launched: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Run the job once, on a launcher's processes or on `--nproc` of its own."""

@@ -1,5 +1,6 @@
 """This module has the commands on checkpoints: inspect, eval, export, generate."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,11 +10,14 @@ from ..job.arguments import (
     CheckpointPath,
     EvalOut,
     FreshRanks,
+    Hidden,
     JobOfCheckpoint,
     Json,
     Nproc,
     Overrides,
+    Prompt,
     Seed,
+    Temperature,
     Tokens,
     TopK,
     Trust,
@@ -33,6 +37,22 @@ def inspect(
     raise typer.Exit(1 if found.problems else 0)
 
 
+def _check_given(folder: Path, job: Path | None, overrides: list[str] | None) -> None:
+    """Refuse what the command line shows to be wrong before torch is imported: that takes a second.
+
+    The job of the folder itself is read later, with the rest of what is there."""
+    from ..checkpoint.names import VALID
+    from ..job.errors import JobError
+    from ..job.file import load_job, parse_pair
+
+    for text in overrides or ():
+        parse_pair(text)
+    if not os.path.isdir(folder):
+        raise JobError(f"{folder}: is no folder; {VALID}")
+    if job is not None:
+        load_job(job, overrides or ())
+
+
 def evaluate(
     checkpoint: CheckpointPath,
     strategy: Annotated[str, typer.Option(help="The strategy that evaluates.")] = "single",
@@ -43,13 +63,14 @@ def evaluate(
     fresh_ranks: FreshRanks = False,
     trust: Trust = False,
     json: Json = False,
-    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+    parent: Hidden = None,
 ) -> None:
     """Evaluate a checkpoint as its run does, under any strategy; writes OUT/eval.json."""
     from .. import records
     from ..launch.placement import find_placement
     from ..training.claiming import claim_for_eval
 
+    _check_given(checkpoint, job, overrides)
     with claim_for_eval(out, find_placement(started_by_hybrid=parent is not None)):
         from ..training.evaluating import Asked, evaluate_saved  # which imports torch
         from ..training.saved import JobFrom
@@ -87,6 +108,7 @@ def export(
     if to.partition(":")[0] not in ("deepspeed-universal", "dcp"):  # which `export` refuses
         refuse_held(path.parent)
         check_new(path)
+    _check_given(checkpoint, job, overrides)
     from ..training.exporting import export as export_weights
     from ..training.saved import JobFrom
 
@@ -101,9 +123,9 @@ def generate(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run's folder, OUT or OUT/STRATEGY; a step's.")
     ],
-    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
+    prompt: Prompt = "",
     tokens: Tokens = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    temperature: Temperature = 0.8,
     top_k: TopK = None,
     seed: Seed = 0,
     job: JobOfCheckpoint = None,
@@ -113,6 +135,8 @@ def generate(
     """Write text from the weights of a run on text, or of a checkpoint."""
     from .. import records
     from ..job.shown import without_controls
+
+    _check_given(run, job, None)
     from ..training.generate import generate as generate_text
 
     text = generate_text(run, prompt, tokens, temperature, seed, top_k, trust, job)

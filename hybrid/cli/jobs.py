@@ -1,16 +1,28 @@
 """This module looks at what a launcher says and loads the job, as several commands begin."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from ..job.errors import JobError
 
 # The commands that a launcher may start, or whose libraries read its variables.
 READERS = {"compare", "train", "check", "doctor", "eval", "export", "sample", "generate"}
 
 
 def check_surroundings(command: str | None) -> None:
-    """Raise JobError where a launcher's variables make no sense for a command that reads them."""
-    if command in READERS and "--help" not in sys.argv:
+    """Raise JobError where the working folder is gone, or a launcher's variables make no sense.
+
+    The variables of our own ranks are looked at when they find their place."""
+    if command in ("strategies", None) or "--help" in sys.argv:
+        return
+    try:
+        os.getcwd()
+    except OSError as error:
+        words = "valid: a working folder that is there"
+        raise JobError(f"the working folder is gone ({error.strerror}); {words}") from None
+    if command in READERS and "--parent" not in sys.argv:
         from ..launch.variable_check import check_variables
 
         check_variables()

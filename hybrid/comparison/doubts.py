@@ -3,12 +3,11 @@
 import dataclasses
 import itertools
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..records import Parity, Record, ReferenceFault
-from ..training.leftovers import list_run, remove, remove_empty
+from ..training.leftovers import list_run, move_run, remove, remove_empty
 from .differences import Run, differences
 from .parity import Rule
 from .repeats import AGAIN, THIRD, Load, find_trusted
@@ -53,7 +52,7 @@ def _move(
     target[new] = source.pop(old)
     remove(list_run(out / new))  # of an earlier comparison
     remove_empty(out / new)
-    os.replace(out / old, out / new)
+    move_run(out / old, out / new)
 
 
 def name_suspect(

@@ -4,6 +4,7 @@ It also works round what Accelerate does silently on hosts without a GPU (`_keep
 process on a GPU (`_keep_ddp`), and tells it which modules are FSDP2's units (`_by_object`)."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -43,8 +44,8 @@ def prepare_ddp(job: Job, placement: Placement, layers: Layers, accumulation: in
     if settings.comm_hook == "powersgd":
         options["matrix_approximation_rank"] = settings.powersgd_rank
         options["start_powerSGD_iter"] = POWERSGD_START
-    bf16_on_cpu = settings.comm_hook == "bf16" and placement.device.type == "cpu"
-    hook = "no" if bf16_on_cpu else HOOKS[settings.comm_hook]
+    own = settings.comm_hook in ("bf16", "powersgd") and placement.device.type == "cpu"
+    hook = "no" if own else HOOKS[settings.comm_hook]
     from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 
     handler = DistributedDataParallelKwargs(
@@ -55,9 +56,9 @@ def prepare_ddp(job: Job, placement: Placement, layers: Layers, accumulation: in
     )
     accelerator = _make_accelerator(placement, accumulation, handler)
     prepared = _keep_ddp(_prepare(job, accelerator, layers, rounds_at_use=True), handler)
-    if bf16_on_cpu:
+    if own:
         model: Any = prepared.model
-        model.register_comm_hook(None, _bf16_hook())
+        model.register_comm_hook(*(_powersgd_on_gloo(options) if options else (None, _bf16_hook())))
     return prepared
 
 
@@ -72,6 +73,23 @@ def _bf16_hook() -> Callable[..., Any]:
 
     bf16_hook_on_gloo.__annotations__ = dict(bf16_compress_hook.__annotations__)  # DDP reads them
     return bf16_hook_on_gloo
+
+
+def _powersgd_on_gloo(options: dict[str, Any]) -> tuple[Any, Callable[..., Any]]:
+    """Return PowerSGD's state, and its hook, which ends with a bucket before it begins another.
+
+    The hook begins its second and third all-reduce of a bucket in callbacks. gloo runs these in its
+    own threads, so that ranks began them before the next bucket's first one or after, and gloo took
+    one for the other: runs with several buckets aborted or waited for ever."""
+    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
+
+    @functools.wraps(powersgd.powerSGD_hook)  # DDP reads the annotations
+    def wait_for_bucket(state: Any, bucket: Any) -> Any:
+        ended = powersgd.powerSGD_hook(state, bucket)
+        ended.wait()
+        return ended
+
+    return powersgd.PowerSGDState(None, **options), wait_for_bucket
 
 
 def prepare_fsdp(

@@ -1,5 +1,6 @@
 """This module has the arguments and options that several commands of the command line take."""
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated
@@ -131,11 +132,51 @@ TrustPickle = Annotated[
     typer.Option("--trust-pickle", help="Read pickled model.weights, by a loader that runs none."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+def _positive(text: str | int) -> int:
+    if (number := whole_number(text)) < 1:
+        raise typer.BadParameter(f"{show(text)}: valid: 1 or more")
+    return number
+
+
+def _seed(text: str | int) -> int:
+    if not 0 <= (number := whole_number(text)) < 2**32:  # torch's CPU generator uses no more bits
+        raise typer.BadParameter(f"{show(text)}: valid: 0 up to 2**32 - 1")
+    return number
+
+
+def _temperature(text: str | float) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise typer.BadParameter(f"{show(text)}: valid: a number, 0 or more; 0 is greedy")
+    return number
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the command line held bytes that are no text
+        raise typer.BadParameter(f"{show(text)}: is not UTF-8 text") from None
+    return text
+
+
+Prompt = Annotated[
+    str, typer.Option(parser=_text, metavar="TEXT", help="What the text begins with.")
+]
+Temperature = Annotated[
+    float,
+    typer.Option(parser=_temperature, metavar="NUMBER", help="0 takes the likeliest token."),
+]
 Tokens = Annotated[
-    int, typer.Option(parser=whole_number, metavar="N", help="Tokens to write at most.")
+    int, typer.Option(parser=_positive, metavar="N", help="Tokens to write at most.")
 ]
 TopK = Annotated[
     int | None,
-    typer.Option(parser=whole_number, metavar="N", help="Draw from so many likeliest only."),
+    typer.Option(parser=_positive, metavar="N", help="Draw from so many likeliest only."),
 ]
-Seed = Annotated[int, typer.Option(parser=whole_number, metavar="N", help="Seed of the draws.")]
+Seed = Annotated[int, typer.Option(parser=_seed, metavar="N", help="Seed of the draws.")]
+Hidden = Annotated[int | None, typer.Option(parser=whole_number, hidden=True)]

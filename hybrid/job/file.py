@@ -41,7 +41,7 @@ def load_job(
         data, where = _copy(source), "job"
     else:
         data, where = _read(Path(source)), str(source)
-    pairs = overrides.items() if isinstance(overrides, Mapping) else map(_parse_pair, overrides)
+    pairs = overrides.items() if isinstance(overrides, Mapping) else map(parse_pair, overrides)
     job = _make_job(data, pairs, where)
     make_proxy(job, where)  # an error in it shows now
     return job
@@ -118,7 +118,8 @@ def _parse_toml(text: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
-def _parse_pair(text: str) -> tuple[str, Any]:
+def parse_pair(text: str) -> tuple[str, Any]:
+    """Return the key and the value of `--set A.B=VALUE`; raises JobError where it is none."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise JobError(f"--set {text!r}: write a.b=value, such as train.steps=20")

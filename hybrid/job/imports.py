@@ -52,7 +52,8 @@ def call_named(
         try:
             inspect.signature(function).bind(*arguments, **options, **more)
         except TypeError as error:
-            raise JobError(f"{given}: {error}; valid: {', '.join(names)}") from None
+            valid = ", ".join(names) or "none, it takes no arguments"
+            raise JobError(f"{given}: {error}; valid: {valid}") from None
     try:
         with held_exit():
             return function(*arguments, **options, **more)
@@ -136,4 +137,6 @@ def find_function(given: str, path: str) -> Callable[..., Any]:
         raise JobError(f"{given}: {words}")
     if not callable(function):
         raise JobError(f"{given}: is not a function")
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise JobError(f"{given}: is a coroutine function; valid: one without `async`")
     return function

@@ -28,6 +28,11 @@ def read_folder(given: Path | str, option: str = "--out") -> Path:
     return Path(text)
 
 
+def as_word(path: Path) -> str:
+    """Return a path as a command line takes it: one with a dash first would be an option there."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
 @contextlib.contextmanager
 def makes(path: Path, option: str = "--out", valid: str = _VALID) -> Iterator[None]:
     """Raise JobError or NoRoom in place of an error by which the system refuses this path."""

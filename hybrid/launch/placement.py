@@ -84,7 +84,8 @@ def find_placement(started_by_hybrid: bool = False) -> Placement:
     """Place this process by its launcher's variables; without a launcher it is a process alone.
 
     Raises JobError where the launcher's variables make no sense."""
-    check_variables(lowest_port=0)  # `export_rank_variables` sets that for a rank which is alone
+    # `export_rank_variables` sets the port to 0 for a rank which is alone.
+    check_variables(lowest_port=0, counts=not started_by_hybrid)
     kind = variables_of()
     if kind is None:
         return Placement()

@@ -51,16 +51,17 @@ _NUMBERS = {
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
 
 
-def check_variables(lowest_port: int = 1) -> None:
+def check_variables(lowest_port: int = 1, counts: bool = True) -> None:
     """Raise JobError for the first variable whose value makes no sense.
 
-    lowest_port: 0 where a run of one rank, which meets nobody, may have set it itself."""
-    for problem in _problems(lowest_port):
+    lowest_port: 0 where a run of one rank, which meets nobody, may have set it itself. counts: of
+    jobs and restarts, which a rank that `hybrid` started reads none of."""
+    for problem in _problems(lowest_port, counts):
         raise JobError(problem)
 
 
-def _problems(lowest_port: int) -> Iterator[str]:
-    for key, low, high in _ranges(lowest_port):
+def _problems(lowest_port: int, counts: bool) -> Iterator[str]:
+    for key, low, high in _ranges(lowest_port, counts):
         value = os.environ.get(key)
         if value is not None and not _is_number(value, low, high):
             yield f"{_shown(key)}: valid: a whole number from {low} to {high}"
@@ -77,14 +78,15 @@ def _problems(lowest_port: int) -> Iterator[str]:
         yield f"{_shown('MASTER_ADDR')}: valid: a host's name or address, without a port"
 
 
-def _ranges(lowest_port: int) -> Iterator[tuple[str, int, int]]:
+def _ranges(lowest_port: int, counts: bool) -> Iterator[tuple[str, int, int]]:
     """Yield each variable that holds a number, with the least and the greatest one."""
     yield "MASTER_PORT", lowest_port, MOST_PORT
     # What is asked for first is named first.
     order = [*dict.fromkeys(key for pair in PAIRS for key in pair)]
     for key in [*order, *sorted((_RANKS | _SIZES) - set(order))]:
         yield key, *((1, MOST_RANKS) if key in _SIZES else (0, MOST_RANKS - 1))
-    for key in sorted(_NUMBERS if variables_of() else ()):  # a process that is no rank reads none
+    counts = counts and variables_of() is not None  # a process that is no rank reads none
+    for key in sorted(_NUMBERS if counts else ()):
         yield key, 0, MOST_NUMBER
 
 

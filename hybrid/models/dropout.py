@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 Seeds = Sequence[int | None]
 _rows: ContextVar[Seeds | None] = ContextVar("rows", default=None)
@@ -114,7 +115,7 @@ class Dropout(nn.Dropout):
         return x * (kept.div_(keep) if keep else kept).to(x.dtype)
 
 
-@torch.compiler.disable
+@_disable_dynamo  # torch.compiler.disable imports the compiler at once, which takes a second
 def draw_kept(
     shape: torch.Size,
     axis: int,

@@ -70,3 +70,20 @@ def group_names(pairs: Iterable[tuple[str, Any]]) -> dict[Any, str]:
     for name, key in pairs:
         names.setdefault(key, []).append(name)
     return {key: ", ".join(found) for key, found in names.items()}
+
+
+def format_count(value: float) -> str:
+    """Format with three digits and a unit of thousands: 950, 41.2k, 1.30M."""
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor * 0.9995:
+            return f"{format_number(value / factor)}{unit}"
+    return format_number(value)
+
+
+def format_time(seconds: float) -> str:
+    """Format a length of time: 42s, 3m05s, 1h04m, 2d03h."""
+    whole = round(seconds)
+    for large, small, units in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
+        if whole >= large:
+            return f"{whole // large}{units[0]}{whole % large // small:02}{units[1]}"
+    return f"{whole}s" if seconds >= 9.95 else f"{seconds:.1f}s"

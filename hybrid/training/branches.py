@@ -217,3 +217,11 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def ends_command(error: RunFailed, compared: bool, goes_on: bool) -> bool:
+    """Tell whether the command ends with what a rank refused, and prints that as its one line."""
+    kind = error.failure.kind
+    if not compared:
+        return kind in ("job", "unsupported", "room")
+    return kind == "room" or (kind == "job" and not goes_on)  # see `hybrid.comparison.runs`

@@ -15,6 +15,7 @@ from ..data import build_data
 from ..engines.protocol import Engine
 from ..job.errors import JobError, PeerFailed, RunError, needs_room
 from ..job.file import to_dict
+from ..job.outputs import as_word
 from ..job.schema import Job, resolve_lengths
 from ..job.variants import Choice, resolve
 from ..launch.exchange import gather_objects
@@ -108,8 +109,8 @@ def _launch(asked: Asked) -> dict[str, Any]:
     remove_parts(asked.out / RESULT, asked.out / JOB)
     file = asked.out / JOB
     records.write(to_dict(job), file)
-    arguments = ["eval", str(saved.folder), "--job", str(file), "--strategy", strategy]
-    arguments += ["--out", str(asked.out), "--parent", str(os.getpid())]
+    arguments = ["eval", as_word(saved.folder), "--job", as_word(file), "--strategy", strategy]
+    arguments += ["--out", as_word(asked.out), "--parent", str(os.getpid())]
     try:
         modules = registry.modules(choice.strategy)
         run_ranks(layout.world_size, arguments, asked.out, modules=modules, says_end=True)

@@ -19,7 +19,8 @@ from ..launch.logs import list_logs
 
 STEPS = "steps.jsonl"
 FILES = ("record.json", "job.json", STEPS)  # of a run
-FOLDERS = ("logs", CHECKPOINTS, "trackers")
+TRACKERS = "trackers"
+FOLDERS = ("logs", CHECKPOINTS, TRACKERS)
 STEP = re.compile(r"step-\d{8,}(\.old)?(\.part)?")
 FINAL = "final"
 _PART = r"(\.[0-9a-f]+)?(\.part)?"
@@ -173,6 +174,20 @@ def move(paths: Iterable[Path], source: Path, target: Path) -> None:
             if error.errno != errno.EXDEV:
                 raise
             shutil.move(path, new)
+
+
+def move_run(source: Path, target: Path) -> None:
+    """Move a run to another folder, which may be there and keep what people and trackers put in it.
+
+    What a tracker wrote of the run goes along, unless it wrote the same name there."""
+    if not os.path.lexists(target):
+        os.replace(source, target)
+        return
+    move(list_run(source), source, target)
+    tracked = [*(source / TRACKERS).iterdir()] if (source / TRACKERS).is_dir() else []
+    new = (p for p in tracked if not os.path.lexists(target / TRACKERS / p.name))
+    move(new, source, target)
+    remove_empty(source, FOLDERS)
 
 
 def remove_empty(out: Path, names: Iterable[str] = ("logs", CHECKPOINTS)) -> None:

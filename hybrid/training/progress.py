@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..job.shown import on_one_line, printable
 from ..records import INTERRUPTED, Record, StepRecord, read_line
-from ..report.formats import format_bytes, format_number
+from ..report.formats import format_bytes, format_count, format_number, format_time
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,14 +29,6 @@ WIDE = 100  # width of a terminal, in characters, from which two spaces part the
 NOTHING = "-"  # stands for what is not known, or not yet
 
 Step = Mapping[str, Any]  # one line of steps.jsonl
-
-
-def format_count(value: float) -> str:
-    """Format with three digits and a unit of thousands: 950, 41.2k, 1.30M."""
-    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor * 0.9995:
-            return f"{format_number(value / factor)}{unit}"
-    return format_number(value)
 
 
 # The figures of a run by their columns: the key of the value, its format, its words in a log.
@@ -75,6 +67,9 @@ class Watcher:
     def finished(self, name: str, record: Record) -> None:
         """Note that a run has ended, with this record."""
 
+    def refused(self, name: str) -> None:
+        """Note that a run is refused and the command ends, which says why in its one line."""
+
     def kept(self, name: str, record: Record) -> None:
         """Note that a run is not made again, since it has ended before with this record."""
 
@@ -98,6 +93,7 @@ class Progress(Watcher):
         self.inode = 0  # of the file: a run that goes on writes a new one
         self.recent: collections.deque[Step] = collections.deque(maxlen=RECENT_STEPS)
         self.begun = self.arrived = self.shown = 0.0
+        self.held = ""  # the line on a run's beginning: a run that is refused has not begun
 
     def started(self, name: str, steps: int, out: Path) -> None:
         """Show that a run begins; steps that are in its `steps.jsonl` already are not shown."""
@@ -109,7 +105,11 @@ class Progress(Watcher):
         self.recent.clear()
         self.begun = self.shown = time.monotonic()
         self.rows[name] = Row(dict.fromkeys(NUMBERS, "") | {"step": "starting"})
-        self._show(f"{name}: starting" + (f", {steps} steps" if steps else ""))
+        line = f"{name}: starting" + (f", {steps} steps" if steps else "")
+        if self.live:
+            self._show(line)
+        else:
+            self.held = line
 
     def poll(self) -> None:
         """Read the steps that were added, and show the last one if the display is due."""
@@ -120,11 +120,14 @@ class Progress(Watcher):
         if self.recent and self._is_due():
             row = self.rows[self.name] = self._row()
             self._show(f"{self.name}: {plain_line(row)}")
+        elif self.held and self._is_due():
+            self._release()
 
     def follow(self, step: StepRecord, total: int) -> None:
         """Poll in the process that trains, after each step of `total`, if the display is due.
         It reads nothing at other times, because the other ranks wait for this process."""
         self.total = total
+        self._release()
         if not self.recent:
             self.inode = 0  # an earlier run's file may have had its place when this one began
         if self._is_due():
@@ -146,6 +149,13 @@ class Progress(Watcher):
             line = f"{name}: {row.words}"
         self.rows[name] = row
         self._show(line)
+
+    def refused(self, name: str) -> None:
+        """Show the run no more."""
+        self.held = ""
+        self.rows.pop(name, None)
+        if self.live:
+            self._show("")
 
     def kept(self, name: str, record: Record) -> None:
         """Show the run's figures, without the time that it took."""
@@ -193,7 +203,14 @@ class Progress(Watcher):
         rates = (s[count] / s["seconds"] for s in self.recent if s.get(count) and s.get("seconds"))
         return make_row(f"{done}/{self.total}", last, unit, median(rates), seconds, eta)
 
+    def _release(self) -> None:
+        """Print the line that was held back, if there is one."""
+        line, self.held = self.held, ""
+        if line:
+            self._show(line)
+
     def _show(self, line: str) -> None:
+        self._release()
         self.shown = time.monotonic()
         if self.live:
             self.live.update(table(self.rows, self.console.width), refresh=True)
@@ -275,12 +292,3 @@ def median(values: Any) -> float | None:
     """Return the median of the values that are not None, or None where all are."""
     known = [v for v in values if v is not None]
     return statistics.median(known) if known else None
-
-
-def format_time(seconds: float) -> str:
-    """Format a length of time: 42s, 3m05s, 1h04m, 2d03h."""
-    whole = round(seconds)
-    for large, small, units in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
-        if whole >= large:
-            return f"{whole // large}{units[0]}{whole % large // small:02}{units[1]}"
-    return f"{whole}s" if seconds >= 9.95 else f"{seconds:.1f}s"

@@ -69,6 +69,24 @@ class Start:
         return self.chosen.notes if self.chosen else ()
 
 
+def check_start(out: Path | None, resume: str | Path | None) -> None:
+    """Raise JobError for what `decide` would refuse, where no file has to be read to know it."""
+    if resume is None:
+        refuse_restart(out)
+    elif resume != AUTO:
+        path = _named_folder(resume)
+        places = (path / "manifest.json", path / "record.json", path / CHECKPOINTS)
+        if not any(map(os.path.lexists, places)) and not any(path.glob("step-*")):
+            raise JobError(f"--resume {resume}: holds no checkpoint; {_VALID}")
+
+
+def _named_folder(resume: str | Path) -> Path:
+    path = read_folder(resume, "--resume")
+    if not os.path.isdir(path):  # whatever its name is
+        raise JobError(f"--resume {resume}: is no folder; {_VALID}")
+    return path
+
+
 def decide(out: Path | None, resume: str | Path | None, choice: Choice) -> Start:
     """Return how the run begins that `resume` asks for: None, "auto", or a folder.
 
@@ -155,7 +173,7 @@ def find_ended(out: Path, resume: str | Path, choice: Choice) -> Start | None:
 
 def choose(out: Path | None, resume: str | Path, choice: Choice) -> Chosen | None:
     """Return the checkpoint that `resume` asks for, None where "auto" finds none."""
-    given, path = f"--resume {resume}", read_folder(resume, "--resume")
+    given = f"--resume {resume}"
     if resume == AUTO:
         if out is None:
             raise JobError(f"{given}: the run has no folder; valid: a folder, or out=")
@@ -164,8 +182,7 @@ def choose(out: Path | None, resume: str | Path, choice: Choice) -> Chosen | Non
     from ..checkpoint.folders import list_checkpoints, verify
     from ..checkpoint.manifest import MANIFEST
 
-    if not os.path.isdir(path):  # whatever its name is
-        raise JobError(f"{given}: is no folder; {_VALID}")
+    path = _named_folder(resume)
     if (path / MANIFEST).exists():
         manifest, problems = verify(path, whole=True)
         if problems or manifest is None:

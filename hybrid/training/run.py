@@ -15,6 +15,7 @@ from typing import Any
 from .. import records
 from ..job.errors import Failure, JobError, RunFailed, Stopped, needs_room
 from ..job.file import to_dict
+from ..job.outputs import as_word
 from ..job.schema import Job
 from ..job.variants import Choice, resolve, warnings_of
 from ..launch.accelerate_env import check_started
@@ -43,13 +44,13 @@ from ..launch.warm import warm_ranks
 from ..records import Record, StepRecord
 from ..strategies import registry
 from .apart import check_apart
-from .branches import explain
+from .branches import ends_command, explain
 from .check import print_warnings
 from .claiming import claim_for_run
 from .early import check_early, check_run
 from .folder import add_warnings, begin_run, end_run, keep_steps
 from .progress import Progress, Watcher
-from .resume import Chosen, decide, read_chosen, refuse_restart, tell_start
+from .resume import Chosen, check_start, decide, read_chosen, tell_start
 
 Starter = Program | Launcher
 
@@ -143,8 +144,7 @@ def _launch_checked(
     Where the folder has the whole run that is to go on, its record is returned."""
     choice = resolve(job, strategy)
     nproc = check_early(job, [strategy], nproc, alone=True, here=starter is None)
-    if resume is None:
-        refuse_restart(out)
+    check_start(out, resume)
     checked = check_apart(job, modules_of(choice.strategy, starter)).require()
     remove_stale_locks()
     layout, warnings = checked.plan(strategy, nproc)
@@ -197,7 +197,7 @@ def launch(
     watcher.started(label, job.train.steps or 0, out)
     options = {"--strategy": strategy, "--out": out, "--until": until}
     options["--resume"] = chosen.folder if chosen else None
-    arguments = ["train", str(file), *_given(options)]
+    arguments = ["train", as_word(file), *_given(options)]
     try:
         _run(job, program, choice, nproc, arguments, out, watcher, _cores_for(choice, cores_for))
         record = _read_result(out, program)
@@ -206,7 +206,8 @@ def launch(
         error = _explained(raised, job, strategy, nproc, out)
         record = end_run(out, choice, nproc, error, warnings)
         if isinstance(error, RunFailed):
-            watcher.finished(label, record)
+            ends = ends_command(error, comparison is not None, chosen is not None)
+            watcher.refused(label) if ends else watcher.finished(label, record)
         raise error from None
     watcher.finished(label, record)
     return record
@@ -278,7 +279,8 @@ def _explained(
 
 def _given(options: Mapping[str, Any]) -> list[str]:
     """Return the words of the options that have a value."""
-    return [word for key, v in options.items() if v is not None for word in (key, str(v))]
+    given = {key: as_word(v) if isinstance(v, Path) else str(v) for key, v in options.items()}
+    return [w for key, word in given.items() if options[key] is not None for w in (key, word)]
 
 
 def _cores_for(choice: Choice, given: int | None) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoint.folders import verify
 from ..checkpoint.inspection import is_checkpoint
 from ..checkpoint.manifest import Manifest, read_manifest
-from ..checkpoint.names import CHECKPOINTS
+from ..checkpoint.names import CHECKPOINTS, VALID
 from ..checkpoint.sources import CheckpointWeights, Weights, find_unless_final, open_final
 from ..checkpoint.weights import ABOUT, verify_weights
 from ..data import SOURCES
@@ -28,7 +28,6 @@ from ..models.starting import without_weights
 JOB = "job.json"
 MOST_STEPS = 2**53  # what a number of JSON holds exactly
 _WRONG = OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError
-VALID = "valid: the folder of a checkpoint, of a run, or of its final weights"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,9 @@ another folder, a config may name weights, adapters of another model, or code. S
 refused in one line. No torch."""
 
 import contextlib
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ ADAPTER = "adapter_config.json"
 # By these a config has transformers read another file, or fetch code that computes attention.
 NAMES_WEIGHTS = "transformers_weights"
 NAMES_CODE = ("attn_implementation", "experts_implementation")
+TYPES = ("auto_mappings", "configuration_auto")  # files of transformers in which it lists its types
 
 
 def check_folder(folder: Path, weights: bool = False) -> None:
@@ -63,6 +66,26 @@ def _check_config(folder: Path) -> None:
             )
         if key.lstrip("_").removesuffix("_internal") in NAMES_CODE and "/" in str(value):
             raise ValueError(f"{file.name}: {key} = {show(value)}: names code that is not run")
+    kind = values.get("model_type")
+    if isinstance(kind, str) and not _may_be_known(kind):
+        raise ValueError(
+            f"{file.name}: model_type = {show(kind)}: transformers has no such model, and code "
+            "that a folder brings is not run; valid: a type that transformers has"
+        )
+
+
+def _may_be_known(kind: str) -> bool:
+    """Tells whether transformers lists a type of models, as its source has it.
+
+    Its import takes a second, and where it is imported, by whoever may have added a type, it says
+    so itself."""
+    found = None if "transformers" in sys.modules else importlib.util.find_spec("transformers")
+    folders = found.submodule_search_locations if found else None
+    if not folders:
+        return True
+    files = [Path(folders[0], "models", "auto", f"{name}.py") for name in TYPES]
+    texts = [file.read_text() for file in files if file.is_file()]
+    return not texts or any(f'"{kind}"' in text for text in texts)
 
 
 def _all_items(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
