@@ -149,8 +149,6 @@ def nothing() -> None:
 def _rank() -> int:
     return int(os.environ["RANK"])  # an engine may have set others of its kind since
 
-    return find_placement().rank
-
 
 def _in_step(act: Callable[[], Any], everywhere: bool = False) -> None:
     from hybrid.measure.clock import Instruments
