@@ -17,6 +17,7 @@ from ..job.outputs import read_folder
 from ..job.schema import Checkpoint, Job
 from ..job.variants import resolve, warnings_of, with_settings
 from ..launch.by_launcher import Launcher, choose_launcher
+from ..launch.devices import gpus_hidden
 from ..launch.fork_here import why_not
 from ..launch.ops_cache import remove_stale_locks
 from ..launch.warm import warm_ranks
@@ -78,7 +79,8 @@ def compare(
     selection = select(job, strategies, reference)
     nproc = _check_names(job, [*selection.names, resume_as], nproc, isinstance(program, Launcher))
     held = dataclasses.replace(selection, fixed=bool(stop) or selection.fixed)
-    with claim(out, selection.names, resume) as mark, needs_room(out), warm_ranks(fresh_ranks):
+    hidden, warm = gpus_hidden(job.launch.device), warm_ranks(fresh_ranks)
+    with claim(out, selection.names, resume) as mark, needs_room(out), hidden, warm:
         options = nproc, watcher or Watcher(), program, resume, stop, mark
         prover = _Session(small, held, out / PROXY, *options, "proxy/") if small else None
         session = _Session(job, selection.by_proxy() if small else held, out, *options)

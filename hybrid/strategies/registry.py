@@ -150,7 +150,8 @@ def place(job: Job, strategy: str, placement: Placement) -> Placement:
             f"strategy = {strategy!r}: runs on {layout.world_size} process, "
             f"the launcher started {placement.world_size}"
         )
-    return dataclasses.replace(placement, layout=layout)
+    asked = job.launch.device
+    return dataclasses.replace(placement, layout=layout, device_asked=asked)
 
 
 def open_engine(
@@ -171,8 +172,13 @@ def open_engine(
     `sync_every`), since the size of the data is not known here. Raises Unsupported or JobError
     before anything is built."""
     from ..engines.layers import prepare_layers, prepare_loss
+    from ..engines.precision import forbid_tf32
     from ..engines.summary import summarise
-    from ..launch.process_group import hide_accelerate_configuration, join_process_group
+    from ..launch.process_group import (
+        hide_accelerate_configuration,
+        join_process_group,
+        name_device,
+    )
     from ..models.brought import as_layers
     from ..models.losses import as_loss
     from ..models.own_loss import OwnLoss
@@ -191,5 +197,9 @@ def open_engine(
     _check(job, strategy, placement.layout, summary)
     if strategy != "single":
         placement = join_process_group(placement, job.launch)
+        name_device(placement)
     layers, loss = prepare_layers(job, layers), prepare_loss(job, loss)
-    return get(strategy).build(job, placement, layers, loss)
+    notes = forbid_tf32()
+    engine = get(strategy).build(job, placement, layers, loss)
+    engine.notes.extend(notes)
+    return engine
