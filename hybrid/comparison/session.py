@@ -64,12 +64,11 @@ def compare(
     """Run the job under each strategy on `nproc` processes, and compare each run with `reference`.
 
     strategies: names of strategies and variants; left out, all. nproc: left out, the product of the
-    degrees in `job.parallel` or in a variant, or 2. program: what starts a rank. fresh_ranks: start
-    each afresh; left out, all are forked from one process. launcher: a command with `{nproc}` that
-    starts them. reference: left out, `single`, or what can stand in. resume: keep the runs in
-    `out`; those that were stopped go on. model, data: functions in the job's place (`job.given`).
-    interrupt, resume_as: `Interruption`. Raises JobError before any process starts, and NoRoom. A
-    proxy comes first, in `out/proxy`."""
+    degrees in `job.parallel` or in a variant, or 2. program: what starts a rank. fresh_ranks: none
+    is a fork of one warm process. launcher: a command with `{nproc}` that starts them. reference:
+    left out, `single`, or what can stand in. resume: keep the runs in `out`, where stopped ones go
+    on. model, data: functions in the job's place (`job.given`). interrupt, resume_as: see
+    `Interruption`. Raises JobError before any process starts, and NoRoom. A proxy comes first."""
     program = choose_launcher(launcher, "compare") or program
     if model is not None or data is not None:
         with naming(job, model, data, why_not(fresh_ranks or program is not None)) as named:
