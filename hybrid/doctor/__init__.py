@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..job.errors import Refused, first_line
+from ..launch.environment import outside_launcher
 from ..launch.placement import Placement, export_rank_variables, find_placement
 from ..records import dumps, write
 from .finding import Finding, count
@@ -131,7 +132,6 @@ def _look(
         if found and found[0].name == "ranks":
             return
     if self_test and placement.rank == 0:
-        from ..launch.process_group import outside_launcher
         from .self_test import check_strategies
 
         with outside_launcher():

@@ -20,7 +20,7 @@ from ..job.schema import Launch
 from .accelerate_env import clear_accelerate_variables
 from .blocking_calls import mark, unmark
 from .devices import HIDDEN, announce, hides_gpus, settle
-from .environment import num_local_ranks, without_launcher
+from .environment import num_local_ranks
 from .farewell import abandon_groups
 from .held_port import hold_port, is_held, take_held_port
 from .placement import OWN, Placement, export_rank_variables, loopback_address
@@ -248,15 +248,6 @@ def restored_environment() -> Iterator[None]:
         for key in os.environ.keys() - found:
             del os.environ[key]
         os.environ.update(found)
-
-
-@contextmanager
-def outside_launcher() -> Iterator[None]:
-    """Have this process be no rank for a while, so that it can start ranks itself."""
-    with restored_environment():
-        for key in os.environ.keys() - without_launcher():
-            del os.environ[key]
-        yield
 
 
 def cleanup(failed: bool = False) -> None:
