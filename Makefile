@@ -7,11 +7,15 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo demo-gpt test check clean
 
+# Four ranks run on the CPU where a host has GPUs, but fewer than four.
+DEVICE = launch.device=$$($(BIN)/python -m hybrid.launch.devices 4)
+
 demo: $(INSTALLED)
-	$(BIN)/hybrid compare launch/jobs/mnist.toml --nproc 4 --out out/demo
+	$(BIN)/hybrid compare launch/jobs/mnist.toml --nproc 4 --set $(DEVICE) --out out/demo
 
 demo-gpt: $(INSTALLED)
-	$(BIN)/hybrid compare launch/jobs/gpt_demo.toml --strategies single,fsdp,2d --out out/demo-gpt
+	$(BIN)/hybrid compare launch/jobs/gpt_demo.toml --strategies single,fsdp,2d \
+	  --set $(DEVICE) --out out/demo-gpt
 	$(BIN)/hybrid generate out/demo-gpt/2d --prompt "def " --tokens 300
 
 test: $(INSTALLED)

@@ -56,7 +56,7 @@ KINDS = {  # every field of the job, by the kind of value it takes
         *("variant", "proxy"),
     ],
     "choice": [
-        *("optimizer.name", "schedule.name", "train.precision"),
+        *("optimizer.name", "schedule.name", "train.precision", "launch.device"),
         *("guard.non_finite", "guard.on_spike"),
         *("strategy.ddp.comm_hook", "strategy.ddp.broadcast_buffers", "strategy.2d.zero_stage"),
     ],

@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hybrid.engines.deepspeed_config import KEYS_FILE, NOT_HERE, check_ds_config, load_ds_config
 from hybrid.job.errors import JobError
+from hybrid.launch.placement import Placement
+from hybrid.layout import Layout
+from hybrid.models import build_model
 from tests import deepspeed_keys
 from tests.conftest import ROOT, small_job
 
@@ -100,6 +104,50 @@ def test_a_file_with_much_in_it_is_taken(tmp_path: Path) -> None:
     check_ds_config(small_job(strategy__zero2__ds_config=str(file)), "zero2")
     with pytest.raises(JobError, match=r"zero_optimization.stage = 2: this strategy needs 3"):
         check_ds_config(small_job(strategy__zero3__ds_config=str(file)), "zero3")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_of_a_users_file_stay_and_overlap_follows_the_device(
+    name: str, tmp_path: Path
+) -> None:
+    """The shipped files' sizes are cut to the model; overlap is for GPUs, which a stub shows."""
+    from hybrid.engines.deepspeed_setup import full_config
+
+    model, _ = build_model(small_job())
+    stage = {"zero1": 1, "zero2": 2, "zero3": 3, "pipeline": 0, "2d": 1}[name]
+    layout = (
+        Layout(pp=2, dp=2, replicate=2) if stage == 0 or name == "2d" else Layout(dp=4, shard=4)
+    )
+    sizes = {"reduce_bucket_size": 3 * 10**8 + 1, "allgather_bucket_size": 4 * 10**8}
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage, **sizes}}))
+    for kind in ("cpu", "cuda"):
+        here = OnDevice(0, 4, layout=layout, device_asked=kind)
+        for precision in ("fp32", "bf16"):
+            job = small_job(train__precision=precision)
+            zero = full_config(job, here, model, name, stage)["zero_optimization"]
+            assert zero["reduce_bucket_size"] <= 2**18
+            assert zero["overlap_comm"] == (kind == "cuda" and layout.pp == 1)
+            job = small_job(
+                train__precision=precision, **{f"strategy__{name}__ds_config": str(file)}
+            )
+            zero = full_config(job, here, model, name, stage)["zero_optimization"]
+            assert {key: zero[key] for key in sizes} == sizes
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage, "overlap_comm": True}}))
+    here = OnDevice(0, 4, layout=layout, device_asked="cpu")
+    assert full_config(job, here, model, name, stage)["zero_optimization"]["overlap_comm"] is True
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage, "allgather_bucket_size": 7}}))
+    with pytest.raises(JobError, match=r"allgather_bucket_size = 7: valid: an even number"):
+        check_ds_config(job, name)
+
+
+class OnDevice(Placement):
+    """A rank with the device that it asks for, on a machine without a GPU."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device, which nothing is put on."""
+        return torch.device(self.device_asked)
 
 
 @pytest.mark.parametrize("stage", [0, 1])

@@ -39,6 +39,7 @@ LEDGER = (
     "master_weights",
     "optimizer_state",
     "buffers",
+    "fp32_products",
 )
 ENGINES = {  # who stores what in bf16: DeepSpeed keeps rounded parameters beside its masters
     "fp32": {"single", "ddp", "local_sgd", "fsdp"},

@@ -55,7 +55,7 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> Any:
     ("variables", "found"),
     [
         ({}, Placement(0, 1, 0, None)),
-        ({"RANK": "3", "WORLD_SIZE": "4"}, Placement(3, 4, 3, "torchrun")),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, Placement(3, 4, 3, "torchrun", local_known=False)),
         (TORCH, Placement(5, 8, 1, "torchrun")),
         (TORCH | {"CROSS_RANK": "0"}, Placement(5, 8, 1, "deepspeed")),
         (TORCH | {"ACCELERATE_MIXED_PRECISION": "no"}, Placement(5, 8, 1, "accelerate launch")),

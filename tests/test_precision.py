@@ -17,7 +17,14 @@ from torch.nn.utils.parametrize import register_parametrization
 
 import hybrid
 from hybrid.engines import replicas
-from hybrid.engines.precision import DTYPES, check_ledger, plain_names, round_at_use, round_inputs
+from hybrid.engines.precision import (
+    DTYPES,
+    check_ledger,
+    forbid_tf32,
+    plain_names,
+    round_at_use,
+    round_inputs,
+)
 from hybrid.engines.state import named_tensors
 from hybrid.job.errors import RunError
 from hybrid.models import build_model
@@ -141,6 +148,7 @@ def test_the_ledger_of_a_run_is_the_table(precision: str, tmp_path: Path) -> Non
         "master_weights": "fp32",
         "optimizer_state": "fp32",
         "buffers": "fp32",
+        "fp32_products": "fp32",
         "reductions": "none",  # one process sends nothing
     }
     scales = [2.0**16 if precision == "fp16" else None] * 3
@@ -180,6 +188,7 @@ WHOLE = {
     "master_weights": "fp32",
     "optimizer_state": "fp32",
     "buffers": "fp32",
+    "fp32_products": "fp32",
 }
 
 
@@ -228,3 +237,25 @@ def test_a_run_that_holds_something_else_is_refused(
         hybrid.train(gpt_job(train__precision="bf16", optimizer__name="sgd"), "single")
     monkeypatch.undo()
     hybrid.train(gpt_job(train__precision="bf16"), "single")  # the next run of the process is fine
+
+
+def test_no_product_of_fp32_tensors_is_rounded_to_tf32() -> None:
+    """torch allows it for convolutions by itself, and for products where a user's code asked."""
+    found = torch.backends.cudnn.conv.fp32_precision
+    try:
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        assert forbid_tf32() == []  # that was torch's own doing
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        torch.set_float32_matmul_precision("medium")
+        (said,) = forbid_tf32()
+        assert "cuda.matmul.fp32_precision has no effect" in said
+        assert torch.get_float32_matmul_precision() == "highest"
+        torch.backends.cudnn.conv.fp32_precision = "tf32"  # by the model's code, later
+        layers, loss = build_model(gpt_job())
+        engine = hybrid.open_engine(gpt_job(), "single", layers, loss)
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        receipt = engine.receipt()
+        assert not receipt.engaged and "fp32 products in fp32" in str(receipt.reason)
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = found
+        torch.set_float32_matmul_precision("highest")

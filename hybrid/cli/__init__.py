@@ -40,7 +40,7 @@ from ..launch.endings import explain, explain_exit, say, suggest, tell, versions
 from ..launch.environment import variables_of
 from ..launch.stopping import end_now
 from ..launch.streams import lasting, problem_of
-from . import checkpoints, jobs
+from . import checkpoints, diagnosis, jobs
 from .jobs import load as _load
 
 app = typer.Typer(
@@ -195,6 +195,7 @@ def check(
 
 
 checkpoints.add_to(app)
+diagnosis.add_to(app)
 
 
 @app.command()
@@ -204,29 +205,6 @@ def strategies(json: Json = False) -> None:
     from ..report.listing import lines, table
 
     print(records.dumps(table()) if json else "\n".join(lines()), file=_stdout)
-
-
-@app.command()
-def doctor(
-    files: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="FILE",
-            help="Judge these alone: accelerate's YAML or JSON, DeepSpeed's JSON, hostfiles.",
-        ),
-    ] = None,
-    self_test: Annotated[
-        bool, typer.Option(help="Run a tiny job under each strategy: about a minute.")
-    ] = True,
-    json: Json = False,
-) -> None:
-    """Say what this machine lacks and how to mend it; under a launcher, how fast its links are."""
-    from ..doctor import run, run_on_files
-
-    if files and not self_test:
-        raise typer.BadParameter("--no-self-test: valid without FILE, which starts no test")
-    to = _stdout if json else None
-    raise typer.Exit(run_on_files(files, to) if files else run(self_test, to))
 
 
 def _split(names: str | None) -> list[str] | None:

@@ -17,6 +17,7 @@ from ..job.outputs import read_folder
 from ..job.schema import Checkpoint, Job
 from ..job.variants import resolve, warnings_of, with_settings
 from ..launch.by_launcher import Launcher, choose_launcher
+from ..launch.devices import gpus_hidden
 from ..launch.fork_here import why_not
 from ..launch.ops_cache import remove_stale_locks
 from ..launch.warm import warm_ranks
@@ -63,12 +64,11 @@ def compare(
     """Run the job under each strategy on `nproc` processes, and compare each run with `reference`.
 
     strategies: names of strategies and variants; left out, all. nproc: left out, the product of the
-    degrees in `job.parallel` or in a variant, or 2. program: what starts a rank. fresh_ranks: start
-    each afresh; left out, all are forked from one process. launcher: a command with `{nproc}` that
-    starts them. reference: left out, `single`, or what can stand in. resume: keep the runs in
-    `out`; those that were stopped go on. model, data: functions in the job's place (`job.given`).
-    interrupt, resume_as: `Interruption`. Raises JobError before any process starts, and NoRoom. A
-    proxy comes first, in `out/proxy`."""
+    degrees in `job.parallel` or in a variant, or 2. program: what starts a rank. fresh_ranks: none
+    is a fork of one warm process. launcher: a command with `{nproc}` that starts them. reference:
+    left out, `single`, or what can stand in. resume: keep the runs in `out`, where stopped ones go
+    on. model, data: functions in the job's place (`job.given`). interrupt, resume_as: see
+    `Interruption`. Raises JobError before any process starts, and NoRoom. A proxy comes first."""
     program = choose_launcher(launcher, "compare") or program
     if model is not None or data is not None:
         with naming(job, model, data, why_not(fresh_ranks or program is not None)) as named:
@@ -78,7 +78,8 @@ def compare(
     selection = select(job, strategies, reference)
     nproc = _check_names(job, [*selection.names, resume_as], nproc, isinstance(program, Launcher))
     held = dataclasses.replace(selection, fixed=bool(stop) or selection.fixed)
-    with claim(out, selection.names, resume) as mark, needs_room(out), warm_ranks(fresh_ranks):
+    hidden, warm = gpus_hidden(job.launch.device), warm_ranks(fresh_ranks)
+    with claim(out, selection.names, resume) as mark, needs_room(out), hidden, warm:
         options = nproc, watcher or Watcher(), program, resume, stop, mark
         prover = _Session(small, held, out / PROXY, *options, "proxy/") if small else None
         session = _Session(job, selection.by_proxy() if small else held, out, *options)

@@ -22,6 +22,17 @@ class Finding:
     mend: str | None = None
 
 
+@sendable
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """Describes the way between two ranks; the latency is that of 8 bytes."""
+
+    ranks: tuple[int, int]
+    hosts: tuple[str, str]
+    latency_s: float
+    bytes_per_s: float
+
+
 def warn_if(wrong: bool, name: str, found: str, mend: str) -> Finding:
     """Return a warning with its remedy where something is wrong, and an `ok` otherwise."""
     return Finding(name, "warning", found, mend) if wrong else Finding(name, "ok", found)

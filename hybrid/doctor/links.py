@@ -3,7 +3,6 @@
 It measures one pair of ranks on each host, and one between every two hosts (each host and the next
 where there are many), one after the other so that none slows another; then an all-reduce."""
 
-import dataclasses
 import itertools
 import statistics
 import time
@@ -15,8 +14,7 @@ import torch.distributed as dist
 
 from ..launch.exchange import gather_objects
 from ..launch.placement import Placement
-from ..launch.serialization import sendable
-from .finding import Finding
+from .finding import Finding, Link
 
 REPEATS = 20  # of a message of 8 bytes
 FEW_HOSTS = 6  # up to which every two are measured
@@ -26,24 +24,13 @@ TARGET_S = 0.1  # the length of a message is chosen so that it travels this long
 SLOW = 0.5  # of the median bandwidth of its kind
 
 
-@sendable
-@dataclasses.dataclass(frozen=True)
-class Link:
-    """Describes the way between two ranks; the latency is that of 8 bytes."""
-
-    ranks: tuple[int, int]
-    hosts: tuple[str, str]
-    latency_s: float
-    bytes_per_s: float
-
-
 def measure(placement: Placement) -> tuple[list[Finding], list[Link]]:
     """Measure between the ranks of the process group; the result is the same on every one."""
-    hosts = gather_objects(placement.host)
+    hosts, ids = zip(*gather_objects([placement.host, placement.host_id]), strict=True)
     if len(hosts) == 1:
         return [Finding("links", "ok", "one rank: nothing to measure")], []
     mine: list[Link] = []
-    for first, second in pairs(hosts):
+    for first, second in pairs(ids):
         dist.barrier()
         if placement.rank in (first, second):
             mine += _measure_pair(placement, (first, second), (hosts[first], hosts[second]))

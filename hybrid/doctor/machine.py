@@ -156,7 +156,7 @@ def check_devices() -> Iterator[Finding]:
     import torch
     from torch.distributed import is_backend_available
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = len(names := gpu_names())
     found = ", ".join(f"{'' if is_backend_available(n) else 'no '}{n}" for n in BACKENDS)
     if is_backend_available(needed := "nccl" if gpus else "gloo"):
         yield Finding("backends", "ok", found)
@@ -164,7 +164,6 @@ def check_devices() -> Iterator[Finding]:
         mend = f"install a build of torch with {needed}"
         yield Finding("backends", "error", f"{found}; {needed} is needed here", mend)
     if gpus:
-        names = [torch.cuda.get_device_name(i) for i in range(gpus)]
         yield check_gpus(names, int(os.environ.get("LOCAL_WORLD_SIZE", 0)))
     elif shutil.which("nvidia-smi") and os.path.exists("/dev/nvidiactl"):
         found = f"there is an NVIDIA GPU, and torch {torch.__version__} sees none: runs use the CPU"
@@ -174,10 +173,19 @@ def check_devices() -> Iterator[Finding]:
         yield Finding("devices", "ok", "no GPU: runs use the CPU")
 
 
+def gpu_names() -> list[str]:
+    """Return the name of each GPU that this process sees."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.cuda.get_device_name(index) for index in range(count)]
+
+
 def check_gpus(names: list[str], ranks: int) -> Finding:
     """Check the GPUs against the ranks of this host, 0 where no launcher started any."""
     kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-    if ranks > len(names):
+    if ranks > len(names) > 1:  # one may be each rank's own: ranks settle that where they meet
         found = f"{kinds} for {ranks} ranks: nccl refuses two ranks on one GPU"
-        return Finding("devices", "error", found, f"start at most {len(names)} ranks on this host")
+        mend = f"start at most {len(names)} ranks on this host, or set launch.device = 'cpu'"
+        return Finding("devices", "error", found, mend)
     return Finding("devices", "ok", kinds)

@@ -3,24 +3,36 @@
 This shows what really works here, where the other checks only look at files and settings. It takes
 some seconds for each strategy, so `--no-self-test` leaves it out."""
 
+from __future__ import annotations
+
+import contextlib
+import dataclasses
 import itertools
+import math
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..comparison.session import compare
 from ..job.errors import Failure, JobError, RunFailed, Unsupported
 from ..job.file import load_job
 from ..job.schema import Job
+from ..launch.by_launcher import Launcher
+from ..launch.devices import count_gpus, device_for
 from ..launch.warm import warm_ranks
 from ..records import Comparison, Record
 from ..records.whole import working_folder
 from ..strategies import registry
 from ..training.progress import Watcher
+from .evidence import Tested
 from .finding import Finding, count
 from .machine import torch_problem
+
+if TYPE_CHECKING:
+    from .relay import Relay
 
 STRATEGY_S = 90.0  # a run that has not ended by then hangs: it takes ten on two slow cores
 TINY = {
@@ -52,36 +64,106 @@ class Patience(Watcher):
         print(f"hybrid: self-test: {name} {words}", file=sys.stderr, flush=True)
 
 
-def check_strategies(names: Sequence[str] = registry.NAMES) -> Iterator[Finding]:
-    """Check each strategy, with one comparison of all that take the same number of processes."""
+def check_strategies(
+    names: Sequence[str] = registry.NAMES,
+    tested: list[Tested] | None = None,
+    relay: Relay | None = None,
+    world_size: int = 0,
+) -> Iterator[Finding]:
+    """Check each strategy, with one comparison of all that take the same number of processes.
+
+    tested: takes what each comparison found. relay: starts the ranks, `world_size` of them, where a
+    launcher has put this process and its peers."""
     if torch_problem():
         yield Finding("self-test", "warning", "not run: torch does not work", "see torch above")
         return
-    job, watcher = load_job(TINY), Patience()
+    watcher, tested = Patience(), [] if tested is None else tested
+    own = Path(tempfile.gettempdir(), "hybrid-self-test")
+    groups = [Group(world_size, "auto", list(names))] if relay else list_groups(names)
+    starter = Launcher(relay.template) if relay else None
     try:
-        own = Path(tempfile.gettempdir(), "hybrid-self-test")
-        with warm_ranks(), working_folder(own, 0o700) as folder:
-            for nproc, some in itertools.groupby(names, lambda name: num_processes(job, name)):
-                chosen = list(some)
-                result = compare(job, chosen, nproc, folder / str(nproc), watcher)
-                for name in chosen:
-                    yield describe_run(name, result, watcher.seconds[name])
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(working_folder(own, 0o700))
+            stack.enter_context(relay.serving(folder) if relay else warm_ranks())
+            for number, group in enumerate(groups):
+                job, rest = tiny_job(group), (folder / str(number), watcher, starter)
+                result = compare(job, group.names, group.nproc, *rest)
+                for name in group.names:
+                    seconds = watcher.seconds[name]
+                    tested.append(describe_test(name, result, seconds, group))
+                    yield describe_run(name, result, seconds, group.note)
     except (JobError, ModuleNotFoundError, OSError) as error:
         yield Finding("self-test", "error", f"could not be run: {error}", "see the packages above")
 
 
-def num_processes(job: Job, name: str) -> int:
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Holds strategies that are compared together, on so many processes; `note` says on what."""
+
+    nproc: int
+    device: str
+    names: list[str]
+    note: str = ""
+
+
+def list_groups(names: Sequence[str]) -> list[Group]:
+    """Return what to compare on this host alone, with 0, 1, 2 or more GPUs.
+
+    Where there are fewer GPUs than processes, these run on the CPU. A single GPU then also runs, in
+    one process, each strategy that can do with one."""
+    found, gpus = [], count_gpus()
+    for nproc, some in itertools.groupby(names, num_processes):
+        device = device_for(nproc)
+        note = f", on the CPU: {count(gpus, 'GPU')} here" if device == "cpu" else ""
+        found.append(Group(nproc, device, list(some), note))
+    alone = [name for name in names if _can_be_alone(name)]
+    if gpus == 1 and alone:
+        found.append(Group(1, "cuda", alone, ", on the GPU"))
+    return found
+
+
+def tiny_job(group: Group) -> Job:
+    """Return the job, with a layer for each stage and samples for each rank of many."""
+    ranks = max(2, group.nproc)
+    sizes = {"model.options": {"sizes": [8] * (ranks + 1)}, "train.global_batch": 4 * ranks}
+    rest = {"data.options.samples": 8 * ranks, "launch.device": group.device}
+    return load_job(TINY, sizes | rest)
+
+
+def _can_be_alone(name: str) -> bool:
+    with contextlib.suppress(Unsupported):
+        return registry.get(name).layout(load_job(TINY), 1).world_size == 1
+    return False
+
+
+def num_processes(name: str) -> int:
     """Return two, or four where a strategy cannot do with two."""
     try:
-        registry.get(name).layout(job, 2)
+        registry.get(name).layout(load_job(TINY), 2)
     except Unsupported:
         return 4
     return 2
 
 
-def describe_run(name: str, result: Comparison, seconds: float) -> Finding:
+def describe_test(name: str, result: Comparison, seconds: float, group: Group) -> Tested:
+    """Return what a comparison found out about one strategy, as an evidence file has it."""
+    record, parity = result.strategies[name], result.parity.get(name)
+    status: str = record.status
+    if status == "ok":
+        status = "equal" if parity is None or parity.ok else "not_equal"
+    differences = [getattr(parity, f"max_{what}_diff", None) for what in ("loss", "weight")]
+    numbers = [n if n is not None and math.isfinite(n) else None for n in differences]
+    reason = record.reason
+    if status == "not_equal" and parity:
+        reason = str(parity.first_difference)
+    device = "cpu" if group.device == "cpu" or not count_gpus() else "cuda"
+    shown = None if reason is None else reason.replace(tempfile.gettempdir(), "TMP")
+    return Tested(name, status, record.world_size, device, round(seconds, 1), shown, *numbers)  # type: ignore[arg-type]
+
+
+def describe_run(name: str, result: Comparison, seconds: float, note: str = "") -> Finding:
     """Say what a comparison found out about one strategy, whose run took so many seconds."""
-    record, title = result.strategies[name], f"runs {name}"
+    record, title = result.strategies[name], f"runs {name}{note}"
     reference = result.strategies[result.reference]
     if record.status == "not_possible":
         return Finding(title, "warning", f"not possible here: {record.reason}")

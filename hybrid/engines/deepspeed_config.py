@@ -78,7 +78,16 @@ def load_ds_config(name: str, stage: int) -> dict[str, Any]:
     found = stage_of(config, where)
     if found != stage:
         raise JobError(f"{where}: zero_optimization.stage = {found}: this strategy needs {stage}")
+    _require_even(config, where)
     return config
+
+
+def _require_even(config: dict[str, Any], where: str) -> None:
+    """Raise JobError for an odd size, which DeepSpeed finds where its ranks are running."""
+    size = config.get("zero_optimization", {}).get("allgather_bucket_size", 0)
+    if size % 2:
+        key = f"zero_optimization.allgather_bucket_size = {size}"
+        raise JobError(f"{where}: {key}: valid: an even number, by DeepSpeed")
 
 
 def stage_of(config: Any, where: str) -> int:
@@ -110,7 +119,8 @@ def check_fp16(job: Job) -> None:
     if job.train.precision == "fp16":
         import torch
 
-        if not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        on_gpu = job.launch.device != "cpu" and torch.cuda.is_available()
+        if not on_gpu and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
             raise Unsupported(
                 "train.precision = 'fp16': DeepSpeed takes it on GPUs and on CPUs with fp16 units "
                 "only, and this CPU has none; bf16 runs here"

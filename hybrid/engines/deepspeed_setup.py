@@ -16,7 +16,7 @@ from ..launch.ops_cache import remove_stale_locks, set_ops_folder
 from ..launch.placement import OWN, Placement
 from ..layout import micro_batch_size
 from ..models.layers import Layers
-from .deepspeed_config import load_ds_config
+from .deepspeed_config import SHIPPED, load_ds_config
 from .precision import Stepped, deepspeed_keys, name_of
 
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size")
@@ -61,19 +61,25 @@ def full_config(
 ) -> dict[str, Any]:
     """Return the whole DeepSpeed configuration of strategy `name`: the file's keys and the job's.
 
-    Buckets take memory on top of the model (DeepSpeed's default of 5e8 elements is 2 GB), so they
-    are cut to a small part of it. Leaving `gradient_clipping` out would not switch it off, since
-    Accelerate fills in 1.0."""
+    Buckets take memory on top of the model (DeepSpeed's default of 5e8 elements is 2 GB), so those
+    of the shipped files are cut to a small part of it, and communication overlaps where there are
+    streams, on GPUs. What a user's own file says stays. Leaving `gradient_clipping` out would not
+    switch it off, since Accelerate fills in 1.0."""
     shipped = name if zero_stage else "pipeline"  # the same for 2d without ZeRO
-    config = load_ds_config(getattr(job.settings(name), "ds_config", None) or shipped, zero_stage)
+    named = getattr(job.settings(name), "ds_config", None)
+    config = load_ds_config(named or shipped, zero_stage)
     micro_batches, dp = job.micro_batches(name), placement.layout.dp
     size = micro_batch_size(job.train.global_batch, dp, micro_batches)
     elements = sum(p.numel() for p in layers.names())
     zero = config.setdefault("zero_optimization", {})
+    own = {} if named in (None, *SHIPPED) else {k: v for k, v in zero.items() if k != "stage"}
     if pipeline_stage(job, zero_stage) != zero_stage:
         zero |= {"stage": 1, **dict.fromkeys(BUCKETS, elements)}
     limits = _limits(layers)
     zero |= {key: min(zero[key], limits[key]) for key in zero.keys() & limits.keys()}
+    # DeepSpeed switches it off under a pipeline, with a warning.
+    zero["overlap_comm"] = placement.device.type == "cuda" and placement.layout.pp == 1
+    zero |= own
     return {
         **config,
         **deepspeed_keys(job.train.precision),

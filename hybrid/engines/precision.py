@@ -8,6 +8,7 @@
 | master weights, which the optimizer steps | fp32 | fp32, from the same fp32 start |
 | optimizer state | fp32 | fp32 |
 | buffers, such as rotary tables | their own | their own |
+| multiplying fp32 tensors | fp32, not TF32 | fp32, not TF32 |
 | loss | fp32 | fp32 |
 
 This is the same under every strategy. fp16 also scales the loss: by 2**16 at first, by half of that
@@ -34,6 +35,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..models.layers import Layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EXACT = ("none", "ieee")  # values of `fp32_precision` in torch.backends that round to fp32
+_BACKENDS: Any = torch.backends  # torch's annotations lack some of these
+_PRODUCTS = {
+    "cudnn.conv": _BACKENDS.cudnn.conv,
+    "cudnn.rnn": _BACKENDS.cudnn.rnn,
+    "cuda.matmul": _BACKENDS.cuda.matmul,
+    "mkldnn.matmul": _BACKENDS.mkldnn.matmul,
+    "mkldnn.conv": _BACKENDS.mkldnn.conv,
+    "mkldnn.rnn": _BACKENDS.mkldnn.rnn,
+}
+_BY_DEFAULT = ("cudnn.conv", "cudnn.rnn")  # torch itself allows TF32 for these
 INITIAL_SCALE, GROWTH_STEPS = 2.0**16, 2000
 
 
@@ -46,6 +58,28 @@ class _Round(nn.Module):
 
     def forward(self, parameter: torch.Tensor) -> torch.Tensor:
         return parameter.to(self.dtype)
+
+
+def forbid_tf32() -> list[str]:
+    """Have products, convolutions and recurrent layers of fp32 tensors round to fp32, everywhere.
+
+    torch lets cuDNN round convolutions' inputs to the 10 bits of TF32 unless it is told otherwise,
+    and a call of `torch.set_float32_matmul_precision` does so for products, also on CPUs. Returns
+    a warning where the job's own code had allowed that."""
+    allowed = [name for name, one in _PRODUCTS.items() if one.fp32_precision not in EXACT]
+    if any(name.endswith("matmul") for name in allowed):
+        torch.set_float32_matmul_precision("highest")
+    for name in allowed:
+        _PRODUCTS[name].fp32_precision = "ieee"
+    own = [name for name in allowed if name not in _BY_DEFAULT]
+    if not own:
+        return []
+    return [f"torch.backends.{own[0]}.fp32_precision has no effect: fp32 is fp32 here, or set bf16"]
+
+
+def _fp32_products() -> str:
+    found = {one.fp32_precision for one in _PRODUCTS.values()}
+    return _join("fp32" if name in EXACT else name for name in found)
 
 
 def round_at_use(model: nn.Module, dtype: torch.dtype) -> None:
@@ -190,6 +224,7 @@ def make_ledger(observer: Observer, model: nn.Module, stepped: Stepped) -> dict[
         "master_weights": names_of(stepped.masters),
         "optimizer_state": state_dtypes(stepped.optimizer),
         "buffers": names_of(model.buffers()),
+        "fp32_products": _fp32_products(),
     }
 
 
@@ -203,6 +238,7 @@ def check_ledger(precision: str, buffers: str, ledger: Mapping[str, str]) -> dic
         "master_weights": "fp32",
         "optimizer_state": "fp32",
         "buffers": buffers,
+        "fp32_products": "fp32",
     }
     return {
         f"{row.replace('_', ' ')} in {dtype}": ledger[row] in (dtype, "none")

@@ -61,9 +61,9 @@ class Engine(Protocol):
     `shares` are the data-parallel ranks whose samples this process computes (all but an emulation
     have one). `micro_batch_size` is the fixed number of rows that a micro-batch must have, or None
     if any number will do. `reads_inputs` and `reads_targets` tell which parts of a micro-batch this
-    process uses. `num_held` is how many trained parameters it holds. `notes` are warnings of a
-    run that goes on from a checkpoint: what it could not take over. `step` is how many optimizer
-    steps are done. `guard` is there where the job has [guard]."""
+    process uses. `num_held` is how many trained parameters it holds. `notes` are warnings: what
+    a run could not take over from a checkpoint, or does not do as the model's code asks. `step` is
+    how many optimizer steps are done. `guard` is there where the job has [guard]."""
 
     layout: Layout
     shares: tuple[int, ...]

@@ -163,14 +163,15 @@ class Log(Section):
 
 
 class Launch(Section):
-    """Sets after how many seconds a run gives up, and which releases may run.
+    """Sets after how many seconds a run gives up, on what it runs, and which releases may run.
 
-    allow_known_bad: runs a release of DeepSpeed that is known to train wrongly, which is otherwise
-    refused. trust_pickle: reads `model.weights` also where they are pickled, by a loader that runs
-    no code."""
+    device: auto takes GPUs where a host has any, one for each rank. allow_known_bad: runs a release
+    of DeepSpeed that is known to train wrongly, which is otherwise refused. trust_pickle: reads
+    `model.weights` also where they are pickled, by a loader that runs no code."""
 
     start_timeout_s: Seconds = 60  # on ranks that do not start or meet
     collective_timeout_s: Seconds = 300  # on a rank that others wait for in a collective
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     allow_known_bad: bool = False
     trust_pickle: bool = False
 

@@ -6,9 +6,10 @@ allocation or below a launcher and be no rank of it: `without_launcher` keeps th
 these from ranks that it starts. `hybrid.launch.variable_check` refuses values that make no sense.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 _OMPI = "OMPI_COMM_WORLD_"
 # Rank, world size, rank within the host, ranks of the host. The order matters: `srun torchrun`
@@ -85,6 +86,18 @@ def without_launcher(
     Settings stay, such as those of NCCL, gloo, OpenMP, and the devices. keep_slurm: SLURM's stay,
     which srun needs inside an allocation; left out, those stay that name the job."""
     return {k: v for k, v in environ.items() if not _is_of_a_launcher(k, keep_slurm)}
+
+
+@contextlib.contextmanager
+def outside_launcher() -> Iterator[None]:
+    """Have this process be no rank for a while, so that it can start ranks itself."""
+    found = {key: os.environ[key] for key in os.environ.keys() - without_launcher()}
+    for key in found:
+        del os.environ[key]
+    try:
+        yield
+    finally:
+        os.environ.update(found)
 
 
 def _is_of_a_launcher(key: str, keep_slurm: bool) -> bool:

@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..job.errors import JobError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 PORTS = range(20000, 30000)  # below Linux's ephemeral ports (net.ipv4.ip_local_port_range)
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 OWN = "hybrid"  # the launcher's name where `hybrid` itself started this rank
 
 
@@ -35,6 +37,9 @@ class Placement:
     `launcher` started it (None: no launcher did, the process is alone). `layout` is the run's once
     it is known. `store` is where the ranks met (None: they have not met, or the process is alone).
     `launched`: `hybrid` had the launcher start it, and has begun the folder of the run.
+    `device_asked` is the job's `launch.device`. `gpu` is this rank's among the GPUs that it sees;
+    ranks settle that where they meet (`hybrid.launch.devices`), and also `local_rank` where the
+    launcher did not tell it (`local_known`).
     """
 
     rank: int = 0
@@ -44,6 +49,9 @@ class Placement:
     layout: Layout = dataclasses.field(default_factory=Layout)
     store: dist.Store | None = None
     launched: bool = False
+    device_asked: str = "auto"
+    gpu: int = 0
+    local_known: bool = True
 
     @property
     def host(self) -> str:
@@ -51,12 +59,23 @@ class Placement:
         return socket.gethostname()
 
     @property
+    def host_id(self) -> str:
+        """Return what tells this host from all others: two may have one name, as localhost."""
+        return f"{self.host}/{BOOT.read_text().strip() if BOOT.exists() else ''}"
+
+    @property
     def device(self) -> torch.device:
-        """Return this rank's GPU where the host has one, else the CPU."""
+        """Return this rank's GPU where the host has one and the job allows it, else the CPU.
+
+        Raises JobError where the job asks for a GPU and there is none."""
         import torch
 
-        if torch.cuda.is_available():
-            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        if self.device_asked != "cpu" and torch.cuda.is_available():
+            return torch.device("cuda", self.gpu)
+        if self.device_asked == "cuda":
+            raise JobError(
+                f"launch.device = 'cuda': torch sees no GPU on {self.host}; valid: auto, cpu"
+            )
         return torch.device("cpu")
 
     @property
@@ -92,7 +111,8 @@ def find_placement(started_by_hybrid: bool = False) -> Placement:
     rank, world, local, _ = (read_number(key) for key in VARIABLES[kind])
     assert rank is not None and world is not None  # `check_variables` requires both
     launcher = OWN if started_by_hybrid else launcher_name()
-    return Placement(rank, world, rank if local is None else local, launcher)
+    known = local is not None or world == 1
+    return Placement(rank, world, rank if local is None else local, launcher, local_known=known)
 
 
 def set_apart(placement: Placement, nproc: int | None) -> Placement:
@@ -116,7 +136,7 @@ def export_rank_variables(placement: Placement) -> None:
     found = {
         "RANK": placement.rank,
         "WORLD_SIZE": placement.world_size,
-        "LOCAL_RANK": placement.local_rank,
+        "LOCAL_RANK": placement.local_rank if placement.local_known else None,
         "LOCAL_WORLD_SIZE": num_local_ranks(),
     }
     kind = variables_of()

@@ -15,10 +15,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..job.errors import StartError, first_line
+from ..job.errors import JobError, StartError, first_line
 from ..job.schema import Launch
 from .accelerate_env import clear_accelerate_variables
 from .blocking_calls import mark, unmark
+from .devices import HIDDEN, announce, hides_gpus, settle
+from .environment import num_local_ranks
 from .farewell import abandon_groups
 from .held_port import hold_port, is_held, take_held_port
 from .placement import OWN, Placement, export_rank_variables, loopback_address
@@ -28,6 +30,7 @@ DEFAULT_LIMITS = Launch()
 _joined = ExitStack()  # what `cleanup` undoes
 FAREWELL_S = 0.05
 CONNECT_PAUSE_S = 0.1
+_known = dict[str, Placement]()  # this rank's place in the group that it is in
 _served = set[int]()  # ports on which this process has had a store
 _ARRIVED = "hybrid/arrived/"  # keys of the store: each rank's host, once it has come
 
@@ -39,17 +42,19 @@ def join_process_group(placement: Placement, limits: Launch = DEFAULT_LIMITS) ->
     process alone needs neither. Returns the placement with the store where the ranks met. Raises
     StartError, which names the ranks that are missing, after `limits.start_timeout_s`."""
     if dist.is_initialized():
-        return placement
+        return placement if placement.store else _place_in_group(placement)
     held = take_held_port()
     _joined.enter_context(restored_environment())
     export_rank_variables(placement)
+    hide_gpus(placement.device_asked)
+    if loopback_address(placement):
+        _keep_to_loopback(placement)
+    store = _open_store(placement, limits.start_timeout_s, held)
+    placement = _known["here"] = _meet(store, placement, limits.start_timeout_s)
     set_num_threads(placement)
     device = placement.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if loopback_address(placement):
-        _keep_to_loopback(placement)
-    store = _meet(placement, limits.start_timeout_s, held)
     timeout = timedelta(seconds=limits.collective_timeout_s)
     store.set_timeout(timeout)
     _set_default_timeouts(timeout, timeout)
@@ -63,6 +68,34 @@ def join_process_group(placement: Placement, limits: Launch = DEFAULT_LIMITS) ->
     )
     mark()
     return dataclasses.replace(placement, store=store)
+
+
+def hide_gpus(asked: str) -> None:
+    """Show this process no GPU until `cleanup`, where a job on a host with GPUs asks for the CPU.
+
+    Accelerate and DeepSpeed look for GPUs themselves. Raises JobError where torch has begun to use
+    one, since that cannot be taken back."""
+    if not hides_gpus(asked):
+        return
+    if torch.cuda.is_initialized():
+        raise JobError(
+            "launch.device = 'cpu': this process uses a GPU already; valid: a new process"
+        )
+    _joined.enter_context(restored_environment())
+    os.environ.update(HIDDEN)
+
+
+def name_device(placement: Placement) -> None:
+    """Have LOCAL_RANK say this rank's GPU until `cleanup`, where its number is another one.
+
+    DeepSpeed and Accelerate take it for the index of a device, which it is not where a scheduler
+    shows each rank one device alone. DeepSpeed wants Open MPI's variable to say the same."""
+    if placement.device.type != "cuda" or placement.gpu == placement.local_rank:
+        return
+    _joined.enter_context(restored_environment())
+    for key in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        if key in os.environ:
+            os.environ[key] = str(placement.gpu)
 
 
 def hide_accelerate_configuration() -> None:
@@ -92,18 +125,34 @@ def _keep_to_loopback(placement: Placement) -> None:
         os.environ[variable] = value
 
 
-def _meet(placement: Placement, seconds: int, held: int | None) -> dist.Store:
-    """Return the store of the rendezvous once all ranks have come to it."""
+def _place_in_group(placement: Placement) -> Placement:
+    """Return this rank's place with the device that it has in the group which it is in already."""
+    known = _known.get("here")
+    if known is None and placement.device.type == "cuda":  # the caller has made the group
+        store = dist.PrefixStore("hybrid/places", dist.distributed_c10d._get_default_store())
+        known = _known["here"] = _meet(store, placement, DEFAULT_LIMITS.start_timeout_s)
+    if known is None:
+        return placement
+    place = dataclasses.replace(placement, gpu=known.gpu, local_known=True)
+    return dataclasses.replace(place, local_rank=known.local_rank)
+
+
+def _meet(store: dist.Store, placement: Placement, seconds: int) -> Placement:
+    """Return this rank's place once all ranks have come to the store."""
     rank, world_size = placement.rank, placement.world_size
-    store = _open_store(placement, seconds, held)
     keys = [f"{_ARRIVED}{other}" for other in range(world_size)]
+    announce(store, placement)
     store.set(keys[rank], placement.host)
     try:
         store.wait(keys, timedelta(seconds=seconds))
     except dist.DistError:
         missing = [other for other, key in enumerate(keys) if not store.check([key])]
         raise StartError(_missing(missing, world_size, seconds)) from None
-    return store
+    placement, local_ranks = settle(store, placement)
+    os.environ.setdefault("LOCAL_RANK", str(placement.local_rank))
+    if num_local_ranks() is None:
+        os.environ["LOCAL_WORLD_SIZE"] = str(local_ranks)
+    return placement
 
 
 def _missing(ranks: Sequence[int], world_size: int, seconds: int) -> str:
@@ -212,6 +261,7 @@ def cleanup(failed: bool = False) -> None:
         elif dist.is_initialized():
             _leave()
     finally:
+        _known.clear()
         _joined.close()
 
 

@@ -36,7 +36,7 @@ def build_shared(job: Job, placement: Placement) -> tuple[Layers, Loss]:
     A user's own function makes all values on each rank, since it may compute with them."""
     if placement.world_size == 1 or not can_be_made_on_meta(job):
         return build_model(job)
-    built, place, host = None, "", placement.host
+    built, place, host = None, "", placement.host_id
     with contextlib.ExitStack() as opened:
         if placement.local_rank == 0:
             built = build_model(job)

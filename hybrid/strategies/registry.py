@@ -25,6 +25,7 @@ from .protocol import REQUIRED, Strategy
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..models.layers import Layers
     from ..models.losses import Loss
 
 NAMES = ("single", "ddp", "local_sgd", "fsdp", "zero1", "zero2", "zero3", "pipeline", "2d")
@@ -150,7 +151,8 @@ def place(job: Job, strategy: str, placement: Placement) -> Placement:
             f"strategy = {strategy!r}: runs on {layout.world_size} process, "
             f"the launcher started {placement.world_size}"
         )
-    return dataclasses.replace(placement, layout=layout)
+    asked = job.launch.device
+    return dataclasses.replace(placement, layout=layout, device_asked=asked)
 
 
 def open_engine(
@@ -170,9 +172,8 @@ def open_engine(
     where it must be cut into stages. Lengths must be given in steps (`train.steps` and local SGD's
     `sync_every`), since the size of the data is not known here. Raises Unsupported or JobError
     before anything is built."""
-    from ..engines.layers import prepare_layers, prepare_loss
     from ..engines.summary import summarise
-    from ..launch.process_group import hide_accelerate_configuration, join_process_group
+    from ..launch.process_group import hide_accelerate_configuration
     from ..models.brought import as_layers
     from ..models.losses import as_loss
     from ..models.own_loss import OwnLoss
@@ -189,7 +190,20 @@ def open_engine(
     summary = summarise(job, layers, tried=placement.launcher == OWN)  # by who started this rank
     hide_accelerate_configuration()
     _check(job, strategy, placement.layout, summary)
+    return _build(job, strategy, placement, layers, loss)
+
+
+def _build(job: Job, strategy: str, placement: Placement, layers: Layers, loss: Loss) -> Engine:
+    """Build the engine of a job that has been checked, among the other ranks."""
+    from ..engines.layers import prepare_layers, prepare_loss
+    from ..engines.precision import forbid_tf32
+    from ..launch.process_group import join_process_group, name_device
+
     if strategy != "single":
         placement = join_process_group(placement, job.launch)
+        name_device(placement)
     layers, loss = prepare_layers(job, layers), prepare_loss(job, loss)
-    return get(strategy).build(job, placement, layers, loss)
+    notes = forbid_tf32()
+    engine = get(strategy).build(job, placement, layers, loss)
+    engine.notes.extend(notes)
+    return engine

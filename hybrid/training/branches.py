@@ -150,7 +150,7 @@ class _Walk:
         self.plan = BatchPlan(
             len(self.samples), job.train.global_batch, shares, micro_batches, job.train.seed
         )
-        names, here = layers.names(), Placement()
+        names, here = layers.names(), Placement(device_asked=job.launch.device)
         self.engine: Any = registry.open_engine(self.job, "single", layers, self.loss, here)
         self.names = {id(parameter): name for parameter, name in names.items()}
         self.device = here.device

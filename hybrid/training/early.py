@@ -11,6 +11,7 @@ from ..job.errors import JobError, Unsupported
 from ..job.reading import show
 from ..job.schema import Job
 from ..job.variants import DEGREES, READ_DEGREES, Choice, resolve
+from ..launch.devices import check_gpus
 from ..launch.limits import check_processes, check_workers
 from ..layout import Layout, LayoutError
 from ..models import FAMILIES
@@ -32,7 +33,9 @@ def check_early(
     nproc = count_processes(job, names, nproc, here)
     if here:
         check_workers(job.data.workers, nproc)
-    _check_runs(job, names, nproc, alone)
+    most = _check_runs(job, names, nproc, alone)
+    if here:
+        check_gpus(job.launch.device, most)
     return nproc
 
 
@@ -41,8 +44,8 @@ def check_run(job: Job, name: str, nproc: int) -> None:
     _check_runs(job, [name], nproc, alone=True)
 
 
-def _check_runs(job: Job, names: Sequence[str], nproc: int, alone: bool) -> None:
-    """Check what is known of each run, and print warnings."""
+def _check_runs(job: Job, names: Sequence[str], nproc: int, alone: bool) -> int:
+    """Check what is known of each run, print warnings, and return the most processes of a run."""
     layouts, layers = list[tuple[Choice, Layout]](), count_layers(job)
     for name in names:
         choice = resolve(job, name)
@@ -57,6 +60,8 @@ def _check_runs(job: Job, names: Sequence[str], nproc: int, alone: bool) -> None
                 raise
     check_fit(job)
     print_warnings(_unused_degrees(job, layouts, nproc))
+    emulates = job.strategy.local_sgd.emulate_replicas is not None
+    return max((1 if emulates else layout.world_size for _, layout in layouts), default=1)
 
 
 def count_processes(job: Job, names: Sequence[str], nproc: int | None, here: bool = True) -> int:

@@ -18,6 +18,7 @@ from ..job.file import to_dict
 from ..job.outputs import as_word
 from ..job.schema import Job, resolve_lengths
 from ..job.variants import Choice, resolve
+from ..launch.devices import check_gpus, gpus_hidden
 from ..launch.exchange import gather_objects
 from ..launch.failures import RankStatus, leave_error
 from ..launch.limits import check_processes
@@ -103,6 +104,7 @@ def _launch(asked: Asked) -> dict[str, Any]:
     choice = resolve(job, strategy)
     nproc = count_processes(job, [strategy], asked.nproc)
     layout = registry.get(choice.strategy).layout(choice.job, nproc)
+    check_gpus(job.launch.device, layout.world_size)
     remove_stale_locks()
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / RESULT).unlink(missing_ok=True)
@@ -113,7 +115,8 @@ def _launch(asked: Asked) -> dict[str, Any]:
     arguments += ["--out", as_word(asked.out), "--parent", str(os.getpid())]
     try:
         modules = registry.modules(choice.strategy)
-        run_ranks(layout.world_size, arguments, asked.out, modules=modules, says_end=True)
+        with gpus_hidden(job.launch.device):
+            run_ranks(layout.world_size, arguments, asked.out, modules=modules, says_end=True)
     finally:
         file.unlink(missing_ok=True)
     result: dict[str, Any] = records.read(dict[str, Any], asked.out / RESULT)

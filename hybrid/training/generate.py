@@ -16,6 +16,7 @@ from ..data.text.tokenizers import BYTES, Tokenizer, load_tokenizer
 from ..job.errors import JobError, tell_error
 from ..job.schema import Job
 from ..launch.failures import is_out_of_memory
+from ..launch.placement import Placement
 from ..models import build_model
 from ..models.starting import fill, match_names, require_fit
 from ..models.vector_functions import call_vector_functions_once
@@ -92,7 +93,7 @@ def _load_model(saved: Saved) -> nn.Module:
         fill(weights, (Piece(n, WEIGHT, tuple(t.shape), t) for n, t in tensors.items()), names)
     finally:
         weights.close()
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval().to(Placement(device_asked=saved.job.launch.device).device)
 
 
 def _utf8(prompt: str) -> bytes:

@@ -81,8 +81,6 @@ class RunInProgress:
         if saved:
             self.status.set("loading the checkpoint")
             self.checkpoints.load(self._first_batches())
-            print_warnings(self.engine.notes if self.placement.rank == 0 else [])
-            self.warnings += self.engine.notes
             self._note_saved()
             if self.engine.guard:
                 self.engine.guard.set_state(self.checkpoints.saved_record.get("guard", {}))
@@ -92,6 +90,8 @@ class RunInProgress:
                 records.from_dict(StepEval, one)
                 for one in self.checkpoints.saved_record.get("evals", [])
             ]
+        print_warnings(self.engine.notes if self.placement.rank == 0 else [])
+        self.warnings += self.engine.notes
 
     def _first_batches(self) -> Sequence[MicroBatch]:
         """Return this rank's micro-batches of the coming step, or of the last where none comes."""

@@ -27,6 +27,7 @@ from ..launch.by_launcher import (
     require_launched,
     run_by_launcher,
 )
+from ..launch.devices import gpus_hidden
 from ..launch.local import PROGRAM, Program, run_ranks
 from ..launch.logs import redirect_output
 from ..launch.ops_cache import remove_stale_locks
@@ -82,7 +83,8 @@ def run_job(
         signal.signal(signal.SIGUSR1, end_now)  # until the run has steps to save
     claimed = claim_for_run(out, placement, resume is not None)
     if placement.launcher is None and not launched:
-        with claimed, needs_room(out), warm_ranks(fresh_ranks):
+        hidden = gpus_hidden(job.launch.device)
+        with claimed, needs_room(out), hidden, warm_ranks(fresh_ranks):
             return _launch_checked(job, strategy, out, nproc, resume, until, starter)
     end_with_launcher(parent)
     if nproc not in (None, placement.world_size):
