@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from ..job.errors import StartError, first_line
 from ..job.schema import Launch
 from .accelerate_env import clear_accelerate_variables
-from .blocking_calls import mark, unmark
+from .blocking_calls import mark, set_message_timeout, unmark
 from .farewell import abandon_groups
 from .held_port import hold_port, is_held, take_held_port
 from .placement import OWN, Placement, export_rank_variables, loopback_address
@@ -28,6 +29,7 @@ DEFAULT_LIMITS = Launch()
 _joined = ExitStack()  # what `cleanup` undoes
 FAREWELL_S = 0.05
 CONNECT_PAUSE_S = 0.1
+_own_timeout: "weakref.WeakSet[dist.ProcessGroup]" = weakref.WeakSet()
 _served = set[int]()  # ports on which this process has had a store
 _ARRIVED = "hybrid/arrived/"  # keys of the store: each rank's host, once it has come
 
@@ -50,7 +52,7 @@ def join_process_group(placement: Placement, limits: Launch = DEFAULT_LIMITS) ->
     if loopback_address(placement):
         _keep_to_loopback(placement)
     store = _meet(placement, limits.start_timeout_s, held)
-    timeout = timedelta(seconds=limits.collective_timeout_s)
+    timeout = timedelta(seconds=limits.setup_timeout_s)
     store.set_timeout(timeout)
     _set_default_timeouts(timeout, timeout)
     dist.init_process_group(
@@ -63,6 +65,27 @@ def join_process_group(placement: Placement, limits: Launch = DEFAULT_LIMITS) ->
     )
     mark()
     return dataclasses.replace(placement, store=store)
+
+
+def set_timeouts(seconds: float) -> None:
+    """Set how long this process waits for others, in all its groups and those that it will make.
+
+    Groups that `keep_timeout` was called for are left out. gloo takes a new timeout for collectives
+    alone; its messages wait as long as the group was told first, unless the wait says otherwise."""
+    if not dist.is_initialized():
+        return
+    timeout, of_all = timedelta(seconds=seconds), dist.distributed_c10d
+    _set_default_timeouts(timeout, timeout)
+    for group in list(of_all._world.pg_map):
+        if group not in _own_timeout:
+            of_all._set_pg_timeout(timeout, group)
+    set_message_timeout(timeout if dist.get_backend() == "gloo" else None)
+
+
+def keep_timeout(group: dist.ProcessGroup | None) -> None:
+    """Have a group of this process keep the timeout that it was made with."""
+    if group is not None:
+        _own_timeout.add(group)
 
 
 def hide_accelerate_configuration() -> None:
@@ -206,6 +229,7 @@ def cleanup(failed: bool = False) -> None:
 
     failed: nothing is waited for, since a peer may be gone."""
     try:
+        set_message_timeout(None)
         unmark()
         if failed:
             abandon_groups()

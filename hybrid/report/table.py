@@ -58,12 +58,21 @@ def make_legend(comparison: Comparison) -> str:
         f"Peak memory: in the first training steps; {started}.",
         "Memory and bytes sent in a step: of the rank that has most.",
         "Test result: perplexity (ppl), e to the mean loss of a target." if perplexity else "",
+        _tell_part(comparison),
         "Differences: |a-b|/|b|, the greatest of any step or parameter.",
         "Rounding: how far rounding alone moves it, as controls show." if excused else "",
         "Resumed: after this step the run was interrupted, and went on." if resumed else "",
         "Dash: not measured, or not shown, since only runs proved equal have their costs shown.",
     ]
     return " ".join(filter(None, sentences))
+
+
+def _tell_part(comparison: Comparison) -> str:
+    """Tell of which test samples the results are, where that is a part of them."""
+    results = [run.eval for run in comparison.strategies.values() if run.eval]
+    parts = {f"{r.samples:,} of {r.set_samples:,}" for r in results if r.set_samples}
+    part = "; ".join(sorted(parts))
+    return f"Test results are of the first {part} test samples (train.eval_batches)." * bool(part)
 
 
 def build_rows(comparison: Comparison) -> dict[str, dict[str, str]]:
