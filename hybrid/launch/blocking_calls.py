@@ -23,7 +23,7 @@ from .waiting import enter, leave, waiting
 
 _marked: list[tuple[Any, str, Any]] = []  # owner, name, and what was there before
 _message_timeout: list[timedelta] = []  # of gloo's messages, at most one
-_KINDS = torch._C._distributed_c10d.OpType
+_KINDS: Any = getattr(torch._C._distributed_c10d, "OpType")  # noqa: B009 - typed nowhere
 _MESSAGES = {int(kind) for kind in (_KINDS.SEND, _KINDS.RECV, _KINDS.RECVANYSOURCE)}
 
 

@@ -227,7 +227,7 @@ class _Run(RunInProgress):
         self.stops.act_at_once()
 
     def _between_steps(self) -> None:
-        """Say that what came before is in no step, and ask whether a signal has come; collective."""
+        """Say that what came before is in no step, and ask for signals; collective."""
         self.instruments.interrupt()
         self.told = self.told or self.ask_all()
 
