@@ -33,6 +33,10 @@ class Bytes:
         """Returns the ids of UTF-8 text, whole characters, without special tokens around them."""
         return numpy.frombuffer(text, numpy.uint8)
 
+    def encode_all(self, texts: Sequence[bytes]) -> list[numpy.ndarray]:
+        """Returns the ids of each of several texts."""
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, with U+FFFD for what is not UTF-8, such as half a character."""
         return bytes(i for i in ids if i != self.end).decode(errors="replace")
@@ -47,8 +51,21 @@ class HuggingFace:
 
     def encode(self, text: bytes) -> numpy.ndarray:
         """Returns the ids of UTF-8 text, as `Bytes.encode` does."""
-        ids = self._tokenizer.encode(text.decode(), add_special_tokens=False, verbose=False)
-        return numpy.array(ids, numpy.int64)
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[bytes]) -> list[numpy.ndarray]:
+        """Returns the ids of each of several texts.
+
+        The tokenizers library shares a batch out to threads on the cores that this process may use,
+        unless TOKENIZERS_PARALLELISM or RAYON_NUM_THREADS says otherwise."""
+        found = self._tokenizer(
+            [text.decode() for text in texts],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return [numpy.array(ids, numpy.int64) for ids in found["input_ids"]]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids."""
