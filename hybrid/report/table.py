@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..records import Comparison, EvalResult, Memory, Parity, Record
+from ..records import Comparison, EvalResult, Memory, Parity, Record, Throughput
 from .clean import clean
 from .costs import Meaning, find_meaning, format_pace, join_best, tell_sharing
 from .excuses import explain_size
@@ -99,8 +99,14 @@ def _format_costs(record: Record, meaning: Meaning, base: float | None) -> list[
         format_ratio(meaning.find_rate(pace) / base) if pace and base else DASH,
         format_bytes(max(meaning.find_peaks(memory))) if memory else DASH,
         format_bytes(max(comm.bytes_per_step)) if comm else DASH,
-        format_number(pace.step_s_median * 1e3) if pace else DASH,
+        _format_step(pace) if pace else DASH,
     ]
+
+
+def _format_step(pace: Throughput) -> str:
+    """Format the median step in milliseconds, and the engine's own part of it."""
+    own, whole = pace.engine_s_median, format_number(pace.step_s_median * 1e3)
+    return whole if own is None else f"{whole} (engine {format_number(own * 1e3)})"
 
 
 def _format_diffs(parity: Parity | None) -> list[str]:

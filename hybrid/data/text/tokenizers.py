@@ -47,6 +47,10 @@ class HuggingFace:
 
     def __init__(self, tokenizer: Any, end: int) -> None:
         self._tokenizer, self.end = tokenizer, end
+        self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
         self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
     def encode(self, text: bytes) -> numpy.ndarray:
@@ -58,14 +62,13 @@ class HuggingFace:
 
         The tokenizers library shares a batch out to threads on the cores that this process may use,
         unless TOKENIZERS_PARALLELISM or RAYON_NUM_THREADS says otherwise."""
-        found = self._tokenizer(
-            [text.decode() for text in texts],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return [numpy.array(ids, numpy.int64) for ids in found["input_ids"]]
+        decoded = [text.decode() for text in texts]
+        if self._backend is not None:  # it makes no offsets, masks and texts of tokens
+            every = self._backend.encode_batch_fast(decoded, add_special_tokens=False)
+            return [numpy.array(found.ids, numpy.int64) for found in every]
+        encode = self._tokenizer.encode
+        each = (encode(text, add_special_tokens=False, verbose=False) for text in decoded)
+        return [numpy.array(ids, numpy.int64) for ids in each]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids."""
