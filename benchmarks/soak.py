@@ -1,12 +1,16 @@
 """Trains for very many steps, and compares very many times, to see what grows.
 
     python -m benchmarks.soak --out FOLDER [--steps N] [--gpt-steps N] [--comparisons N]
+    python -m benchmarks.soak --out FOLDER --single 200000     # that run alone
 
 fsdp and zero3 have two ranks, 2d has four. While a run lasts, each rank's resident memory and CPU
 time (psutil) are read at every hundredth of it. The first tenth is left out, in which allocators
 and caches fill, and the end, at which the record is put together. Growth is that of a line fitted
 through the rest, over its whole length. The time of a step is CPU time, since other processes
-change wall time. FOLDER/soak.json and FOLDER/soak.md have the figures."""
+change wall time. FOLDER/soak.json and FOLDER/soak.md have the figures.
+
+`--single` trains the trivial model under `single` with every step in `steps.jsonl`, and says what a
+step took in each tenth of the run, the size of its record, and the memory of reading all steps."""
 
 import argparse
 import contextlib
@@ -22,6 +26,7 @@ import psutil
 
 import hybrid
 from hybrid.launch.warm import warm_process, warm_ranks
+from hybrid.records.steps import read_run
 from hybrid.training.check import check_job
 from hybrid.training.progress import Watcher
 from hybrid.training.run import launch
@@ -121,6 +126,41 @@ def soak(
     return found
 
 
+def long_run(steps: int, out: Path) -> str:
+    """Train under `single` for so many steps, and return what that cost as a page's text."""
+    job = check_job(hybrid.load_job(TRIVIAL, {"train.steps": steps})).job
+    sampler, begun = Sampler(steps // 100), time.monotonic()
+    launch(job, "single", 1, out, sampler)
+    minutes = (time.monotonic() - begun) / 60
+    sizes = [(out / name).stat().st_size for name in ("record.json", "steps.jsonl")]
+    memory = [found[1][0] for found in sampler.seen if found[1]]
+    tenths = list[list[float]]([] for _ in range(10))
+    with (out / "steps.jsonl").open() as lines:
+        for i, line in enumerate(lines):
+            tenths[i * 10 // steps].append(json.loads(line)["seconds"])
+    before = psutil.Process().memory_info().rss
+    record = read_run(out)
+    held = (psutil.Process().memory_info().rss - before) / 2**20
+    rows = [
+        f"| {i + 1} | {statistics.median(t) * 1e6:.0f} | {statistics.fmean(t) * 1e6:.0f} |"
+        for i, t in enumerate(tenths)
+    ]
+    assert len(record.steps) == steps
+    return "\n".join(
+        [
+            f"`single`, {steps:,} steps in {minutes:.1f} minutes, every step in `steps.jsonl`.",
+            f"`record.json` has {sizes[0]:,} bytes, `steps.jsonl` {sizes[1]:,}. Resident memory of "
+            f"the rank: {memory[len(memory) // 10]:.1f} MiB after a tenth, {memory[-1]:.1f} MiB at "
+            f"the end. A reader of all steps, as a comparison is, takes {held:.0f} MiB more.",
+            "",
+            "| tenth of the run | median step, us | mean step, us |",
+            "|---:|---:|---:|",
+            *rows,
+            "",
+        ]
+    )
+
+
 def compare_often(times: int, out: Path) -> dict[str, Any]:
     """Compare so many times from one warm process, and return what stayed behind."""
     job = hybrid.load_job(TRIVIAL, {"train.steps": 3})
@@ -185,8 +225,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--gpt-steps", type=int, default=5_000)
     parser.add_argument("--comparisons", type=int, default=200)
+    parser.add_argument("--single", type=int, help="only this run, of so many steps")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    if given.single:
+        with warm_ranks():
+            text = f"{summarise_machine()}\n\n{long_run(given.single, given.out / 'single')}"
+        (given.out / "single.md").write_text(text)
+        print(text)
+        return
     with warm_ranks():
         soaks = [
             soak(name, sections, strategy, steps, given.out)

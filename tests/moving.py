@@ -22,8 +22,8 @@ from hybrid.checkpoint.load import Reader
 from hybrid.checkpoint.manifest import read_manifest
 from hybrid.job.errors import JobError, RunError
 from hybrid.job.variants import resolve
+from hybrid.launch.environment import restored_environment
 from hybrid.launch.placement import find_placement
-from hybrid.launch.process_group import restored_environment
 from hybrid.strategies import registry
 from hybrid.training.checkpointing import Checkpoints
 from hybrid.training.resume import Chosen

@@ -23,9 +23,10 @@ from hybrid.engines import optimizer
 from hybrid.engines.protocol import Engine
 from hybrid.job.errors import JobError
 from hybrid.job.variants import resolve
+from hybrid.launch.environment import restored_environment
 from hybrid.launch.exchange import gather_objects
 from hybrid.launch.placement import find_placement
-from hybrid.launch.process_group import join_process_group, restored_environment
+from hybrid.launch.process_group import join_process_group
 from hybrid.models import build_model
 from hybrid.strategies.registry import open_engine, place
 from hybrid.training.checkpointing import Checkpoints

@@ -36,6 +36,7 @@ KINDS = {  # every field of the job, by the kind of value it takes
         "strategy.single.emulate_ranks",
         "strategy.single.move_weights",
         *("launch.start_timeout_s", "launch.collective_timeout_s", "log.every"),
+        *("launch.setup_timeout_s", "train.eval_batches"),
     ],
     "whole": ["train.seed", "train.eval_every", "schedule.warmup_steps", "data.workers"],
     "number": [

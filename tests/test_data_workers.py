@@ -175,9 +175,10 @@ def test_the_speed_counts_loading_that_comes_in_bursts(monkeypatch: pytest.Monke
         clock = Instruments(9, 1, torch.device("cpu"), ahead=ahead)
         lines = []
         for step in range(9):
+            now[0] += 50.0  # an evaluation between steps
+            clock.interrupt()
             with clock.loading():
                 now[0] += 3.0 * (step % 2)
-            now[0] += 50.0  # an evaluation between steps
             with clock.step(step):
                 now[0] += 1.0
             lines.append(clock.read(clock.last_step))

@@ -145,3 +145,11 @@ def test_without_the_datasets_package(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ModuleNotFoundError, match="dataset = 'a/b': needs the datasets package"):
         read(tmp_path, dataset="a/b")
+
+
+def test_pieces_of_many_documents_are_tokenised_together(bpe: Path) -> None:
+    """A batch has the tokens that each piece has alone; an empty text has none."""
+    tokenizer, texts = load_tokenizer(str(bpe)), [b"one two", b"", "d\u00e9j\u00e0\n".encode() * 7]
+    both = tokenizer.encode_all(texts)
+    assert [found.tolist() for found in both] == [tokenizer.encode(t).tolist() for t in texts]
+    assert [tokenizer.decode(found.tolist()).encode() for found in both] == texts

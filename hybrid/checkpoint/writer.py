@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from ..job.errors import RunError
 from ..launch.exchange import gather_by
+from ..launch.process_group import keep_timeout
 from ..launch.waiting import stand_aside, thread_waits, waiting
 from ..measure.traffic import uncounted
 from .save import StateHashes
@@ -34,6 +35,7 @@ class Writer:
         self.world_size = world_size
         timeout = timedelta(seconds=timeout_s)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
+        keep_timeout(self._group)
         self._thread: threading.Thread | None = None
         self._saved: StateHashes | None = None
         self._error: BaseException | None = None

@@ -21,6 +21,7 @@ from ..job.variants import resolve
 from ..launch.endings import tell
 from ..measure.machine import describe_machine
 from ..records import Record
+from ..records.steps import read_run
 from ..training.check import print_warnings
 from ..training.resume import AUTO, Chosen, choose
 from .differences import find_lost_step
@@ -152,7 +153,7 @@ def find_checkpoint(
 def _read_record(folder: Path, job: Job, name: str) -> Record | None:
     """Return the record of a run under this name in `folder` if it is of this job, else None."""
     try:
-        record = records.read(Record, folder / "record.json")
+        record = read_run(folder)
         ran = _of_run(records.load(folder / "job.json"), name)
     except (OSError, ValueError, TypeError, AttributeError):
         return None

@@ -11,6 +11,7 @@ from ..checkpoint.names import CHECKPOINTS, step_name
 from ..job.errors import JobError, NoRoom, RunFailed
 from ..job.schema import Job
 from ..records import INTERRUPTED, Record, read
+from ..records.steps import with_all_steps
 from ..training.check import CheckedJob
 from ..training.progress import Watcher
 from ..training.resume import Chosen
@@ -81,7 +82,7 @@ class Runs:
         rest = self.watcher, shown, self.program, found, cores_for
         try:
             how: Any = {"resume": resume, "until": until, "comparison": self.session["id"]}
-            return launch(job, name, nproc, folder, *rest, **how)
+            return with_all_steps(launch(job, name, nproc, folder, *rest, **how), folder)
         except RunFailed as error:
             # A checkpoint that a run cannot take over is this run's failure: the job is right.
             if error.failure.kind == "job" and resume is None:

@@ -24,6 +24,7 @@ from ..launch.warm import warm_ranks
 from ..layout import Layout
 from ..measure.machine import describe_machine
 from ..records import INTERRUPTED, PROXY, Comparison, Parity, Record, ReferenceFault
+from ..records.steps import read_run, shorten
 from ..strategies import registry
 from ..training.apart import check_apart
 from ..training.check import print_warnings
@@ -235,7 +236,7 @@ class _Session:
         self.reference = find_reference(self.job, self.selection, self.runs, self.has_proxy)
         if wanted != self.reference and self.runs[wanted].status == "failed":
             record = dataclasses.replace(self.runs[wanted], status="not_possible")
-            records.write(record, self.out / wanted / "record.json")
+            records.write(shorten(record), self.out / wanted / "record.json")
             self.runs[wanted] = record
 
     def _judge(self, name: str) -> Parity:
@@ -289,7 +290,7 @@ class _Session:
     def _load(self, label: str) -> Run:
         from safetensors.numpy import load_file
 
-        record = records.read(Record, self.out / label / "record.json")
+        record = read_run(self.out / label)
         file = record.weights and record.weights.file
         if not file:
             raise ValueError(f"{label}: the record names no weights")

@@ -132,6 +132,7 @@ class Train(Section):
     compile: bool = False  # applies torch.compile to each layer
     metrics: list[str] = Field(default=[])  # package.module:function, for the evaluation
     eval_every: Count = 0  # steps between evaluations, also before training; 0: at the end alone
+    eval_batches: Positive | None = None  # of the test set, the first ones; left out: all
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:
@@ -170,7 +171,8 @@ class Launch(Section):
     `model.weights` also where they are pickled, by a loader that runs no code."""
 
     start_timeout_s: Seconds = 60  # on ranks that do not start or meet
-    collective_timeout_s: Seconds = 300  # on a rank that others wait for in a collective
+    setup_timeout_s: Seconds = 1800  # on a rank that others wait for, but for in a step
+    collective_timeout_s: Seconds = 300  # on a rank that others wait for in a step
     device: Literal["auto", "cpu", "cuda"] = "auto"
     allow_known_bad: bool = False
     trust_pickle: bool = False

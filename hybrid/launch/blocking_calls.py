@@ -11,6 +11,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from torch.distributed import _functional_collectives
 from .waiting import enter, leave, waiting
 
 _marked: list[tuple[Any, str, Any]] = []  # owner, name, and what was there before
+_message_timeout: list[timedelta] = []  # of gloo's messages, at most one
+_KINDS: Any = getattr(torch._C._distributed_c10d, "OpType")  # noqa: B009 - typed nowhere
+_MESSAGES = {int(kind) for kind in (_KINDS.SEND, _KINDS.RECV, _KINDS.RECVANYSOURCE)}
 
 
 def _sites() -> Iterator[tuple[Any, str, str]]:
@@ -28,7 +32,6 @@ def _sites() -> Iterator[tuple[Any, str, str]]:
 
     They are looked up by name where they are called, so that setting them here is enough."""
     c10d = torch._C._distributed_c10d
-    yield c10d.Work, "wait", "a collective or a message"
     yield _functional_collectives, "wait_tensor", "a collective"
     yield dist, "_broadcast_coalesced", "the buffers or parameters of the first rank"
     yield dist, "_verify_params_across_processes", "the comparison of all ranks' parameters"
@@ -42,11 +45,17 @@ def mark() -> None:
     """Have the calls say that they wait, from now until `unmark`."""
     if _marked:
         return
+    work = torch._C._distributed_c10d.Work
+    _replace(work, "wait", _in_time(work.wait))
     for owner, name, what in _sites():
         call = getattr(owner, name, None)
         if call is not None:  # a release of torch without it
-            _marked.append((owner, name, call))
-            setattr(owner, name, _marking(call, what))
+            _replace(owner, name, _marking(call, what))
+
+
+def _replace(owner: Any, name: str, call: Any) -> None:
+    _marked.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, call)
 
 
 def unmark() -> None:
@@ -63,6 +72,28 @@ def _marking(call: Callable[..., Any], what: str) -> Callable[..., Any]:
             return call(*arguments, **named)
 
     return wait
+
+
+def set_message_timeout(timeout: timedelta | None) -> None:
+    """Set how long gloo waits for a message from now on; None: as long as its group was told."""
+    _message_timeout[:] = [] if timeout is None else [timeout]
+
+
+def _in_time(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `Work.wait` that marks, and that waits for a message as long as was set."""
+
+    @functools.wraps(call)
+    def wait(work: Any, *arguments: Any, **named: Any) -> Any:
+        with waiting("a collective or a message"):
+            if _message_timeout and not arguments and not named and _is_message(work):
+                return call(work, *_message_timeout)
+            return call(work, *arguments, **named)
+
+    return wait
+
+
+def _is_message(work: Any) -> bool:
+    return work._get_op_type() in _MESSAGES
 
 
 @contextlib.contextmanager

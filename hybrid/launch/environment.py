@@ -133,3 +133,18 @@ def num_srun_tasks() -> int | None:
             counts += [int(found[1])] * int(found[2] or 1)
     host = read_number("SLURM_NODEID")
     return counts[host] if host is not None and host < len(counts) else None
+
+
+@contextlib.contextmanager
+def restored_environment() -> Iterator[None]:
+    """Restore the environment variables afterwards.
+
+    A RANK left behind would tell a later command that a launcher started it, and with
+    ACCELERATE_USE_DEEPSPEED left behind, Accelerate would use DeepSpeed in a later run."""
+    found = dict(os.environ)
+    try:
+        yield
+    finally:
+        for key in os.environ.keys() - found:
+            del os.environ[key]
+        os.environ.update(found)

@@ -4,6 +4,7 @@ A rank keeps a `RankStatus`: what it is doing, in words. If it fails, `leave_err
 `OUT/logs/rankN.error.json` and tells the other ranks. `hybrid.launch.first_cause` reads these
 files. The module needs no torch."""
 
+import contextlib
 import dataclasses
 import faulthandler
 import mmap
@@ -12,6 +13,7 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,7 @@ class RankStatus:
                 self._shown = mmap.mmap(file.fileno(), _WIDTH)
         if placement.launcher is not None and not faulthandler.is_enabled():
             faulthandler.enable(2)  # what a library's abort or a bad access ends says where it was
+        self._seconds: float = job.launch.setup_timeout_s  # that it waits for others
         self.set("starting")
 
     def set(self, doing: str, step: int | None = None) -> None:
@@ -81,8 +84,29 @@ class RankStatus:
     def start_heartbeat(self, placement: Placement) -> None:
         """Start to write signs of life to the store where the ranks met, if they did."""
         if placement.store is not None and placement.world_size > 1:
-            timeout_s = self.job.launch.collective_timeout_s
+            timeout_s = self.job.launch.setup_timeout_s
             self.peers = Heartbeat(placement, self._tell, timeout_s, self.logs)
+
+    def hurry(self, in_step: bool) -> None:
+        """Set how long this rank waits for others from now on: as in steps, or as in all else."""
+        limits = self.job.launch
+        seconds = limits.collective_timeout_s if in_step else limits.setup_timeout_s
+        process_group = sys.modules.get(f"{__package__}.process_group")
+        if process_group and self._seconds != seconds:
+            process_group.set_timeouts(seconds)
+        self._seconds = seconds
+        if self.peers:
+            self.peers.timeout_s = seconds
+
+    @contextlib.contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """Wait for others as long as in the setting up, while the context lasts."""
+        before = self._seconds
+        self.hurry(in_step=False)
+        try:
+            yield
+        finally:
+            self.hurry(in_step=before == self.job.launch.collective_timeout_s)
 
     def _tell(self) -> Doing:
         blocking_calls = sys.modules.get(f"{__package__}.blocking_calls")

@@ -47,8 +47,8 @@ class Doing:
 class Heartbeat:
     """Writes this rank's signs of life to the store from now until `stop`.
 
-    doing: returns what the rank is doing. timeout_s: of a collective. logs: the folder for what
-    this rank thinks of the others while it waits."""
+    doing: returns what the rank is doing. timeout_s: how long it waits for others, which may
+    change. logs: the folder for what this rank thinks of the others while it waits."""
 
     def __init__(
         self,
@@ -61,6 +61,7 @@ class Heartbeat:
         self.store, self.doing = store.clone(), doing
         self.rank, self.world_size = placement.rank, placement.world_size
         self.host = placement.host
+        self.timeout_s = timeout_s
         self.watch = StallWatch(
             self.rank, SHARE * timeout_s, logs and logs / f"rank{self.rank}.waits.json"
         )
@@ -126,6 +127,7 @@ class Heartbeat:
                 self._sign(doing)
                 if last:
                     return
+                self.watch.patience_s = SHARE * self.timeout_s
                 self.watch.look(self._progress(doing), self._signs)
                 if told():
                     before, signs = signs, self._beats_of_others()

@@ -8,8 +8,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import weakref
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 
 import torch
@@ -18,9 +19,9 @@ import torch.distributed as dist
 from ..job.errors import JobError, StartError, first_line
 from ..job.schema import Launch
 from .accelerate_env import clear_accelerate_variables
-from .blocking_calls import mark, unmark
+from .blocking_calls import mark, set_message_timeout, unmark
 from .devices import HIDDEN, announce, hides_gpus, settle
-from .environment import num_local_ranks
+from .environment import num_local_ranks, restored_environment
 from .farewell import abandon_groups
 from .held_port import hold_port, is_held, take_held_port
 from .placement import OWN, Placement, export_rank_variables, loopback_address
@@ -31,6 +32,7 @@ _joined = ExitStack()  # what `cleanup` undoes
 FAREWELL_S = 0.05
 CONNECT_PAUSE_S = 0.1
 _known = dict[str, Placement]()  # this rank's place in the group that it is in
+_own_timeout: "weakref.WeakSet[dist.ProcessGroup]" = weakref.WeakSet()
 _served = set[int]()  # ports on which this process has had a store
 _ARRIVED = "hybrid/arrived/"  # keys of the store: each rank's host, once it has come
 
@@ -55,7 +57,7 @@ def join_process_group(placement: Placement, limits: Launch = DEFAULT_LIMITS) ->
     device = placement.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    timeout = timedelta(seconds=limits.collective_timeout_s)
+    timeout = timedelta(seconds=limits.setup_timeout_s)
     store.set_timeout(timeout)
     _set_default_timeouts(timeout, timeout)
     dist.init_process_group(
@@ -96,6 +98,27 @@ def name_device(placement: Placement) -> None:
     for key in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
         if key in os.environ:
             os.environ[key] = str(placement.gpu)
+
+
+def set_timeouts(seconds: float) -> None:
+    """Set how long this process waits for others, in all its groups and those that it will make.
+
+    Groups that `keep_timeout` was called for are left out. gloo takes a new timeout for collectives
+    alone; its messages wait as long as the group was told first, unless the wait says otherwise."""
+    if not dist.is_initialized():
+        return
+    timeout, of_all = timedelta(seconds=seconds), dist.distributed_c10d
+    _set_default_timeouts(timeout, timeout)
+    for group in list(of_all._world.pg_map):
+        if group not in _own_timeout:
+            of_all._set_pg_timeout(timeout, group)
+    set_message_timeout(timeout if dist.get_backend() == "gloo" else None)
+
+
+def keep_timeout(group: dist.ProcessGroup | None) -> None:
+    """Have a group of this process keep the timeout that it was made with."""
+    if group is not None:
+        _own_timeout.add(group)
 
 
 def hide_accelerate_configuration() -> None:
@@ -235,26 +258,12 @@ def _wait_for_port(address: str, port: int, seconds: int) -> None:
         time.sleep(CONNECT_PAUSE_S)
 
 
-@contextmanager
-def restored_environment() -> Iterator[None]:
-    """Restore the environment variables afterwards.
-
-    A RANK left behind would tell a later command that a launcher started it, and with
-    ACCELERATE_USE_DEEPSPEED left behind, Accelerate would use DeepSpeed in a later run."""
-    found = dict(os.environ)
-    try:
-        yield
-    finally:
-        for key in os.environ.keys() - found:
-            del os.environ[key]
-        os.environ.update(found)
-
-
 def cleanup(failed: bool = False) -> None:
     """Leave the process group, if this process is in one, and restore the environment variables.
 
     failed: nothing is waited for, since a peer may be gone."""
     try:
+        set_message_timeout(None)
         unmark()
         if failed:
             abandon_groups()

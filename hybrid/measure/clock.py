@@ -3,8 +3,10 @@
 Counting slows a step, so counted steps are not timed. In the first steps the memory meter and the
 collective counter run, for as many steps as the communication takes to repeat; the steps after them
 are timed. A run too short for that counts collectives in every step and times all but the warm-up.
-The time of a step begins with the loading of its batch. Evaluations and the writing of records lie
-between steps and are not in it."""
+A step lasts from the end of the step before to its own end, so that the loading of its batch, the
+reading of numbers and the writing of records are in it. After an evaluation, a checkpoint or a step
+that was not timed it begins with the loading. What the engine's own call takes is noted beside it.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +38,19 @@ class _Time:
 
     The host does not wait for the device: CUDA's events note when the device passes them."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, since: _Time | None = None) -> None:
+        """Begin now, or at the end of the time before, `since`."""
         self._event = device.type == "cuda"
-        self._start = self._stop = self._now()
+        self._start: Any = since._stop if since else self._now()
+        self._stop: Any = self._start
 
     def stop(self) -> None:
         """End the time."""
         self._stop = self._now()
+
+    def end_with(self, other: _Time) -> None:
+        """End the time where another one has ended."""
+        self._stop = other._stop
 
     def seconds(self) -> float:
         """Return its length; on a GPU, once the device has passed the end."""
@@ -62,10 +70,11 @@ class _Time:
 class StepCost(NamedTuple):
     """Holds what one step took on this rank, and the loading of its batch before it.
 
-    memory_bytes: the peak so far, None: not measured."""
+    whole: since the end of the step before. memory_bytes: the peak so far, None: not measured."""
 
     loading: _Time
     time: _Time
+    whole: _Time
     timed: bool  # it counts for the speed
     memory_bytes: int | None
 
@@ -98,10 +107,12 @@ class Instruments:
         else:
             self.metered, self.counted = range(first), range(steps)
             self.timed = range(first if steps > first else 0, steps)
-        self.seconds = array("d")  # of the timed steps, without loading
+        self.seconds = array("d")  # of the timed steps, from the end of the one before
+        self.own_s = array("d")  # of the same steps: the engine's call alone
         self.loading_s = array("d")  # of the same steps
-        self._loading = _Time(device)
-        self.last_step = StepCost(self._loading, _Time(device), False, None)
+        self._loading = self._whole = _Time(device)
+        self._goes_on = False  # the coming step begins where the one before has ended
+        self.last_step = StepCost(self._loading, self._loading, self._whole, False, None)
         self._tcp: list[int | None] = []
 
     @contextlib.contextmanager
@@ -111,8 +122,13 @@ class Instruments:
         On a GPU it is the time for which the device waits: none while earlier steps keep it busy.
         """
         self._loading = _Time(self.device)
+        self._whole = _Time(self.device, self._whole if self._goes_on else self._loading)
         yield
         self._loading.stop()
+
+    def interrupt(self) -> None:
+        """Say that what has come since the last step is no part of the coming one."""
+        self._goes_on = False
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -126,8 +142,10 @@ class Instruments:
             taken = _Time(self.device)
             yield
             taken.stop()
+        self._whole.end_with(taken)
+        self._goes_on = step in self.timed
         memory = None if self.blind else self.meter.peak_bytes
-        self.last_step = StepCost(self._loading, taken, step in self.timed, memory)
+        self.last_step = StepCost(self._loading, taken, self._whole, step in self.timed, memory)
         if step == self.counted.stop - 1:
             self.counter.stop()
             self._tcp.append(tcp_bytes_sent())
@@ -139,13 +157,15 @@ class Instruments:
     def read(self, cost: StepCost) -> dict[str, float | None]:
         """Return what a step took on this rank, as a line of `steps.jsonl` has it.
 
-        `seconds` is the whole step with the loading of its batch, `loading_s` that alone."""
-        own, loading_s = cost.time.seconds(), cost.loading.seconds()
+        `seconds` is the whole step, `engine_s` the engine's call in it, `loading_s` the loading."""
+        own, loading_s, whole = cost.time.seconds(), cost.loading.seconds(), cost.whole.seconds()
         if cost.timed:
-            self.seconds.append(own)
+            self.seconds.append(whole)
+            self.own_s.append(own)
             self.loading_s.append(loading_s)
         return {
-            "seconds": own + loading_s,
+            "seconds": whole,
+            "engine_s": own,
             "loading_s": loading_s,
             "memory_bytes": cost.memory_bytes,
         }
@@ -159,21 +179,23 @@ class Instruments:
         return Throughput(
             samples_per_s=samples_per_step / median,
             step_s_median=median,
-            step_s_mean=statistics.fmean(self.seconds) + loading_s,
+            step_s_mean=statistics.fmean(self.seconds),
             timed_steps=len(self.seconds),
             tokens_per_s=tokens_per_step / median if tokens_per_step else None,
             loading_s_mean=loading_s,
+            engine_s_median=statistics.median(self.own_s),
         )
 
     def _median_s(self) -> float:
-        """Return the median time of a step with loading, which comes in bursts.
+        """Return the median time of a whole step. Its loading comes in bursts.
 
         Where a process loads several steps at once, the mean of loading counts. Where others load
         beside it, it waits in one step and not in the next ones, or a slow step hides the loading
         of others: so many steps as they load ahead count as one, of the mean length."""
+        whole = self.seconds
         if not self.ahead:
-            return statistics.median(self.seconds) + statistics.fmean(self.loading_s)
-        whole = [own + loading for own, loading in zip(self.seconds, self.loading_s, strict=True)]
+            rest = [s - loading for s, loading in zip(whole, self.loading_s, strict=True)]
+            return statistics.median(rest) + statistics.fmean(self.loading_s)
         size = min(self.ahead, len(whole))
         starts = range(0, len(whole) - size + 1, size)
         return statistics.median(statistics.fmean(whole[i : i + size]) for i in starts)

@@ -64,7 +64,8 @@ class EvalResult:
     `loss` is the sum over all `targets` divided by their number, or by their weights. `correct` and
     `accuracy` are None where the loss does not show predicted classes, `perplexity` (e to the mean
     cross-entropy) where these are not tokens. `prediction_digest` is additive over (sample id,
-    predicted class). `metrics` are those of the job, by the names of their functions."""
+    predicted class). `metrics` are those of the job, by the names of their functions. With
+    `train.eval_batches`, `samples` are the first ones of `set_samples` (None: all there are)."""
 
     loss: float
     samples: int
@@ -74,6 +75,7 @@ class EvalResult:
     perplexity: float | None = None
     targets: int | float | None = None
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    set_samples: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +91,9 @@ class Throughput:
     """Records the speed of the timed steps: those after warm-up in which no instrument ran.
 
     `samples_per_s` is the global batch divided by the median step; the mean is for strategies whose
-    steps are not alike. Both have `loading_s_mean` in them, the mean time for which a step waits
-    for its batch. With `data.workers` the median is of means over as many steps as load ahead.
+    steps are not alike. A step lasts from the end of the one before: `loading_s_mean`, for which it
+    waits for its batch on average, and the engine's own step, of median `engine_s_median`, are in
+    it. With `data.workers` the median is of means over as many steps as load ahead.
     """
 
     samples_per_s: float
@@ -99,6 +102,7 @@ class Throughput:
     timed_steps: int
     tokens_per_s: float | None = None
     loading_s_mean: float = 0.0
+    engine_s_median: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +170,8 @@ class Record:
     strategy whose variant it is. `warnings` are what the try-out found that this run can live with.
     Of a resumed run `steps` has those before it too, where their `steps.jsonl` is still there.
     `weights_from` says which weights `model.weights` named: `path`, `kind`, and what is known of
-    them. `comparison` is the `id` of the comparison of which the run is one.
+    them. `comparison` is the `id` of the comparison of which the run is one. `left_out` says how
+    many entries a list lacks in its middle (`hybrid.records.steps`).
     """
 
     strategy: str
@@ -190,6 +195,7 @@ class Record:
     resumed_from: ResumedFrom | None = None
     weights_from: dict[str, Any] | None = None
     comparison: str | None = None
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

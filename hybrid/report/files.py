@@ -11,6 +11,7 @@ from typing import Any
 from .. import records
 from ..job.shown import without_controls
 from ..records import Comparison
+from ..records.steps import shorten_all
 from ..records.whole import remove_parts, write_whole
 from .clean import clean
 from .costs import join_best, tell_best, tell_sharing
@@ -37,7 +38,7 @@ def write(comparison: Comparison, out: Path) -> list[Path]:
     texts = {
         out / "compare.md": markdown(comparison),
         out / "report.html": html(comparison),
-        out / "compare.json": records.dumps(comparison) + "\n",
+        out / "compare.json": records.dumps(shorten_all(comparison)) + "\n",
     }
     out.mkdir(parents=True, exist_ok=True)
     remove_parts(*texts, out / "session.json")  # of killed comparisons

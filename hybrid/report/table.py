@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..records import Comparison, EvalResult, Memory, Parity, Record
+from ..records import Comparison, EvalResult, Memory, Parity, Record, Throughput
 from .clean import clean
 from .costs import Meaning, find_meaning, format_pace, join_best, tell_sharing
 from .excuses import explain_size
@@ -58,12 +58,21 @@ def make_legend(comparison: Comparison) -> str:
         f"Peak memory: in the first training steps; {started}.",
         "Memory and bytes sent in a step: of the rank that has most.",
         "Test result: perplexity (ppl), e to the mean loss of a target." if perplexity else "",
+        _tell_part(comparison),
         "Differences: |a-b|/|b|, the greatest of any step or parameter.",
         "Rounding: how far rounding alone moves it, as controls show." if excused else "",
         "Resumed: after this step the run was interrupted, and went on." if resumed else "",
         "Dash: not measured, or not shown, since only runs proved equal have their costs shown.",
     ]
     return " ".join(filter(None, sentences))
+
+
+def _tell_part(comparison: Comparison) -> str:
+    """Tell of which test samples the results are, where that is a part of them."""
+    results = [run.eval for run in comparison.strategies.values() if run.eval]
+    parts = {f"{r.samples:,} of {r.set_samples:,}" for r in results if r.set_samples}
+    part = "; ".join(sorted(parts))
+    return f"Test results are of the first {part} test samples (train.eval_batches)." * bool(part)
 
 
 def build_rows(comparison: Comparison) -> dict[str, dict[str, str]]:
@@ -90,8 +99,14 @@ def _format_costs(record: Record, meaning: Meaning, base: float | None) -> list[
         format_ratio(meaning.find_rate(pace) / base) if pace and base else DASH,
         format_bytes(max(meaning.find_peaks(memory))) if memory else DASH,
         format_bytes(max(comm.bytes_per_step)) if comm else DASH,
-        format_number(pace.step_s_median * 1e3) if pace else DASH,
+        _format_step(pace) if pace else DASH,
     ]
+
+
+def _format_step(pace: Throughput) -> str:
+    """Format the median step in milliseconds, and the engine's own part of it."""
+    own, whole = pace.engine_s_median, format_number(pace.step_s_median * 1e3)
+    return whole if own is None else f"{whole} (engine {format_number(own * 1e3)})"
 
 
 def _format_diffs(parity: Parity | None) -> list[str]:

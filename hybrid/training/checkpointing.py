@@ -61,8 +61,7 @@ class Checkpoints:
         if self.out and self.placement.rank == 0:
             remove_unfinished(self.out / CHECKPOINTS)
         saves = self.out is not None and asked.every is not None
-        # How long ranks wait for one another is the same as in the training.
-        limits = self.placement.world_size, self.job.launch.collective_timeout_s
+        limits = self.placement.world_size, self.job.launch.setup_timeout_s
         self._writer = Writer(*limits) if saves and asked.asynchronous else None
         self._copied: Snapshot | None = None  # what the writer writes, or wrote last
         self._saving = 0  # the step of it

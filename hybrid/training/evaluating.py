@@ -19,6 +19,7 @@ from ..job.outputs import as_word
 from ..job.schema import Job, resolve_lengths
 from ..job.variants import Choice, resolve
 from ..launch.devices import check_gpus, gpus_hidden
+from ..launch.environment import restored_environment
 from ..launch.exchange import gather_objects
 from ..launch.failures import RankStatus, leave_error
 from ..launch.limits import check_processes
@@ -27,7 +28,7 @@ from ..launch.logs import redirect_output
 from ..launch.ops_cache import remove_stale_locks
 from ..launch.orphans import end_with_launcher
 from ..launch.placement import OWN, Placement, export_rank_variables, find_placement, set_apart
-from ..launch.process_group import cleanup, restored_environment
+from ..launch.process_group import cleanup
 from ..launch.threads import set_num_threads
 from ..launch.warm import warm_ranks
 from ..models.shared import build_shared

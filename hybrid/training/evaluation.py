@@ -1,6 +1,7 @@
 """Evaluates an engine on every test sample once, as one process would; the only evaluation."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,17 +22,20 @@ def evaluate(
 ) -> EvalResult:
     """Return the loss and the counts of all `samples` under an engine; collective.
 
-    micro_batches: pieces that each share of a batch is cut into; left out, the job's
-    `train.micro_batches`. Raises RunError unless each sample was counted once."""
+    With `train.eval_batches` these are the first samples alone, of so many global batches: the same
+    ones however they are shared out. micro_batches: pieces that each share of a batch is cut into;
+    left out, the job's `train.micro_batches`. Raises RunError unless each sample was counted once.
+    """
     micro_batches = micro_batches or job.train.micro_batches
     plan = BatchPlan(len(samples), job.train.global_batch, engine.layout.dp, micro_batches, None)
-    steps = range(plan.steps_per_epoch)
+    steps = range(min(plan.steps_per_epoch, job.train.eval_batches or plan.steps_per_epoch))
+    asked = min(len(steps) * job.train.global_batch, len(samples))
     loader = make_loader(job, plan, engine, samples, steps)
     result = engine.evaluate(map(loader.step, steps))
     loader.close()
-    if result.samples != len(samples):
-        raise RunError(f"evaluation counted {result.samples} of {len(samples)} samples")
-    return result
+    if result.samples != asked:
+        raise RunError(f"evaluation counted {result.samples} of {asked} samples")
+    return result if asked == len(samples) else replace(result, set_samples=len(samples))
 
 
 def make_loader(

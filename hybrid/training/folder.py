@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .. import records
@@ -18,7 +18,7 @@ from ..job.schema import Job
 from ..job.traces import users_line
 from ..job.variants import Choice
 from ..records import Record, Status
-from ..records.whole import remove_parts, write_whole
+from ..records.whole import remove_parts, whole_file
 from .branches import BRANCHES
 from .leftovers import FILES, FINAL, STEPS, check_run, list_saved, remove
 
@@ -71,23 +71,30 @@ def keep_steps(out: Path, checkpoint: Path, step: int) -> list[str]:
     They are taken from the run of the checkpoint if that is another one. A killed run has written
     lines of later steps, and perhaps half a line."""
     run = out if belongs_to(checkpoint, out) else checkpoint.resolve().parent.parent
-    kept, text = list[str](), ""
-    if (run / STEPS).is_file():
-        text = (run / STEPS).read_text(errors="replace")
-    for line in text.splitlines(keepends=True):
-        try:
-            number = int(json.loads(line)["step"])
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            break
-        if number >= step or not line.endswith("\n"):
-            break
-        kept.append(line)
-    with needs_room(out):
-        write_whole(out / STEPS, "".join(kept))
-    if len(kept) == step:
+    kept = 0
+    with needs_room(out), whole_file(out / STEPS) as file:
+        for line in _lines_of(run / STEPS, step):
+            file.write(line)
+            kept += 1
+    if kept == step:
         return []
-    missing = f"{step - len(kept)} of the {step} steps before are not in the record"
+    missing = f"{step - kept} of the {step} steps before are not in the record"
     return [f"{missing}: {run / STEPS} has no lines of them"]
+
+
+def _lines_of(file: Path, step: int) -> Iterator[bytes]:
+    """Yield the whole lines of steps before `step`, as far as they can be read."""
+    if not file.is_file():
+        return
+    with open(file, "rb") as lines:
+        for line in lines:
+            try:
+                number = int(json.loads(line)["step"])
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+                return
+            if number >= step or not line.endswith(b"\n"):
+                return
+            yield line
 
 
 def end_run(

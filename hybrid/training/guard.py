@@ -40,7 +40,8 @@ def go_back(run: RunInProgress, step: int) -> None:
     guard = run.engine.guard
     assert guard is not None
     run.status.set(f"going back to the state after {run.back[step]} steps")
-    values = _load_newest(run.checkpoints)
+    with run.status.unhurried():
+        values = _load_newest(run.checkpoints)
     guard.set_state(values["record"].get("guard", {}), keep_count=True)
     run.engine.skip_to(step + 1)
     run.steps.changed = False

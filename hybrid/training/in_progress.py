@@ -29,6 +29,7 @@ from ..measure.clock import Instruments, StepCost
 from ..measure.machine import describe_machine
 from ..measure.traffic import uncounted
 from ..records import EvalResult, Receipt, Record, StepEval, StepRecord, Weights
+from ..records.steps import shorten
 from ..strategies import registry
 from .check import check_fingerprints, print_warnings
 from .checkpointing import Checkpoints
@@ -116,7 +117,7 @@ class RunInProgress:
             record["guard"] = self.engine.guard.state()
         if steps.count == self.job.train.steps:
             record["receipt"] = records.to_dict(self.require_receipt())
-        with uncounted():  # it is no part of a step
+        with uncounted(), self.status.unhurried():  # it is no part of a step
             # JSON has no NaN and no infinity, as an evaluation may have: they stand as text.
             plain = json.loads(records.dumps(record))
             self.checkpoints.save(steps.count, steps.samples, plain, steps.changed)
@@ -156,6 +157,8 @@ class RunInProgress:
             return self.evals[-1].result
         self.status.set(f"in the evaluation after {self.steps.count} steps")
         micro_batches = self.job.micro_batches(self.choice.strategy)
+        # An evaluation waits as a step does, but where torch.compile compiles for it.
+        self.status.hurry(in_step=not self.job.train.compile)
         with uncounted():  # it is no part of a step
             result = evaluate(self.engine, self.test_set, self.job, micro_batches)
         self.evals.append(StepEval(self.steps.count, result))
@@ -186,6 +189,7 @@ class RunInProgress:
 
     def _save(self) -> str | None:
         self.status.set("gathering the weights")
+        self.status.hurry(in_step=False)
         state = self.engine.state()
         if not self.out:
             return None
@@ -193,25 +197,34 @@ class RunInProgress:
         path = save_weights(state, self.out / CHECKPOINTS / "final", about, self.saved_names)
         return str(path.relative_to(self.out))
 
+    def _end_steps(self) -> tuple[list[StepRecord], dict[str, int]]:
+        """Wait until the last checkpoint is saved, and return the steps for the record."""
+        self.status.set("writing the last checkpoint")
+        self.checkpoints.wait()
+        return self.steps.all()
+
     def _comparison(self) -> str | None:
         return comparison_of(self.out) if self.out else None
 
     def end_early(self) -> Record:
         """End before the last step, as was asked for; another run goes on from what is saved."""
         self.checkpoints.wait()
+        steps, left_out = self.steps.all()
         record = Record(
             strategy=self.choice.name,
             status="failed",
             reason=records.INTERRUPTED,
             world_size=self.placement.world_size,
             layout=self.engine.layout.to_dict(),
-            steps=self.steps.all(),
+            steps=steps,
+            left_out=left_out,
             evals=self.evals,
             variant_of=self.choice.variant_of,
             checkpoint=self.checkpoints.committed,
             resumed_from=self.checkpoints.resumed_from,
             comparison=self._comparison(),
         )
+        record = shorten(record)
         self.engine.close()
         if self.out:
             self.trackers.finish()
@@ -222,9 +235,8 @@ class RunInProgress:
         """Evaluate, save the weights, and put the record together."""
         receipt = self.require_receipt()
         receipt.evidence["precision"]["reductions"] = self._reductions()
-        result, file, batch = self.evaluate(), self._save(), self.job.train.global_batch
-        self.status.set("writing the last checkpoint")
-        self.checkpoints.wait()
+        result, batch = self.evaluate(), self.job.train.global_batch
+        file, (steps, left_out) = self._save(), self._end_steps()
         record = Record(
             strategy=self.choice.name,
             variant_of=self.choice.variant_of,
@@ -232,7 +244,8 @@ class RunInProgress:
             world_size=self.placement.world_size,
             layout=self.engine.layout.to_dict(),
             receipt=receipt,
-            steps=self.steps.all(),
+            steps=steps,
+            left_out=left_out,
             eval=result,
             throughput=self.instruments.throughput(batch, self.steps.tokens(batch)),
             memory=self.instruments.memory(),
@@ -256,5 +269,5 @@ class RunInProgress:
                 for name in (record.comm.not_counted if record.comm else [])
             )
             self.trackers.finish()
-            records.write(record, self.out / "record.json")
-        return record
+            records.write(shorten(record), self.out / "record.json")
+        return shorten(record)

@@ -22,10 +22,11 @@ from ..job.given import naming
 from ..job.outputs import read_folder
 from ..job.schema import Job, resolve_lengths
 from ..job.variants import Choice, resolve
+from ..launch.environment import restored_environment
 from ..launch.exchange import gather_objects
 from ..launch.failures import RankStatus, leave_error
 from ..launch.placement import OWN, Placement, find_placement
-from ..launch.process_group import cleanup, restored_environment
+from ..launch.process_group import cleanup
 from ..launch.stopping import StopSignals, requeue
 from ..models.vector_functions import call_vector_functions_once
 from ..records import Record
@@ -179,7 +180,10 @@ class _Run(RunInProgress):
     def go(self) -> Record:
         """Train, evaluate, and put the record together."""
         self.begin()
-        self._train_steps()
+        try:
+            self._train_steps()
+        finally:
+            self.steps.write()
         return self.finish() if self.checkpoints.until is None else self.end_early()
 
     def _train_steps(self) -> None:
@@ -193,8 +197,10 @@ class _Run(RunInProgress):
             if every and step % every == 0:
                 self._note_steps()
                 self.evaluate()
-                self.told = self.told or self.ask_all()
+                self._between_steps()
             self._leave_if_told(loader)
+            # In its first step torch.compile compiles, which takes ranks unlike times.
+            self.status.hurry(in_step=step > start or not job.train.compile)
             self.status.set(f"in step {step}", step)
             with self.instruments.loading():
                 batches = loader.step(step)
@@ -216,24 +222,28 @@ class _Run(RunInProgress):
             self._note_saved()
             if saved.is_due(done):
                 self.save_state()
-                self.told = self.told or self.ask_all()
+                self._between_steps()
         self._leave_if_told(loader)
         loader.close()
         self.stops.act_at_once()
+
+    def _between_steps(self) -> None:
+        """Say that what came before is in no step, and ask for signals; collective."""
+        self.instruments.interrupt()
+        self.told = self.told or self.ask_all()
 
     def _leave_if_told(self, loader: StepLoader | WorkerLoader) -> None:
         if self.told:
             loader.close()
             self._note_steps()
-            self.leave(self.told)
+            with self.status.unhurried():
+                self.leave(self.told)
 
     def _note_steps(self, wait: bool = True) -> None:
         """Note the steps whose numbers have come; `wait`: all that have been made."""
-        try:
-            for result in self.engine.results(wait):
-                self._note(self.steps.count, result)
-        finally:
-            self.steps.write()
+        for result in self.engine.results(wait):
+            self._note(self.steps.count, result)
+        self.steps.write(now=wait)
 
     def _note(self, step: int, result: StepResult) -> None:
         norm = result.grad_norm

@@ -27,8 +27,8 @@ _THE_SAME = ("model", "data.name", "data.options", "optimizer.name", "optimizer.
              "train.global_batch", "train.seed")  # fmt: skip
 # What does not change what is computed, but for rounding.
 _FREE = ("checkpoint", "launch", "log", "variant", "proxy", "parallel", "strategy", "data.workers",
-         "train.micro_batches", "train.epochs", "train.eval_every", "train.metrics",
-         "train.activation_checkpointing", "train.compile")  # fmt: skip
+         "train.micro_batches", "train.epochs", "train.eval_every", "train.eval_batches",
+         "train.metrics", "train.activation_checkpointing", "train.compile")  # fmt: skip
 # Settings of a strategy by which it computes another thing.
 _ALGORITHM = {"local_sgd": ("sync_every",), "ddp": ("comm_hook", "powersgd_rank")}
 _VALID = "valid: auto, a run's folder, a step's folder in it"

@@ -1,12 +1,14 @@
 """This module keeps the records of a run's steps, on rank 0 alone.
 
-With a folder they are lines of `steps.jsonl` there, and memory does not grow with the steps."""
+With a folder they are lines of `steps.jsonl` there, written a few times a second, and memory does
+not grow with the steps."""
 
 import contextlib
 import io
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from typing import Any
 from ..engines.protocol import StepResult
 from ..launch.exchange import gather_objects
 from ..launch.serialization import sendable
-from ..records import StepRecord, read_line
+from ..records import StepRecord
+from ..records.steps import bound, make_step
 from ..records.whole import naming, no_links
 
 sendable(StepRecord)
+WRITE_EVERY_S = 0.25  # as often as a terminal shows the last step
 
 
 class StepLog:
@@ -38,6 +42,7 @@ class StepLog:
         if self._path:
             self._file = open(self._path, "a+b", 0, opener=no_links)  # noqa: SIM115 - until `all`
         self._lines = list[str]()  # not written yet
+        self._written = -math.inf  # when lines were written last
 
     def add(self, record: StepRecord, figures: Mapping[str, Any]) -> dict[str, Any]:
         """Take the next step and return its line: the record, and what the step took."""
@@ -63,9 +68,12 @@ class StepLog:
         tokens = self.targets / max(1, self.samples - self._before)
         return tokens * batch if tokens > 1 else None
 
-    def write(self) -> None:
-        """Write the lines that have been added, all of them whole."""
-        if self._path and self._lines:
+    def write(self, now: bool = True) -> None:
+        """Write the lines that have been added, all of them whole.
+
+        now: also where the last ones were written less than `WRITE_EVERY_S` ago."""
+        if self._path and self._lines and (now or self._is_due()):
+            self._written = time.monotonic()
             text, self._lines = "".join(self._lines).encode(), []
             end = self._file.seek(0, os.SEEK_END)
             try:
@@ -77,16 +85,22 @@ class StepLog:
                     self._file.truncate(end)
                 raise
 
-    def all(self) -> list[StepRecord]:
-        """Return the records of all steps, on every rank; collective."""
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._written >= WRITE_EVERY_S
+
+    def all(self) -> tuple[list[StepRecord], dict[str, int]]:
+        """Return the records of the steps, on every rank, and `Record.left_out`; collective.
+
+        Of many steps in a file they are the first and the last ones."""
         self.write()
+        count = 0
         if self._file:
             self._file.seek(0)
-            names = StepRecord.__dataclass_fields__
             with io.BufferedReader(self._file) as file:
-                lines = [read_line(line) for line in file]
-            self._kept = [StepRecord(**{n: line[n] for n in names if n in line}) for line in lines]
-        return gather_objects(self._kept if self._here else None)[0]
+                lines, count = bound(file)
+            self._kept = [make_step(line) for line in lines]
+        steps, count = gather_objects((self._kept, count) if self._here else None)[0]
+        return steps, {"steps": count} if count else {}
 
 
 def make_record(step: int, result: StepResult, back: int | None = None) -> StepRecord:

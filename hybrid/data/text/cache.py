@@ -27,13 +27,15 @@ from typing import IO, Any
 import numpy
 from filelock import FileLock
 
+from ...launch.threads import num_cores
 from ...records.whole import parts_of, whole_file
-from .documents import LEFT_OUT, Plan, cut, pieces
+from .documents import LEFT_OUT, PIECE, Plan, cut, pieces
 from .sources import Source
 from .tokenizers import Tokenizer
 
 HEADER = 4096
 PAGE, CHECKED_PAGES = 1 << 16, 1 << 9
+MOST_PIECES = 32  # at once; the tokens of one take some 10 MiB meanwhile
 NOTE_S = 10.0  # seconds between two lines about the progress
 ABANDONED_S = 24 * 3600  # without a lock: a part untouched for so long is of a killed process
 
@@ -153,18 +155,30 @@ class _SideWriter:
         self.dtype = dtype_for(tokenizer.vocab_size)
         self.num_tokens = self.num_bytes = self.num_documents = 0
         self.digest, self.noted = hashlib.sha256(), time.monotonic()
+        self.waiting = list[bytes | None]()  # pieces that are tokenised together; None: an end
+        self.waiting_bytes, self.together = 0, PIECE * min(2 * num_cores(), MOST_PIECES)
         self._put(numpy.array([tokenizer.end]))
 
     def add(self, chunks: Iterable[bytes]) -> None:
-        """Tokenises one document."""
+        """Tokenises one document, perhaps together with later ones."""
         for piece in pieces(chunks):
             self.num_bytes += len(piece)
-            self._put(self.tokenizer.encode(piece))
+            self.waiting.append(piece)
+            self.waiting_bytes += len(piece)
+            if self.waiting_bytes >= self.together:
+                self.flush()
             if time.monotonic() - self.noted > NOTE_S:
                 self.noted = time.monotonic()
                 print(f"hybrid: tokenised {self.num_bytes / 1e6:.0f} MB of text", file=sys.stderr)
         self.num_documents += 1
-        self._put(numpy.array([self.tokenizer.end]))
+        self.waiting.append(None)
+
+    def flush(self) -> None:
+        """Tokenises what waits."""
+        found = iter(self.tokenizer.encode_all([p for p in self.waiting if p is not None]))
+        for piece in self.waiting:
+            self._put(numpy.array([self.tokenizer.end]) if piece is None else next(found))
+        self.waiting, self.waiting_bytes = [], 0
 
     def _put(self, ids: numpy.ndarray) -> None:
         size = self.tokenizer.vocab_size
@@ -196,6 +210,8 @@ def write_tokens(
         train.write(bytes(HEADER))
         writers = _SideWriter(train, tokenizer), _SideWriter(validation, tokenizer)
         _write_documents(sources, plan, writers)
+        for writer in writers:
+            writer.flush()
         if not all(writer.num_bytes for writer in writers):
             raise ValueError(f"{sources[0].what}: too little text to cut in two")
         validation.seek(0)

@@ -33,6 +33,10 @@ class Bytes:
         """Returns the ids of UTF-8 text, whole characters, without special tokens around them."""
         return numpy.frombuffer(text, numpy.uint8)
 
+    def encode_all(self, texts: Sequence[bytes]) -> list[numpy.ndarray]:
+        """Returns the ids of each of several texts."""
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, with U+FFFD for what is not UTF-8, such as half a character."""
         return bytes(i for i in ids if i != self.end).decode(errors="replace")
@@ -43,12 +47,28 @@ class HuggingFace:
 
     def __init__(self, tokenizer: Any, end: int) -> None:
         self._tokenizer, self.end = tokenizer, end
+        self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
         self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
     def encode(self, text: bytes) -> numpy.ndarray:
         """Returns the ids of UTF-8 text, as `Bytes.encode` does."""
-        ids = self._tokenizer.encode(text.decode(), add_special_tokens=False, verbose=False)
-        return numpy.array(ids, numpy.int64)
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[bytes]) -> list[numpy.ndarray]:
+        """Returns the ids of each of several texts.
+
+        The tokenizers library shares a batch out to threads on the cores that this process may use,
+        unless TOKENIZERS_PARALLELISM or RAYON_NUM_THREADS says otherwise."""
+        decoded = [text.decode() for text in texts]
+        if self._backend is not None:  # it makes no offsets, masks and texts of tokens
+            every = self._backend.encode_batch_fast(decoded, add_special_tokens=False)
+            return [numpy.array(found.ids, numpy.int64) for found in every]
+        encode = self._tokenizer.encode
+        each = (encode(text, add_special_tokens=False, verbose=False) for text in decoded)
+        return [numpy.array(ids, numpy.int64) for ids in each]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids."""

@@ -6,12 +6,15 @@ from ...job.schema import Job
 from .finding import Finding
 
 
-def check_lengths(job: Job, num_samples: int) -> list[Finding]:
+def check_lengths(job: Job, num_samples: int, num_tests: int) -> list[Finding]:
     """Find settings without effect in a job whose length in optimizer steps is known.
 
-    num_samples: of the train set."""
+    num_samples: of the train set; num_tests: of the test set."""
     batch = job.train.global_batch
     found = [*_warm_up(job), *_periods(job, num_samples)]
+    if (asked := job.train.eval_batches or 0) > (most := -(-num_tests // batch)):
+        given = f"train.eval_batches = {asked}"
+        found.append(Finding(f"{given}: the test set has {most} batches; valid: {most} at most"))
     if batch > num_samples:
         has = f"the train set has {num_samples} samples, and so has each step"
         text = f"train.global_batch = {batch}: {has}; valid: 1 to {num_samples}"

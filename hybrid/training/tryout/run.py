@@ -41,7 +41,7 @@ def try_out(
     shapes and dtypes are looked at. `job.train.steps` is known. What the user's own code raises
     becomes a finding with the line of theirs."""
     found = [
-        *check_lengths(job, len(train)),
+        *check_lengths(job, len(train), len(test)),
         *check_tensors(f"model.name = {job.model.name!r}", layers),
     ]
     if first_fatal(found):
