@@ -85,6 +85,7 @@ def _inspect(engine: Any) -> Receipt:
         "elements_by_rank": by_rank,
         "local_share": local / total,
         "mesh": mesh,
+        "gradients_reduced": "each micro-batch" if engine.syncs_each_batch else "each step",
     }
     lay = engine.layout
     wanted_mesh = [lay.replicate, lay.shard] if lay.replicate > 1 else [lay.shard]
