@@ -26,7 +26,6 @@ from hybrid.engines.tally import Tally, TallyRow
 from hybrid.job.errors import JobError
 from hybrid.models import build_model
 from hybrid.models.losses import cross_entropy
-from hybrid.training.projection import project
 
 from .conftest import small_job
 from .workloads import squared_error
@@ -265,13 +264,3 @@ def test_saved_weights_match_their_checksum(tmp_path: Path) -> None:
     assert about == {"file": path.name, "sha256": sha, "step": 7}
     back = load_file(path)
     assert back.keys() == state.keys() and all(torch.equal(back[n], state[n]) for n in state)
-
-
-def test_projections_are_linear_and_see_every_element() -> None:
-    a, b = torch.randn(2, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    x, y, both = (project({"w": t})["w"] for t in (a, b, 2 * a - 3 * b))
-    assert both == pytest.approx(2 * x - 3 * y) and abs(x) > 1e-3
-    units = torch.eye(200)
-    seen = [project({"w": unit})["w"] for unit in units]
-    assert min(map(abs, seen)) > 1e-6 and len(set(seen)) == 200
-    assert project({"steps": torch.tensor(3)}) == {}

@@ -30,10 +30,12 @@ from .deepspeed_setup import (
     stepped,
 )
 from .deepspeed_state import (
+    fragments_of,
     make_room_in_partitions,
     numbers_in_partitions,
     pieces_of_partitions,
     update_parameters,
+    weights_of_partitions,
 )
 from .frozen import FrozenParts
 from .guard import is_held
@@ -105,6 +107,10 @@ class ZeroEngine(AcceleratedEngine):
         return pieces_of_partitions(
             self._tensors(), self.live.optimizer, self._copies(), self.frozen
         )
+
+    def weights(self) -> list[Piece]:
+        fragments = fragments_of(self.live.optimizer)
+        return weights_of_partitions(self._tensors(), fragments, self._copies(), self.frozen)
 
     def make_room(self, shapes: Shapes, numbers: Collection[str]) -> None:
         make_room_in_partitions(self._tensors(), self.live.optimizer, shapes, numbers)

@@ -73,7 +73,7 @@ class RunInProgress:
         if self.out:
             self.trackers = Trackers(self.job.log.trackers, self.out, to_dict(self.job))
         self.data = check_fingerprints({"train": self.train_set, "test": self.test_set})
-        self.initial = project(self.engine.state())
+        self.initial = project(self.engine.weights())
         saved = self.checkpoints.values
         self.steps = StepLog(
             self.placement.rank == 0, self.out, self.checkpoints.start, saved.get("samples", 0)
