@@ -69,6 +69,11 @@ def part_of_tensor(key: str, tensor: torch.Tensor, shape: tuple[int, ...] | None
     return Part(key, flat.dtype, len(flat), lambda first, n: flat[first : first + n], shape)
 
 
+def parts_of(tensors: Mapping[str, torch.Tensor]) -> list[Part]:
+    """Return parts that are whole tensors, which stand by their names in the file, in shape."""
+    return [part_of_tensor(name, t, tuple(t.shape)) for name, t in tensors.items()]
+
+
 def write_file(
     path: Path,
     parts: Sequence[Part],

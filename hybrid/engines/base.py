@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..checkpoint.gathering import gather_whole
 from ..checkpoint.pieces import Piece
 from ..data.loader import MicroBatch
 from ..job.schema import Job
@@ -129,6 +130,9 @@ class BaseEngine(Engine):
 
     def weights(self) -> list[Piece]:
         return weights_of(self._tensors(), self._copies())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return gather_whole(self.weights())
 
     def make_room(self, shapes: Shapes, numbers: Collection[str]) -> None:
         make_room(self._tensors(), self._optimizer(), shapes, numbers)

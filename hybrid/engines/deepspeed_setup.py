@@ -214,19 +214,6 @@ def restore_fp32_masters(model: nn.Module, precision: str) -> Callable[[], None]
     return restore
 
 
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy a whole parameter or buffer to the CPU; collective over the ranks that share it.
-    The copy is of the fp32 master weight where the parameter has one."""
-    import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    master = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
-    if master is not None:
-        return master.detach().cpu().clone()
-    with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-        return tensor.detach().cpu().clone()
-
-
 def set_masters(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
     """Put full values into the fp32 master weights of those tensors that are trained."""
     for name, tensor in tensors.items():

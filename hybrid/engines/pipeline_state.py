@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..checkpoint.pieces import WRITTEN_ELSEWHERE, Piece
@@ -18,7 +17,7 @@ from ..stages.assignment import StageAssignment
 from .base import BaseEngine
 from .buffers import OneSet
 from .deepspeed_scale import read_counts, read_loss_scale, scaler_of, set_progress
-from .deepspeed_setup import full_tensor, set_masters
+from .deepspeed_setup import set_masters
 from .deepspeed_state import (
     fragments_of,
     make_room_in_partitions,
@@ -113,29 +112,6 @@ class StageState(BaseEngine):
             self.frozen.round()
             update_parameters(self.engine.optimizer)
         self.one_set = self._make_one_set()
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Send the first column's tensors to rank 0, one by one."""
-        if self.one_set:
-            self.one_set.before_use()
-        own = {}
-        for name, tensor in self._own_tensors(shared=False).items():
-            exact = self.frozen.whole if tensor in self.frozen.parts else full_tensor
-            own[name] = exact(tensor).cpu()
-        rank = self.placement.rank
-        mine = {n: (tuple(t.shape), t.dtype) for n, t in own.items()} if self.shares == (0,) else {}
-        full: dict[str, torch.Tensor] = {}
-        for owner, tensors in enumerate(gather_objects(mine)):
-            for name, (shape, dtype) in tensors.items():
-                if rank == owner == 0:
-                    full[name] = own[name]
-                elif rank == owner:
-                    dist.send(own[name].to(self.device).contiguous(), 0)
-                elif rank == 0:
-                    buffer = torch.empty(shape, dtype=dtype, device=self.device)
-                    dist.recv(buffer, owner)
-                    full[name] = buffer.cpu()
-        return full
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         own = self._own_tensors(shared=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ..checkpoint.tensor_file import blocks_of, part_of_tensor
+from ..checkpoint.tensor_file import blocks_of, parts_of
 from ..job.errors import needs_room
 from ..job.schema import Job
 from ..launch.exchange import gather_objects
@@ -54,10 +54,9 @@ def write_nameless(tensors: Mapping[str, torch.Tensor]) -> int:
     """Write tensors, as safetensors lays them out, to a new file without a name.
 
     Returns its descriptor. Raises NoRoom, which names the temporary folder."""
-    parts = [part_of_tensor(name, t, tuple(t.shape)) for name, t in tensors.items()]
     folder = Path(tempfile.gettempdir())
     with needs_room(folder), naming(folder / WHAT), tempfile.TemporaryFile() as file:
-        for _, block in blocks_of(parts):
+        for _, block in blocks_of(parts_of(tensors)):
             file.write(block)
         file.flush()
         return os.dup(file.fileno())

@@ -44,15 +44,7 @@ def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
     from ..engines.accelerator import prepare_fsdp
 
     prepared = prepare_fsdp(job, placement, layers, job.micro_batches(name))
-    return AcceleratedEngine(job, placement, loss, prepared, _inspect, _gather, _scatter)
-
-
-def _gather(engine: Any) -> dict[str, Any]:
-    from ..engines.accelerated import reshard
-    from ..engines.state import copy_of_state
-
-    reshard(engine.model)
-    return copy_of_state(engine.model, keep=engine.accelerator.is_main_process)
+    return AcceleratedEngine(job, placement, loss, prepared, _inspect, _scatter)
 
 
 def _scatter(engine: Any, state: Mapping[str, Any]) -> None:

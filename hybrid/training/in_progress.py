@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from .. import records
+from ..checkpoint.gathering import WholeWeights
 from ..checkpoint.names import CHECKPOINTS
 from ..checkpoint.weights import save_weights
 from ..data.batches import BatchPlan
@@ -186,11 +187,15 @@ class RunInProgress:
 
     def _save(self) -> str | None:
         self.status.set("gathering the weights")
-        state = self.engine.state()
+        if not any(gather_objects(self.out is not None)):
+            return None
+        weights = WholeWeights(self.engine.weights())
         if not self.out:
+            weights.send(self.saved_names.values())
             return None
         about = {"step": self.steps.count, "strategy": self.choice.name}
-        path = save_weights(state, self.out / CHECKPOINTS / "final", about, self.saved_names)
+        parts = [weights.part(key, name) for key, name in self.saved_names.items()]
+        path = save_weights(parts, self.out / CHECKPOINTS / "final", about)
         return str(path.relative_to(self.out))
 
     def _comparison(self) -> str | None:
