@@ -111,7 +111,7 @@ def prepare_zero(
     # It would import transformers (0.9 s), only to tell `from_pretrained` of the configuration.
     plugin.set_deepspeed_weakref = lambda: None
     accelerator = _make_accelerator(placement, accumulation, cpu=False, deepspeed_plugin=plugin)
-    return _prepare(job, accelerator, layers, restores_masters=True)
+    return _prepare(job, accelerator, layers, restored_on=placement)
 
 
 def _make_accelerator(
@@ -139,7 +139,7 @@ def _prepare(
     accelerator: Any,
     layers: Layers,
     rounds_at_use: bool = False,
-    restores_masters: bool = False,
+    restored_on: Placement | None = None,
 ) -> PreparedModel:
     observer = Observer(layers)
     no_decay = no_decay_names(layers, job.optimizer.no_decay)
@@ -148,12 +148,14 @@ def _prepare(
     optimizer = build_optimizer(job, dict(model.named_parameters()), no_decay)
     if rounds_at_use:
         round_at_use(model, DTYPES[job.train.precision])
-    restore = restore_fp32_masters(model, job.train.precision) if restores_masters else None
-    with contextlib.nullcontext() if restores_masters else _no_deepspeed():
+    restore = None
+    if restored_on:  # it is DeepSpeed that takes the model
+        restore = restore_fp32_masters(model, job.train.precision, restored_on)
+    with contextlib.nullcontext() if restore else _no_deepspeed():
         live, live_optimizer = accelerator.prepare(model, optimizer)
     if restore:
         link_reordered(live.optimizer)
-        restore()
+        restore(None)
     if is_own(job) and isinstance(next(live.parameters()), DTensor):
         # Accelerate gives an optimizer the shards in place of its parameters, but leaves what the
         # optimizer made of those when it was made, such as Adagrad's state.
