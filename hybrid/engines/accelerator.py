@@ -94,7 +94,7 @@ def prepare_fsdp(
     accelerator = _make_accelerator(placement, accumulation, fsdp_plugin=plugin)
     _keep_fsdp(accelerator, plugin, placement)
     units = layers.units()
-    with _by_object(units):
+    with _by_object(units), _without_state_dict():
         return _prepare(job, accelerator, layers)._replace(units=units)
 
 
@@ -187,6 +187,21 @@ def _by_object(units: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         fsdp_utils.fsdp2_prepare_auto_wrap_policy = policy
         fsdp_utils._find_final_norm = norm
+
+
+@contextlib.contextmanager
+def _without_state_dict() -> Iterator[None]:
+    """Let whole parameters go one by one as they are sharded, while Accelerate prepares a model.
+
+    Accelerate (1.15, `accelerate/utils/fsdp_utils.py`) keeps the model's `state_dict` until all are
+    sharded, though it reads it under `cpu_ram_efficient_loading` alone: a rank held the whole model
+    and its shard. test_workarounds.py tells when this can go."""
+    state_dict = nn.Module.state_dict
+    nn.Module.state_dict = lambda *_, **__: {}  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.state_dict = state_dict  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
