@@ -5,8 +5,8 @@
 
 Run from the top folder. What a rank needs is its shard of parameters and gradients, 4 bytes each,
 and the largest unit that is gathered. Two peaks are held against that: of live tensor storages from
-the building of the engine on (`peak_bytes` of the record), and of resident memory that is one rank's
-own (RssAnon of /proc/PID/status, read every 20 ms), less what that is once all is imported.
+the building of the engine on (`peak_bytes` of the record), and of resident memory of its own
+(RssAnon of /proc/PID/status, read every 20 ms), less what that is once all is imported.
 """
 
 from __future__ import annotations
