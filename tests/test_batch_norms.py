@@ -17,6 +17,7 @@ from torch import nn
 
 import hybrid
 from hybrid import records
+from hybrid.checkpoint.pieces import WEIGHT, Piece
 from hybrid.comparison.controls import Control
 from hybrid.comparison.differences import Run, elements_apart, scale_of, weight_differences
 from hybrid.comparison.verdict import judge_run
@@ -188,7 +189,8 @@ def test_infinite_elements_that_are_alike_do_not_differ() -> None:
 
 def test_a_projection_is_a_number_and_shows_where_infinity_is() -> None:
     masks = [torch.full((3, 3), -math.inf).triu(1), torch.full((3, 3), -math.inf).tril(-1)]
-    values = [project({"mask": mask, "empty": torch.empty(0)}) for mask in masks]
+    empty = Piece("empty", WEIGHT, (0,), torch.empty(0))
+    values = [project([Piece("mask", WEIGHT, (3, 3), mask), empty]) for mask in masks]
     assert all(math.isfinite(v) for value in values for v in value.values())
     assert values[0]["mask"] != values[1]["mask"] and values[0]["empty"] == 0.0
 

@@ -16,6 +16,7 @@ from benchmarks import kill_traces
 from benchmarks.compare_kills import prepare, run_case, stands
 from benchmarks.kill_traces import half_files, left_in, owners, processes_of, read_result
 from hybrid import report
+from hybrid.checkpoint.tensor_file import parts_of
 from hybrid.checkpoint.weights import save_weights
 from hybrid.job.variants import resolve
 from hybrid.launch.failures import RankStatus
@@ -31,7 +32,7 @@ def out(tmp_path: Path) -> Path:
     run = tmp_path / "run" / "ddp"
     begin_run(run, small_job(), resolve(small_job(), "ddp"))
     (run / "steps.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
-    save_weights({"a": torch.ones(3)}, run / "checkpoints" / "final", {"step": 1})
+    save_weights(parts_of({"a": torch.ones(3)}), run / "checkpoints" / "final", {"step": 1})
     RankStatus(small_job(), Placement(), run / "logs").close()
     report.write(make_comparison("ddp"), tmp_path / "run")
     assert half_files(tmp_path / "run") == []

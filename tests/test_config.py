@@ -45,7 +45,8 @@ KINDS = {  # every field of the job, by the kind of value it takes
     ],
     "bool": [
         *("train.activation_checkpointing", "train.compile"),
-        *("strategy.fsdp.reshard_after_forward", "strategy.zero2.reduce_once"),
+        *("strategy.fsdp.reshard_after_forward", "strategy.fsdp.sync_each_batch"),
+        "strategy.zero2.reduce_once",
         *("launch.allow_known_bad", "launch.trust_pickle", "checkpoint.async"),
     ],
     "text": [

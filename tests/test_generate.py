@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hybrid import records
+from hybrid.checkpoint.tensor_file import parts_of
 from hybrid.checkpoint.weights import save_weights
 from hybrid.job.errors import JobError
 from hybrid.job.file import load_job, to_dict
@@ -78,7 +79,7 @@ def make_run(folder: Path, model: str = "small", **changes: Any) -> dict[str, to
 
 def save(folder: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Make these the run's final weights."""
-    save_weights(state, folder / "checkpoints" / "final", {"step": 1})
+    save_weights(parts_of(state), folder / "checkpoints" / "final", {"step": 1})
     return state
 
 

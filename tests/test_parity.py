@@ -5,14 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
+from safetensors.numpy import save_file
 
 from hybrid import records
 from hybrid.comparison.causes import Facts
-from hybrid.comparison.differences import SAME_NUMBER, SAME_START, Run, relative, weight_differences
+from hybrid.comparison.differences import (
+    SAME_NUMBER,
+    SAME_START,
+    Run,
+    SavedWeights,
+    relative,
+    weight_differences,
+)
 from hybrid.comparison.parity import Rule, compare_runs
 from hybrid.comparison.tolerances import EXACT_STEPS, TOLERANCES, tolerance
 from hybrid.records import EvalResult, Parity, Receipt, Record, StepRecord, Weights
@@ -239,3 +249,16 @@ def test_relative_differences_by_hand() -> None:
     far = {"a": numpy.array([2.0, 0.5]), "b": numpy.array([1.1])}
     found = [(one.tensor, one.size) for one in weight_differences(far, near)]
     assert found == [("a", pytest.approx(0.25)), ("b", pytest.approx(0.1))]
+
+
+def test_saved_weights_are_read_one_tensor_at_a_time(tmp_path: Path) -> None:
+    arrays = {name: numpy.full((3, 5), i, "float32") for i, name in enumerate(NAMES)}
+    save_file(arrays, tmp_path / "model.safetensors")
+    saved = SavedWeights(tmp_path / "model.safetensors")
+    assert dict(saved.items()).keys() == arrays.keys() and len(saved) == len(NAMES)
+    assert weight_differences(saved, arrays) == [] and "other" not in saved
+    (found,) = weight_differences(saved, arrays | {NAMES[2]: arrays[NAMES[2]] + 1})
+    assert found.tensor == NAMES[2] and found.elements == 15
+    held = weakref.ref(saved[NAMES[0]])
+    assert saved[NAMES[0]] is held() and saved[NAMES[1]] is not None
+    assert held() is None, "a tensor stays after the next one is read"

@@ -42,6 +42,28 @@ def test_fsdp_keeps_parameters_gathered_when_asked(tmp_path: Path) -> None:
     assert payload(kept, "all_gather") < 0.6 * payload(free, "all_gather")
 
 
+def test_fsdp_holds_the_same_however_many_micro_batches_a_step_has(tmp_path: Path) -> None:
+    """Else each rank holds whole gradients from the second micro-batch on."""
+    variants = {
+        f"{name}{n}": {"strategy": "fsdp", "micro_batches": n, "sync_each_batch": name == "each"}
+        for name, n in (("each", 2), ("each", 4), ("once", 4))
+    }
+    model = {"name": "mlp", "options": {"sizes": [32, 509, 509, 509, 509, 10]}}
+    job = small_job(model=model, train__global_batch=32, train__steps=2, variant=variants)
+    result = hybrid.compare(job, ["fsdp", *variants], 4, tmp_path, reference="fsdp")
+    assert result.ok, result.parity
+    runs = result.strategies
+    one = runs["fsdp"].memory.step_peak_bytes
+    for name in ("each2", "each4"):
+        assert runs[name].memory.step_peak_bytes == pytest.approx(one, rel=0.03), name
+        assert evidence(runs[name])["gradients_reduced"] == "each micro-batch"
+    assert evidence(runs["once4"])["gradients_reduced"] == "each step"
+    whole = 4 * evidence(runs["once4"])["elements_total"]
+    for more, less in zip(runs["once4"].memory.step_peak_bytes, one, strict=True):
+        assert more > less + 0.4 * whole
+    assert payload(runs["each4"], "reduce_scatter") > 3.9 * payload(runs["once4"], "reduce_scatter")
+
+
 def test_hybrid_fsdp_shards_inside_replicas(tmp_path: Path) -> None:
     degrees = {"parallel": {"replicate": 2, "shard": 2}}
     record = compare(tmp_path, ["fsdp"], 4, **degrees).strategies["fsdp"]

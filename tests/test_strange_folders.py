@@ -15,6 +15,7 @@ import pytest
 
 import hybrid
 from hybrid.checkpoint.inspection import inspect
+from hybrid.checkpoint.tensor_file import parts_of
 from hybrid.checkpoint.weights import save_weights
 from hybrid.comparison.resume import check_session, find_run
 from hybrid.job.errors import JobError
@@ -45,7 +46,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder, as a run leaves it, with its final weights alone."""
     run, job = tmp_path_factory.mktemp("run"), hybrid.load_job(JOB)
     weights = build_model(job)[0].tensors()
-    save_weights(weights, run / "checkpoints" / "final", {"step": 1, "strategy": "single"})
+    save_weights(
+        parts_of(weights), run / "checkpoints" / "final", {"step": 1, "strategy": "single"}
+    )
     (run / "job.json").write_text(json.dumps(to_dict(job)))
     record = {"strategy": "single", "status": "ok", "world_size": 1, "environment": {}}
     (run / "record.json").write_text(json.dumps(record | {"steps": [], "weights": None}))

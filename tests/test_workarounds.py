@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,8 +15,11 @@ import pytest
 import torch
 
 import hybrid
-from tests.conftest import ROOT
+from hybrid.engines import accelerator
+from hybrid.models import build_model
+from tests.conftest import ROOT, small_job
 from tests.test_faults import compare_with
+from tests.test_units import receipt
 
 # DeepSpeed's backend, for one process, with what would compile an op replaced by a word.
 START = """
@@ -91,6 +95,24 @@ def test_accelerate_still_leaves_out_ddp_in_one_process_on_a_gpu(
     job = hybrid.load_job("launch/jobs/linear.toml", {"train.epochs": 1})
     receipt = hybrid.train(job, "ddp").receipt
     assert receipt and receipt.evidence["model"] == "DistributedDataParallel"
+
+
+def test_accelerate_still_keeps_whole_weights_until_all_are_sharded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """hybrid/engines/accelerator.py::_without_state_dict"""
+    asked, state_dict = list[torch.nn.Module](), torch.nn.Module.state_dict
+
+    def noted(module: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+        asked.append(module)
+        return state_dict(module, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "state_dict", noted)
+    receipt(build_model(small_job())[0])
+    assert not asked, "ours asks for none"
+    monkeypatch.setattr(accelerator, "_without_state_dict", contextlib.nullcontext)
+    receipt(build_model(small_job())[0])
+    assert asked
 
 
 def test_deepspeed_still_compiles_an_op_when_it_starts_on_a_cpu(tmp_path: Path) -> None:

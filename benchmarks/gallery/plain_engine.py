@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 
+from hybrid.checkpoint.pieces import Piece
 from hybrid.data.loader import MicroBatch
 from hybrid.engines.accelerated import AcceleratedEngine
 from hybrid.engines.accelerator import PreparedModel
-from hybrid.engines.deepspeed_setup import full_tensor, prepare_process
+from hybrid.engines.deepspeed_setup import prepare_process
 from hybrid.engines.optimizer import build_optimizer
 from hybrid.engines.precision import Observer, Stepped, make_ledger, names_of
 from hybrid.engines.protocol import make_receipt
 from hybrid.engines.state import copy_state, named_tensors
 from hybrid.engines.tally import Tally
+from hybrid.engines.training_state import weights_of
 from hybrid.job.schema import Job
 from hybrid.launch.placement import Placement
 from hybrid.layout import micro_batch_size
@@ -34,7 +36,7 @@ class PlainEngine(AcceleratedEngine):
     ) -> None:
         prepare_process(placement)
         prepared = _prepare(job, placement, layers, config)
-        super().__init__(job, placement, loss, prepared, _inspect, _gather, _scatter)
+        super().__init__(job, placement, loss, prepared, _inspect, _scatter)
 
     def _accumulate(self, micro_batches: list[MicroBatch], tally: Tally) -> None:  # type: ignore[override]
         # DeepSpeed divides by the micro-batches, and its reduction averages over ranks: undo both.
@@ -50,8 +52,8 @@ class PlainEngine(AcceleratedEngine):
     def _norm_is_whole(self) -> bool:
         return True
 
-    def state(self) -> dict[str, torch.Tensor]:
-        return self.gather(self)
+    def weights(self) -> list[Piece]:
+        return weights_of(_whole(self), self._copies())
 
     def _add_ledger(self, receipt: Receipt, stepped: Stepped) -> Receipt:
         """Show what DeepSpeed holds, without conditions: its own defaults are what is tried."""
@@ -104,14 +106,21 @@ def _inspect(engine: PlainEngine) -> Receipt:
     return make_receipt(evidence, {f"{engine.layout.dp} data-parallel ranks": stages})
 
 
-def _gather(engine: PlainEngine) -> dict[str, torch.Tensor]:
+def _whole(engine: PlainEngine) -> dict[str, torch.Tensor]:
     """Return the fp32 master weights, where there are any, in the place of rounded ones."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
     optimizer, masters = engine.model.optimizer, dict[torch.Tensor, torch.Tensor]()
-    if hasattr(optimizer, "fp16_groups"):  # without ZeRO, which `full_tensor` does not know
+    if hasattr(optimizer, "fp16_groups"):  # without ZeRO, which DeepSpeed's function does not know
         for rounded, whole in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             masters |= dict(zip(rounded, whole, strict=True))
-    tensors = named_tensors(engine.model.module)
-    return {name: full_tensor(masters.get(t, t)).float() for name, t in tensors.items()}
+    found = {}
+    for name, tensor in named_tensors(engine.model.module).items():
+        master = masters.get(tensor)
+        if master is None and tensor.requires_grad:
+            master = safe_get_full_fp32_param(tensor)
+        found[name] = (tensor if master is None else master).detach().float()
+    return found
 
 
 def _scatter(engine: PlainEngine, state: Mapping[str, torch.Tensor]) -> None:

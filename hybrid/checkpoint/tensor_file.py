@@ -69,6 +69,11 @@ def part_of_tensor(key: str, tensor: torch.Tensor, shape: tuple[int, ...] | None
     return Part(key, flat.dtype, len(flat), lambda first, n: flat[first : first + n], shape)
 
 
+def parts_of(tensors: Mapping[str, torch.Tensor]) -> list[Part]:
+    """Return parts that are whole tensors, which stand by their names in the file, in shape."""
+    return [part_of_tensor(name, t, tuple(t.shape)) for name, t in tensors.items()]
+
+
 def write_file(
     path: Path,
     parts: Sequence[Part],
@@ -140,7 +145,7 @@ def _blocks_of(parts: Sequence[Part]) -> Iterator[tuple[str, Any]]:
             yield part.key, raw_bytes(part.read(first, min(step, part.size - first)))
 
 
-class _Span(NamedTuple):
+class Span(NamedTuple):
     """Tells where a tensor stands in a file: its dtype, its elements, its first byte."""
 
     dtype: torch.dtype
@@ -163,7 +168,7 @@ class TensorFile:
             self._file.close()
             raise Damaged(f"{path.name}: is no safetensors file: {error}") from None
 
-    def _read_header(self) -> dict[str, _Span]:
+    def _read_header(self) -> dict[str, Span]:
         size = os.fstat(self._file.fileno()).st_size
         length = int.from_bytes(self._file.read(8), "little")
         if not 2 <= length <= min(LONGEST_HEADER, size - 8):
@@ -181,7 +186,7 @@ class TensorFile:
                 raise ValueError(f"{key!r} lies outside the file")
             if end - begin != count * dtype.itemsize:
                 raise ValueError(f"{key!r} has another size than its shape")
-            spans[key] = _Span(dtype, count, 8 + length + begin, shape)
+            spans[key] = Span(dtype, count, 8 + length + begin, shape)
         return spans
 
     def read(self, key: str, first: int, count: int) -> torch.Tensor:

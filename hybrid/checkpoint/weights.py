@@ -1,36 +1,25 @@
 """Saves a model's final weights as safetensors with a checksum, and verifies saved ones."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..job.errors import JobError
 from ..job.reading import read_json
 from ..records.whole import whole_path, write_whole
-from .tensor_file import part_of_tensor, sha256_of, write_file
+from .tensor_file import Part, sha256_of, write_file
 
 ABOUT = "checkpoint.json"
 FILE = "model.safetensors"
 
 
-def save_weights(
-    state: Mapping[str, torch.Tensor],
-    folder: Path,
-    about: Mapping[str, Any],
-    names: Mapping[str, str] | None = None,
-) -> Path:
+def save_weights(parts: Sequence[Part], folder: Path, about: Mapping[str, Any]) -> Path:
     """Write `model.safetensors` and `checkpoint.json` (its SHA-256 and `about`) into `folder`.
 
-    names: those in the file, each with its name in `state`; left out, all of `state` is written by
-    its own names. Returns the path of the weights."""
+    Returns the path of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
-    parts = []
-    for name, source in (names or dict(zip(state, state, strict=True))).items():
-        parts.append(part_of_tensor(name, state[source], tuple(state[source].shape)))
     with whole_path(path) as new:
         written, flusher = write_file(new, parts)
         flusher.finish()

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..records import EvalResult, Record
@@ -12,6 +13,33 @@ STEP_QUANTITIES = ("samples", "sample_digest", "lr", "loss", "grad_norm")
 SHARE_OF_FIRST_LOSS = 0.25  # a smaller loss is compared on the scale of this part of the first one
 SAME_NUMBER = 1e-12  # relative; of learning rates, which every run computes alike
 Arrays = Mapping[str, Any]  # numpy arrays by name
+
+
+class SavedWeights(Mapping[str, Any]):
+    """Reads the tensors of a file as numpy arrays, one at a time: it holds the last one alone.
+
+    The controls of a comparison are models too: five would not fit where one only just does."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        self._file = safe_open(path, "numpy")
+        self._names = list(self._file.keys())
+        self._last: tuple[str, Any] = "", None
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        if self._last[1] is None or self._last[0] != name:
+            self._last = name, None  # else two are held while the next one is read
+            self._last = name, self._file.get_tensor(name)
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclasses.dataclass(frozen=True)

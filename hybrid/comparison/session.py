@@ -33,7 +33,7 @@ from ..training.progress import Watcher
 from ..training.run import Starter, modules_of
 from .best import find_best
 from .controls import Control
-from .differences import Run
+from .differences import Run, SavedWeights
 from .doubts import name_suspect, settle
 from .interruption import Interruption, make_interruption
 from .planning import plan_runs, plan_second
@@ -288,10 +288,8 @@ class _Session:
         return dataclasses.replace(found, reference=self.reference, reason=reason)
 
     def _load(self, label: str) -> Run:
-        from safetensors.numpy import load_file
-
         record = read_run(self.out / label)
         file = record.weights and record.weights.file
         if not file:
             raise ValueError(f"{label}: the record names no weights")
-        return Run(record, load_file(self.out / label / file))
+        return Run(record, SavedWeights(self.out / label / file))

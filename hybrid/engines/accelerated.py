@@ -32,9 +32,8 @@ State = dict[str, torch.Tensor]
 class AcceleratedEngine(BaseEngine):
     """Trains a model that one `Accelerator` prepared, with torch's optimizer.
 
-    Three functions hold what differs between strategies: `inspect(engine)` gives the receipt,
-    `gather(engine)` the full tensors (collective; only rank 0's are used), and
-    `scatter(engine, state)` takes them back."""
+    Two functions hold what differs between strategies: `inspect(engine)` gives the receipt, and
+    `scatter(engine, state)` takes full tensors over."""
 
     def __init__(
         self,
@@ -43,16 +42,16 @@ class AcceleratedEngine(BaseEngine):
         loss: Loss,
         prepared: PreparedModel,
         inspect: Callable[[Any], Receipt],
-        gather: Callable[[Any], State],
         scatter: Callable[[Any, Mapping[str, torch.Tensor]], None],
     ) -> None:
         super().__init__(job, placement, loss)
         self.accelerator, self.model, self.optimizer, self.observer, self.buffers = prepared[:5]
         self.units = prepared.units
-        self.inspect, self.gather, self.scatter = inspect, gather, scatter
+        self.inspect, self.scatter = inspect, scatter
         self.num_held = num_held(self.model)
         self.scale = LossScale(job, self.device, averaged_over=self.layout.dp)
         self._reduces = True  # FSDP2 reduces gradients in the coming backward pass
+        self.syncs_each_batch = job.strategy.fsdp.sync_each_batch  # FSDP2 alone reads it
         self.constant: ConstantBuffers | None = None
         self.wrapped = isinstance(self.model, DistributedDataParallel)
         if self.wrapped and job.strategy.ddp.broadcast_buffers == "changing":
@@ -94,9 +93,13 @@ class AcceleratedEngine(BaseEngine):
     def _reduction(self, due: bool) -> contextlib.AbstractContextManager[None]:
         """Reduce gradients over the ranks after the last micro-batch alone, as `accumulate` does.
 
+        Until then each rank holds whole gradients. FSDP2 can keep its part of each micro-batch's
+        instead: Accelerate calls that `sync_each_batch`.
+
         Accelerate's own context and `backward` took 0.5 ms of CPU in each micro-batch."""
         if isinstance(self.model, DistributedDataParallel):
             return contextlib.nullcontext() if due else self.model.no_sync()
+        due = due or self.syncs_each_batch
         if due != self._reduces:
             self.model.set_requires_gradient_sync(due)
             self._reduces = due
@@ -118,12 +121,6 @@ class AcceleratedEngine(BaseEngine):
     def _norm_is_whole(self) -> bool:
         """Tell whether a rank knows the whole gradient norm of this step, not its shard's part."""
         return bool(self.job.train.clip_norm) or not self.norm_parts
-
-    def state(self) -> State:
-        if self.one_set:
-            self.one_set.before_use()
-        full = self.gather(self)
-        return full if self.accelerator.is_main_process else {}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         self.scatter(self, state)

@@ -112,7 +112,7 @@ def prepare_fsdp(
     accelerator = _make_accelerator(placement, accumulation, fsdp_plugin=plugin)
     _keep_fsdp(accelerator, plugin, placement)
     units = layers.units()
-    with _by_object(units):
+    with _by_object(units), _without_state_dict():
         return _prepare(job, accelerator, layers)._replace(units=units)
 
 
@@ -129,7 +129,7 @@ def prepare_zero(
     # It would import transformers (0.9 s), only to tell `from_pretrained` of the configuration.
     plugin.set_deepspeed_weakref = lambda: None
     accelerator = _make_accelerator(placement, accumulation, cpu=False, deepspeed_plugin=plugin)
-    return _prepare(job, accelerator, layers, restores_masters=True)
+    return _prepare(job, accelerator, layers, restored_on=placement)
 
 
 def _make_accelerator(
@@ -157,7 +157,7 @@ def _prepare(
     accelerator: Any,
     layers: Layers,
     rounds_at_use: bool = False,
-    restores_masters: bool = False,
+    restored_on: Placement | None = None,
 ) -> PreparedModel:
     observer = Observer(layers)
     no_decay = no_decay_names(layers, job.optimizer.no_decay)
@@ -166,12 +166,14 @@ def _prepare(
     optimizer = build_optimizer(job, dict(model.named_parameters()), no_decay)
     if rounds_at_use:
         round_at_use(model, DTYPES[job.train.precision])
-    restore = restore_fp32_masters(model, job.train.precision) if restores_masters else None
-    with contextlib.nullcontext() if restores_masters else _no_deepspeed():
+    restore = None
+    if restored_on:  # it is DeepSpeed that takes the model
+        restore = restore_fp32_masters(model, job.train.precision, restored_on)
+    with contextlib.nullcontext() if restore else _no_deepspeed():
         live, live_optimizer = accelerator.prepare(model, optimizer)
     if restore:
         link_reordered(live.optimizer)
-        restore()
+        restore(None)
     if is_own(job) and isinstance(next(live.parameters()), DTensor):
         # Accelerate gives an optimizer the shards in place of its parameters, but leaves what the
         # optimizer made of those when it was made, such as Adagrad's state.
@@ -203,6 +205,21 @@ def _by_object(units: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         fsdp_utils.fsdp2_prepare_auto_wrap_policy = policy
         fsdp_utils._find_final_norm = norm
+
+
+@contextlib.contextmanager
+def _without_state_dict() -> Iterator[None]:
+    """Let whole parameters go one by one as they are sharded, while Accelerate prepares a model.
+
+    Accelerate (1.15, `accelerate/utils/fsdp_utils.py`) keeps the model's `state_dict` until all are
+    sharded, though it reads it under `cpu_ram_efficient_loading` alone: a rank held the whole model
+    and its shard. test_workarounds.py tells when this can go."""
+    state_dict = nn.Module.state_dict
+    nn.Module.state_dict = lambda *_, **__: {}  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.state_dict = state_dict  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

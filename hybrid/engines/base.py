@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..checkpoint.gathering import gather_whole
 from ..checkpoint.pieces import Piece
 from ..data.loader import MicroBatch
 from ..job.schema import Job
@@ -32,7 +33,7 @@ from .state import gradient_dtypes, on_device
 from .step_queue import LocalRow, StartedStep, StepQueue, StepRow
 from .step_results import norms_of, step_result
 from .tally import Tally, eval_result
-from .training_state import Copies, make_room, numbers_of, pieces_of
+from .training_state import Copies, make_room, numbers_of, pieces_of, weights_of
 
 
 class BaseEngine(Engine):
@@ -126,6 +127,12 @@ class BaseEngine(Engine):
 
     def pieces(self) -> list[Piece]:
         return pieces_of(self._tensors(), self._optimizer(), self._copies())
+
+    def weights(self) -> list[Piece]:
+        return weights_of(self._tensors(), self._copies())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return gather_whole(self.weights())
 
     def make_room(self, shapes: Shapes, numbers: Collection[str]) -> None:
         make_room(self._tensors(), self._optimizer(), shapes, numbers)

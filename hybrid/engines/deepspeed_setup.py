@@ -17,6 +17,7 @@ from ..launch.placement import OWN, Placement
 from ..layout import micro_batch_size
 from ..models.layers import Layers
 from .deepspeed_config import SHIPPED, load_ds_config
+from .frozen import FrozenParts
 from .precision import Stepped, deepspeed_keys, name_of
 
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size")
@@ -203,34 +204,25 @@ def link_reordered(optimizer: Any) -> None:
         optimizer.round_robin_bit16_padding = found
 
 
-def restore_fp32_masters(model: nn.Module, precision: str) -> Callable[[], None]:
+def restore_fp32_masters(
+    model: nn.Module, precision: str, placement: Placement
+) -> Callable[[Any], None]:
     """Keep a model's fp32 values, and return a function that puts them into the master weights.
 
-    Call this before DeepSpeed takes the model, and what it returns afterwards: DeepSpeed rounds the
-    parameters first and makes its fp32 master weights from the rounded ones."""
-    if precision == "fp32":
-        return lambda: None
-    start = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
+    Call this before DeepSpeed takes the model, and what it returns afterwards, with the group of
+    the data-parallel ranks (None: all): DeepSpeed rounds the parameters first and makes its fp32
+    master weights from the rounded ones. Each of these ranks keeps its part alone; whole parameters
+    come back one by one."""
+    rounded = model.parameters() if precision != "fp32" else ()
+    start = FrozenParts(rounded, placement.dp_rank, placement.layout.dp, trained=True)
 
-    def restore() -> None:
-        for parameter, value in start.items():
-            _set_master(parameter, value)
-        start.clear()
+    def restore(group: Any) -> None:
+        start.group = group
+        for parameter in list(start.parts):
+            _set_master(parameter, start.whole(parameter))
+            del start.parts[parameter]
 
     return restore
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy a whole parameter or buffer to the CPU; collective over the ranks that share it.
-    The copy is of the fp32 master weight where the parameter has one."""
-    import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    master = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
-    if master is not None:
-        return master.detach().cpu().clone()
-    with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-        return tensor.detach().cpu().clone()
 
 
 def set_masters(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:

@@ -91,20 +91,31 @@ def pieces_of_partitions(
     optimizer: DeepSpeed's. copies: of what is not cut. frozen: the parameters that it rounded."""
     fragments, found = fragments_of(optimizer), list[Piece]()
     states: dict[torch.Tensor, _FlatState] = {}
+    for weight in weights_of_partitions(tensors, fragments, copies, frozen):
+        found.append(weight)
+        fragment = fragments.get(tensors[weight.name])
+        if fragment is not None and tensors[weight.name] not in frozen.parts:
+            flat = fragment.flat
+            if flat not in states:
+                states[flat] = _FlatState(optimizer.optimizer, flat)
+            found += states[flat].pieces(weight.name, weight.shape, fragment, copies)
+    return found
+
+
+def weights_of_partitions(
+    tensors: Tensors, fragments: Mapping[Any, Fragment], copies: Copies, frozen: FrozenParts
+) -> list[Piece]:
+    """Return this rank's parts of a model's tensors alone; fragments: of `fragments_of`."""
+    found = []
     for name, tensor in tensors.items():
         fragment = fragments.get(tensor)
         if tensor in frozen.parts:
             found.append(frozen.piece(name, tensor))
-            continue
-        if fragment is None:
+        elif fragment is None:
             found.append(_untrained(name, tensor, copies))
-            continue
-        flat = fragment.flat
-        if flat not in states:
-            states[flat] = _FlatState(optimizer.optimizer, flat)
-        shape = shape_of(tensor)
-        found.append(Piece(name, WEIGHT, shape, fragment.of(flat), fragment.start))
-        found += states[flat].pieces(name, shape, fragment, copies)
+        else:
+            part = fragment.of(fragment.flat)
+            found.append(Piece(name, WEIGHT, shape_of(tensor), part, fragment.start))
     return found
 
 

@@ -2,7 +2,8 @@
 
 DeepSpeed has fp32 master weights of trained parameters alone. It rounds the others to bf16 or fp16
 for good, so that a checkpoint of one strategy would not be that of another. Here each rank keeps
-its part of them in fp32: the parts are equal but for the last, as ZeRO-3 cuts parameters."""
+its part of them in fp32: the parts are equal but for the last, as ZeRO-3 cuts parameters. While
+DeepSpeed takes a model, so are those of trained parameters (`restore_fp32_masters`)."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,17 +16,20 @@ from ..checkpoint.pieces import WEIGHT, Piece
 
 class FrozenParts:
     """Holds a rank's part of each parameter that is not trained, as it was before it was rounded.
+    trained: of each one that is.
 
     rank, ranks: this rank's place among those over which the parts are spread. group: these, once
     they are known; None: all. The parts stay on the host where the model was made there."""
 
-    def __init__(self, parameters: Iterable[torch.Tensor], rank: int, ranks: int) -> None:
+    def __init__(
+        self, parameters: Iterable[torch.Tensor], rank: int, ranks: int, trained: bool = False
+    ) -> None:
         self.rank, self.ranks = rank, ranks
         self.group: Any = None
         self.parts: dict[torch.Tensor, torch.Tensor] = {}
         self.shapes: dict[torch.Tensor, torch.Size] = {}
         for parameter in parameters:
-            if not parameter.requires_grad and parameter.is_floating_point():
+            if parameter.requires_grad == trained and parameter.is_floating_point():
                 self.shapes[parameter] = parameter.shape
                 self.parts[parameter] = self._part_of(parameter.detach())
 

@@ -36,12 +36,12 @@ def make_pipeline(
         loss_fn=loss,
         partition_method="uniform",
     )
-    restore = restore_fp32_masters(module, job.train.precision)
+    restore = restore_fp32_masters(module, job.train.precision, placement)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False
     )
     link_reordered(engine.optimizer)
-    restore()
+    restore(engine.grid.get_data_parallel_group())
     return engine
 
 

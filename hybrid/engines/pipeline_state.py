@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..checkpoint.pieces import WRITTEN_ELSEWHERE, Piece
@@ -18,17 +17,19 @@ from ..stages.assignment import StageAssignment
 from .base import BaseEngine
 from .buffers import OneSet
 from .deepspeed_scale import read_counts, read_loss_scale, scaler_of, set_progress
-from .deepspeed_setup import full_tensor, set_masters
+from .deepspeed_setup import set_masters
 from .deepspeed_state import (
+    fragments_of,
     make_room_in_partitions,
     numbers_in_partitions,
     pieces_of_partitions,
     update_parameters,
+    weights_of_partitions,
 )
 from .frozen import FrozenParts
 from .protocol import OwnState, Shapes
 from .state import copy_state, named_tensors
-from .training_state import Copies, make_room, numbers_of, pieces_of
+from .training_state import Copies, make_room, numbers_of, pieces_of, weights_of
 
 
 class StageState(BaseEngine):
@@ -66,9 +67,22 @@ class StageState(BaseEngine):
             for p in self._pieces_of(held)
         ]
 
+    def weights(self) -> list[Piece]:
+        if self.one_set:
+            self.one_set.before_use()
+        written, copies = self._own_tensors(shared=False), self._column_copies()
+        if not self.zero_stage:
+            return weights_of(written, copies)
+        fragments = fragments_of(self.engine.optimizer)
+        return weights_of_partitions(written, fragments, copies, self.frozen)
+
+    def _column_copies(self) -> Copies:
+        """Tell which column this is, among those that hold this stage's tensors alike."""
+        return Copies(self.placement.dp_rank, self.layout.dp)
+
     def _pieces_of(self, tensors: Mapping[str, torch.Tensor]) -> list[Piece]:
         """Return this rank's parts of the stage's tensors, as its column shares out the writing."""
-        copies = Copies(self.placement.dp_rank, self.layout.dp)
+        copies = self._column_copies()
         if self.zero_stage:
             return pieces_of_partitions(tensors, self.engine.optimizer, copies, self.frozen)
         return pieces_of(tensors, self.engine.optimizer, copies)
@@ -98,29 +112,6 @@ class StageState(BaseEngine):
             self.frozen.round()
             update_parameters(self.engine.optimizer)
         self.one_set = self._make_one_set()
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Send the first column's tensors to rank 0, one by one."""
-        if self.one_set:
-            self.one_set.before_use()
-        own = {}
-        for name, tensor in self._own_tensors(shared=False).items():
-            exact = self.frozen.whole if tensor in self.frozen.parts else full_tensor
-            own[name] = exact(tensor).cpu()
-        rank = self.placement.rank
-        mine = {n: (tuple(t.shape), t.dtype) for n, t in own.items()} if self.shares == (0,) else {}
-        full: dict[str, torch.Tensor] = {}
-        for owner, tensors in enumerate(gather_objects(mine)):
-            for name, (shape, dtype) in tensors.items():
-                if rank == owner == 0:
-                    full[name] = own[name]
-                elif rank == owner:
-                    dist.send(own[name].to(self.device).contiguous(), 0)
-                elif rank == 0:
-                    buffer = torch.empty(shape, dtype=dtype, device=self.device)
-                    dist.recv(buffer, owner)
-                    full[name] = buffer.cpu()
-        return full
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         own = self._own_tensors(shared=True)

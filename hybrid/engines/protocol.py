@@ -108,6 +108,11 @@ class Engine(Protocol):
         them count from `begin_at` on. Between `make_room` and `begin_at` they are there to be
         written, else to be read."""
 
+    def weights(self) -> list[Piece]:
+        """Return this rank's live parts of parameters, in fp32, and buffers, to be read.
+
+        Of replicas that differ, each process shows parts of its first."""
+
     def make_room(self, shapes: Shapes, numbers: Collection[str]) -> None:
         """Make the optimizer's state that is not there yet, for what a checkpoint has.
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..checkpoint.pieces import Piece
 from ..data.loader import MicroBatch
 from ..job.errors import RunError
 from ..job.schema import Job
@@ -37,7 +38,7 @@ from .precision import DTYPES, Observer, Stepped, names_of, round_at_use
 from .protocol import StepResult, extend_receipt, make_receipt
 from .replica_state import ReplicaState
 from .schedule import learning_rate
-from .state import copy_of_state, named_tensors, num_held
+from .state import named_tensors, num_held
 from .step_queue import StartedStep, StepRow, make_row
 from .step_results import step_result
 from .tally import Tally
@@ -241,9 +242,9 @@ class ReplicaEngine(ReplicaState):
         self._require_merged()
         return super().evaluate(batches)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> list[Piece]:
         self._require_merged()
-        return {} if self.placement.rank else copy_of_state(self.model)
+        return super().weights()
 
     def _require_merged(self) -> None:
         if self.merge_every and any(self.seen) and self.layout.dp > 1:

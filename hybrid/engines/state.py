@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from ..data.loader import MicroBatch
@@ -45,18 +44,6 @@ def local_part(tensor: Any) -> torch.Tensor:
 def num_held(model: nn.Module) -> int:
     """Count the elements of a live model's trained parameters that this rank holds."""
     return sum(local_part(p).numel() for p in model.parameters() if p.requires_grad)
-
-
-def copy_of_state(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
-    """Copy full parameters and buffers to the CPU, if this rank is to `keep` them.
-    Collective under FSDP2: whole tensors are made one by one, and dropped on the other ranks."""
-    full = {}
-    for name, tensor in named_tensors(model).items():
-        whole = tensor.detach()
-        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-        if keep:
-            full[name] = whole.cpu().clone()
-    return full
 
 
 def copy_state(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:

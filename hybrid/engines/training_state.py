@@ -32,13 +32,18 @@ def pieces_of(
     copies: of what is not sharded."""
     found = []
     for name, tensor in tensors.items():
-        found.append(make_piece(name, WEIGHT, tensor, copies))
+        found += weights_of({name: tensor}, copies)
         state: Any = optimizer.state.get(tensor, {})
         for key in state:
             _require_cut_alike(name, key, state[key], tensor)
         kept = (make_piece_of_state(name, key, state, copies) for key in state)
         found += [piece for piece in kept if piece is not None]
     return found
+
+
+def weights_of(tensors: Mapping[str, torch.Tensor], copies: Copies) -> list[Piece]:
+    """Return this rank's parts of a model's tensors alone."""
+    return [make_piece(name, WEIGHT, tensor, copies) for name, tensor in tensors.items()]
 
 
 def _require_cut_alike(name: str, key: str, value: Any, parameter: torch.Tensor) -> None:

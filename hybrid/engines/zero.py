@@ -14,14 +14,13 @@ from ..launch.placement import Placement
 from ..models.layers import Layers
 from ..models.losses import Loss
 from ..records import Receipt
-from .accelerated import AcceleratedEngine, State
+from .accelerated import AcceleratedEngine
 from .accelerator import prepare_zero
 from .deepspeed_scale import read_counts, read_loss_scale, scaler_of, set_progress
 from .deepspeed_setup import (
     add_biases_before_rounding,
     fp32_partitions,
     full_config,
-    full_tensor,
     hold_steps,
     loss_scale,
     norm_or_overflow,
@@ -30,10 +29,12 @@ from .deepspeed_setup import (
     stepped,
 )
 from .deepspeed_state import (
+    fragments_of,
     make_room_in_partitions,
     numbers_in_partitions,
     pieces_of_partitions,
     update_parameters,
+    weights_of_partitions,
 )
 from .frozen import FrozenParts
 from .guard import is_held
@@ -59,7 +60,7 @@ class ZeroEngine(AcceleratedEngine):
             layers.names() if rounds else (), placement.dp_rank, placement.layout.dp
         )
         prepared = prepare_zero(job, placement, layers, job.micro_batches(name), config)
-        super().__init__(job, placement, loss, prepared, _inspect, _gather, _scatter)
+        super().__init__(job, placement, loss, prepared, _inspect, _scatter)
         self.zero_stage, self.frozen = zero_stage, parts
         if self.guard:
             hold_steps(self.live.optimizer, lambda norm: is_held(self, norm))
@@ -105,6 +106,10 @@ class ZeroEngine(AcceleratedEngine):
         return pieces_of_partitions(
             self._tensors(), self.live.optimizer, self._copies(), self.frozen
         )
+
+    def weights(self) -> list[Piece]:
+        fragments = fragments_of(self.live.optimizer)
+        return weights_of_partitions(self._tensors(), fragments, self._copies(), self.frozen)
 
     def make_room(self, shapes: Shapes, numbers: Collection[str]) -> None:
         make_room_in_partitions(self._tensors(), self.live.optimizer, shapes, numbers)
@@ -168,17 +173,6 @@ def _inspect(engine: ZeroEngine) -> Receipt:
         ),
     }
     return make_receipt(evidence, conditions)
-
-
-def _gather(engine: ZeroEngine) -> State:
-    """Gather the full tensors one by one; keep them on rank 0 alone."""
-    full = {}
-    for name, tensor in named_tensors(engine.live.module).items():
-        exact = engine.frozen.whole if tensor in engine.frozen.parts else full_tensor
-        whole = exact(tensor)  # collective
-        if engine.accelerator.is_main_process:
-            full[name] = whole.cpu()
-    return full
 
 
 def _scatter(engine: ZeroEngine, state: Mapping[str, torch.Tensor]) -> None:

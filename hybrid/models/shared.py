@@ -14,10 +14,10 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy
 import torch
-from safetensors.torch import load_file
 
-from ..checkpoint.tensor_file import blocks_of, part_of_tensor
+from ..checkpoint.tensor_file import Span, TensorFile, blocks_of, parts_of
 from ..job.errors import needs_room
 from ..job.schema import Job
 from ..launch.exchange import gather_objects
@@ -54,10 +54,9 @@ def write_nameless(tensors: Mapping[str, torch.Tensor]) -> int:
     """Write tensors, as safetensors lays them out, to a new file without a name.
 
     Returns its descriptor. Raises NoRoom, which names the temporary folder."""
-    parts = [part_of_tensor(name, t, tuple(t.shape)) for name, t in tensors.items()]
     folder = Path(tempfile.gettempdir())
     with needs_room(folder), naming(folder / WHAT), tempfile.TemporaryFile() as file:
-        for _, block in blocks_of(parts):
+        for _, block in blocks_of(parts_of(tensors)):
             file.write(block)
         file.flush()
         return os.dup(file.fileno())
@@ -81,9 +80,28 @@ def _map(job: Job, path: Path) -> tuple[Layers, Loss]:
     return built
 
 
+def _open(path: Path) -> dict[str, torch.Tensor]:
+    """Maps each tensor of a file by itself, so that one which is dropped is no longer mapped.
+
+    `safetensors` maps the file as one storage, all of which stays while any tensor does."""
+    file = TensorFile(path)
+    try:
+        return {name: _map_span(path, span) for name, span in file.spans.items()}
+    finally:
+        file.close()
+
+
+def _map_span(path: Path, span: Span) -> torch.Tensor:
+    if not span.size:
+        return torch.empty(span.shape, dtype=span.dtype)
+    size = span.size * span.dtype.itemsize
+    raw = numpy.memmap(path, numpy.uint8, "c", span.begin, (size,))  # writes go to a copy of a page
+    return torch.from_numpy(raw).view(span.dtype).view(span.shape)
+
+
 def _fill(layers: Layers, path: Path) -> None:
     """Gives meta tensors the values in a file; each keeps its identity, so that ties hold."""
-    values = load_file(path)
+    values = _open(path)
     for name, tensor in layers.tensors().items():
         value = values.pop(name)
         if isinstance(tensor, torch.nn.Parameter):

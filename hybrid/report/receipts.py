@@ -53,9 +53,11 @@ def _tell_shards(found: Evidence) -> str:
     units = f"; {sum(kept)} of {len(kept)} units freed their parameters after the forward pass"
     if outside := found.get("elements_outside_units"):
         units += f", {outside:,} elements are outside units"
+    when = found.get("gradients_reduced")
     return (
         f"{found['dtensor_parameters']} of {count(found['parameters'], 'parameter tensor')} were "
-        f"DTensors on a mesh of {_tell_mesh(found.get('mesh'))}; {share}{units if kept else ''}."
+        f"DTensors on a mesh of {_tell_mesh(found.get('mesh'))}; {share}{units if kept else ''}"
+        f"{f'; gradients were reduced in {when}' if when else ''}."
     )
 
 

@@ -27,7 +27,7 @@ def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
     """Put the model under DDP."""
     from ..engines.accelerated import AcceleratedEngine
     from ..engines.accelerator import prepare_ddp
-    from ..engines.state import copy_of_state, copy_state, named_tensors
+    from ..engines.state import copy_state, named_tensors
 
     return AcceleratedEngine(
         job,
@@ -35,7 +35,6 @@ def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
         loss,
         prepare_ddp(job, placement, layers, job.micro_batches(name)),
         inspect=_inspect,
-        gather=lambda engine: copy_of_state(_module(engine)),
         scatter=lambda engine, state: copy_state(named_tensors(_module(engine)), state),
     )
 

@@ -44,15 +44,7 @@ def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
     from ..engines.accelerator import prepare_fsdp
 
     prepared = prepare_fsdp(job, placement, layers, job.micro_batches(name))
-    return AcceleratedEngine(job, placement, loss, prepared, _inspect, _gather, _scatter)
-
-
-def _gather(engine: Any) -> dict[str, Any]:
-    from ..engines.accelerated import reshard
-    from ..engines.state import copy_of_state
-
-    reshard(engine.model)
-    return copy_of_state(engine.model, keep=engine.accelerator.is_main_process)
+    return AcceleratedEngine(job, placement, loss, prepared, _inspect, _scatter)
 
 
 def _scatter(engine: Any, state: Mapping[str, Any]) -> None:
@@ -85,6 +77,7 @@ def _inspect(engine: Any) -> Receipt:
         "elements_by_rank": by_rank,
         "local_share": local / total,
         "mesh": mesh,
+        "gradients_reduced": "each micro-batch" if engine.syncs_each_batch else "each step",
     }
     lay = engine.layout
     wanted_mesh = [lay.replicate, lay.shard] if lay.replicate > 1 else [lay.shard]

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from .. import records
+from ..checkpoint.gathering import WholeWeights
 from ..checkpoint.names import CHECKPOINTS
 from ..checkpoint.weights import save_weights
 from ..data.batches import BatchPlan
@@ -74,7 +75,7 @@ class RunInProgress:
         if self.out:
             self.trackers = Trackers(self.job.log.trackers, self.out, to_dict(self.job))
         self.data = check_fingerprints({"train": self.train_set, "test": self.test_set})
-        self.initial = project(self.engine.state())
+        self.initial = project(self.engine.weights())
         saved = self.checkpoints.values
         self.steps = StepLog(
             self.placement.rank == 0, self.out, self.checkpoints.start, saved.get("samples", 0)
@@ -189,12 +190,16 @@ class RunInProgress:
 
     def _save(self) -> str | None:
         self.status.set("gathering the weights")
+        if not any(gather_objects(self.out is not None)):
+            return None
         self.status.hurry(in_step=False)
-        state = self.engine.state()
+        weights = WholeWeights(self.engine.weights())
         if not self.out:
+            weights.send(self.saved_names.values())
             return None
         about = {"step": self.steps.count, "strategy": self.choice.name}
-        path = save_weights(state, self.out / CHECKPOINTS / "final", about, self.saved_names)
+        parts = [weights.part(key, name) for key, name in self.saved_names.items()]
+        path = save_weights(parts, self.out / CHECKPOINTS / "final", about)
         return str(path.relative_to(self.out))
 
     def _end_steps(self) -> tuple[list[StepRecord], dict[str, int]]:

@@ -217,7 +217,7 @@ class _Run(RunInProgress):
             if step == start:
                 self.require_receipt()
             if done == self.period:
-                self.first = project(engine.state())
+                self.first = project(engine.weights())
             saved.check()
             self._note_saved()
             if saved.is_due(done):
