@@ -77,8 +77,7 @@ def measure(strategy: str, out: Path) -> dict[str, Any]:
         lines = read(folder, "save")
         key = "async" if asynchronous else "save"
         # Later asynchronous saves wait for the disk, which takes longer than two steps here.
-        taken = slowest(lines)
-        found[f"{key}_s"] = taken[0] if asynchronous else statistics.median(taken)
+        found[f"{key}_s"] = stall(folder) if asynchronous else statistics.median(slowest(lines))
         found[f"{key}_extra"] = max(line["extra_bytes"] for rank in lines for line in rank)
         if asynchronous:
             continue
@@ -98,11 +97,22 @@ def measure(strategy: str, out: Path) -> dict[str, Any]:
     return found
 
 
-def read(folder: Path, what: str) -> list[list[dict[str, Any]]]:
-    """Return what each rank noted of its saves or loads."""
+def read(folder: Path, *what: str) -> list[list[dict[str, Any]]]:
+    """Return what each rank noted of its saves, loads or waits."""
     files = sorted(folder.glob("probe.*"))
     lines = [[json.loads(line) for line in path.read_text().splitlines()] for path in files]
-    return [[line for line in rank if line["what"] == what] for rank in lines]
+    return [[line for line in rank if line["what"] in what] for rank in lines]
+
+
+def stall(folder: Path) -> float:
+    """Return for how long the first save stopped the slowest rank: in the call, and in the wait for
+    its copy before the next optimizer step."""
+    found = []
+    for lines in read(folder, "save", "copy"):
+        first = [line["what"] for line in lines].index("save")
+        rest = [line["seconds"] for line in lines[first + 1 :] if line["what"] == "copy"]
+        found.append(lines[first]["seconds"] + (rest[0] if rest else 0.0))
+    return max(found)
 
 
 def slowest(lines: Sequence[Sequence[dict[str, Any]]]) -> list[float]:

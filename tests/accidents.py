@@ -20,6 +20,8 @@ from typing import Any
 # What a save asks of the system. `block`: of a rank's file; `manifest`: half of it is written.
 CALLS = ("mkdir", "fdatasync", "fsync", "rename", "unlink", "rmdir")
 
+LATE_S = 0.3  # in which many steps could be made
+
 
 @dataclasses.dataclass(frozen=True)
 class Accident:
@@ -28,7 +30,8 @@ class Accident:
     phase: "loading", "step", "evaluation", "saving" or "never". at: which reading of a file, step,
     evaluation or save of this process, from 0. call, nth, after: which call of a save, and whether
     before or after it. what: "kill", "full" (files grow no more), "old" (every snapshot of an
-    asynchronous save keeps the first one's tensors). pace_s: which each step takes more."""
+    asynchronous save keeps the first one's tensors), "late" (what is copied beside the training is
+    copied late). pace_s: which each step takes more."""
 
     rank: int = 0
     phase: str = "never"
@@ -91,9 +94,12 @@ def plant(accident: Accident) -> None:
 
     if accident.what == "old":
         copy = checkpointing.Snapshot.copy
-        checkpointing.Snapshot.copy = lambda self, into: (  # type: ignore[method-assign]
+        checkpointing.Snapshot.copy = lambda self, into, later=None: (  # type: ignore[method-assign]
             copy(self, None) if into is None else dataclasses.replace(self, shares=into.shares)
         )
+    elif accident.what == "late":
+        fill = checkpointing.fill
+        checkpointing.fill = lambda unfilled: (time.sleep(LATE_S), fill(unfilled))[1]
     elif accident.phase == "loading":
         from hybrid.checkpoint.load import Reader
 

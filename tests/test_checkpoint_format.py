@@ -7,6 +7,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import random
 import struct
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from hybrid.checkpoint.manifest import MANIFEST, BadManifest, read_manifest, sea
 from hybrid.checkpoint.pieces import SHARED_FROM, Piece, shares_of
 from hybrid.checkpoint.save import Snapshot, save
 from hybrid.checkpoint.state_hash import hash_of_files, hash_of_pieces
-from hybrid.checkpoint.tensor_file import Damaged, Part, TensorFile, write_file
+from hybrid.checkpoint.tensor_file import Damaged, Part, TensorFile, sha256_of, write_file
 from hybrid.job.errors import JobError
 from hybrid.job.schema import Job
 
@@ -225,6 +226,32 @@ def test_what_is_written_past_the_cache_is_whole(
         assert [past.write(block) for block in blocks] == [len(block) for block in blocks]
         past.end()
     assert (tmp_path / "file").read_bytes() == b"".join(blocks)
+
+
+@pytest.mark.parametrize("error", [None, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO])
+def test_the_hash_of_a_file_that_is_read_once(
+    error: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system cannot read past its cache, it reads; what else fails is told."""
+    read, flags, path = os.preadv, set(), tmp_path / "file"
+
+    def preadv(number: int, rooms: Any, place: int, flag: int = 0) -> int:
+        flags.add(flag)
+        if flag and error:
+            raise OSError(error, os.strerror(error))
+        return read(number, [rooms[0][:1001]], place)  # a part of it
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    for size in (0, 1001, 30_011):
+        path.write_bytes(random.Random(size).randbytes(size))
+        if error == errno.EIO:
+            with pytest.raises(OSError, match="Input/output error"):
+                sha256_of(path)
+            continue
+        expected = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert sha256_of(path) == sha256_of(path, again=True) == expected
+    cannot = error in (errno.EOPNOTSUPP, errno.EINVAL)
+    assert flags == {flushing.RWF_DONTCACHE, *([0] if cannot else [])}
 
 
 def test_a_copied_snapshot_is_not_what_training_goes_on_to_change() -> None:

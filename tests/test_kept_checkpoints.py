@@ -92,6 +92,24 @@ def test_the_writer_saves_a_copy_and_its_failure_is_told(tmp_path: Path) -> None
     assert thread.take(wait=False) is None
 
 
+def test_a_copy_that_fails_is_told_and_holds_nothing_up() -> None:
+    thread, begin, made = Writer(1, 20), threading.Event(), list[str]()
+
+    def fails() -> None:
+        begin.wait(20)
+        made.append("copy")
+        raise MemoryError("planted")
+
+    thread.wait_for_copy()
+    thread.start(lambda: made.append("save"), fails)  # type: ignore[func-returns-value]
+    threading.Timer(0.05, begin.set).start()
+    thread.wait_for_copy()
+    assert made == ["copy"]
+    with pytest.raises(MemoryError, match="planted"):
+        thread.take(wait=True)
+    assert made == ["copy"]
+
+
 def test_a_writer_does_not_hold_up_a_run_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "PATIENCE_S", 0.1)
     thread, end = Writer(1, 20), threading.Event()

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import hybrid
+from hybrid.checkpoint import save
 from hybrid.checkpoint.folders import list_checkpoints, step_of, verify
+from hybrid.checkpoint.manifest import read_manifest
+from hybrid.checkpoint.save import Unfilled
 from hybrid.job.errors import NoRoom, RunFailed, exit_status
 from hybrid.job.variants import resolve
 from hybrid.launch.warm import warm_ranks
 from hybrid.records import Record
+from hybrid.training import checkpointing
 from hybrid.training.progress import Watcher
 from hybrid.training.resume import choose
 from hybrid.training.run import launch
-from tests.accidents import Accident
+from tests.accidents import LATE_S, Accident
 from tests.conftest import small_job
 from tests.test_failures import ranks_of
 from tests.test_no_room import small_disk
@@ -67,6 +74,42 @@ def test_the_newest_and_the_best_are_kept(uninterrupted: tuple[Path, Record]) ->
     saved = {one["step"]: one["result"]["loss"] for one in manifest.values["record"]["evals"]}
     assert saved == losses
     assert not list((out / "checkpoints").glob("*.part"))
+
+
+def hashes_in(out: Path) -> dict[str, str]:
+    """The state hash of each checkpoint."""
+    found = {path.name: read_manifest(path) for path in list_checkpoints(out / "checkpoints")}
+    return {name: manifest.state_hash for name, manifest in found.items()}
+
+
+def test_the_next_step_waits_for_a_late_copy(
+    uninterrupted: tuple[Path, Record], tmp_path: Path
+) -> None:
+    """A copy made after that step would be of another state than the checkpoint's."""
+    whole, expected = uninterrupted
+    record = run(tmp_path, Accident(random.randrange(4), what="late"))
+    assert hashes_in(tmp_path) == hashes_in(whole) and steps_in(tmp_path) == [2, 6, 7]
+    assert record.checkpoint == expected.checkpoint and record.steps == expected.steps
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, {"name": "sgd", "lr": 0.01, "momentum": 0.9}])
+def test_late_copies_are_what_a_save_at_once_has(
+    optimizer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late: list[int] = []
+
+    def fill(unfilled: Sequence[Unfilled]) -> None:
+        late.append(len(unfilled))
+        time.sleep(LATE_S / 3)
+        save.fill(unfilled)
+
+    monkeypatch.setattr(checkpointing, "fill", fill)
+    found = []
+    for name, beside in (("at_once", False), ("late", True)):
+        asked = job(optimizer=optimizer, checkpoint={"every": 2, "async": beside})
+        hybrid.train(asked, "single", tmp_path / name)
+        found.append(hashes_in(tmp_path / name))
+    assert found[0] == found[1] and len(found[0]) == len(late) == 4 and min(late) > 0
 
 
 def test_an_asynchronous_save_that_fails_stops_the_run(

@@ -6,11 +6,14 @@ import mmap
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 FLUSH_EVERY_S = 0.1  # while a file is being written
 ROOM_BYTES = 2**24
+READ_BYTES = 2**22
+RWF_DONTCACHE = 0x80  # of linux/fs.h; Python has no name for it
 
 
 def make_folder(path: Path) -> None:
@@ -111,6 +114,28 @@ class PastCache:
                     raise
                 self._set_direct(False)  # its blocks are larger, or it cannot after all
                 rest = rest[self._file.write(rest) :]
+
+
+def read_in_passing(file: BinaryIO) -> Iterator[memoryview]:
+    """Yield a file's content in blocks, each gone when the next one comes.
+
+    Whatever the system's cache of files had of it is read from there; the rest does not stay there,
+    since the cache's memory may take longer than the disk and the content's hash together. Where
+    the kernel (before 6.14) or the file system cannot do that, the rest stays there."""
+    room, place = memoryview(bytearray(READ_BYTES)), 0
+    flags = RWF_DONTCACHE if hasattr(os, "RWF_NOWAIT") else 0  # Linux has flags of a read
+    while True:
+        try:
+            size = os.preadv(file.fileno(), [room], place, flags)
+        except OSError as error:
+            if not flags or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            flags = 0
+            continue
+        if not size:
+            return
+        yield room[:size]
+        place += size
 
 
 def flush_file(path: Path) -> None:

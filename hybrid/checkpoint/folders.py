@@ -90,7 +90,7 @@ def verify(folder: Path, whole: bool = False) -> tuple[Manifest | None, list[str
     if _NAME.fullmatch(folder.name) and step_of(folder) != manifest.step:
         problems.append(f"{MANIFEST}: is of step {manifest.step}, the folder of another")
     for name, stated in files.items():
-        if problem := _problem(folder / name, stated):
+        if problem := _problem(folder / name, stated, again=whole):
             problems.append(f"{name}: {problem}")
     problems = problems or _misplaced(folder, manifest)
     if whole and not problems and hash_of_files(folder, manifest) != manifest.state_hash:
@@ -113,14 +113,14 @@ def find_newest(
     return None, skipped
 
 
-def _problem(path: Path, stated: dict[str, object]) -> str | None:
+def _problem(path: Path, stated: dict[str, object], again: bool) -> str | None:
     try:
         size = path.stat().st_size
         if path.is_symlink() or not path.is_file():
             return "is no regular file"
         if size != stated["bytes"]:
             return f"has {size:,} bytes; the manifest says {stated['bytes']:,}"
-        if sha256_of(path) != stated["sha256"]:
+        if sha256_of(path, again) != stated["sha256"]:
             return "is damaged, its SHA-256 is not the one in the manifest"
     except OSError as error:
         return str(error.strerror)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 
 from ..job.errors import NoRoom, RunError
@@ -33,7 +34,7 @@ from .manifest import (
     tensors_as_json,
     uncovered,
 )
-from .pieces import Share
+from .pieces import WEIGHT, Share
 from .ranks import Gather, Ranks
 from .state_hash import PassingHash, hash_of_files
 from .tensor_file import Part, dtype_name, part_of_tensor, raw_bytes, write_file
@@ -55,11 +56,15 @@ class Snapshot:
     numbers: Mapping[str, Any]
     values: Mapping[str, Any]
 
-    def copy(self, into: "Snapshot | None" = None) -> "Snapshot":
+    def copy(
+        self, into: "Snapshot | None" = None, later: "list[Unfilled] | None" = None
+    ) -> "Snapshot":
         """Return a snapshot of copies on the CPU, which training does not change any more.
 
         into: an earlier copy that nobody needs now, or room; its memory is used again where it
-        fits, since new memory takes longer than the copying."""
+        fits, since new memory takes longer than the copying. later: takes what the optimizer keeps
+        on the CPU, which `fill` must copy before the optimizer's next step; left out, nothing waits
+        for that."""
         room = {(s.piece.entry, s.start): s.piece.tensor for s in into.shares} if into else {}
         shares = []
         for share in self.shares:
@@ -67,7 +72,10 @@ class Snapshot:
             copied = room.get((share.piece.entry, share.start))
             if copied is None or (copied.shape, copied.dtype) != (part.shape, part.dtype):
                 copied = torch.empty(part.shape, dtype=part.dtype)
-            copied.copy_(part)
+            if later is None or share.piece.key == WEIGHT or part.device.type != "cpu":
+                copied.copy_(part)
+            else:
+                later.append((copied, part))
             piece = dataclasses.replace(share.piece, tensor=copied, start=share.start)
             shares.append(Share(piece, 0, share.count))
         own = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.own.items()}
@@ -78,6 +86,18 @@ class Snapshot:
         """Fill room with zeros, so that the system gives it its memory now."""
         for share in self.shares:
             share.piece.tensor.zero_()
+
+
+Unfilled = tuple[torch.Tensor, torch.Tensor]  # a copy that is to be made, and what of
+
+
+def fill(unfilled: Sequence[Unfilled]) -> None:
+    """Make the copies that `Snapshot.copy` left for later.
+
+    One core does that: a thread that copies by torch would start as many more as torch has, and
+    take the cores of those that train."""
+    for copied, live in unfilled:
+        numpy.copyto(copied.view(torch.uint8).numpy(), live.view(torch.uint8).numpy())
 
 
 def make_room(shares: Sequence[Share]) -> Snapshot:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from ..job.reading import unique
-from .flushing import Flusher, PastCache
+from .flushing import Flusher, PastCache, read_in_passing
 
 BUFFER_BYTES = 2**24
 LONGEST_HEADER = 10**8  # bytes, as in the library
@@ -209,7 +209,14 @@ class TensorFile:
         self._file.close()
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
+def sha256_of(path: Path, again: bool = False) -> str:
+    """Return the SHA-256 of a file in hexadecimal.
+
+    again: the file is read again soon, so it stays in the system's cache of files."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if again:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for block in read_in_passing(file):
+            digest.update(block)
+        return digest.hexdigest()

@@ -38,7 +38,7 @@ def verify_weights(folder: Path) -> Path:
             raise JobError(f"{path}: {words}; a run that has ended has its final weights there")
     try:
         expected = read_json(about, str(about))["sha256"]
-        found = sha256_of(file)
+        found = sha256_of(file, again=True)
     except OSError as error:
         raise JobError(f"{error.filename}: {error.strerror}") from None
     except (TypeError, KeyError):

@@ -40,6 +40,8 @@ class Writer:
         self._saved: StateHashes | None = None
         self._error: BaseException | None = None
         self._closed = False
+        self._copied = threading.Event()  # what the thread copies first, which training changes
+        self._copied.set()
         _open.add(self)
 
     def gather(self, value: Any) -> list[Any]:
@@ -63,22 +65,37 @@ class Writer:
             work.wait()
         return found
 
-    def start(self, work: Callable[[], StateHashes | None]) -> None:
-        """Begin a save, or what prepares one, after the one before has been waited for."""
+    def start(
+        self, work: Callable[[], StateHashes | None], copy: Callable[[], None] = lambda: None
+    ) -> None:
+        """Begin a save, or what prepares one, after the one before has been waited for.
+
+        copy: comes first; `wait_for_copy` waits for it."""
         if self._thread is not None:
             raise RunError("a checkpoint is still being written")
         self._saved = None
+        self._copied.clear()
         # The interpreter ends without waiting for it where a run has failed.
-        self._thread = threading.Thread(target=self._run, args=(work,), name="save", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(work, copy), name="save", daemon=True
+        )
         self._thread.start()
 
-    def _run(self, work: Callable[[], StateHashes | None]) -> None:
+    def _run(self, work: Callable[[], StateHashes | None], copy: Callable[[], None]) -> None:
         stand_aside()
         try:
+            copy()
+            self._copied.set()
             with uncounted():
                 self._saved = work()
         except BaseException as error:
             self._error = error
+        finally:
+            self._copied.set()
+
+    def wait_for_copy(self) -> None:
+        """Wait until the thread has copied what training is about to change."""
+        self._copied.wait()
 
     def take(self, wait: bool) -> StateHashes | None:
         """Return what has been saved since the last call, and raise what has gone wrong.

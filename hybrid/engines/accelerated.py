@@ -25,6 +25,7 @@ from .schedule import learning_rate
 from .state import named_tensors, num_held
 from .step_queue import make_row
 from .tally import Tally
+from .training_state import as_stepper
 
 State = dict[str, torch.Tensor]
 
@@ -136,6 +137,9 @@ class AcceleratedEngine(BaseEngine):
     def _optimizer(self) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = self.optimizer.optimizer
         return optimizer
+
+    def stepper(self) -> torch.optim.Optimizer | None:
+        return as_stepper(self._optimizer())
 
     def loss_scale_state(self) -> dict[str, float] | None:
         return self.scale.read_state()

@@ -147,6 +147,9 @@ class BaseEngine(Engine):
         if saved:
             put_numbers(self._optimizer(), saved)
 
+    def stepper(self) -> torch.optim.Optimizer | None:
+        return None
+
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Return the live tensors that this rank has a part of, by canonical name."""
         raise NotImplementedError

@@ -129,6 +129,11 @@ class Engine(Protocol):
     def set_optimizer_numbers(self, saved: Mapping[str, Any]) -> None:
         """Take over what `optimizer_numbers` returned, after the pieces have been written."""
 
+    def stepper(self) -> torch.optim.Optimizer | None:
+        """Return the optimizer whose `step` alone changes the pieces that are no weights.
+
+        A checkpoint can copy them until that is called. None: something else may change them."""
+
     def loss_scale_state(self) -> dict[str, float] | None:
         """Return fp16's `scale`, and how many `good_steps` it has been in force; else None."""
 

@@ -18,7 +18,7 @@ from .optimizer_numbers import as_json, from_json, put_numbers, read_numbers
 from .own_optimizer import is_own
 from .protocol import OwnState, Shapes
 from .state import copy_state, named_tensors
-from .training_state import make_room, numbers_of, pieces_of
+from .training_state import as_stepper, make_room, numbers_of, pieces_of
 
 
 class ReplicaState(BaseEngine):
@@ -76,6 +76,9 @@ class ReplicaState(BaseEngine):
     def set_optimizer_numbers(self, saved: Mapping[str, Any]) -> None:
         for optimizer in self.optimizers:
             put_numbers(optimizer, saved)
+
+    def stepper(self) -> torch.optim.Optimizer | None:
+        return None if self._differ else as_stepper(self._optimizer())
 
     def loss_scale_state(self) -> dict[str, float] | None:
         return self.scales[0].read_state()

@@ -141,6 +141,13 @@ def make_room(
                 state[key] = torch.zeros(shape, dtype=dtype, device=_device(optimizer, tensor, key))
 
 
+def as_stepper(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
+    """Return an optimizer of torch's, which changes its state in `step` alone; None: another one.
+
+    DeepSpeed's, or a user's own, may do as it likes."""
+    return optimizer if type(optimizer) in (torch.optim.AdamW, torch.optim.SGD) else None
+
+
 def numbers_of(optimizer: torch.optim.Optimizer) -> list[str]:
     """Return the keys under which an optimizer keeps a number of a parameter, not a tensor."""
     states = list(optimizer.state.values())

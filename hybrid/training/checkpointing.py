@@ -17,7 +17,7 @@ from ..checkpoint.folders import prune, remove_unfinished
 from ..checkpoint.load import Reader, load
 from ..checkpoint.names import CHECKPOINTS
 from ..checkpoint.pieces import shares_of
-from ..checkpoint.save import RNG, Snapshot, StateHashes, make_room, save
+from ..checkpoint.save import RNG, Snapshot, StateHashes, Unfilled, fill, make_room, save
 from ..checkpoint.state_hash import hash_of_pieces
 from ..checkpoint.tensor_file import dtype_of
 from ..checkpoint.writer import Writer
@@ -63,6 +63,12 @@ class Checkpoints:
         saves = self.out is not None and asked.every is not None
         limits = self.placement.world_size, self.job.launch.setup_timeout_s
         self._writer = Writer(*limits) if saves and asked.asynchronous else None
+        # What else a snapshot has is copied at once; this, while the next gradients are computed.
+        stepper = self.engine.stepper() if self._writer else None
+        self._copies_beside = stepper is not None
+        if self._writer and stepper:
+            writer = self._writer
+            stepper.register_step_pre_hook(lambda *_: writer.wait_for_copy())
         self._copied: Snapshot | None = None  # what the writer writes, or wrote last
         self._saving = 0  # the step of it
         self._last: StateHashes | None = None  # by which the next is known to be another
@@ -151,9 +157,10 @@ class Checkpoints:
         if self._writer is None:
             self._take(step, save(folder, snapshot, rank, gather_objects, *rest))
             return
-        self._copied, self._saving = snapshot.copy(self._copied), step
+        later: list[Unfilled] | None = [] if self._copies_beside else None
+        self._copied, self._saving = snapshot.copy(self._copied, later), step
         work = functools.partial(save, folder, self._copied, rank, self._writer.gather, *rest)
-        self._writer.start(work)
+        self._writer.start(work, functools.partial(fill, later or []))
 
     def check(self) -> None:
         """Note a save that has ended meanwhile; raises RunError or NoRoom if it failed.
