@@ -194,6 +194,7 @@ def check(
 
 
 checkpoints.add_to(app)
+app.command("dry-run")(jobs.dry_run)
 
 
 @app.command()
