@@ -34,6 +34,7 @@ class PlayedRank(Placement):
 @contextlib.contextmanager
 def played(rank: int, world_size: int) -> Iterator[PlayedRank]:
     """Play a rank: join a fake process group, and leave it afterwards."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
@@ -46,3 +47,4 @@ def played(rank: int, world_size: int) -> Iterator[PlayedRank]:
             yield PlayedRank(rank, world_size, 0, OWN)
         finally:
             cleanup()
+            _clear_sharding_prop_cache()  # it names the groups of the mesh that is gone

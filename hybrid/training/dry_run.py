@@ -99,8 +99,10 @@ def _play(choice: Choice, data: tuple[Sequence[Any], Sequence[Any]], result: Dry
     try:
         with warnings.catch_warnings(action="ignore"):  # of torch, for its own developers
             return play(choice, data, result)
-    except (JobError, Unsupported, ModuleNotFoundError):
+    except (JobError, ModuleNotFoundError):
         raise
+    except Unsupported as error:
+        raise Unsupported(f"{cannot}: {error}") from error
     except Unread as error:
         where = users_line(error) or line_outside(error, "torch", "measure")
         raise Unsupported(f"{cannot}: {where} reads the value of a tensor") from error

@@ -117,10 +117,15 @@ class _Steps:
         return [*range(WARMUP_STEPS), max(WARMUP_STEPS, self.period - 1)]
 
     def load(self, step: int) -> tuple[list[MicroBatch], int | None]:
-        """Return the micro-batches of a step, and its targets over all ranks where known."""
+        """Return the micro-batches of a step, and its targets over all ranks where known.
+
+        The smaller last batch of an epoch is left out. Raises Unsupported where one is empty."""
+        step %= max(1, self.plan.num_samples // self.plan.global_batch)
         count = None if self.known is None else self.known * self.plan.batch_size(step)
         with values():
             loaded = self.loader.step_alone(step)
+        if not all(len(batch.ids) for batch in loaded):
+            raise Unsupported("a micro-batch of this rank has no sample, and its loss is read then")
         return [_without_values(batch) for batch in loaded], count
 
 
