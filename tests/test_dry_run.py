@@ -112,6 +112,17 @@ UNPLAYED: dict[str, tuple[str, int, dict[str, Any], str]] = {
     "pipeline": ("pipeline", 4, {}, "shapes of activations"),
     "2d": ("2d", 4, {}, "shapes of activations"),
     "fp16": ("ddp", 4, {"train.precision": "fp16"}, "the loss scale is read"),
+    "batch norm": (
+        "fsdp",
+        3,
+        {
+            "model": {"name": "tests.bad_luggage:normed"},
+            "data": {"name": "random", "options": {"samples": 90, "features": 16, "classes": 4}},
+            "parallel": {},
+            "train.global_batch": 18,
+        },
+        "batch norm moves buffers",
+    ),
     "an empty micro-batch": ("ddp", 15, {"train.micro_batches": 2}, "has no sample"),
     "too many stages": ("pipeline", 15, {}, "7 layers"),
 }

@@ -69,20 +69,23 @@ def _check_and_play(job: Job, result: DryRun) -> DryRun:
     result = dataclasses.replace(result, layout=layout.to_dict(), warnings=found)
     choice = resolve(checked.job, result.strategy)
     try:
-        _require_playable(choice)
+        _require_playable(choice, bool(checked.summary.batch_norms))
         return _play(choice, data, result)
     except Unsupported as error:
         return dataclasses.replace(result, refused=str(error))
 
 
-def _require_playable(choice: Choice) -> None:
+def _require_playable(choice: Choice, batch_norms: bool) -> None:
     """Raise Unsupported for what runs on a cluster, but not without values."""
-    job = choice.job
-    if reason := UNPLAYED.get(registry.engine(choice.strategy)):
+    job, engine = choice.job, registry.engine(choice.strategy)
+    if reason := UNPLAYED.get(engine):
         raise Unsupported(f"{choice.name} cannot be played: {reason}")
     settings = {
         "train.precision = 'fp16': the loss scale is read": job.train.precision == "fp16",
         "[guard] reads the norm of the gradients": job.guard is not None,
+        "batch norm moves buffers, by whose values ranks know which to send": (
+            batch_norms and engine == "hybrid.engines.accelerated"
+        ),
         "train.compile = true: compiled code hides its tensors": job.train.compile,
     }
     for what, asked in settings.items():
