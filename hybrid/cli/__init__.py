@@ -196,6 +196,7 @@ def check(
 
 checkpoints.add_to(app)
 diagnosis.add_to(app)
+app.command("dry-run")(jobs.dry_run)
 
 
 @app.command()

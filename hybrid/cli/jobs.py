@@ -1,10 +1,15 @@
-"""This module looks at what a launcher says and loads the job, as several commands begin."""
+"""This module looks at what a launcher says and loads the job, as several commands begin.
+
+It also has the command that plays a rank of a job: dry-run."""
 
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from ..job.arguments import JobFile, Json, KnownBad, Overrides, TrustPickle, whole_number
 from ..job.errors import JobError
 
 # The commands that a launcher may start, or whose libraries read its variables.
@@ -58,3 +63,33 @@ def load(
     check_model_name(job.model.name)
     check_name("data", job.data.name, SOURCES)
     return job
+
+
+def dry_run(
+    job: JobFile,
+    strategy: Annotated[str, typer.Option(help="A strategy's name, or that of a variant.")],
+    world: Annotated[
+        int, typer.Option(parser=whole_number, metavar="N", help="Ranks of the job; 1 to 16384.")
+    ],
+    rank: Annotated[
+        int, typer.Option(parser=whole_number, metavar="R", help="The one to play.")
+    ] = 0,
+    overrides: Overrides = None,
+    allow_known_bad: KnownBad = False,
+    trust_pickle: TrustPickle = False,
+    json: Json = False,
+) -> None:
+    """Play one rank of a job of any size here, without data: its shards, collectives, memory."""
+    from .. import records
+    from ..job.shown import printable
+    from ..launch.endings import say, tell
+    from ..training.dry_run import dry_run as play
+    from . import put
+
+    result = play(load(job, overrides, allow_known_bad, trust_pickle), strategy, world, rank)
+    for line in result.warnings:
+        tell(f"warning: {line}")
+    shown = "\n".join(printable(line) for line in result.lines() if not json)
+    if json or result.refused is None:
+        put(records.dumps(result) if json else shown)
+    raise typer.Exit(0 if result.refused is None else say(result.refused, 2))

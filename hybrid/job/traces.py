@@ -40,6 +40,13 @@ def innermost_line(error: BaseException) -> str:
     return f"{show_file(frames[-1][0])}:{frames[-1][1]}" if frames else ""
 
 
+def line_outside(error: BaseException, *folders: str) -> str:
+    """Return FILE:LINE of the innermost frame that is in none of these folders."""
+    frames = [*_frames(error.__traceback__)]
+    kept = [f for f in frames if not any(f"/{folder}/" in f[0] for folder in folders)]
+    return f"{show_file(kept[-1][0])}:{kept[-1][1]}" if kept else ""
+
+
 def is_raised_by(error: BaseException, *packages: str) -> bool:
     """Tell whether this package, or an installed one of these names, raised an error itself."""
     file = ([("", 0), *_frames(error.__traceback__)])[-1][0]

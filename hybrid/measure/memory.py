@@ -64,11 +64,13 @@ class StorageMeter:
     """Counts the bytes of live tensor storages on one device, as a context manager.
 
     It notices frees at any time, and new storages while it is entered. It can be entered again, but
-    a process can have only one meter entered at a time. Raises RuntimeError otherwise."""
+    a process can have only one meter entered at a time. Raises RuntimeError otherwise. On the meta
+    device it counts what tensors without values would take, and those with values on the CPU."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
         self._cuda = self._device.type == "cuda"
+        self._counted = {self._device.type, *(["cpu"] if self._device.type == "meta" else [])}
         self.how = "torch.cuda.max_memory_allocated" if self._cuda else "counted tensor storages"
         # By address: the weak reference's callback runs before an address can be used again.
         self._storages: dict[int, _Live] = {}
@@ -132,14 +134,15 @@ class StorageMeter:
         key = storage._cdata
         entry = self._storages.get(key)
         if entry is None:
-            # A meta tensor has a size and no memory.
-            if storage.device.type != self._device.type:
+            # A meta tensor has a size and no memory: it counts where it is asked for alone.
+            if storage.device.type not in self._counted:
                 return
             entry = _Live(storage, self._forget)
             entry.key, entry.size = key, 0
             self._storages[key] = entry
         try:
-            storage.data_ptr()
+            if storage.device.type != "meta":
+                storage.data_ptr()
             size = storage.nbytes()
         except RuntimeError:
             # DeepSpeed leaves storages with a size and a null pointer, which torch refuses to give.

@@ -140,7 +140,7 @@ class CollectiveCounter:
 
     def __init__(self) -> None:
         self._library: torch.library.Library | None = None
-        self._counts: dict[str, OpCount] = {}
+        self._counts: dict[tuple[str, int], OpCount] = {}  # by plain name and size of the group
         self._dtypes = defaultdict[str, Counter[str]](Counter)
         self._not_counted: set[str] = set()
         # On CUDA, autograd's own threads call collectives in the backward pass.
@@ -170,6 +170,13 @@ class CollectiveCounter:
 
     def counts(self) -> dict[str, OpCount]:
         """Return what all windows counted, by plain name (`all_reduce`, `send`, ...)."""
+        found = dict[str, OpCount]()
+        for (name, _), count in self.by_group().items():
+            found[name] = _sum(found.get(name), count)
+        return found
+
+    def by_group(self) -> dict[tuple[str, int], OpCount]:
+        """Return the same by plain name and by the number of ranks in the group."""
         with self._lock:
             return dict(self._counts)
 
@@ -202,25 +209,34 @@ class CollectiveCounter:
 
     def _add(self, meaning: _Meaning, args: tuple[Any, ...], boxed_group: Any) -> None:
         payload, sent, dtypes = 0, 0.0, Counter[str]()
+        group = dist.ProcessGroup.unbox(boxed_group)
+        size = group.size()
         if meaning.argument is not None:
-            group = dist.ProcessGroup.unbox(boxed_group)
-            size = group.size()
             device = torch.device("cpu")
             for tensor in tree_leaves(args[meaning.argument]):  # a tensor, or lists of them
                 # Not `nbytes`, which a sparse gradient does not have.
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 dtypes[dtype] += tensor.numel() * tensor.element_size()
-                device = tensor.device
+                # A tensor without values is on the meta device here, which no group knows.
+                device = device if tensor.is_meta else tensor.device
             payload = dtypes.total() * (size if meaning.of_one_rank else 1)
             # By device, since one group can have gloo for the CPU and nccl for the GPU.
             backend = group._get_backend(device).name()
             sent = payload * sent_share(meaning.name, size, backend)
         with self._lock:
             self._dtypes[meaning.name].update(dtypes)
-            old = self._counts.get(meaning.name, OpCount(0, 0, 0.0))
-            self._counts[meaning.name] = OpCount(
-                old.calls + 1, old.payload_bytes + payload, old.sent_bytes + sent
-            )
+            key = meaning.name, size
+            self._counts[key] = _sum(self._counts.get(key), OpCount(1, payload, sent))
+
+
+def _sum(one: OpCount | None, other: OpCount) -> OpCount:
+    if one is None:
+        return other
+    return OpCount(
+        one.calls + other.calls,
+        one.payload_bytes + other.payload_bytes,
+        one.sent_bytes + other.sent_bytes,
+    )
 
 
 _IPPROTO_TCP = 6
