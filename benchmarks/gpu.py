@@ -1,14 +1,16 @@
 """What one GPU shows: strategies on one process of it against `single`, and the speed of a GPT.
 
-    python -m benchmarks.gpu --out out/gpu            # about ten minutes on one GPU
+    python -m benchmarks.gpu --out out/gpu            # at most six minutes on one GPU
     python -m benchmarks.gpu --out out/gpu --small    # the same path at a small size, on a CPU too
     python -m benchmarks.gpu --out out/gpu --part speed
 
 Run from the top folder. It writes `gpu.json` into the folder and prints what it holds. First come
-tokens per second of the 124M GPT in bf16, compiled, under `single`, `ddp` and `fsdp`, beside a
-plain torch loop in the same process, which runs before and after them. Model FLOPs per token are
-6 N + 12 L H Q T (Chowdhery et al. 2022, PaLM, appendix B). Then comes the GPT of
-`launch/jobs/gpt.toml` in fp32, bf16 and fp16 under each strategy that runs on one process.
+tokens per second of the 124M GPT in bf16, compiled (not at the small size), under `single`, `ddp`
+and `fsdp`, beside a plain torch loop in the same process, which runs before and after them. Model
+FLOPs per token are 6 N + 12 L H Q T (Chowdhery et al. 2022, PaLM, appendix B). Then comes the GPT
+of `launch/jobs/gpt.toml` in fp32, bf16 and fp16 under each strategy that runs on one process. A
+precision that could not begin within four minutes is not run, and `gpu.json` has null for it;
+`--part agreement` runs all of them.
 """
 
 import argparse
@@ -31,6 +33,7 @@ STRATEGIES = ["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 PRECISIONS = ("fp32", "bf16", "fp16")
 FAST = ("single", "ddp", "fsdp")
 PEAK_FLOPS = 989e12  # an H100 or H200 in dense bf16
+BEGIN_WITHIN_S = 240  # what begins later would not end within six minutes
 WARMUP = 5
 SMALL: dict[str, Any] = {
     "model.options": {"num_layers": 5, "width": 48, "num_heads": 3, "context": 16},
@@ -38,14 +41,17 @@ SMALL: dict[str, Any] = {
 }
 
 
-def agreement(out: Path, small: bool) -> dict[str, list[dict[str, Any]]]:
-    """Return a row for each strategy in each precision."""
-    found = {}
+def agreement(out: Path, small: bool, begin_by: float) -> dict[str, list[dict[str, Any]] | None]:
+    """Return a row for each strategy in each precision, None for one that was not run.
+
+    begin_by: the last moment, in seconds of `time.monotonic`, at which one may begin."""
+    found: dict[str, list[dict[str, Any]] | None] = dict.fromkeys(PRECISIONS)
     for precision in PRECISIONS:
+        if time.monotonic() > begin_by:
+            break
         changes = {"train.precision": precision} | ({**SMALL, "train.steps": 5} if small else {})
         job = hybrid.load_job("launch/jobs/gpt.toml", changes)
-        names = ["single", "fsdp"] if small else STRATEGIES
-        found[precision] = rows(hybrid.compare(job, names, 1, out / precision))
+        found[precision] = rows(hybrid.compare(job, STRATEGIES, 1, out / precision))
     return found
 
 
@@ -74,7 +80,7 @@ def rows(comparison: Comparison) -> list[dict[str, Any]]:
 def speed_job(small: bool, steps: int, batch: int) -> Any:
     """Return the job whose speed is measured."""
     model = SMALL["model.options"] if small else {"preset": "124m"}
-    data = SMALL["data.options"] if small else {"context": 1024, "max_bytes": 40_000_000}
+    data = SMALL["data.options"] if small else {"context": 1024, "max_bytes": 8_000_000}
     return hybrid.load_job(
         {
             "model": {"name": "gpt", "options": model},
@@ -85,7 +91,7 @@ def speed_job(small: bool, steps: int, batch: int) -> Any:
                 "steps": steps,
                 "clip_norm": 1.0,
                 "precision": "bf16",
-                "compile": True,
+                "compile": not small,
             },
         }
     )
@@ -94,7 +100,7 @@ def speed_job(small: bool, steps: int, batch: int) -> Any:
 def plain_loop(job: Any, device: torch.device) -> tuple[list[float], list[float]]:
     """Train the job's model by autocast and fused AdamW; return seconds and losses of each step."""
     model = hybrid.build_model(job)[0].whole().to(device)
-    for layer in model:
+    for layer in model if job.train.compile else ():
         layer.compile()
     samples, _ = hybrid.build_data(job)
     optimizer = torch.optim.AdamW(
@@ -149,13 +155,14 @@ def speed(out: Path, small: bool, device: torch.device) -> dict[str, Any]:
     return {"job": to_dict(job), "flops_per_token": flops, "runs": found}
 
 
-def main() -> None:
-    """Everything; the tables and the JSON file."""
+def main(words: list[str] | None = None) -> None:
+    """Everything; the tables and the JSON file. words: in place of those of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--part", choices=["speed", "agreement"], help="left out: both")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
+    begin_by = time.monotonic() + (BEGIN_WITHIN_S if args.part is None else float("inf"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     found: dict[str, Any] = {"machine": f"{name}; {summarise_machine()}", "small": args.small}
@@ -164,11 +171,11 @@ def main() -> None:
         found["speed"] = speed(args.out / "speed", args.small, device)
         records.write(found, args.out / "gpu.json")
     if args.part != "speed":
-        found["agreement"] = agreement(args.out / "agreement", args.small)
+        found["agreement"] = agreement(args.out / "agreement", args.small, begin_by)
         records.write(found, args.out / "gpu.json")
     for precision, table in found.get("agreement", {}).items():
-        print(f"\n{precision}")
-        for row in table:
+        print(f"\n{precision}{'' if table else ': not run, time was up'}")
+        for row in table or ():
             print("  " + ", ".join(f"{key} {value}" for key, value in row.items()))
 
 
