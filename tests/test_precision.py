@@ -19,6 +19,7 @@ import hybrid
 from hybrid.engines import replicas
 from hybrid.engines.precision import (
     DTYPES,
+    EXACT,
     check_ledger,
     forbid_tf32,
     plain_names,
@@ -245,7 +246,10 @@ def test_no_product_of_fp32_tensors_is_rounded_to_tf32() -> None:
     try:
         torch.backends.cudnn.conv.fp32_precision = "tf32"
         assert forbid_tf32() == []  # that was torch's own doing
-        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert torch.backends.cudnn.conv.fp32_precision in EXACT
+        with torch.backends.cudnn.flags(enabled=False):  # it reads torch's older setting
+            assert not torch.backends.cudnn.enabled
+        assert torch.backends.cudnn.allow_tf32 is False
         torch.set_float32_matmul_precision("medium")
         (said,) = forbid_tf32()
         assert "cuda.matmul.fp32_precision has no effect" in said

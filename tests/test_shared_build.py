@@ -7,6 +7,7 @@ OUT/KINDN.json.
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import hybrid
@@ -214,13 +216,31 @@ def test_a_rank_that_may_not_open_the_file_makes_a_copy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here = Placement(1, 2, 1)
-    gone = [[here.host, "/proc/self/fd/999"], [here.host, ""]]
+    gone = [[here.host_id, "/proc/self/fd/999"], [here.host_id, ""]]
     monkeypatch.setattr(shared_module, "gather_objects", lambda value: gone)
     layers, _ = build_shared(small_job(), here)
     assert not any(t.is_meta for t in layers.tensors().values())
     assert (
         "makes a copy of the model: /proc/self/fd/999 cannot be opened" in capsys.readouterr().err
     )
+
+
+def test_maps_take_no_descriptors_and_end_with_their_tensors(tmp_path: Path) -> None:
+    file, held = tmp_path / "start.safetensors", Path("/proc/self/fd")
+    saved = {f"layer{i}": torch.full((37 + i, 11), float(i)) for i in range(101)}
+    saved |= {"none": torch.empty(0), "half": torch.ones(7, dtype=torch.bfloat16)}
+    save_file(saved, file)
+    before = len(list(held.iterdir()))
+    found = shared_module._open(file)
+    assert len(list(held.iterdir())) == before
+    assert all(torch.equal(found[name], value) for name, value in saved.items())
+    found["layer3"].add_(1)  # in a copy of the page
+    assert torch.equal(shared_module._open(file)["layer3"], saved["layer3"])
+    part = found["layer5"][1]
+    del found
+    gc.collect()
+    maps = Path("/proc/self/maps").read_text().count(file.name)
+    assert (maps, part.sum().item()) == (1, 55.0)
 
 
 def test_a_file_with_other_tensors_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from ..job.errors import RunError
 from ..launch.exchange import gather_objects, group_device
 from .pieces import WRITTEN_ELSEWHERE, Piece, Share, shares_of
 from .tensor_file import BUFFER_BYTES, Part
@@ -98,6 +99,8 @@ class WholeWeights:
                 dist.recv(raw, owner)
                 block = raw.cpu().view(dtype)
             found.append(block)
+        if (held := sum(map(len, found))) != count:
+            raise RunError(f"{name}: ranks hold {held} of {count} elements from {first} on")
         return found[1] if len(found) == 2 else torch.cat(found)
 
 

@@ -74,16 +74,19 @@ class Writer:
         if self._thread is not None:
             raise RunError("a checkpoint is still being written")
         self._saved = None
-        self._copied.clear()
         # The interpreter ends without waiting for it where a run has failed.
-        self._thread = threading.Thread(
-            target=self._run, args=(work, copy), name="save", daemon=True
-        )
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(work, copy), name="save", daemon=True)
+        self._copied.clear()
+        try:
+            thread.start()
+        except BaseException:
+            self._copied.set()  # or a later step would wait for ever
+            raise
+        self._thread = thread
 
     def _run(self, work: Callable[[], StateHashes | None], copy: Callable[[], None]) -> None:
-        stand_aside()
         try:
+            stand_aside()
             copy()
             self._copied.set()
             with uncounted():

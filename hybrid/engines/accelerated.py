@@ -139,7 +139,7 @@ class AcceleratedEngine(BaseEngine):
         return optimizer
 
     def stepper(self) -> torch.optim.Optimizer | None:
-        return as_stepper(self._optimizer())
+        return as_stepper(self.job, self._optimizer())
 
     def loss_scale_state(self) -> dict[str, float] | None:
         return self.scale.read_state()

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from ..job.schema import Job
 from ..launch.placement import Placement
+from ..launch.waiting import waiting
 from ..models.layers import Layers
 from .deepspeed_setup import link_reordered, restore_fp32_masters
 from .optimizer import build_optimizer, no_decay_names
@@ -86,7 +87,8 @@ def _powersgd_on_gloo(options: dict[str, Any]) -> tuple[Any, Callable[..., Any]]
     @functools.wraps(powersgd.powerSGD_hook)  # DDP reads the annotations
     def wait_for_bucket(state: Any, bucket: Any) -> Any:
         ended = powersgd.powerSGD_hook(state, bucket)
-        ended.wait()
+        with waiting("the reduction of gradients"):
+            ended.wait()
         return ended
 
     return powersgd.PowerSGDState(None, **options), wait_for_bucket
@@ -112,8 +114,8 @@ def prepare_fsdp(
     accelerator = _make_accelerator(placement, accumulation, fsdp_plugin=plugin)
     _keep_fsdp(accelerator, plugin, placement)
     units = layers.units()
-    with _by_object(units), _without_state_dict():
-        return _prepare(job, accelerator, layers)._replace(units=units)
+    with _by_object(units):
+        return _prepare(job, accelerator, layers, sharded=True)._replace(units=units)
 
 
 def prepare_zero(
@@ -158,6 +160,7 @@ def _prepare(
     layers: Layers,
     rounds_at_use: bool = False,
     restored_on: Placement | None = None,
+    sharded: bool = False,
 ) -> PreparedModel:
     observer = Observer(layers)
     no_decay = no_decay_names(layers, job.optimizer.no_decay)
@@ -169,7 +172,10 @@ def _prepare(
     restore = None
     if restored_on:  # it is DeepSpeed that takes the model
         restore = restore_fp32_masters(model, job.train.precision, restored_on)
-    with contextlib.nullcontext() if restore else _no_deepspeed():
+    with (
+        contextlib.nullcontext() if restore else _no_deepspeed(),
+        _without_state_dict() if sharded else contextlib.nullcontext(),
+    ):
         live, live_optimizer = accelerator.prepare(model, optimizer)
     if restore:
         link_reordered(live.optimizer)

@@ -66,6 +66,9 @@ def forbid_tf32() -> list[str]:
     torch lets cuDNN round convolutions' inputs to the 10 bits of TF32 unless it is told otherwise,
     and a call of `torch.set_float32_matmul_precision` does so for products, also on CPUs. Returns
     a warning where the job's own code had allowed that."""
+    # torch raises at each read of its older setting where that says otherwise than the newer ones,
+    # such as in `torch.backends.cudnn.flags` in a user's loss.
+    torch.backends.cudnn.allow_tf32 = False
     allowed = [name for name, one in _PRODUCTS.items() if one.fp32_precision not in EXACT]
     if any(name.endswith("matmul") for name in allowed):
         torch.set_float32_matmul_precision("highest")

@@ -78,7 +78,7 @@ class ReplicaState(BaseEngine):
             put_numbers(optimizer, saved)
 
     def stepper(self) -> torch.optim.Optimizer | None:
-        return None if self._differ else as_stepper(self._optimizer())
+        return None if self._differ else as_stepper(self.job, self._optimizer())
 
     def loss_scale_state(self) -> dict[str, float] | None:
         return self.scales[0].read_state()

@@ -13,7 +13,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from ..checkpoint.pieces import WEIGHT, Piece
 from ..job.errors import JobError
+from ..job.schema import Job
 from .optimizer_numbers import NUMBERS
+from .own_optimizer import is_own
 from .protocol import Shapes
 
 
@@ -141,11 +143,12 @@ def make_room(
                 state[key] = torch.zeros(shape, dtype=dtype, device=_device(optimizer, tensor, key))
 
 
-def as_stepper(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
+def as_stepper(job: Job, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
     """Return an optimizer of torch's, which changes its state in `step` alone; None: another one.
 
-    DeepSpeed's, or a user's own, may do as it likes."""
-    return optimizer if type(optimizer) in (torch.optim.AdamW, torch.optim.SGD) else None
+    DeepSpeed's may do as it likes, and so may the one of a user's function: it may have hooks."""
+    known = type(optimizer) in (torch.optim.AdamW, torch.optim.SGD)
+    return optimizer if known and not is_own(job) else None
 
 
 def numbers_of(optimizer: torch.optim.Optimizer) -> list[str]:

@@ -8,13 +8,15 @@ The file is in the temporary folder and has no name there, so that nothing of it
 ends a rank. The others open it by the first rank's descriptor, which Linux shows in /proc."""
 
 import contextlib
+import ctypes
+import mmap
 import os
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy
 import torch
 
 from ..checkpoint.tensor_file import Span, TensorFile, blocks_of, parts_of
@@ -94,9 +96,28 @@ def _open(path: Path) -> dict[str, torch.Tensor]:
 def _map_span(path: Path, span: Span) -> torch.Tensor:
     if not span.size:
         return torch.empty(span.shape, dtype=span.dtype)
-    size = span.size * span.dtype.itemsize
-    raw = numpy.memmap(path, numpy.uint8, "c", span.begin, (size,))  # writes go to a copy of a page
-    return torch.from_numpy(raw).view(span.dtype).view(span.shape)
+    room = _map_bytes(path, span.begin, span.size * span.dtype.itemsize)
+    return torch.frombuffer(room, dtype=span.dtype).view(span.shape)
+
+
+def _map_bytes(path: Path, begin: int, size: int) -> "ctypes.Array[ctypes.c_char]":
+    """Maps bytes of a file; writes go to a copy of a page. Raises OSError.
+
+    Python's `mmap` keeps a descriptor for each map (before 3.13: `trackfd`), of which a process may
+    have fewer than a model has tensors."""
+    skipped = begin % mmap.ALLOCATIONGRANULARITY
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype, libc.munmap.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_size_t)
+    libc.mmap.argtypes = ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64
+    with path.open("rb") as file:
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        start = begin - skipped
+        place = libc.mmap(None, size + skipped, access, mmap.MAP_PRIVATE, file.fileno(), start)
+    if place == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+    room = (ctypes.c_char * size).from_address(place + skipped)
+    weakref.finalize(room, libc.munmap, place, size + skipped).atexit = False
+    return room
 
 
 def _fill(layers: Layers, path: Path) -> None:
