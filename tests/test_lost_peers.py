@@ -136,10 +136,8 @@ def the_store_is_gone() -> str:
 def nobody_meets() -> str:
     server, client = stores()
     limits, here = Launch(start_timeout_s=1), Placement(0, 2, 0, "hybrid")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process_group, "_open_store", lambda *_: client)
-        with pytest.raises(StartError) as raised:
-            process_group._meet(here, limits.start_timeout_s, None)
+    with pytest.raises(StartError) as raised:
+        process_group._meet(client, here, limits.start_timeout_s)
     del server
     return str(raised.value)
 

@@ -14,6 +14,7 @@ GOOD: dict[str, list[Word]] = {
     "compare": ["job.toml", "--strategies", "single", "--nproc", "1", "--out", "out"],
     "train": ["job.toml", "--strategy", "single", "--nproc", "1", "--out", "out"],
     "check": ["job.toml", "--strategies", "single", "--nproc", "1"],
+    "dry-run": ["job.toml", "--strategy", "ddp", "--world", "4"],
     "init": ["mine"],
     "inspect": ["run"],
     "eval": ["run", "--out", "out"],
@@ -72,6 +73,10 @@ def values_of(option: Any) -> list[Word]:
     if name in ("--nproc", "--interrupt", "--top-k", "--parent", "--until"):
         more = {"--nproc": HUGE + NOT_POSITIVE, "--interrupt": NOT_POSITIVE[:3] + HUGE}
         return NO_NUMBER + more.get(name, [])
+    if name == "--world":
+        return NO_NUMBER + HUGE + NOT_POSITIVE
+    if name == "--rank":
+        return [*NO_NUMBER, *HUGE, "-1", "4"]
     if name == "--tokens":
         return NO_NUMBER + NOT_POSITIVE
     if name == "--seed":

@@ -18,8 +18,8 @@ MEANINGS = {  # in the order in which a step meets them; a ledger may have more
     "reductions": "gradients are rounded differently on their way between ranks",
     "master_weights": "the optimizer steps weights of another precision; few bits lose updates",
     "optimizer_state": "the optimizer remembers in another precision",
-    "fp32_products": "products of fp32 values are rounded to fewer bits",
     "buffers": "values that are not trained, such as rotary tables, are kept in another precision",
+    "fp32_products": "products of fp32 values are rounded to fewer bits",
 }
 KINDS = tuple(MEANINGS)
 
