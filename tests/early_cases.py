@@ -42,6 +42,7 @@ CASES: dict[str, list[str]] = {
     f"compare job.toml --nproc {MANY}": ["--nproc", "valid: 1 to 128"],
     "compare job.toml --nproc 100 --strategies single,zero2": ["85 of 100", "zero2"],
     "check job.toml --nproc 1000": ["--nproc", "valid: 1 to 128"],
+    "check job.toml --set launch.device=cuda": ["STARTED"],  # no rank, so it needs no GPU
     f"{DDP} --set parallel.dp=1000000000000": ["parallel.dp = 1000000000000", "valid: 1 to 128"],
     "train job.toml --strategy fsdp --set parallel.replicate=1000000000": ["parallel.replicate"],
     'compare job.toml --set variant.big={strategy="2d",pp=2,dp=1000000}': ["variant.big", "pp"],

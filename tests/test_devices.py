@@ -5,6 +5,7 @@ and the engines then work on those devices is not shown here (`benchmarks/gpu.py
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import re
@@ -22,9 +23,11 @@ import torch.distributed as dist
 from hybrid.job.errors import JobError, Refused
 from hybrid.job.schema import Launch
 from hybrid.launch import devices, exchange, process_group
+from hybrid.launch.failures import RankStatus
 from hybrid.launch.placement import Placement, find_placement
 from hybrid.measure.memory import StorageMeter
 from hybrid.strategies import registry
+from hybrid.training.beginning import meet
 from hybrid.training.early import check_early
 from tests.conftest import ROOT, small_job
 from tests.stub_cuda import Host, StubCuda, settle_all
@@ -73,6 +76,19 @@ def test_one_process_needs_one_gpu_whatever_nproc_says(cuda: StubCuda) -> None:
     with cuda.sees(GPUS[:1]):
         assert check_early(small_job(), ["single"], 4) == 4
         assert check_early(emulation, ["local_sgd"], 1) == 1
+        with pytest.raises(JobError, match="--nproc 4: this host has 1 GPU, "):
+            check_early(emulation, ["local_sgd", "ddp"], 4)  # of which one alone is emulated
+        changed = {"strategy": "local_sgd", "emulate_replicas": 4}
+        assert check_early(small_job(variant={"played": changed}), ["played"], 1) == 1
+
+
+def test_fewer_ranks_are_no_way_out_where_degrees_ask_for_them(cuda: StubCuda) -> None:
+    job = small_job(parallel={"pp": 2, "dp": 2})
+    with cuda.sees(GPUS[:3]):
+        with pytest.raises(JobError) as raised:
+            check_early(job, ["2d"], None)
+        assert str(raised.value).endswith("GPU of its own; valid: launch.device = 'cpu'")
+        assert check_early(job, ["2d"], None, starts=False) == 4  # as `hybrid check` asks
 
 
 def test_a_gpu_that_is_asked_for_has_to_be_there(cuda: StubCuda) -> None:
@@ -169,6 +185,17 @@ def test_local_ranks_that_no_launcher_tells_come_from_the_hosts(cuda: StubCuda) 
     assert [(one.local_rank, one.gpu) for one in on_gpus] == [(n // 3, n // 3) for n in range(6)]  # type: ignore[union-attr]
     assert [one.local_rank for one in on_cpus] == [n // 3 for n in range(6)]  # type: ignore[union-attr]
     assert all(one.local_known for one in (*on_gpus, *on_cpus))  # type: ignore[union-attr]
+
+
+def test_a_gpu_that_no_rank_has_is_refused_before_the_folder_changes(cuda: StubCuda) -> None:
+    places = ranks_of([0, 1, 2, 3], "aabb")
+    places = [dataclasses.replace(one, device_asked="cuda") for one in places]
+    found = settle_all(cuda, places, [[]] * 4)
+    assert all(isinstance(one, Refused) for one in found)
+    (said,) = {str(one) for one in found}
+    assert said == "launch.device = 'cuda': torch sees no GPU on this host; valid: auto, cpu"
+    with pytest.raises(Refused, match=r"launch\.device = 'cuda': torch sees no GPU"):
+        meet(Placement(device_asked="cuda"), small_job(), RankStatus(small_job(), Placement()))
 
 
 # What a rank does with its device

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+import typer
 
 import hybrid
+from hybrid import cli
+from hybrid.comparison import session
 from hybrid.records import Comparison, Record, StepRecord, read
 from hybrid.records.steps import MOST, bound, read_run, shorten, shorten_all, with_all_steps
 from hybrid.report.table import make_legend
 from hybrid.training.check import look_at_job
 from hybrid.training.step_log import StepLog
 
-from .conftest import small_job
+from .conftest import JOBS, small_job
 
 
 def fill(log: StepLog, count: int) -> None:
@@ -72,3 +76,17 @@ def test_an_evaluation_may_have_a_part_of_the_test_set(tmp_path: Path) -> None:
     assert "first 24 of 37 test samples" in (tmp_path / "compare.md").read_text()
     found = look_at_job(small_job(train__eval_batches=3)).warnings()
     assert found == ["train.eval_batches = 3: the test set has 2 batches; valid: 2 at most"]
+
+
+def test_compare_prints_what_its_file_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [StepRecord(step, 1.0, 1.0, 0.1, 3, "0f") for step in range(MOST + 7)]
+    result = Comparison({}, {}, "single", {"single": Record("single", "ok", steps=steps)}, {}, True)
+    printed = io.StringIO()
+    monkeypatch.setattr(session, "compare", lambda *_, **__: result)
+    monkeypatch.setattr(cli, "_stdout", printed)
+    with pytest.raises(typer.Exit):
+        cli.compare(JOBS / "mlp.toml", out=tmp_path / "out", json=True)
+    assert printed.getvalue() == hybrid.records.dumps(shorten_all(result)) + "\n"
+    assert json.loads(printed.getvalue())["strategies"]["single"]["left_out"] == {"steps": 7}

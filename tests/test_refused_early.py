@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hybrid.cli.checkpoints import _check_given
 from hybrid.job.errors import Failure, JobError, RunFailed
 from hybrid.job.imports import find_function
 from hybrid.job.outputs import as_word
@@ -139,3 +140,16 @@ def test_a_type_of_models_that_there_is_not_needs_no_import_of_transformers(
         (tmp_path / "config.json").write_text(f'{{"model_type": "{known}"}}')
         check_folder(tmp_path)
     assert "transformers" not in sys.modules
+
+
+def test_a_rank_refuses_a_missing_checkpoint_where_it_can_say_its_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    with pytest.raises(JobError, match="gone: is no folder"):
+        _check_given(gone, None, None)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    _check_given(gone, None, None)
+    with pytest.raises(JobError, match="--set '2': write"):
+        _check_given(gone, None, ["2"])  # what the command line alone shows is said at once

@@ -96,6 +96,7 @@ def compare(
     from .. import records
     from ..comparison.resume import choose_folder
     from ..comparison.session import compare as compare_strategies
+    from ..records.steps import shorten_all
     from ..training.claiming import refuse_lost_job
     from ..training.progress import Progress
 
@@ -106,7 +107,7 @@ def compare(
         rest = out, watcher, None, fresh_ranks, reference, resume is not None
         result = compare_strategies(loaded, _split(strategies), nproc, *rest, **how)
     if json:
-        print(records.dumps(result), file=_stdout)
+        print(records.dumps(shorten_all(result)), file=_stdout)  # as compare.json has it
     else:
         _print_table(result)
         print(printable(f"{out / 'report.html'}  {out / 'compare.md'}  {out / 'compare.json'}"))

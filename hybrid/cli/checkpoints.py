@@ -44,10 +44,11 @@ def _check_given(folder: Path, job: Path | None, overrides: list[str] | None) ->
     from ..checkpoint.names import VALID
     from ..job.errors import JobError
     from ..job.file import load_job, parse_pair
+    from ..launch.environment import variables_of
 
     for text in overrides or ():
         parse_pair(text)
-    if not os.path.isdir(folder):
+    if variables_of() is None and not os.path.isdir(folder):  # else a rank says it, and its host
         raise JobError(f"{folder}: is no folder; {VALID}")
     if job is not None:
         load_job(job, overrides or ())

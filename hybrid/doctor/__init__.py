@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..job.errors import Refused, first_line
+from ..job.schema import Launch
 from ..launch.environment import outside_launcher
 from ..launch.placement import Placement, export_rank_variables, find_placement
 from ..records import dumps, write
@@ -21,6 +22,7 @@ from .machine import check_devices, check_machine, gpu_names, torch_problem
 from .network import check_network
 
 CHECKS = (check_packages, check_devices, check_machine, check_network, check_launchers)
+PATIENCE_S = 300  # with ranks that have met, and measure links
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers")
 
 
@@ -158,7 +160,7 @@ def _meet(
     from .relay import Relay
 
     try:
-        placement = join_process_group(placement)
+        placement = join_process_group(placement, Launch(setup_timeout_s=PATIENCE_S))
         of_ranks = gather_objects((placement.host, placement.local_rank, mine))
         host = describe_host(placement.host, placement.rank, gpu_names())
         results.hosts += merge_hosts(gather_objects((placement.host_id, host)))

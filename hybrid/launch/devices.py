@@ -50,17 +50,19 @@ def count_gpus() -> int:
     return int(done.stdout) if done.returncode == 0 else 0  # the doctor says what torch lacks
 
 
-def check_gpus(asked: str, ranks: int) -> None:
+def check_gpus(asked: str, ranks: int, degrees: bool = False) -> None:
     """Raise JobError unless each of so many ranks can have a device here, before any starts.
 
-    asked: the job's `launch.device`."""
+    asked: the job's `launch.device`. degrees: `[parallel]` has some, which fewer ranks would not
+    multiply to."""
     if asked == "cpu":
         return
     gpus = count_gpus()
     if gpus == 0 and asked == "cuda":
         raise JobError(_none())
     if 0 < gpus < ranks:
-        raise JobError(f"--nproc {ranks}: {_too_few('this host has', gpus, '--nproc')}")
+        option = None if degrees else "--nproc"
+        raise JobError(f"--nproc {ranks}: {_too_few('this host has', gpus, option)}")
 
 
 def device_for(ranks: int) -> str:
@@ -105,6 +107,7 @@ def settle(store: dist.Store, placement: Placement) -> tuple[Placement, int]:
 
     Raises Refused, the same on every rank of the run, where some cannot have devices."""
     _require_one_kind(store, placement)
+    require_device(placement)
     lines = map(json.loads, store.get(_HOST + placement.host_id).decode().splitlines())
     ranks = {one["rank"]: one for one in lines}  # one that has come twice counts once
     here = sorted(ranks.values(), key=_order)
@@ -120,6 +123,12 @@ def settle(store: dist.Store, placement: Placement) -> tuple[Placement, int]:
         _require_all_placed(store, placement)
         placement = dataclasses.replace(placement, gpu=found[placement.rank])
     return placement, len(here)
+
+
+def require_device(placement: Placement) -> None:
+    """Raise Refused where the job asks for a GPU and this rank sees none."""
+    if placement.device_asked == "cuda" and _kind(placement) == "cpu":
+        raise Refused(_none())
 
 
 def assign(seen: Mapping[int, list[str]], host: str) -> dict[int, int]:
@@ -193,9 +202,10 @@ def _none() -> str:
     return "launch.device = 'cuda': torch sees no GPU on this host; valid: auto, cpu"
 
 
-def _too_few(who: str, gpus: int, option: str) -> str:
+def _too_few(who: str, gpus: int, option: str | None) -> str:
     seen = f"{who} {gpus} GPU{'' if gpus == 1 else 's'}"
-    return f"{seen}, and {OWN_GPU}; valid: {option} {gpus}, or launch.device = 'cpu'"
+    fewer = f"{option} {gpus}, or " if option else ""
+    return f"{seen}, and {OWN_GPU}; valid: {fewer}launch.device = 'cpu'"
 
 
 def main() -> None:

@@ -168,7 +168,9 @@ def open_engine(
     Every rank calls it with the same job and the same initialised `layers`, or any module: seed
     torch before making them. It joins the process group unless the caller has. `placement` then
     says where this rank stands; left out, it is found from the launcher's variables.
-    `hybrid.cleanup` leaves the group. samples: the train set, on two of which a module is tried out
+    `hybrid.cleanup` leaves the group. Where it joins, this process waits `launch.setup_timeout_s`
+    for others until the engine is built, and from then on `launch.collective_timeout_s`, unless
+    the job compiles. samples: the train set, on two of which a module is tried out
     where it must be cut into stages. Lengths must be given in steps (`train.steps` and local SGD's
     `sync_every`), since the size of the data is not known here. Raises Unsupported or JobError
     before anything is built."""
@@ -195,10 +197,13 @@ def open_engine(
 
 def _build(job: Job, strategy: str, placement: Placement, layers: Layers, loss: Loss) -> Engine:
     """Build the engine of a job that has been checked, among the other ranks."""
+    import torch.distributed as dist
+
     from ..engines.layers import prepare_layers, prepare_loss
     from ..engines.precision import forbid_tf32
-    from ..launch.process_group import join_process_group, name_device
+    from ..launch.process_group import join_process_group, name_device, set_timeouts
 
+    joins = strategy != "single" and not dist.is_initialized()
     if strategy != "single":
         placement = join_process_group(placement, job.launch)
         name_device(placement)
@@ -206,4 +211,6 @@ def _build(job: Job, strategy: str, placement: Placement, layers: Layers, loss: 
     notes = forbid_tf32()
     engine = get(strategy).build(job, placement, layers, loss)
     engine.notes.extend(notes)
+    if joins and not job.train.compile:  # the first step of torch.compile takes ranks unlike times
+        set_timeouts(job.launch.collective_timeout_s)
     return engine

@@ -12,6 +12,7 @@ from ..engines.protocol import Engine
 from ..job.errors import JobError, Refused
 from ..job.schema import Job
 from ..job.variants import Choice
+from ..launch.devices import require_device
 from ..launch.exchange import gather_objects
 from ..launch.failures import MEETING, RankStatus
 from ..launch.placement import OWN, Placement
@@ -55,7 +56,12 @@ def build(
 
 
 def meet(placement: Placement, job: Job, status: RankStatus) -> Placement:
-    """Join the other ranks of the run, and tell them from now on what this one does."""
+    """Join the other ranks of the run, if any, and tell them from now on what this one does.
+
+    Raises Refused where a rank cannot have the device that the job asks for."""
+    if placement.world_size == 1:
+        require_device(placement)
+        return placement
     status.set(MEETING)
     placement = join_process_group(placement, job.launch)
     status.start_heartbeat(placement)

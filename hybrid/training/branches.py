@@ -144,13 +144,13 @@ class _Walk:
         from ..models import build_model
 
         self.samples = build_data(job)[0]
-        self.job = resolve_lengths(job, len(self.samples))
+        self.job = resolve_lengths(_anywhere(job), len(self.samples))
         layers, self.loss = build_model(job)
         _require_memory(sum(p.numel() for p in layers.names()))
         self.plan = BatchPlan(
             len(self.samples), job.train.global_batch, shares, micro_batches, job.train.seed
         )
-        names, here = layers.names(), Placement(device_asked=job.launch.device)
+        names, here = layers.names(), Placement(device_asked=self.job.launch.device)
         self.engine: Any = registry.open_engine(self.job, "single", layers, self.loss, here)
         self.names = {id(parameter): name for parameter, name in names.items()}
         self.device = here.device
@@ -198,6 +198,14 @@ class _Walk:
                 found.add(self.names.get(id(variable), "a tensor that is no parameter"))
             left += [following for following, _ in node.next_functions]
         return frozenset(found)
+
+
+def _anywhere(job: Job) -> Job:
+    """Return the job for any host: its ranks may have had GPUs that this one lacks."""
+    if job.launch.device == "cpu":
+        return job
+    launch = job.launch.model_copy(update={"device": "auto"})
+    return job.model_copy(update={"launch": launch})
 
 
 def _require_memory(parameters: int) -> None:

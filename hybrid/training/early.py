@@ -23,19 +23,25 @@ from .check import print_warnings
 
 
 def check_early(
-    job: Job, names: Sequence[str], nproc: int | None, alone: bool = False, here: bool = True
+    job: Job,
+    names: Sequence[str],
+    nproc: int | None,
+    alone: bool = False,
+    here: bool = True,
+    starts: bool = True,
 ) -> int:
     """Return the number of processes, after all that is known without torch has been checked.
 
     names: of strategies and variants. nproc: left out, what their degrees ask for. alone: no other
     run is asked for, so that one that is not possible raises Unsupported. here: the processes start
-    on this host, not where a launcher has them. Raises JobError."""
+    on this host, not where a launcher has them. starts: they do start, and need devices. Raises
+    JobError."""
     nproc = count_processes(job, names, nproc, here)
     if here:
         check_workers(job.data.workers, nproc)
     most = _check_runs(job, names, nproc, alone)
-    if here:
-        check_gpus(job.launch.device, most)
+    if here and starts:
+        check_gpus(job.launch.device, most, has_degrees(job, names))
     return nproc
 
 
@@ -60,8 +66,13 @@ def _check_runs(job: Job, names: Sequence[str], nproc: int, alone: bool) -> int:
                 raise
     check_fit(job)
     print_warnings(_unused_degrees(job, layouts, nproc))
-    emulates = job.strategy.local_sgd.emulate_replicas is not None
-    return max((1 if emulates else layout.world_size for _, layout in layouts), default=1)
+    return max((_num_started(choice, layout) for choice, layout in layouts), default=1)
+
+
+def _num_started(choice: Choice, layout: Layout) -> int:
+    """Return how many processes a run starts: an emulation of local SGD's ranks is one."""
+    emulates = choice.job.strategy.local_sgd.emulate_replicas is not None
+    return 1 if choice.strategy == "local_sgd" and emulates else layout.world_size
 
 
 def count_processes(job: Job, names: Sequence[str], nproc: int | None, here: bool = True) -> int:
@@ -93,6 +104,12 @@ def _check_stages(choice: Choice, layout: Layout, layers: int | None) -> None:
             partition(cut, [1] * layers, layout.pp)
         except JobError as error:
             raise registry.of_variant(choice, error) from None
+
+
+def has_degrees(job: Job, names: Sequence[str]) -> bool:
+    """Tell whether `[parallel]` names a degree, in the job or in one of the variants."""
+    sections = [resolve(job, name).job.parallel for name in names]
+    return any(getattr(one, key) is not None for one in sections for key in DEGREES)
 
 
 def default_nproc(job: Job) -> int:

@@ -40,7 +40,7 @@ from .beginning import meet
 from .check import print_warnings
 from .claiming import EVAL_JOB as JOB
 from .claiming import EVAL_RESULT as RESULT
-from .early import count_processes
+from .early import count_processes, has_degrees
 from .evaluation import evaluate
 from .leaving import as_failure
 from .saved import JobFrom, Saved, find_saved
@@ -105,7 +105,7 @@ def _launch(asked: Asked) -> dict[str, Any]:
     choice = resolve(job, strategy)
     nproc = count_processes(job, [strategy], asked.nproc)
     layout = registry.get(choice.strategy).layout(choice.job, nproc)
-    check_gpus(job.launch.device, layout.world_size)
+    check_gpus(job.launch.device, layout.world_size, has_degrees(job, [strategy]))
     remove_stale_locks()
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / RESULT).unlink(missing_ok=True)
@@ -151,14 +151,15 @@ def _evaluate(
 ) -> dict[str, Any]:
     call_vector_functions_once()
     choice = resolve(saved.job, asked.strategy)
-    if placement.world_size > 1:
-        placement = meet(placement, choice.job, status)
+    placement = meet(placement, choice.job, status)
     if len({str(found) for found in gather_objects(saved.describe())}) > 1:
         raise RunError("the ranks found different checkpoints, since a run saves there; name one")
     status.set("loading the data")
     data = build_data(choice.job)
     job = resolve_lengths(choice.job, len(data[0]))
     engine = _open(saved, choice, job, placement, data[0], status)
+    gather_objects(None)  # ranks load for unlike times, for which the others wait longer
+    status.hurry(in_step=not job.train.compile)
     status.set("in the evaluation")
     found = evaluate(engine, data[1], job, job.micro_batches(choice.strategy))
     result = {

@@ -66,7 +66,7 @@ def check_strategies(
     comparison. Raises JobError where the job is wrong before it can be tried out."""
     names = [*registry.NAMES, *job.variant] if names is None else names
     registry.check_settings(job, names)
-    nproc = check_early(job, names, nproc)
+    nproc = check_early(job, names, nproc, starts=False)
     with warm_ranks():
         checked = check_apart(job, registry.modules("single"))
     found = {}

@@ -93,7 +93,8 @@ def _load_model(saved: Saved) -> nn.Module:
         fill(weights, (Piece(n, WEIGHT, tuple(t.shape), t) for n, t in tensors.items()), names)
     finally:
         weights.close()
-    return model.eval().to(Placement(device_asked=saved.job.launch.device).device)
+    asked = "cpu" if saved.job.launch.device == "cpu" else "auto"  # the run was elsewhere, perhaps
+    return model.eval().to(Placement(device_asked=asked).device)
 
 
 def _utf8(prompt: str) -> bytes:

@@ -45,6 +45,7 @@ def go_back(run: RunInProgress, step: int) -> None:
     guard.set_state(values["record"].get("guard", {}), keep_count=True)
     run.engine.skip_to(step + 1)
     run.steps.changed = False
+    run.instruments.interrupt()  # it is no time of the coming step
 
 
 def _load_newest(saved: Checkpoints) -> Mapping[str, Any]:

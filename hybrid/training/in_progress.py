@@ -189,10 +189,10 @@ class RunInProgress:
         return name_of(getattr(torch, dtype)) if dtype else "none"
 
     def _save(self) -> str | None:
+        self.status.hurry(in_step=False)
         self.status.set("gathering the weights")
         if not any(gather_objects(self.out is not None)):
             return None
-        self.status.hurry(in_step=False)
         weights = WholeWeights(self.engine.weights())
         if not self.out:
             weights.send(self.saved_names.values())
@@ -208,11 +208,16 @@ class RunInProgress:
         self.checkpoints.wait()
         return self.steps.all()
 
+    def _shorten(self, record: Record) -> Record:
+        """Shorten the record of a run with a folder; without one it alone has the steps."""
+        return shorten(record) if self.checkpoints.out else record
+
     def _comparison(self) -> str | None:
         return comparison_of(self.out) if self.out else None
 
     def end_early(self) -> Record:
         """End before the last step, as was asked for; another run goes on from what is saved."""
+        self.status.hurry(in_step=False)
         self.checkpoints.wait()
         steps, left_out = self.steps.all()
         record = Record(
@@ -229,7 +234,7 @@ class RunInProgress:
             resumed_from=self.checkpoints.resumed_from,
             comparison=self._comparison(),
         )
-        record = shorten(record)
+        record = self._shorten(record)
         self.engine.close()
         if self.out:
             self.trackers.finish()
@@ -275,4 +280,4 @@ class RunInProgress:
             )
             self.trackers.finish()
             records.write(shorten(record), self.out / "record.json")
-        return shorten(record)
+        return self._shorten(record)

@@ -28,6 +28,7 @@ from ..launch.failures import RankStatus, leave_error
 from ..launch.placement import OWN, Placement, find_placement
 from ..launch.process_group import cleanup
 from ..launch.stopping import StopSignals, requeue
+from ..measure.traffic import uncounted
 from ..models.vector_functions import call_vector_functions_once
 from ..records import Record
 from ..strategies import registry
@@ -144,8 +145,7 @@ def _train(
     call_vector_functions_once()
     job, strategy = choice.job, choice.strategy
     placement = registry.place(job, strategy, placement)
-    if placement.world_size > 1:
-        placement = meet(placement, job, status)
+    placement = meet(placement, job, status)
     status.set("loading the data")
     data = build_data(job)
     choice = dataclasses.replace(choice, job=resolve_lengths(job, len(data[0])))
@@ -199,8 +199,7 @@ class _Run(RunInProgress):
                 self.evaluate()
                 self._between_steps()
             self._leave_if_told(loader)
-            # In its first step torch.compile compiles, which takes ranks unlike times.
-            self.status.hurry(in_step=step > start or not job.train.compile)
+            self.status.hurry(in_step=not self._compiles_in(step - start))
             self.status.set(f"in step {step}", step)
             with self.instruments.loading():
                 batches = loader.step(step)
@@ -217,7 +216,8 @@ class _Run(RunInProgress):
             if step == start:
                 self.require_receipt()
             if done == self.period:
-                self.first = project(engine.weights())
+                with uncounted():  # it is no part of a step
+                    self.first = project(engine.weights())
             saved.check()
             self._note_saved()
             if saved.is_due(done):
@@ -226,6 +226,12 @@ class _Run(RunInProgress):
         self._leave_if_told(loader)
         loader.close()
         self.stops.act_at_once()
+
+    def _compiles_in(self, step: int) -> bool:
+        """Tell whether torch.compile can compile in a step of this run, for unlike times on ranks.
+
+        It does in the first one, and once more where the collective counter has been removed."""
+        return self.job.train.compile and step <= self.instruments.counted.stop
 
     def _between_steps(self) -> None:
         """Say that what came before is in no step, and ask for signals; collective."""

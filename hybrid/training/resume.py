@@ -266,6 +266,8 @@ def compare_jobs(
     if strategy == choice.strategy:
         settings = [f"strategy.{strategy}.{key}" for key in _ALGORITHM.get(strategy, ())]
         free -= set(_under(keys, settings))
+    if choice.job.checkpoint.best:  # other scores than before would choose it
+        free.discard("train.eval_batches")
     if choice.job.schedule.name == "constant":
         free.add("train.steps")  # no rate follows from it
     return [(key, here.get(key), there.get(key)) for key in keys if key not in free]
