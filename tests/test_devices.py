@@ -207,7 +207,7 @@ def test_a_rank_joins_nccl_with_its_device_and_the_jobs_patience(
     try:
         with cuda.sees(["GPU-3"]):
             here = process_group.join_process_group(
-                find_placement(), Launch(collective_timeout_s=77)
+                find_placement(), Launch(setup_timeout_s=77)
             )
             assert joined["backend"] == "nccl" and joined["device_id"] == torch.device("cuda", 0)
             assert joined["timeout"] == timedelta(seconds=77) and cuda.current == [0]
