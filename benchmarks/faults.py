@@ -39,7 +39,8 @@ STRATEGIES = ("ddp", "fsdp", "zero2", "zero3", "pipeline", "2d", "local_sgd")
 NPROC = 4
 SEED = 14
 LIMIT_S = 6  # launch.start_timeout_s and launch.collective_timeout_s of the runs
-START_LIMIT_S = 30  # launch.start_timeout_s where all ranks come: four of them on two cores
+# launch.start_timeout_s where all ranks come, four of them on two cores, and launch.setup_timeout_s.
+START_LIMIT_S = 30
 START_S = 120  # from the command to the fault at most, on two cores
 
 
@@ -108,6 +109,7 @@ def start(
     """The run with its fault, in the background; waits: not long for ranks that do not come."""
     limits = {
         "start_timeout_s": LIMIT_S if waits else START_LIMIT_S,
+        "setup_timeout_s": START_LIMIT_S,
         "collective_timeout_s": LIMIT_S,
     }
     steps = 6 if fault.sent is None else 100_000
@@ -187,7 +189,7 @@ def check_cut(strategy: str, kind: str, folder: Path) -> tuple[bool, str]:
 
     The others must name the rank there. It cannot know that it is the one that is cut off."""
     fault, guilty, out = FAULTS[kind], draw_guilty(kind, strategy), folder / f"{strategy}-cut"
-    limits = {"start_timeout_s": 120, "collective_timeout_s": LIMIT_S}
+    limits = {"start_timeout_s": 120, "setup_timeout_s": 120, "collective_timeout_s": LIMIT_S}
     records.write(to_dict(small_job(train__steps=100_000, launch=limits)), out / "small.json")
     words = ["train", str(out / "small.json"), "--strategy", strategy, "--out", str(out)]
     with Hosts(NPROC) as hosts:

@@ -40,7 +40,7 @@ WITHIN_S = 2 * LIMIT_S + 12
 
 def start_ranks(out: Path, strategy: str, plant: str) -> list[subprocess.Popen[bytes]]:
     """The ranks of a run with a fault (tests/failing.py), each with a log of its own in `out`."""
-    limits = {"start_timeout_s": 60, "collective_timeout_s": LIMIT_S}
+    limits = {"start_timeout_s": 60, "setup_timeout_s": 60, "collective_timeout_s": LIMIT_S}
     records.write(to_dict(small_job(train__steps=6, launch=limits)), out / "small.json")
     words = ["train", str(out / "small.json"), "--strategy", strategy, "--out", str(out)]
     command, ranks = [sys.executable, "tests/failing.py", plant, *words], []

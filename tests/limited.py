@@ -42,9 +42,14 @@ def impose(limit: int) -> None:
 
     import hybrid.training.loop  # noqa: F401
 
+    limit_memory(limit)
+
+
+def limit_memory(more: int) -> None:
+    """Allow this process `more` bytes beside what it holds."""
     (kib,) = re.findall(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (int(kib) * 1024 + limit, hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (int(kib) * 1024 + more, hard))
 
 
 if __name__ == "__main__":

@@ -98,6 +98,26 @@ def test_a_reference_that_was_asked_for_by_name_is_not_replaced(
     assert set(states(result).values()) == {"not_compared"}
 
 
+def test_what_nobody_named_and_lacks_memory_as_single_does_is_not_possible(
+    launches: Launches,
+) -> None:
+    """A variant is named by the job, as a strategy is by `--strategies`."""
+    large = ("single", "ddp", "keep")
+    launches.ends = {name: no_memory() for name in large}
+    job = small_job(variant={"keep": {"strategy": "fsdp"}})
+    result = compare(launches, None, job, reference="fsdp")
+    statuses = {name: result.strategies[name].status for name in large}
+    assert statuses == {"single": "not_possible", "ddp": "not_possible", "keep": "failed"}
+    assert not result.ok and result.reference == "fsdp" and "ddp" not in result.parity
+    assert records.read(Record, launches.out / "ddp" / "record.json").status == "not_possible"
+    launches.ends = {"ddp": no_memory()}
+    failed = compare(launches, None, reference="fsdp")
+    assert failed.strategies["ddp"].status == "failed", "where single has room"
+    launches.ends = {name: no_memory() for name in registry.NAMES}
+    result = compare(launches, None, small_job(proxy=PROXY))
+    assert not result.ok and states(result)["fsdp"] == "not_compared", "nothing ran"
+
+
 def test_only_words_for_a_lack_of_memory_are_taken_for_it() -> None:
     assert is_for_memory(str(no_memory()))
     assert not is_for_memory("rank 0 on host: KeyError: 'out of memory' (in step 0)")

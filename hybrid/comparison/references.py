@@ -1,7 +1,8 @@
 """Chooses the runs of a comparison and the one that the others are held against. No torch here.
 
 That is `single`, one process in plain torch, unless the user names another. Where nobody asked for
-`single` by name and it cannot hold the model, the first run that computes the same takes its place.
+`single` by name and it cannot hold the model, the first run that computes the same takes its place,
+and what else nobody asked for and lacks memory is not possible here either.
 """
 
 import dataclasses
@@ -22,18 +23,20 @@ SINGLE = "single"
 class Selection:
     """Holds the names of the runs, and of the one that the others are to be held against.
 
-    `fixed` is False where another run may take the reference's place."""
+    `fixed` is False where another run may take the reference's place. `unasked` are the runs that
+    nobody named: they are part of "all strategies"."""
 
     names: tuple[str, ...]
     reference: str
     fixed: bool
+    unasked: frozenset[str] = frozenset()
 
     def by_proxy(self) -> "Selection":
         """Return the same runs of the real job, without a reference that nobody asked for."""
         if self.fixed:
             return self
         names = tuple(name for name in self.names if name != self.reference)
-        return Selection(names, PROXY, False)
+        return Selection(names, PROXY, False, self.unasked)
 
 
 def select(job: Job, strategies: Sequence[str] | None, reference: str | None) -> Selection:
@@ -47,7 +50,9 @@ def select(job: Job, strategies: Sequence[str] | None, reference: str | None) ->
             f"--reference {reference!r}: does not compute what the others do; valid: a strategy "
             "or variant other than local_sgd, and without a comm_hook"
         )
-    return Selection(names, names[0], bool(reference) or SINGLE in (strategies or ()))
+    named = {reference, *(job.variant if strategies is None else strategies)}
+    unasked = frozenset(names) - named
+    return Selection(names, names[0], SINGLE not in unasked or bool(reference), unasked)
 
 
 def computes_the_same(job: Job, name: str) -> bool:
@@ -71,7 +76,29 @@ def find_reference(
     return next(usable, wanted)
 
 
+def find_too_large(
+    selection: Selection, runs: Mapping[str, Record], reference: str
+) -> dict[str, Record]:
+    """Return new records of the runs that lack memory and that nobody needs, as not possible here.
+
+    Those are a reference that another one stands in for and, where not even `single` can hold the
+    model, what nobody asked for by name. Where it can, a run that lacks memory has failed."""
+    wanted, single = selection.reference, runs.get(SINGLE)
+    names = {wanted} & set(runs) - {reference}
+    held = [run for run in runs.values() if run.status == "ok"]
+    if held if reference == PROXY else runs[reference] in held:
+        names |= selection.unasked if single is None or _cannot_run(single) else set()
+    return {
+        name: dataclasses.replace(run, status="not_possible")
+        for name, run in runs.items()
+        if name in names and _lacks_memory(run)
+    }
+
+
 def _cannot_run(record: Record) -> bool:
     """Tell whether a run was not possible, or failed for a lack of memory."""
-    lacking = record.status == "failed" and is_for_memory(record.reason or "")
-    return record.status == "not_possible" or lacking
+    return record.status == "not_possible" or _lacks_memory(record)
+
+
+def _lacks_memory(record: Record) -> bool:
+    return record.status == "failed" and is_for_memory(record.reason or "")

@@ -39,7 +39,7 @@ from .interruption import Interruption, make_interruption
 from .planning import plan_runs, plan_second
 from .previous import claim, remove_previous
 from .proxied import explain_unproved, judge_by_proxy
-from .references import Selection, find_reference, select
+from .references import Selection, find_reference, find_too_large, select
 from .resume import begin_session, check_session, describe_session
 from .runs import Runs
 from .tolerances import tolerance
@@ -231,13 +231,11 @@ class _Session:
         return result
 
     def _settle_reference(self) -> None:
-        """Find what the runs are held against; a reference that lacks memory is not possible."""
-        wanted = self.selection.reference
+        """Find what the runs are held against, and note which of them are too large to run here."""
         self.reference = find_reference(self.job, self.selection, self.runs, self.has_proxy)
-        if wanted != self.reference and self.runs[wanted].status == "failed":
-            record = dataclasses.replace(self.runs[wanted], status="not_possible")
-            records.write(shorten(record), self.out / wanted / "record.json")
-            self.runs[wanted] = record
+        for name, record in find_too_large(self.selection, self.runs, self.reference).items():
+            records.write(shorten(record), self.out / name / "record.json")
+            self.runs[name] = record
 
     def _judge(self, name: str) -> Parity:
         if self.reference == PROXY:

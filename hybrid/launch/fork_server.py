@@ -194,9 +194,9 @@ def _run(request: dict[str, Any], here: bool) -> int:
     program, arguments = request["program"], request["arguments"]
     try:
         if program[0] == "-m":
-            if here:
+            if here or not hasattr(sys.modules.get(program[1]), "__path__"):
                 sys.modules.pop(program[1], None)  # else runpy warns that it runs it again
-            elif not sys.flags.safe_path:
+            if not here and not sys.flags.safe_path:
                 sys.path[0] = os.getcwd()
             sys.argv = ["", *program[2:], *arguments]
             runpy.run_module(program[1], run_name="__main__", alter_sys=not here)
