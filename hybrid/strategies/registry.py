@@ -195,6 +195,7 @@ def open_engine(
 
 def _build(job: Job, strategy: str, placement: Placement, layers: Layers, loss: Loss) -> Engine:
     """Build the engine of a job that has been checked, among the other ranks."""
+    from ..engines.freed_memory import returned_when_freed
     from ..engines.layers import prepare_layers, prepare_loss
     from ..engines.precision import forbid_tf32
     from ..launch.process_group import join_process_group, name_device
@@ -204,6 +205,8 @@ def _build(job: Job, strategy: str, placement: Placement, layers: Layers, loss: 
         name_device(placement)
     layers, loss = prepare_layers(job, layers), prepare_loss(job, loss)
     notes = forbid_tf32()
-    engine = get(strategy).build(job, placement, layers, loss)
+    parameters = sum(p.numel() for p in layers.names())
+    with returned_when_freed(parameters, placement.layout.shard):
+        engine = get(strategy).build(job, placement, layers, loss)
     engine.notes.extend(notes)
     return engine
