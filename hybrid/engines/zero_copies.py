@@ -34,7 +34,8 @@ def step_on_gradients(optimizer: Any) -> None:
 
     These lie as the optimizer wants them, one after another. DeepSpeed would copy them for a step,
     and scale and clip the copy (0.19.8, `_prepare_fp32_grad_for_sub_group`)."""
-    sums, sizes = optimizer.grad_partitions_flat_buffer, optimizer.fp16_partitioned_groups_flat_numel
+    sums: torch.Tensor = optimizer.grad_partitions_flat_buffer
+    sizes: list[int] = optimizer.fp16_partitioned_groups_flat_numel
 
     def prepare(group: int) -> None:
         flat = optimizer.fp32_partitioned_groups_flat[group]
