@@ -39,7 +39,7 @@ STRATEGIES = ("ddp", "fsdp", "zero2", "zero3", "pipeline", "2d", "local_sgd")
 NPROC = 4
 SEED = 14
 LIMIT_S = 6  # launch.start_timeout_s and launch.collective_timeout_s of the runs
-# launch.start_timeout_s where all ranks come, four of them on two cores, and launch.setup_timeout_s.
+# launch.start_timeout_s where all ranks come, four of them on two cores; launch.setup_timeout_s
 START_LIMIT_S = 30
 START_S = 120  # from the command to the fault at most, on two cores
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -162,6 +163,36 @@ def test_deepspeed_still_cannot_set_whole_masters_of_sizes_that_do_not_divide() 
     parameter = SimpleNamespace(requires_grad=True, ds_numel=9)
     with pytest.raises(RuntimeError, match="exceeds dimension size"):
         Optimizer.set_full_hp_param(fake, torch.zeros(9), parameter)
+
+
+def test_deepspeed_still_copies_parameters_that_are_in_fp32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """hybrid/engines/zero_copies.py::keep_one_copy"""
+    from deepspeed.runtime.zero import stage3
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Optimizer
+
+    from hybrid.engines.zero_copies import keep_one_copy
+
+    def is_shared(dtype: torch.dtype, offloads: bool = False) -> bool:
+        fake = MagicMock(device="cpu", offload_optimizer=offloads, offload_param=False)
+        fake.subgroup_to_device = {0: "cpu"}
+        fake.master_weights_and_grads_dtype, fake.params_in_nvme_and_cpu = torch.float32, False
+        fake._swappable_optimizer_subgroup.return_value = False
+        flat = torch.ones(7, dtype=dtype)
+        fake.fp16_partitioned_groups_flat, fake.fp32_partitioned_groups_flat = [flat], []
+        fake.fp16_partitioned_groups_flat_numel = [7]
+        fake.fp16_partitioned_groups_flat_id = [[0]]
+        Optimizer._create_fp32_partitions(fake)
+        assert fake.device == "cpu" and len(fake.fp32_partitioned_groups_flat) == 1
+        return fake.fp32_partitioned_groups_flat[0].data_ptr() == flat.data_ptr()
+
+    monkeypatch.setattr(stage3, "print_rank_0", lambda *_, **__: None)  # asks for its rank
+    monkeypatch.setattr(Optimizer, "_create_fp32_partitions", Optimizer._create_fp32_partitions)
+    assert not is_shared(torch.float32)
+    keep_one_copy()
+    assert is_shared(torch.float32)
+    assert not is_shared(torch.bfloat16) and not is_shared(torch.float32, offloads=True)
 
 
 def test_fused_adamw_still_rounds_by_where_a_number_lies() -> None:

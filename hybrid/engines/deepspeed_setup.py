@@ -76,7 +76,7 @@ def full_config(
     own = {} if named in (None, *SHIPPED) else {k: v for k, v in zero.items() if k != "stage"}
     if pipeline_stage(job, zero_stage) != zero_stage:
         zero |= {"stage": 1, **dict.fromkeys(BUCKETS, elements)}
-    limits = _limits(layers)
+    limits = _limits(layers, ahead=placement.device.type == "cuda")
     zero |= {key: min(zero[key], limits[key]) for key in zero.keys() & limits.keys()}
     # DeepSpeed switches it off under a pipeline, with a warning.
     zero["overlap_comm"] = placement.device.type == "cuda" and placement.layout.pp == 1
@@ -93,17 +93,18 @@ def full_config(
     }
 
 
-def _limits(layers: Layers) -> dict[str, int]:
+def _limits(layers: Layers, ahead: bool) -> dict[str, int]:
     """Return how many elements DeepSpeed may hold beside its shards, by key.
 
     A bucket is a sixteenth of the model, at least 2**18 elements (a MiB in fp32). Gathered
-    parameters are those of two layers, as under FSDP."""
+    parameters are those of two layers, as under FSDP, where the next one is gathered `ahead` of its
+    use; on CPUs, where that takes the cores that compute, what has been gathered is one layer."""
     elements, largest = sum(p.numel() for p in layers.names()), max(layers.sizes())
     bucket = max(elements // 16, 2**18)
     return {
         **dict.fromkeys(BUCKETS, bucket + bucket % 2),  # DeepSpeed needs an even number
         "stage3_prefetch_bucket_size": largest,
-        "stage3_max_live_parameters": 2 * largest,
+        "stage3_max_live_parameters": (1 + ahead) * largest,
     }
 
 

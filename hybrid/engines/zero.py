@@ -42,6 +42,7 @@ from .precision import Stepped
 from .protocol import OwnState, Shapes, make_receipt
 from .state import copy_state, local_part, named_tensors
 from .tally import Tally
+from .zero_copies import keep_one_copy, step_on_gradients
 
 
 class ZeroEngine(AcceleratedEngine):
@@ -55,6 +56,7 @@ class ZeroEngine(AcceleratedEngine):
         prepare_process(placement)
         if zero_stage == 3:
             add_biases_before_rounding()
+            keep_one_copy()
         rounds = job.train.precision != "fp32"
         parts = FrozenParts(
             layers.names() if rounds else (), placement.dp_rank, placement.layout.dp
@@ -62,6 +64,8 @@ class ZeroEngine(AcceleratedEngine):
         prepared = prepare_zero(job, placement, layers, job.micro_batches(name), config)
         super().__init__(job, placement, loss, prepared, _inspect, _scatter)
         self.zero_stage, self.frozen = zero_stage, parts
+        if zero_stage == 3:
+            step_on_gradients(self.live.optimizer)
         if self.guard:
             hold_steps(self.live.optimizer, lambda norm: is_held(self, norm))
         # DeepSpeed would sum the gradients of rounded parameters in their own precision.

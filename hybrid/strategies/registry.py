@@ -199,6 +199,7 @@ def _build(job: Job, strategy: str, placement: Placement, layers: Layers, loss: 
     """Build the engine of a job that has been checked, among the other ranks."""
     import torch.distributed as dist
 
+    from ..engines.freed_memory import returned_when_freed
     from ..engines.layers import prepare_layers, prepare_loss
     from ..engines.precision import forbid_tf32
     from ..launch.process_group import join_process_group, name_device, set_timeouts
@@ -209,7 +210,9 @@ def _build(job: Job, strategy: str, placement: Placement, layers: Layers, loss: 
         name_device(placement)
     layers, loss = prepare_layers(job, layers), prepare_loss(job, loss)
     notes = forbid_tf32()
-    engine = get(strategy).build(job, placement, layers, loss)
+    parameters = sum(p.numel() for p in layers.names())
+    with returned_when_freed(parameters, placement.layout.shard):
+        engine = get(strategy).build(job, placement, layers, loss)
     engine.notes.extend(notes)
     if joins and not job.train.compile:  # the first step of torch.compile takes ranks unlike times
         set_timeouts(job.launch.collective_timeout_s)
