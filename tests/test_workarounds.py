@@ -190,7 +190,7 @@ def test_deepspeed_still_copies_parameters_that_are_in_fp32(
     monkeypatch.setattr(stage3, "print_rank_0", lambda *_, **__: None)  # asks for its rank
     monkeypatch.setattr(Optimizer, "_create_fp32_partitions", Optimizer._create_fp32_partitions)
     assert not is_shared(torch.float32)
-    keep_one_copy()
+    keep_one_copy(Optimizer)
     assert is_shared(torch.float32)
     assert not is_shared(torch.bfloat16) and not is_shared(torch.float32, offloads=True)
 

@@ -55,8 +55,10 @@ class ZeroEngine(AcceleratedEngine):
         config = full_config(job, placement, layers, name, zero_stage)
         prepare_process(placement)
         if zero_stage == 3:
+            from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
             add_biases_before_rounding()
-            keep_one_copy()
+            keep_one_copy(DeepSpeedZeroOptimizer_Stage3)
         rounds = job.train.precision != "fp32"
         parts = FrozenParts(
             layers.names() if rounds else (), placement.dp_rank, placement.layout.dp

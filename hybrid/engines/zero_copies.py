@@ -5,14 +5,12 @@ from typing import Any
 import torch
 
 
-def keep_one_copy() -> None:
-    """Have ZeRO-3's optimizer step the parameters themselves where these are in fp32.
+def keep_one_copy(optimizer_class: Any) -> None:
+    """Have ZeRO-3's optimizer, of this class, step parameters in fp32 themselves.
 
     DeepSpeed means to, but compares their `torch.device` with its name, which never are equal, and
     steps a copy (0.19.8, `_create_fp32_partitions`). test_workarounds.py tells when this can go."""
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Optimizer
-
-    create = Optimizer._create_fp32_partitions
+    create = optimizer_class._create_fp32_partitions
     if hasattr(create, "found"):
         return
 
@@ -26,7 +24,7 @@ def keep_one_copy() -> None:
             self.device = name
 
     create_shared.found = create  # type: ignore[attr-defined]
-    Optimizer._create_fp32_partitions = create_shared
+    optimizer_class._create_fp32_partitions = create_shared
 
 
 def step_on_gradients(optimizer: Any) -> None:
