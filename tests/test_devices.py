@@ -233,9 +233,7 @@ def test_a_rank_joins_nccl_with_its_device_and_the_jobs_patience(
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")
     try:
         with cuda.sees(["GPU-3"]):
-            here = process_group.join_process_group(
-                find_placement(), Launch(setup_timeout_s=77)
-            )
+            here = process_group.join_process_group(find_placement(), Launch(setup_timeout_s=77))
             assert joined["backend"] == "nccl" and joined["device_id"] == torch.device("cuda", 0)
             assert joined["timeout"] == timedelta(seconds=77) and cuda.current == [0]
             assert dist.distributed_c10d.default_pg_nccl_timeout == timedelta(seconds=77)
