@@ -221,6 +221,7 @@ def test_commands_are_the_command_lines(wrong: Made, monkeypatch: pytest.MonkeyP
     options = {o for p in group.commands["compare"].params for o in p.opts}
     used = set(re.findall(r"(?<![\w-])--[a-z-]+", text))
     words = {"--out", "--json", "--set", "--nproc", "--reference", "--strict-reference", "--resume"}
+    words.add("--strategies")
     assert words == used <= options
     overrides = re.findall(r"--set ([\w.]+=\w+)", text)
     assert len(overrides) == 3 and load_job(JOBS / "mlp.toml", overrides)
