@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from hybrid.job.errors import JobError
 from hybrid.launch.environment import without_launcher
 from hybrid.launch.variable_check import check_variables
 from tests.conftest import JOBS, small_job
+from tests.refusals import lines_before_torch
 
 PAIR = {"RANK": "1", "WORLD_SIZE": "4"}
 MEETING = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -69,17 +68,6 @@ SENSE: list[dict[str, str]] = [
 ]
 COMMANDS = [["train", "JOB", "--strategy", "ddp"], ["compare", "JOB"], ["check", "JOB"]]
 COMMANDS += [["eval", "X"], ["export", "X", "--to", "Y"], ["generate", "X"], ["doctor"]]
-MAIN = """
-import sys
-from hybrid.cli import main
-for words in COMMANDS:
-    sys.argv = ["hybrid", *words]
-    try:
-        main()
-    except SystemExit as end:
-        assert end.code == 2, (words, end.code)
-    assert "torch" not in sys.modules, words
-"""
 
 
 @pytest.fixture
@@ -113,15 +101,9 @@ def test_what_launchers_and_shells_set_is_taken(variables: dict[str, str], only:
 def test_every_command_that_reads_them_refuses_before_torch_is_imported() -> None:
     job = str(JOBS / "linear.toml")
     commands = [[word.replace("JOB", job) for word in words] for words in COMMANDS]
-    done = subprocess.run(
-        [sys.executable, "-c", f"COMMANDS = {commands}\n{MAIN}"],
-        env=without_launcher() | PAIR | {"MASTER_PORT": "65536"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    lines = lines_before_torch(commands, without_launcher() | PAIR | {"MASTER_PORT": "65536"})
     line = "hybrid: MASTER_PORT = '65536': valid: a whole number from 1 to 65535"
-    assert done.stderr.splitlines() == [line] * len(COMMANDS)
+    assert lines == [line] * len(COMMANDS)
 
 
 def test_the_python_api_refuses_too(only: Any) -> None:

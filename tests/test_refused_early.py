@@ -19,6 +19,7 @@ from hybrid.models.hf.folder import check_folder
 from hybrid.training.branches import ends_command
 from hybrid.training.resume import check_start
 from tests.conftest import ROOT
+from tests.refusals import lines_before_torch
 
 JOB = str(ROOT / "launch" / "jobs" / "linear.toml")
 # Words of a command, and what the line on them must say.
@@ -36,30 +37,11 @@ COMMANDS: list[tuple[list[str], str]] = [
     (["train", JOB, "--strategy", "single", "--resume", "n" * 300], "is no folder; valid: auto"),
     (["train", JOB, "--strategy", "single", "--resume", "/"], "holds no checkpoint; valid: auto"),
 ]
-MAIN = """
-import sys
-from hybrid.cli import main
-for words in COMMANDS:
-    sys.argv = ["hybrid", *words]
-    try:
-        main()
-    except SystemExit as end:
-        assert end.code == 2, (words, end.code)
-    assert "torch" not in sys.modules, words
-"""
 
 
 def test_commands_are_refused_before_torch_is_imported(tmp_path: Path) -> None:
     commands = [words for words, _ in COMMANDS]
-    done = subprocess.run(
-        [sys.executable, "-c", f"COMMANDS = {commands!a}\n{MAIN}"],
-        env=without_launcher(),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()
+    lines = lines_before_torch(commands, without_launcher(), tmp_path)
     assert len(lines) == len(COMMANDS), lines
     for line, (_, words) in zip(lines, COMMANDS, strict=True):
         assert line.startswith("hybrid: ") and words in line, line

@@ -28,6 +28,7 @@ from ..launch.environment import num_local_ranks, without_launcher
 from ..launch.exchange import gather_objects
 from ..launch.orphans import end_with_parent
 from ..launch.placement import Placement, loopback_address
+from ..launch.stopping import end_group
 
 POLL_S = 0.05
 PATIENCE_S = 10.0  # for the other ranks of a run to end by themselves, once one has failed
@@ -113,21 +114,10 @@ class Relay:
                 while child.poll() is None and not self.store.check([f"{key}/stop"]):
                     time.sleep(POLL_S)
             finally:
-                _end(child)
+                end_group(child, PATIENCE_S)
             said.seek(0)
             text = said.read().decode(errors="replace")[-TAIL:]
         self.store.set(f"{key}/done/{self.rank}", json.dumps([child.returncode, text]))
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """End a rank and what it has started."""
-    if child.poll() is None:
-        child.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(PATIENCE_S)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
 
 
 def main() -> int:

@@ -32,7 +32,7 @@ from .logs import LAUNCHER_LOG, list_logs
 from .lost_peers import is_peer_loss
 from .orphans import end_with_parent
 from .placement import Placement, find_placement
-from .stopping import STOPPED, PassedOn, told
+from .stopping import STOPPED, PassedOn, end_group, told
 from .threads import num_cores
 
 PLACE = "{nproc}"  # in a template: the number of processes
@@ -165,7 +165,7 @@ def run_by_launcher(
                     process.terminate()
                 time.sleep(POLL_S)
         finally:
-            _end(process)
+            end_group(process, GRACE_S)
         on_poll()
         if code:
             raise _failure(launcher.name, nproc, code, logs, passed_on)
@@ -192,17 +192,6 @@ def _start(
             raise LauncherFailed(
                 Failure(0, f"cannot be started: {error.strerror}", ""), name
             ) from None
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the launcher, which ends its ranks; those whose launcher is killed end themselves."""
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _failure(name: str, nproc: int, code: int, logs: Path, passed_on: int) -> BaseException:

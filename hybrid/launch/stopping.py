@@ -5,6 +5,7 @@ that saves its state, [checkpoint].every. A handler sets a number and no more wh
 the number travels to all ranks beside a step's other numbers, so that all save after the same one
 (`hybrid.engines.step_queue`). At other times nothing is worth waiting for, and the rank ends."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -153,3 +154,16 @@ def requeue(error: Stopped) -> str:
         said = getattr(failed, "stderr", None) or str(failed)
         return f"; SLURM does not requeue job {job}: {' '.join(said.split())}"
     return f"; SLURM requeues job {job}"
+
+
+def end_group(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    """End a process that leads a group of its own, then what is left of the group.
+
+    A launcher ends its ranks in `patience_s`; ranks whose launcher is killed end themselves."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience_s)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
