@@ -72,7 +72,9 @@ MOMENTS = {
     "result": Moment("hybrid.report.files:write_whole", None, "(compare.json)", "compare", 2),
     "temporary": Moment("hybrid.models.shared:naming", 0, "tensors of the model", disk="tmp"),
     "tokens": Moment("hybrid.data.text.cache:whole_file", None, ".tokens", disk="cache", status=2),
-    "export": Moment("hybrid.training.exporting:write_weights", None, "(it)", "export", disk="to"),
+    "export": Moment(
+        "hybrid.training.export_formats:write_weights", None, "(it)", "export", disk="to"
+    ),
 }  # fmt: skip
 
 

@@ -139,10 +139,10 @@ def _nth(accident: Accident, work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _plant_in_save(saves: _Saves) -> None:
-    from hybrid.checkpoint import save, tensor_file
+    from hybrid.checkpoint import save, tensors
     from hybrid.training import checkpointing
 
-    work, blocks, write = checkpointing.save, tensor_file._blocks_of, save.write_flushed
+    work, blocks, write = checkpointing.save, tensors._blocks_of, save.write_flushed
 
     def saving(*arguments: Any, **options: Any) -> Any:
         saves.saves, saves.calls, saves.active = saves.saves + 1, 0, True
@@ -164,7 +164,7 @@ def _plant_in_save(saves: _Saves) -> None:
         write(path, text)
 
     checkpointing.save = saving
-    tensor_file._blocks_of = with_blocks
+    tensors._blocks_of = with_blocks
     save.write_flushed = half
     for call in CALLS:
         setattr(os, call, saves.around(call, getattr(os, call)))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from benchmarks.checkpoint_damage import Damage, damages, make_run, try_one
 from hybrid.checkpoint import flushing
+from hybrid.checkpoint.file_hash import hash_of_files
 from hybrid.checkpoint.folders import (
     list_checkpoints,
     prune,
@@ -30,8 +31,9 @@ from hybrid.checkpoint.load import Reader, load
 from hybrid.checkpoint.manifest import MANIFEST, BadManifest, read_manifest, seal
 from hybrid.checkpoint.pieces import SHARED_FROM, Piece, shares_of
 from hybrid.checkpoint.save import Snapshot, save
-from hybrid.checkpoint.state_hash import hash_of_files, hash_of_pieces
-from hybrid.checkpoint.tensor_file import Damaged, Part, TensorFile, sha256_of, write_file
+from hybrid.checkpoint.state_hash import hash_of_pieces
+from hybrid.checkpoint.tensor_file import Damaged, TensorFile, sha256_of
+from hybrid.checkpoint.tensors import Part, write_file
 from hybrid.job.errors import JobError
 from hybrid.job.schema import Job
 

@@ -16,7 +16,7 @@ from benchmarks import kill_traces
 from benchmarks.compare_kills import prepare, run_case, stands
 from benchmarks.kill_traces import half_files, left_in, owners, processes_of, read_result
 from hybrid import report
-from hybrid.checkpoint.tensor_file import parts_of
+from hybrid.checkpoint.tensors import parts_of
 from hybrid.checkpoint.weights import save_weights
 from hybrid.job.variants import resolve
 from hybrid.launch.failures import RankStatus

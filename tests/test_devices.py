@@ -124,6 +124,7 @@ def test_processes_see_no_gpu_where_the_job_asks_for_the_cpu(
     cuda: StubCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.delenv("DS_ACCELERATOR")  # conftest.py sets it
     with devices.gpus_hidden("auto"):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"
     with devices.gpus_hidden("cpu"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hybrid.checkpoint import gathering, tensor_file
+from hybrid.checkpoint import gathering, tensors
 from hybrid.checkpoint.gathering import WholeWeights, gather_whole
 from hybrid.checkpoint.pieces import WEIGHT, WRITTEN_ELSEWHERE, Piece
 from hybrid.checkpoint.weights import save_weights
@@ -61,7 +61,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Threads:
     monkeypatch.setattr(gathering, "gather_objects", found.gather_objects)
     monkeypatch.setattr(gathering, "group_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(gathering, "BUFFER_BYTES", BUFFER)
-    monkeypatch.setattr(tensor_file, "BUFFER_BYTES", BUFFER)
+    monkeypatch.setattr(tensors, "BUFFER_BYTES", BUFFER)
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hybrid import records
-from hybrid.checkpoint.tensor_file import parts_of
+from hybrid.checkpoint.tensors import parts_of
 from hybrid.checkpoint.weights import save_weights
 from hybrid.job.errors import JobError
 from hybrid.job.file import load_job, to_dict

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid.checkpoint import save, tensor_file, writer
+from hybrid.checkpoint import save, writer
 from hybrid.checkpoint.pieces import WEIGHT, Piece, shares_of
+from hybrid.checkpoint.tensor_file import TensorFile
+from hybrid.checkpoint.tensors import read
 from hybrid.checkpoint.save import Snapshot, StateHashes
 from hybrid.checkpoint.writer import Writer, end_writers
 from hybrid.job.errors import JobError, NoRoom, RunError
@@ -77,9 +79,9 @@ def test_the_writer_saves_a_copy_and_its_failure_is_told(tmp_path: Path) -> None
         saved = thread.take(wait=True)
         assert saved is not None and thread.take(wait=True) is None
         hashes.add(saved.state_hash)
-        reader = tensor_file.TensorFile(tmp_path / f"step-0000000{step}" / "rank00000.safetensors")
-        assert reader.read("weight/a@0", 0, 5).tolist() == [2 * step - 1] * 5
-        reader.close()
+        file = TensorFile(tmp_path / f"step-0000000{step}" / "rank00000.safetensors")
+        assert read(file, "weight/a@0", 0, 5).tolist() == [2 * step - 1] * 5
+        file.close()
         assert first.shares[0].piece.tensor.data_ptr() == memory
     assert len(hashes) == 3
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
-from hybrid.checkpoint.tensor_file import parts_of
+from hybrid.checkpoint.tensors import parts_of
 from hybrid.checkpoint.weights import save_weights
 from hybrid.data import build_data
 from hybrid.data.loader import MicroBatch

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid.checkpoint import folders, save, tensor_file
+from hybrid.checkpoint import folders, save, tensors
 from hybrid.checkpoint.folders import list_checkpoints, prune, remove_unfinished, step_of, verify
 from hybrid.checkpoint.pieces import WEIGHT, Piece, shares_of
 from hybrid.checkpoint.save import Snapshot, StateHashes
@@ -55,7 +55,7 @@ def test_a_save_is_whole_and_in_the_promised_order(
 
 def write_fails(monkeypatch: pytest.MonkeyPatch, rank: int, error: Exception) -> None:
     """Have a rank's file fail after its first block."""
-    blocks = tensor_file._blocks_of
+    blocks = tensors._blocks_of
 
     def failing(parts: Any) -> Iterator[Any]:
         yield from blocks(parts[:1])
@@ -63,7 +63,7 @@ def write_fails(monkeypatch: pytest.MonkeyPatch, rank: int, error: Exception) ->
             raise error
         yield from blocks(parts[1:])
 
-    monkeypatch.setattr(tensor_file, "_blocks_of", failing)
+    monkeypatch.setattr(tensors, "_blocks_of", failing)
 
 
 @pytest.mark.parametrize("rank", [0, 3])

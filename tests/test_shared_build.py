@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import hybrid
-from hybrid.checkpoint import tensor_file
+from hybrid.checkpoint import tensors
 from hybrid.job.errors import NoRoom
 from hybrid.launch.exchange import gather_objects
 from hybrid.launch.local import run_ranks
@@ -204,7 +204,7 @@ def test_nothing_stays_when_the_rank_that_writes_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(tensor_file, "raw_bytes", lambda t: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(tensors, "raw_bytes", lambda t: os.kill(os.getpid(), signal.SIGKILL))
     if (child := os.fork()) == 0:
         write_nameless({"a": torch.ones(3)})
         os._exit(0)

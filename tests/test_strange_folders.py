@@ -15,7 +15,7 @@ import pytest
 
 import hybrid
 from hybrid.checkpoint.inspection import inspect
-from hybrid.checkpoint.tensor_file import parts_of
+from hybrid.checkpoint.tensors import parts_of
 from hybrid.checkpoint.weights import save_weights
 from hybrid.comparison.resume import check_session, find_run
 from hybrid.job.errors import JobError

@@ -19,7 +19,7 @@ from hybrid.launch.failures import RankStatus
 from hybrid.launch.placement import Placement
 from hybrid.measure.clock import Instruments
 from hybrid.records import steps
-from hybrid.training import evaluating, guard, in_progress, loop
+from hybrid.training import evaluating_ranks, guard, in_progress, loop
 from hybrid.training.branches import _anywhere
 from hybrid.training.in_progress import RunInProgress
 from hybrid.training.progress import Watcher
@@ -67,12 +67,15 @@ def test_an_evaluation_of_a_checkpoint_waits_as_in_steps(
         seen.append(status._seconds)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluating, "_open", lambda *_: seen.append(status._seconds) or engine)
-    monkeypatch.setattr(evaluating, "evaluate", stop)
+    def opened(*_: Any) -> SimpleNamespace:
+        seen.append(status._seconds)
+        return engine
+
+    monkeypatch.setattr(evaluating_ranks, "_open", opened)
+    monkeypatch.setattr(evaluating_ranks, "evaluate", stop)
     saved: Any = SimpleNamespace(job=job, describe=dict)
-    asked: Any = SimpleNamespace(strategy="single", out=tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        evaluating._evaluate(saved, asked, Placement(), status)
+        evaluating_ranks._evaluate(saved, "single", tmp_path, Placement(), status)
     assert seen == [97, 31]
 
 

@@ -9,10 +9,12 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from ..job.reading import read_json
+from .file_hash import hash_of_files
 from .manifest import MANIFEST, BadManifest, Manifest, read_manifest
 from .names import step_name
-from .state_hash import hash_of_files
-from .tensor_file import Damaged, TensorFile, dtype_name, sha256_of
+from .tensor_file import Damaged, TensorFile, sha256_of
+from .weights import ABOUT
 
 _NAME = re.compile(r"step-(\d{8,})")
 PART = ".part"
@@ -113,6 +115,16 @@ def find_newest(
     return None, skipped
 
 
+def find_unless_final(checkpoints: Path) -> tuple[tuple[Path, Manifest] | None, list[str]]:
+    """Return what `find_newest` does; nothing where the run's final weights are of a later step."""
+    found, about = list_checkpoints(checkpoints), checkpoints / "final" / ABOUT
+    if found and about.is_file():
+        step = read_json(about, str(about)).get("step")
+        if isinstance(step, int) and step > step_of(found[0]):
+            return None, []
+    return find_newest(checkpoints)
+
+
 def _problem(path: Path, stated: dict[str, object], again: bool) -> str | None:
     try:
         size = path.stat().st_size
@@ -143,7 +155,7 @@ def _misplaced(folder: Path, manifest: Manifest) -> list[str]:
         for piece in entry.pieces:
             span = spans.get(piece.file, {}).get(piece.key)
             if piece.file in spans and (
-                span is None or dtype_name(span.dtype) != entry.dtype or span.size < piece.size
+                span is None or span.dtype != entry.dtype or span.size < piece.size
             ):
                 found.append(f"{piece.file}: has no such {piece.key!r}, of {tensor} {key}")
     return found

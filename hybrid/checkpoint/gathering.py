@@ -12,7 +12,8 @@ import torch.distributed as dist
 from ..job.errors import RunError
 from ..launch.exchange import gather_objects, group_device
 from .pieces import WRITTEN_ELSEWHERE, Piece, Share, shares_of
-from .tensor_file import BUFFER_BYTES, Part
+from .tensor_file import BUFFER_BYTES
+from .tensors import Part
 
 
 class _Range(NamedTuple):

@@ -9,10 +9,11 @@ import torch
 
 from ..job.errors import JobError
 from ..launch.exchange import gather_objects
+from .file_hash import ranges_of
 from .manifest import Entry, Manifest, rank_file
 from .pieces import Piece
-from .state_hash import ranges_of
-from .tensor_file import BUFFER_BYTES, TensorFile, dtype_name, dtype_of
+from .tensor_file import BUFFER_BYTES, TensorFile
+from .tensors import dtype_name, dtype_of, read, read_into
 
 
 def load(folder: Path, manifest: Manifest, pieces: Sequence[Piece]) -> None:
@@ -60,7 +61,7 @@ class Reader:
             low, high = max(begin, start), min(begin + size, end)
             if low < high:
                 into = values[low - start : high - start]
-                self._file(file).read_into(into, part, first + low - begin)
+                read_into(into, self._file(file), part, first + low - begin)
             i += 1
 
     def whole(self, name: str, key: str) -> torch.Tensor:
@@ -97,7 +98,7 @@ class _OwnTensors(Mapping[str, torch.Tensor]):
     def __getitem__(self, label: str) -> torch.Tensor:
         place, file = self._places[label], self._reader._file(self._name)
         count = file.spans[place["key"]].size
-        return file.read(place["key"], 0, count).view(place["shape"])
+        return read(file, place["key"], 0, count).view(place["shape"])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

@@ -20,6 +20,7 @@ from ..launch.serialization import sendable
 FORMAT = 1
 LONGEST = 2**28  # bytes of a manifest: about a million pieces
 MANIFEST = "manifest.json"
+WEIGHT = "weight"  # the key of a parameter's or a buffer's value; others are the optimizer's
 KEYS = (
     "step", "samples", "strategy", "layout", "world_size", "job", "versions", "rng", "loss_scale",
     "state_hash", "tensors", "files",
@@ -121,6 +122,11 @@ class Manifest(NamedTuple):
     def num_bytes(self) -> int:
         """Return the bytes of all files of tensors."""
         return sum(file["bytes"] for file in self.values["files"].values())
+
+
+def order_of(name: str, key: str) -> tuple[str, bool, str]:
+    """Return what sorts canonical tensors: by name, the weight first, then its other keys."""
+    return name, key != WEIGHT, key
 
 
 def rank_file(rank: int) -> str:

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 
 import torch
 
-WEIGHT = "weight"  # the key of a parameter's or a buffer's value; others are the optimizer's
+from .manifest import WEIGHT as WEIGHT
+from .manifest import order_of
+
 SHARED_FROM = 2**14  # elements from which several ranks write a tensor that each of them has
 WRITTEN_ELSEWHERE = (-1, 1)  # `copies` of a part that this rank loads, and that others write
 
@@ -89,8 +91,3 @@ def shares_of(pieces: Iterable[Piece]) -> list[Share]:
         first, end = size * mine // ranks, size * (mine + 1) // ranks
         found.append(Share(piece, first, end - first))
     return found
-
-
-def order_of(name: str, key: str) -> tuple[str, bool, str]:
-    """Return what sorts canonical tensors: by name, the weight first, then its other keys."""
-    return name, key != WEIGHT, key

@@ -21,6 +21,7 @@ import torch
 
 from ..job.errors import NoRoom, RunError
 from ..launch.serialization import sendable
+from .file_hash import hash_of_files
 from .flushing import Flusher, flush_folder, make_folder, write_flushed
 from .folders import PART, folder_of, replaced_name
 from .manifest import (
@@ -36,8 +37,8 @@ from .manifest import (
 )
 from .pieces import WEIGHT, Share
 from .ranks import Gather, Ranks
-from .state_hash import PassingHash, hash_of_files
-from .tensor_file import Part, dtype_name, part_of_tensor, raw_bytes, write_file
+from .state_hash import PassingHash
+from .tensors import Part, dtype_name, part_of_tensor, raw_bytes, write_file
 
 RNG = "rng/"  # how the labels of generators' states begin, among the tensors of one rank
 SHARED = "all hosts must share the file system of the run's folder"

@@ -13,13 +13,14 @@ import torch
 
 from ..job.errors import JobError
 from ..job.reading import read_json
-from .folders import find_newest, list_checkpoints, step_of, verify
+from .folders import find_unless_final, verify
 from .inspection import is_checkpoint
 from .load import Reader
 from .manifest import Manifest
 from .names import CHECKPOINTS
 from .pieces import WEIGHT
-from .tensor_file import Damaged, TensorFile, dtype_of
+from .tensor_file import Damaged, TensorFile
+from .tensors import dtype_of, read
 from .weights import ABOUT, FILE, verify_weights
 
 INDEX = ".safetensors.index.json"
@@ -108,7 +109,7 @@ class FileWeights:
             span = self._file(path).spans.get(name)
             if span is None:
                 raise JobError(f"{where}: {path.name} has no {name}, which the index places there")
-            self.tensors[name] = Form(span.dtype, span.shape)
+            self.tensors[name] = Form(dtype_of(span.dtype), span.shape)
 
     def _file(self, path: Path) -> TensorFile:
         if path not in self._files:
@@ -122,7 +123,7 @@ class FileWeights:
 
     def read(self, name: str, first: int, count: int) -> torch.Tensor:
         """Return elements of a flattened tensor, 1-D on the CPU."""
-        return self._file(self._places[name]).read(name, first, count)
+        return read(self._file(self._places[name]), name, first, count)
 
     def close(self) -> None:
         """Close the files."""
@@ -186,16 +187,6 @@ def _of_run(path: Path) -> Weights | None:
     if problems:
         raise JobError(f"{path}: no checkpoint can be used: {'; '.join(problems)}")
     return None
-
-
-def find_unless_final(checkpoints: Path) -> tuple[tuple[Path, Manifest] | None, list[str]]:
-    """Return what `find_newest` does; nothing where the run's final weights are of a later step."""
-    found, about = list_checkpoints(checkpoints), checkpoints / "final" / ABOUT
-    if found and about.is_file():
-        step = read_json(about, str(about)).get("step")
-        if isinstance(step, int) and step > step_of(found[0]):
-            return None, []
-    return find_newest(checkpoints)
 
 
 def open_final(folder: Path) -> FileWeights:

@@ -1,23 +1,30 @@
-"""Saves a model's final weights as safetensors with a checksum, and verifies saved ones."""
+"""Saves a model's final weights as safetensors with a checksum, and verifies saved ones.
+
+The module imports torch only where it saves."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..job.errors import JobError
 from ..job.reading import read_json
 from ..records.whole import whole_path, write_whole
-from .tensor_file import Part, sha256_of, write_file
+from .tensor_file import sha256_of
+
+if TYPE_CHECKING:
+    from .tensors import Part
 
 ABOUT = "checkpoint.json"
 FILE = "model.safetensors"
 
 
-def save_weights(parts: Sequence[Part], folder: Path, about: Mapping[str, Any]) -> Path:
+def save_weights(parts: "Sequence[Part]", folder: Path, about: Mapping[str, Any]) -> Path:
     """Write `model.safetensors` and `checkpoint.json` (its SHA-256 and `about`) into `folder`.
 
     Returns the path of the weights."""
+    from .tensors import write_file  # torch comes with it
+
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
     with whole_path(path) as new:

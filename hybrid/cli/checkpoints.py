@@ -73,7 +73,7 @@ def evaluate(
 
     _check_given(checkpoint, job, overrides)
     with claim_for_eval(out, find_placement(started_by_hybrid=parent is not None)):
-        from ..training.evaluating import Asked, evaluate_saved  # which imports torch
+        from ..training.evaluating import Asked, evaluate_saved
         from ..training.saved import JobFrom
 
         given = JobFrom(job, overrides or (), trust)

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..checkpoint.tensor_file import dtype_name, dtype_of
+from ..checkpoint.tensors import dtype_name, dtype_of
 from ..job.errors import JobError
 
 NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}

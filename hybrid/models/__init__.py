@@ -33,6 +33,14 @@ def check_model_name(name: str) -> None:
         check_name("model", name, [*FAMILIES, "hf:NAME_OR_PATH"])
 
 
+def without_weights(job: Job) -> Job:
+    """Returns the job for a model whose weights are all going to be replaced: it loads none."""
+    model = job.model.model_copy(update={"weights": None})
+    if model.name.startswith(HF):
+        model = model.model_copy(update={"options": {**model.options, "weights": False}})
+    return job.model_copy(update={"model": model})
+
+
 def can_be_made_on_meta(job: Job) -> bool:
     """Says whether the job's model can be made without values, on torch's meta device.
 

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.tensor_file import Span, TensorFile, blocks_of, parts_of
+from ..checkpoint.tensor_file import WIDTHS, Span, TensorFile
+from ..checkpoint.tensors import blocks_of, dtype_of, parts_of
 from ..job.errors import needs_room
 from ..job.schema import Job
 from ..launch.exchange import gather_objects
@@ -95,9 +96,9 @@ def _open(path: Path) -> dict[str, torch.Tensor]:
 
 def _map_span(path: Path, span: Span) -> torch.Tensor:
     if not span.size:
-        return torch.empty(span.shape, dtype=span.dtype)
-    room = _map_bytes(path, span.begin, span.size * span.dtype.itemsize)
-    return torch.frombuffer(room, dtype=span.dtype).view(span.shape)
+        return torch.empty(span.shape, dtype=dtype_of(span.dtype))
+    room = _map_bytes(path, span.begin, span.size * WIDTHS[span.dtype])
+    return torch.frombuffer(room, dtype=dtype_of(span.dtype)).view(span.shape)
 
 
 def _map_bytes(path: Path, begin: int, size: int) -> "ctypes.Array[ctypes.c_char]":

@@ -12,10 +12,10 @@ import torch
 
 from ..checkpoint.pieces import WEIGHT, Piece
 from ..checkpoint.sources import Weights, open_weights
-from ..checkpoint.tensor_file import BUFFER_BYTES, raw_bytes
+from ..checkpoint.tensor_file import BUFFER_BYTES
+from ..checkpoint.tensors import raw_bytes
 from ..job.errors import JobError
 from ..job.schema import Job
-from ..job.trust import HF
 from . import build_model, can_be_made_on_meta
 from .hf.probe import NotOnMeta
 from .layers import Layers
@@ -43,14 +43,6 @@ def start_from(job: Job, layers: Layers) -> dict[str, Any]:
     except JobError as error:
         raise JobError(f"{given}: {error}") from None
     return {"path": path, "kind": weights.kind, "tensors": len(names), **weights.about}
-
-
-def without_weights(job: Job) -> Job:
-    """Returns the job for a model whose weights are all going to be replaced: it loads none."""
-    model = job.model.model_copy(update={"weights": None})
-    if model.name.startswith(HF):
-        model = model.model_copy(update={"options": {**model.options, "weights": False}})
-    return job.model_copy(update={"model": model})
 
 
 def match_names(weights: Weights, layers: Layers) -> dict[str, list[str]]:

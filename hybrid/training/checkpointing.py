@@ -19,7 +19,7 @@ from ..checkpoint.names import CHECKPOINTS
 from ..checkpoint.pieces import shares_of
 from ..checkpoint.save import RNG, Snapshot, StateHashes, Unfilled, fill, make_room, save
 from ..checkpoint.state_hash import hash_of_pieces
-from ..checkpoint.tensor_file import dtype_of
+from ..checkpoint.tensors import dtype_of
 from ..checkpoint.writer import Writer
 from ..data.loader import MicroBatch
 from ..engines.protocol import Engine, OwnState

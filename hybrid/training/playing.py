@@ -26,8 +26,7 @@ from ..measure.clock import WARMUP_STEPS
 from ..measure.memory import StorageMeter
 from ..measure.traffic import CollectiveCounter
 from ..measure.valueless import forget_buffers, forget_values, valueless, values
-from ..models import build_model
-from ..models.starting import without_weights
+from ..models import build_model, without_weights
 from ..records.dry_run import Collective, DryRun, Shard
 from ..strategies import registry
 

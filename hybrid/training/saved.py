@@ -2,18 +2,17 @@
 
 `hybrid eval`, `export` and `generate` take a checkpoint's folder, a run's folder, or its final
 weights. The job is the one in that folder, unless the command line names another; what that folder
-names to be imported needs `--trust`."""
+names to be imported needs `--trust`. No torch here, so that what cannot be used is refused soon."""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.folders import verify
+from ..checkpoint.folders import find_unless_final, verify
 from ..checkpoint.inspection import is_checkpoint
 from ..checkpoint.manifest import Manifest, read_manifest
 from ..checkpoint.names import CHECKPOINTS, VALID
-from ..checkpoint.sources import CheckpointWeights, Weights, find_unless_final, open_final
 from ..checkpoint.weights import ABOUT, verify_weights
 from ..data import SOURCES
 from ..job.errors import JobError, tell_error
@@ -22,8 +21,10 @@ from ..job.imports import check_name
 from ..job.reading import read_json
 from ..job.schema import Job
 from ..job.trust import require_trust, without_cache
-from ..models import check_model_name
-from ..models.starting import without_weights
+from ..models import check_model_name, without_weights
+
+if TYPE_CHECKING:
+    from ..checkpoint.sources import Weights
 
 JOB = "job.json"
 MOST_STEPS = 2**53  # what a number of JSON holds exactly
@@ -55,8 +56,10 @@ class Saved:
     manifest: Manifest | None = None
     notes: Sequence[str] = ()
 
-    def open(self) -> Weights:
+    def open(self) -> "Weights":
         """Open the weights; the caller closes them."""
+        from ..checkpoint.sources import CheckpointWeights, open_final  # torch comes with it
+
         if self.manifest is None:
             return open_final(self.folder)
         return CheckpointWeights(self.folder, self.manifest)
