@@ -11,9 +11,9 @@ import torch
 
 from hybrid.checkpoint import save, writer
 from hybrid.checkpoint.pieces import WEIGHT, Piece, shares_of
+from hybrid.checkpoint.save import Snapshot, StateHashes
 from hybrid.checkpoint.tensor_file import TensorFile
 from hybrid.checkpoint.tensors import read
-from hybrid.checkpoint.save import Snapshot, StateHashes
 from hybrid.checkpoint.writer import Writer, end_writers
 from hybrid.job.errors import JobError, NoRoom, RunError
 from hybrid.training.best import BestScores, score_of
