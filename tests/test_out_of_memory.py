@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from hybrid.job.variants import resolve
 from hybrid.launch.failures import (
     RankStatus,
     describe_out_of_memory,
+    is_for_memory,
     is_out_of_memory,
     leave_error,
 )
 from hybrid.launch.first_cause import first_cause
 from hybrid.launch.placement import Placement
+from hybrid.training.folder import end_run
 from tests.conftest import small_job
 from tests.test_first_cause import here, raised
 
@@ -91,6 +94,8 @@ def test_a_lack_of_memory_is_left_and_noted(tmp_path: Path) -> None:
     found = first_cause({1: 1}, tmp_path, seen=0.0)
     assert found.message.startswith("out of memory starting")
     assert error.__notes__ == [found.message]  # what a launcher that prints the error shows
+    record = end_run(tmp_path, resolve(small_job(), "ddp"), 2, error)  # of a rank of torchrun
+    assert record.reason == f"rank 0: {found.message}" and is_for_memory(record.reason)
 
 
 def test_no_memory_for_a_trace_costs_the_trace_alone(

@@ -21,6 +21,7 @@ from .deepspeed_setup import link_reordered, restore_fp32_masters
 from .optimizer import build_optimizer, no_decay_names
 from .own_optimizer import is_own
 from .precision import DTYPES, Observer, names_of, round_at_use
+from .zero_partition import partition
 
 
 class PreparedModel(NamedTuple):
@@ -131,7 +132,9 @@ def prepare_zero(
     # It would import transformers (0.9 s), only to tell `from_pretrained` of the configuration.
     plugin.set_deepspeed_weakref = lambda: None
     accelerator = _make_accelerator(placement, accumulation, cpu=False, deepspeed_plugin=plugin)
-    return _prepare(job, accelerator, layers, restored_on=placement)
+    cut = functools.partial(partition, config=ds_config, device=placement.device)
+    stage3 = ds_config["zero_optimization"]["stage"] == 3
+    return _prepare(job, accelerator, layers, restored_on=placement, cut=cut if stage3 else None)
 
 
 def _make_accelerator(
@@ -161,6 +164,7 @@ def _prepare(
     rounds_at_use: bool = False,
     restored_on: Placement | None = None,
     sharded: bool = False,
+    cut: Callable[[nn.Module], None] | None = None,
 ) -> PreparedModel:
     observer = Observer(layers)
     no_decay = no_decay_names(layers, job.optimizer.no_decay)
@@ -172,6 +176,8 @@ def _prepare(
     restore = None
     if restored_on:  # it is DeepSpeed that takes the model
         restore = restore_fp32_masters(model, job.train.precision, restored_on)
+    if cut:
+        cut(model)
     with (
         contextlib.nullcontext() if restore else _no_deepspeed(),
         _without_state_dict() if sharded else contextlib.nullcontext(),

@@ -225,6 +225,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or CPU_ALLOCATOR in str(error)
 
 
+def lack_of_memory(error: BaseException) -> str | None:
+    """Return what `leave_error` has noted of a lack of memory, None where it was none."""
+    notes = getattr(error, "__notes__", ())
+    return next((note for note in notes if note.startswith(OUT_OF_MEMORY)), None)
+
+
 def is_for_memory(reason: str) -> bool:
     """Tell whether the reason of a failed run is one that `describe_out_of_memory` wrote."""
     return f": {OUT_OF_MEMORY} " in reason

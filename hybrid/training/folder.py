@@ -17,6 +17,7 @@ from ..job.file import to_dict
 from ..job.schema import Job
 from ..job.traces import users_line
 from ..job.variants import Choice
+from ..launch.failures import lack_of_memory
 from ..records import Record, Status
 from ..records.whole import remove_parts, whole_file
 from .branches import BRANCHES
@@ -113,6 +114,8 @@ def end_run(
         reason = str(error) if kind == "error" else error.failure.message
     elif isinstance(error, (KeyboardInterrupt, SystemExit)) and kind != "stopped":
         reason = records.INTERRUPTED
+    elif lack := lack_of_memory(error):
+        reason = f"rank 0: {lack}"  # the rank that writes records
     else:
         reason = first_line(error)
         log = out / "logs" / "rank0.log"
