@@ -21,7 +21,6 @@ from .deepspeed_setup import link_reordered, restore_fp32_masters
 from .optimizer import build_optimizer, no_decay_names
 from .own_optimizer import is_own
 from .precision import DTYPES, Observer, names_of, round_at_use
-from .zero_partition import partition
 
 
 class PreparedModel(NamedTuple):
@@ -120,9 +119,16 @@ def prepare_fsdp(
 
 
 def prepare_zero(
-    job: Job, placement: Placement, layers: Layers, accumulation: int, ds_config: dict[str, Any]
+    job: Job,
+    placement: Placement,
+    layers: Layers,
+    accumulation: int,
+    ds_config: dict[str, Any],
+    cut: Callable[[nn.Module], None] | None,
 ) -> PreparedModel:
-    """Put the model under DeepSpeed's ZeRO, by a complete DeepSpeed configuration."""
+    """Put the model under DeepSpeed's ZeRO, by a complete DeepSpeed configuration.
+
+    cut: cuts the parameters before DeepSpeed takes the model."""
     # Accelerate decides by this variable, not by its argument, whether DeepSpeed runs at all, and
     # only where it is not told that the host is a CPU (accelerate/state.py).
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -132,9 +138,7 @@ def prepare_zero(
     # It would import transformers (0.9 s), only to tell `from_pretrained` of the configuration.
     plugin.set_deepspeed_weakref = lambda: None
     accelerator = _make_accelerator(placement, accumulation, cpu=False, deepspeed_plugin=plugin)
-    cut = functools.partial(partition, config=ds_config, device=placement.device)
-    stage3 = ds_config["zero_optimization"]["stage"] == 3
-    return _prepare(job, accelerator, layers, restored_on=placement, cut=cut if stage3 else None)
+    return _prepare(job, accelerator, layers, restored_on=placement, cut=cut)
 
 
 def _make_accelerator(

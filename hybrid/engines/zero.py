@@ -1,6 +1,7 @@
 """This module holds the engine behind ZeRO-1, 2 and 3: Accelerate runs DeepSpeed's optimizer."""
 
 import contextlib
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ from .protocol import OwnState, Shapes, make_receipt
 from .state import copy_state, local_part, named_tensors
 from .tally import Tally
 from .zero_copies import keep_one_copy, step_on_gradients
+from .zero_partition import partition
 
 
 class ZeroEngine(AcceleratedEngine):
@@ -54,16 +56,19 @@ class ZeroEngine(AcceleratedEngine):
     ) -> None:
         config = full_config(job, placement, layers, name, zero_stage)
         prepare_process(placement)
+        cut = None
         if zero_stage == 3:
+            from deepspeed.runtime.zero.partition_parameters import Init
             from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
             add_biases_before_rounding()
             keep_one_copy(DeepSpeedZeroOptimizer_Stage3)
+            cut = functools.partial(partition, init=Init, config=config, device=placement.device)
         rounds = job.train.precision != "fp32"
         parts = FrozenParts(
             layers.names() if rounds else (), placement.dp_rank, placement.layout.dp
         )
-        prepared = prepare_zero(job, placement, layers, job.micro_batches(name), config)
+        prepared = prepare_zero(job, placement, layers, job.micro_batches(name), config, cut)
         super().__init__(job, placement, loss, prepared, _inspect, _scatter)
         self.zero_stage, self.frozen = zero_stage, parts
         if zero_stage == 3:

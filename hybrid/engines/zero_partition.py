@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 
-def partition(model: nn.Module, config: dict[str, Any], device: torch.device) -> None:
+def partition(model: nn.Module, init: Any, config: dict[str, Any], device: torch.device) -> None:
     """Move, round, send from rank 0 and cut each parameter, one after another; collective.
 
-    config: DeepSpeed's, complete. Buffers stay whole, on the device."""
-    from deepspeed.runtime.zero.partition_parameters import Init
+    init: the class `deepspeed.zero.Init`. config: DeepSpeed's, complete. Buffers stay whole, on the
+    device."""
 
-    class OneByOne(Init):
+    class OneByOne(init):
         def _zero_init_param(self, param: torch.Tensor) -> None:
             if param.is_floating_point():
                 param.data = param.data.to(self.dtype)
