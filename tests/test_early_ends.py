@@ -125,6 +125,22 @@ def test_a_failed_rank_ends_whatever_hangs() -> None:
     assert time.monotonic() - started < 30
 
 
+DYING = """
+import _thread, threading
+from hybrid.launch import farewell
+farewell.PATIENCE_S = 0.2
+# A thread that is made and ends before it begins, as where its first bytes find no memory.
+_thread.start_new_thread = threading._start_new_thread = lambda *_: 0
+farewell.note_failure()
+farewell.leave(7)
+"""
+
+
+def test_a_failed_rank_ends_whose_threads_end_before_they_begin() -> None:
+    done = subprocess.run([sys.executable, "-c", DYING], timeout=50, cwd=ROOT)
+    assert done.returncode == 7
+
+
 def test_groups_of_a_failed_rank_are_left_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Destroying them would wait for a collective that nobody joins."""
     store: Any = dist.HashStore()

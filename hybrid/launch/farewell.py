@@ -4,11 +4,11 @@ Destroying gloo's groups waits for operations that cannot end, until they time o
 kernels. So the groups of a failed rank are aborted and kept, and the process ends without taking
 anything down. torch is imported only where it is there already."""
 
+import _thread
 import atexit
 import contextlib
 import os
 import sys
-import threading
 from typing import Any, NoReturn
 
 PATIENCE_S = 5.0  # for what may hang: an abort of NCCL, functions that run at exit
@@ -55,15 +55,22 @@ def leave(status: int) -> NoReturn:
 
 
 def _within(seconds: float, work: Any) -> None:
-    """Do something that may hang, and go on after `seconds` if it does."""
+    """Do something that may hang, and go on after `seconds` if it does.
+
+    Where memory has run out, a new thread may end before it begins, which `threading.Thread.start`
+    would wait for without an end."""
+    done = _thread.allocate_lock()
+    done.acquire()
 
     def quietly() -> None:
-        with contextlib.suppress(Exception):
-            work()
+        try:
+            with contextlib.suppress(Exception):
+                work()
+        finally:
+            done.release()
 
-    thread = threading.Thread(target=quietly, daemon=True)
     try:
-        thread.start()
-    except RuntimeError:  # no room for a thread
+        _thread.start_new_thread(quietly, ())
+    except (RuntimeError, MemoryError):  # no room for a thread
         return
-    thread.join(seconds)
+    done.acquire(timeout=seconds)
