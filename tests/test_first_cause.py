@@ -202,8 +202,8 @@ def test_without_a_folder_a_rank_leaves_nothing(
 def test_a_rank_without_room_for_a_thread_still_tells_its_cause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def start(self: object) -> None:
+    def start(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(heartbeat.threading.Thread, "start", start)
+    monkeypatch.setattr("_thread.start_new_thread", start)
     assert heartbeat._bounded(lambda: "told", None) == "told"

@@ -15,11 +15,15 @@ from .flushing import read_in_passing
 
 BUFFER_BYTES = 2**24
 LONGEST_HEADER = 10**8  # bytes, as in the library
-WIDTHS = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
-    "BOOL": 1, "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
+# The dtypes that are read and written: torch's name of each, and the bytes of an element.
+DTYPES = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
+    "U8": ("uint8", 1), "BOOL": ("bool", 1), "U16": ("uint16", 2), "U32": ("uint32", 4),
+    "U64": ("uint64", 8), "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
+    "C64": ("complex64", 8),
 }  # fmt: skip
-"""The bytes of an element of each dtype."""
+WIDTHS = {name: width for name, (_, width) in DTYPES.items()}
 
 
 class Damaged(ValueError):

@@ -15,15 +15,9 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from .flushing import Flusher, PastCache
-from .tensor_file import BUFFER_BYTES, TensorFile
+from .tensor_file import BUFFER_BYTES, DTYPES, TensorFile
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool, "U16": torch.uint16, "U32": torch.uint32,
-    "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-}  # fmt: skip
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own) for name, (own, _) in DTYPES.items()}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 

@@ -38,7 +38,7 @@ def inspect(
 
 
 def _check_given(folder: Path, job: Path | None, overrides: list[str] | None) -> None:
-    """Refuse what the command line shows to be wrong before torch is imported: that takes a second.
+    """Refuse what the command line shows to be wrong before a checkpoint is read and verified.
 
     The job of the folder itself is read later, with the rest of what is there."""
     from ..checkpoint.names import VALID

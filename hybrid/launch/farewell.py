@@ -4,12 +4,14 @@ Destroying gloo's groups waits for operations that cannot end, until they time o
 kernels. So the groups of a failed rank are aborted and kept, and the process ends without taking
 anything down. torch is imported only where it is there already."""
 
-import _thread
 import atexit
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
+
+from .bounded import run_within
 
 PATIENCE_S = 5.0  # for what may hang: an abort of NCCL, functions that run at exit
 _kept: list[Any] = []  # groups whose destructors would wait
@@ -54,23 +56,11 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _within(seconds: float, work: Any) -> None:
-    """Do something that may hang, and go on after `seconds` if it does.
-
-    Where memory has run out, a new thread may end before it begins, which `threading.Thread.start`
-    would wait for without an end."""
-    done = _thread.allocate_lock()
-    done.acquire()
+def _within(seconds: float, work: Callable[[], object]) -> None:
+    """Do something that may hang or fail, and go on after `seconds`, or where it cannot be done."""
 
     def quietly() -> None:
-        try:
-            with contextlib.suppress(Exception):
-                work()
-        finally:
-            done.release()
+        with contextlib.suppress(Exception):
+            work()
 
-    try:
-        _thread.start_new_thread(quietly, ())
-    except (RuntimeError, MemoryError):  # no room for a thread
-        return
-    done.acquire(timeout=seconds)
+    run_within(seconds, quietly)

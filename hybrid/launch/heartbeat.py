@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from ..job.traces import OWN_PACKAGE, is_users, show_file
 from .blame import ENDED, Cause, Sign, find_cause
+from .bounded import run_within
 from .placement import Placement
 from .stall import LOOK_S, SHARE, StallWatch
 from .stopping import STOPPED, give_up, told
@@ -193,13 +194,8 @@ def _bounded(ask: Callable[[], T | None], otherwise: T | None) -> T | None:
         with contextlib.suppress(RuntimeError):  # torch's store errors
             answers.append(ask())
 
-    thread = threading.Thread(target=work, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:  # memory has run out, and a thread's stack finds no room
+    if not run_within(2 * PATIENCE_S + 4 * PERIOD_S, work):
         work()
-    else:
-        thread.join(2 * PATIENCE_S + 4 * PERIOD_S)
     return answers[0] if answers else otherwise
 
 

@@ -59,10 +59,10 @@ def evaluate_saved(asked: Asked) -> dict[str, Any] | None:
     if asked.nproc not in (None, placement.world_size):
         world = placement.world_size
         raise JobError(f"--nproc {asked.nproc}: the launcher started {world} processes")
-    from .evaluating_ranks import evaluate_and_clean_up  # torch comes with it
-
     saved = _find_here(asked, placement)
     registry.check_settings(saved.job, [asked.strategy])
+    from .evaluating_ranks import evaluate_and_clean_up  # torch comes with it
+
     placement = registry.place(saved.job, asked.strategy, placement)
     export_rank_variables(placement)
     if placement.launcher != OWN:
