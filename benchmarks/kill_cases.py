@@ -33,7 +33,8 @@ Row = dict[str, Any]
 STEPS, EVERY, KEEP, EVAL_EVERY = 12, 3, 2, 4
 PHASES = ("loading", "step", "evaluation", "saving")
 # The calls of a save by rank 0 from its second save on, in order: before and after each.
-WRITING = [("mkdir", 0), *(("block", n) for n in range(40)), ("fdatasync", 0)]
+CHANNELS = [*(("mkfifo", n) for n in range(3)), *(("unpipe", n) for n in range(6))]
+WRITING = [("mkdir", 0), *CHANNELS, *(("block", n) for n in range(40)), ("fdatasync", 0)]
 COMMITTING = [("manifest", 0), ("fsync", 0), ("fsync", 1), ("rename", 0), ("fsync", 2)]
 PRUNING = [("rename", 1), *(("unlink", n) for n in range(5)), ("rmdir", 0)]
 REPLACING = [("rename", 0), ("rename", 1), ("fsync", 2), ("unlink", 1), ("rmdir", 0)]
@@ -133,7 +134,7 @@ def draw_phase(number: int, strategies: list[str]) -> Case:
     at = {"loading": 40, "step": STEPS, "evaluation": STEPS // EVAL_EVERY, "saving": 4}[phase]
     accident = Accident(rank, phase, draw.randrange(at))
     if phase == "saving":
-        call, nth = draw.choice(WRITING[1:21])
+        call, nth = draw.choice([one for one in WRITING if one[0] == "block"][:20])
         accident = dataclasses.replace(accident, call=call, nth=nth)
     return Case(number, phase, strategy, draw.random() < 0.5, accident)
 
@@ -144,7 +145,7 @@ def draw_instant(number: int, strategies: list[str]) -> Case:
     kind = list(INSTANTS)[number % len(INSTANTS)]
     call, nth = draw.choice(INSTANTS[kind])
     strategy = draw.choice(strategies)
-    only_0 = kind != "writing" or call == "mkdir"
+    only_0 = kind != "writing" or (call, nth) in {("mkdir", 0), *CHANNELS}
     rank = 0 if only_0 else draw.randrange(num_ranks(strategy))
     first = {"writing": 0, "commit": 1, "pruning": 2, "replacing": 0}[kind]
     at = 0 if kind == "replacing" else draw.randrange(first, 4)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 # What a save asks of the system. `block`: of a rank's file; `manifest`: half of it is written.
-CALLS = ("mkdir", "fdatasync", "fsync", "rename", "unlink", "rmdir")
+CALLS = ("mkdir", "mkfifo", "fdatasync", "fsync", "rename", "unlink", "rmdir")
+CHANNEL = (".pipe", ".room")  # how names of channels end: to unlink one is to "unpipe"
 
 LATE_S = 0.3  # in which many steps could be made
 
@@ -58,7 +59,8 @@ class _Saves:
         """Return a function of the system with the accident before or after it."""
 
         def counted(*arguments: Any, **options: Any) -> Any:
-            due = self.is_due(call)
+            name = str(arguments[0]) if call == "unlink" else ""
+            due = self.is_due("unpipe" if name.endswith(CHANNEL) else call)
             if due and not self.accident.after:
                 act(self.accident)
             found = work(*arguments, **options)

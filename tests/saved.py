@@ -13,7 +13,8 @@ import torch
 from hybrid.checkpoint.folders import folder_of
 from hybrid.checkpoint.manifest import MANIFEST, seal
 from hybrid.checkpoint.pieces import WEIGHT, Piece, shares_of
-from hybrid.checkpoint.save import Snapshot, save
+from hybrid.checkpoint.save import save
+from hybrid.checkpoint.snapshot import Snapshot
 from hybrid.job.file import to_dict
 from hybrid.models import build_model
 

@@ -11,7 +11,8 @@ import torch
 
 from hybrid.checkpoint import save
 from hybrid.checkpoint.pieces import WEIGHT, Piece, shares_of
-from hybrid.checkpoint.save import Snapshot, StateHashes
+from hybrid.checkpoint.save import StateHashes
+from hybrid.checkpoint.snapshot import Snapshot
 
 RANKS = 4
 VALUES: dict[str, Any] = {
@@ -39,11 +40,12 @@ def snapshot(rank: int, step: int, seed: int = 0) -> Snapshot:
 
 
 class Ranks:
-    """Four ranks that are threads of this process."""
+    """Ranks that are threads of this process."""
 
-    def __init__(self) -> None:
-        self.barrier = threading.Barrier(RANKS, timeout=20)
-        self.values: list[Any] = [None] * RANKS
+    def __init__(self, count: int = RANKS) -> None:
+        self.count = count
+        self.barrier = threading.Barrier(count, timeout=20)
+        self.values: list[Any] = [None] * count
 
     def gather(self, rank: int) -> Callable[[Any], list[Any]]:
         """Return the `gather` of a rank."""
@@ -59,7 +61,7 @@ class Ranks:
 
     def run(self, work: Callable[[int], Any]) -> list[Any]:
         """Return what `work` returns or raises on each rank."""
-        found: list[Any] = [None] * RANKS
+        found: list[Any] = [None] * self.count
 
         def run(rank: int) -> None:
             try:
@@ -67,7 +69,7 @@ class Ranks:
             except Exception as error:
                 found[rank] = error
 
-        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(RANKS)]
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(self.count)]
         for thread in threads:
             thread.start()
         for thread in threads:

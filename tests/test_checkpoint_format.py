@@ -30,12 +30,14 @@ from hybrid.checkpoint.folders import (
 from hybrid.checkpoint.load import Reader, load
 from hybrid.checkpoint.manifest import MANIFEST, BadManifest, read_manifest, seal
 from hybrid.checkpoint.pieces import SHARED_FROM, Piece, shares_of
-from hybrid.checkpoint.save import Snapshot, save
+from hybrid.checkpoint.save import StateHashes, save
+from hybrid.checkpoint.snapshot import Snapshot
 from hybrid.checkpoint.state_hash import hash_of_pieces
 from hybrid.checkpoint.tensor_file import Damaged, TensorFile, sha256_of
 from hybrid.checkpoint.tensors import Part, write_file
 from hybrid.job.errors import JobError
 from hybrid.job.schema import Job
+from tests.saving_ranks import Ranks
 
 TENSORS = {
     ("1.bias", "weight"): torch.arange(101.0),
@@ -80,19 +82,15 @@ def saved(folder: Path, ranks: int, draw: random.Random) -> Path:
 
 
 def saved_by(folder: Path, held: list[list[Piece]]) -> Path:
-    """Save what each rank holds: in turn, each with what the others' exchanges would return."""
-    from hybrid.checkpoint import save as module
+    """Save what each rank holds; the ranks are threads."""
+    ranks = Ranks(len(held))
 
-    written = []
-    part = folder / "step-00000004.part"
-    part.mkdir(parents=True)
-    for rank, pieces in enumerate(held):
-        snapshot = Snapshot(4, shares_of(pieces), {}, {}, VALUES)
-        flushers: list[Any] = []
-        written.append(module._write(part, snapshot, rank, flushers, len(held) == 1))
-        flushers[0].finish()
-    manifest = module._take_hash(part, snapshot, written, None)
-    module._commit(part, folder / "step-00000004", *manifest)
+    def work(rank: int) -> StateHashes:
+        snapshot = Snapshot(4, shares_of(held[rank]), {}, {}, VALUES)
+        return save(folder, snapshot, rank, ranks.gather(rank))
+
+    found = ranks.run(work)
+    assert len(set(found)) == 1 and isinstance(found[0], StateHashes), found
     return folder / "step-00000004"
 
 

@@ -11,7 +11,8 @@ import torch
 
 from hybrid.checkpoint import save, writer
 from hybrid.checkpoint.pieces import WEIGHT, Piece, shares_of
-from hybrid.checkpoint.save import Snapshot, StateHashes
+from hybrid.checkpoint.save import StateHashes
+from hybrid.checkpoint.snapshot import Snapshot
 from hybrid.checkpoint.tensor_file import TensorFile
 from hybrid.checkpoint.tensors import read
 from hybrid.checkpoint.writer import Writer, end_writers

@@ -16,7 +16,8 @@ import torch
 from hybrid.checkpoint import folders, save, tensors
 from hybrid.checkpoint.folders import list_checkpoints, prune, remove_unfinished, step_of, verify
 from hybrid.checkpoint.pieces import WEIGHT, Piece, shares_of
-from hybrid.checkpoint.save import Snapshot, StateHashes
+from hybrid.checkpoint.save import StateHashes
+from hybrid.checkpoint.snapshot import Snapshot
 from hybrid.job.errors import NoRoom, RunError, exit_status
 from tests.saving_ranks import RANKS, VALUES, Ranks, names, only_error, pieces, save_all
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import hybrid
-from hybrid.checkpoint import save
+from hybrid.checkpoint import snapshot
 from hybrid.checkpoint.folders import list_checkpoints, step_of, verify
 from hybrid.checkpoint.manifest import read_manifest
-from hybrid.checkpoint.save import Unfilled
+from hybrid.checkpoint.snapshot import Unfilled
 from hybrid.job.errors import NoRoom, RunFailed, exit_status
 from hybrid.job.variants import resolve
 from hybrid.launch.warm import warm_ranks
@@ -101,7 +101,7 @@ def test_late_copies_are_what_a_save_at_once_has(
     def fill(unfilled: Sequence[Unfilled]) -> None:
         late.append(len(unfilled))
         time.sleep(LATE_S / 3)
-        save.fill(unfilled)
+        snapshot.fill(unfilled)
 
     monkeypatch.setattr(checkpointing, "fill", fill)
     found = []

@@ -19,13 +19,13 @@ def hash_entries(
     """Return the hash of canonical tensors; `blocks` returns the bytes of one, in order."""
     digest = hashlib.sha256()
     for (name, key), entry in sorted(entries.items(), key=lambda item: order_of(*item[0])):
-        digest.update(head_of(name, key, entry.dtype, entry.shape))
+        digest.update(_head_of(name, key, entry.dtype, entry.shape))
         for block in blocks(name, key, entry):
             digest.update(block)
     return digest.hexdigest()
 
 
-def head_of(name: str, key: str, dtype: str, shape: Sequence[int]) -> bytes:
+def _head_of(name: str, key: str, dtype: str, shape: Sequence[int]) -> bytes:
     """Return what the hash takes of a tensor before its bytes."""
     return "\0".join((name, key, dtype, compact(list(shape)), "")).encode()
 

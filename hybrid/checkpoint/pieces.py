@@ -6,12 +6,13 @@ the checkpoint reads and writes these in place: no rank ever holds a whole tenso
 
 import dataclasses
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from .manifest import WEIGHT as WEIGHT
 from .manifest import order_of
+from .tensor_file import BUFFER_BYTES
 
 SHARED_FROM = 2**14  # elements from which several ranks write a tensor that each of them has
 WRITTEN_ELSEWHERE = (-1, 1)  # `copies` of a part that this rank loads, and that others write
@@ -71,6 +72,12 @@ class Share:
     def read(self, first: int, count: int) -> torch.Tensor:
         """Return elements of the share as a 1-D tensor; `first` counts in the share."""
         return self.piece.read(self.first + first, count)
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """Yield the share as 1-D tensors of at most a buffer each; an empty share has none."""
+        step = max(1, BUFFER_BYTES // self.piece.tensor.dtype.itemsize)
+        for first in range(0, self.count, step):
+            yield self.read(first, min(step, self.count - first))
 
 
 def shares_of(pieces: Iterable[Piece]) -> list[Share]:

@@ -6,7 +6,6 @@ flushes that; older checkpoints are removed only then. What a process leaves tha
 way has a temporary name, by which the next start knows it (`folders.remove_unfinished`)."""
 
 import contextlib
-import copy
 import dataclasses
 import hashlib
 import os
@@ -16,12 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
-import torch
-
 from ..job.errors import NoRoom, RunError
 from ..launch.serialization import sendable
-from .file_hash import hash_of_files
 from .flushing import Flusher, flush_folder, make_folder, write_flushed
 from .folders import PART, folder_of, replaced_name
 from .manifest import (
@@ -29,86 +24,19 @@ from .manifest import (
     MANIFEST,
     Entry,
     FilePiece,
-    Manifest,
     rank_file,
     seal,
     tensors_as_json,
     uncovered,
 )
-from .pieces import WEIGHT, Share
+from .passing_hash import PassingHash, size_of
+from .pieces import Share
 from .ranks import Gather, Ranks
-from .state_hash import PassingHash
+from .snapshot import Snapshot
 from .tensors import Part, dtype_name, part_of_tensor, raw_bytes, write_file
 
 RNG = "rng/"  # how the labels of generators' states begin, among the tensors of one rank
 SHARED = "all hosts must share the file system of the run's folder"
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """Is what one rank writes: its shares of the state, tensors of its own, and its numbers.
-
-    values: of the manifest; rank 0's are taken. own: tensors that belong to this rank alone, such
-    as the states of its generators. numbers: what they need beside them, as JSON."""
-
-    step: int
-    shares: Sequence[Share]
-    own: Mapping[str, torch.Tensor]
-    numbers: Mapping[str, Any]
-    values: Mapping[str, Any]
-
-    def copy(
-        self, into: "Snapshot | None" = None, later: "list[Unfilled] | None" = None
-    ) -> "Snapshot":
-        """Return a snapshot of copies on the CPU, which training does not change any more.
-
-        into: an earlier copy that nobody needs now, or room; its memory is used again where it
-        fits, since new memory takes longer than the copying. later: takes what the optimizer keeps
-        on the CPU, which `fill` must copy before the optimizer's next step; left out, nothing waits
-        for that."""
-        room = {(s.piece.entry, s.start): s.piece.tensor for s in into.shares} if into else {}
-        shares = []
-        for share in self.shares:
-            part = share.read(0, share.count)
-            copied = room.get((share.piece.entry, share.start))
-            if copied is None or (copied.shape, copied.dtype) != (part.shape, part.dtype):
-                copied = torch.empty(part.shape, dtype=part.dtype)
-            if later is None or share.piece.key == WEIGHT or part.device.type != "cpu":
-                copied.copy_(part)
-            else:
-                later.append((copied, part))
-            piece = dataclasses.replace(share.piece, tensor=copied, start=share.start)
-            shares.append(Share(piece, 0, share.count))
-        own = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.own.items()}
-        numbers, values = copy.deepcopy(self.numbers), copy.deepcopy(self.values)
-        return dataclasses.replace(self, shares=shares, own=own, numbers=numbers, values=values)
-
-    def touch(self) -> None:
-        """Fill room with zeros, so that the system gives it its memory now."""
-        for share in self.shares:
-            share.piece.tensor.zero_()
-
-
-Unfilled = tuple[torch.Tensor, torch.Tensor]  # a copy that is to be made, and what of
-
-
-def fill(unfilled: Sequence[Unfilled]) -> None:
-    """Make the copies that `Snapshot.copy` left for later.
-
-    One core does that: a thread that copies by torch would start as many more as torch has, and
-    take the cores of those that train."""
-    for copied, live in unfilled:
-        numpy.copyto(copied.view(torch.uint8).numpy(), live.view(torch.uint8).numpy())
-
-
-def make_room(shares: Sequence[Share]) -> Snapshot:
-    """Return room for a copy of shares, which has no memory yet: see `Snapshot.touch`."""
-    found = []
-    for share in shares:
-        room = torch.empty(share.count, dtype=share.piece.tensor.dtype)
-        piece = dataclasses.replace(share.piece, tensor=room, start=share.start)
-        found.append(Share(piece, 0, share.count))
-    return Snapshot(0, found, {}, {}, {})
 
 
 @sendable
@@ -123,17 +51,23 @@ class StateHashes(NamedTuple):
 
 
 @sendable
+class _Plan(NamedTuple):
+    """Says what a rank is about to write of the canonical tensors, and on which host."""
+
+    host: str
+    size: int  # in bytes
+    entries: Sequence[tuple[str, str, str, tuple[int, ...], FilePiece]]
+
+
+@sendable
 @dataclasses.dataclass(frozen=True)
 class _Written:
     """Says what a rank has written."""
 
     file: Mapping[str, Any]
-    entries: Sequence[tuple[str, str, str, tuple[int, ...], FilePiece]]
     own: Mapping[str, Any]
     numbers: Mapping[str, Any]
     own_hash: str
-    host: str
-    state_hash: str  # taken in passing by a rank that is alone, empty: not yet
 
 
 def save(
@@ -154,24 +88,79 @@ def save(
     part = folder.with_name(folder.name + PART)
     ranks = Ranks(rank, gather, checkpoints, snapshot.step)
     flushers: list[Flusher] = []  # of this rank's file
-    hashed: list[tuple[dict[str, Any], StateHashes]] = []  # the manifest, on rank 0
+    passing = PassingHash(rank, snapshot.shares)
     try:
-        alone = len(ranks.each(lambda: make_folder(part) if rank == 0 else None)) == 1
-        everyone = ranks.each(lambda: _write(part, snapshot, rank, flushers, alone))
-
-        def finish() -> None:
-            # Rank 0 takes the hash of what all have written while that goes on to the disks.
-            if rank == 0:
-                hashed.append(_take_hash(part, snapshot, everyone, unlike))
-            flushers[0].finish()
-
-        ranks.each(finish)
-        saved: StateHashes = ranks.first(lambda: _commit(part, folder, *hashed[0]))
-    except (NoRoom, RunError):
-        _take_away(part, rank, flushers)
+        sealed = _write_together(ranks, part, snapshot, passing, flushers, unlike)
+        saved: StateHashes = ranks.first(lambda: _commit(part, folder, *sealed[0]))
+    except BaseException as error:
+        passing.give_up()
+        if isinstance(error, NoRoom | RunError):
+            _take_away(part, rank, flushers)
         raise
     ranks.first(tidy)
     return saved
+
+
+def _write_together(
+    ranks: Ranks,
+    part: Path,
+    snapshot: Snapshot,
+    passing: PassingHash,
+    flushers: list[Flusher],
+    unlike: StateHashes | None,
+) -> list[tuple[dict[str, Any], StateHashes]]:
+    """Have all ranks write; return the manifest's values and the hashes on rank 0; collective."""
+    found, tensors = list[tuple[dict[str, Any], StateHashes]](), dict[tuple[str, str], Entry]()
+    rank = ranks.rank
+
+    def write() -> _Written:
+        if rank == 0:
+            tensors.update(_gather_entries(plans))
+        passing.begin(part, tensors, joined)
+        return _write(part, snapshot, rank, flushers)
+
+    def finish() -> None:
+        if rank == 0:
+            _require_seen(part, plans, written)
+        state_hash = passing.finish()
+        if rank == 0:
+            found.append(_manifest(snapshot, written, tensors, state_hash, unlike))
+        flushers[0].finish()
+
+    plans: list[_Plan] = ranks.each(lambda: _plan(part, snapshot, rank))
+    joined = _open_channels(ranks, part, plans, passing)
+    written: list[_Written] = ranks.each(write)
+    ranks.each(finish)
+    return found
+
+
+def _plan(part: Path, snapshot: Snapshot, rank: int) -> _Plan:
+    """Return what a rank is about to write; rank 0 makes the folder."""
+    if rank == 0:
+        make_folder(part)
+    entries = []
+    for share in snapshot.shares:
+        piece, key = share.piece, _key_of(share)
+        place = FilePiece(rank_file(rank), key, share.start, share.count)
+        entries.append((piece.name, piece.key, dtype_name(piece.tensor.dtype), piece.shape, place))
+    return _Plan(socket.gethostname(), size_of(snapshot.shares), entries)
+
+
+def _key_of(share: Share) -> str:
+    """Return the key under which a rank's file has a share."""
+    return f"{share.piece.key}/{share.piece.name}@{share.start}"
+
+
+def _open_channels(
+    ranks: Ranks, part: Path, plans: Sequence[_Plan], passing: PassingHash
+) -> Sequence[bool]:
+    """Open channels from the ranks of rank 0's host to it; return which ranks have one."""
+    if len(plans) == 1:
+        return [False]
+    others = list(enumerate(plans))[1:]
+    here = {rank: plan.size for rank, plan in others if plan.host == plans[0].host}
+    ranks.first(lambda: passing.open_channels(part, here))
+    return ranks.each(lambda: passing.join_channel(part))
 
 
 def _take_away(part: Path, rank: int, flushers: Sequence[Flusher]) -> None:
@@ -187,18 +176,9 @@ def _take_away(part: Path, rank: int, flushers: Sequence[Flusher]) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write(
-    part: Path, snapshot: Snapshot, rank: int, flushers: list[Flusher], alone: bool = False
-) -> _Written:
+def _write(part: Path, snapshot: Snapshot, rank: int, flushers: list[Flusher]) -> _Written:
     """Write this rank's file; what flushes it to the disk is added to `flushers`."""
-    name, host = rank_file(rank), socket.gethostname()
-    parts, entries = [], []
-    for share in snapshot.shares:
-        piece = share.piece
-        key = f"{piece.key}/{piece.name}@{share.start}"
-        place = FilePiece(name, key, share.start, share.count)
-        entries.append((piece.name, piece.key, dtype_name(piece.tensor.dtype), piece.shape, place))
-        parts.append(Part(key, piece.tensor.dtype, share.count, share.read))
+    parts = [Part(_key_of(s), s.piece.tensor.dtype, s.count, s.read) for s in snapshot.shares]
     own: dict[str, Any] = {}
     digest = hashlib.sha256()
     for label, tensor in sorted(snapshot.own.items()):
@@ -208,32 +188,34 @@ def _write(
         if not label.startswith(RNG):
             digest.update(raw_bytes(tensor.reshape(-1)))
     own_hash = digest.hexdigest() if any(not label.startswith(RNG) for label in own) else ""
-    keys = [one.key for one in parts[: len(entries)]]
-    passing = PassingHash(keys, snapshot.shares) if alone else None
     try:
-        file, flusher = write_file(part / name, parts, watch=passing.take if passing else None)
+        file, flusher = write_file(part / rank_file(rank), parts, past_cache=True)
     except FileNotFoundError as error:
         raise RunError(f"{part.name}: {error.strerror}; {SHARED}") from None
     flushers.append(flusher)
-    state_hash = passing.hexdigest() if passing else ""
-    return _Written(file, entries, own, dict(snapshot.numbers), own_hash, host, state_hash)
+    return _Written(file, own, dict(snapshot.numbers), own_hash)
 
 
-def _take_hash(
-    part: Path, snapshot: Snapshot, everyone: Sequence[_Written], unlike: StateHashes | None
+def _require_seen(part: Path, plans: Sequence[_Plan], written: Sequence[_Written]) -> None:
+    """Require that rank 0 sees what each rank has written."""
+    for rank, (plan, one) in enumerate(zip(plans, written, strict=True)):
+        if _size_of(part / rank_file(rank)) != one.file["bytes"]:
+            raise RunError(f"it does not see what rank {rank} on {plan.host} has written; {SHARED}")
+
+
+def _manifest(
+    snapshot: Snapshot,
+    written: Sequence[_Written],
+    tensors: Mapping[tuple[str, str], Entry],
+    state_hash: str,
+    unlike: StateHashes | None,
 ) -> tuple[dict[str, Any], StateHashes]:
     """Return the manifest's values, and the hashes of the state that the files hold."""
-    files: dict[str, Mapping[str, Any]] = {}
-    for rank, one in enumerate(everyone):
-        files[rank_file(rank)] = dict(one.file)
-        if _size_of(part / rank_file(rank)) != one.file["bytes"]:
-            raise RunError(f"it does not see what rank {rank} on {one.host} has written; {SHARED}")
-    tensors = _gather_entries(everyone)
-    own = [{"numbers": dict(one.numbers), "tensors": dict(one.own)} for one in everyone]
+    own = [{"numbers": dict(one.numbers), "tensors": dict(one.own)} for one in written]
+    files = {rank_file(rank): dict(one.file) for rank, one in enumerate(written)}
     values = {"format": FORMAT, "step": snapshot.step, **snapshot.values, "files": files}
     values |= {"ranks": own, "tensors": tensors_as_json(tensors)}
-    state_hash = everyone[0].state_hash or hash_of_files(part, Manifest(values, tensors))
-    saved = StateHashes(state_hash, "".join(one.own_hash for one in everyone))
+    saved = StateHashes(state_hash, "".join(one.own_hash for one in written))
     own_hashes = "", saved.own_hash  # a state that was loaded has none
     if unlike and saved.state_hash == unlike.state_hash and unlike.own_hash in own_hashes:
         raise RunError(
@@ -270,11 +252,11 @@ def _size_of(path: Path) -> int | None:
         return None
 
 
-def _gather_entries(everyone: Sequence[_Written]) -> dict[tuple[str, str], Entry]:
+def _gather_entries(plans: Sequence[_Plan]) -> dict[tuple[str, str], Entry]:
     """Return the canonical tensors of all ranks; raises RunError unless each is there once."""
     tensors: dict[tuple[str, str], Entry] = {}
-    for one in everyone:
-        for name, key, dtype, shape, place in one.entries:
+    for plan in plans:
+        for name, key, dtype, shape, place in plan.entries:
             entry = tensors.setdefault((name, key), Entry(dtype, shape, []))
             if (entry.dtype, entry.shape) != (dtype, shape):
                 raise RunError(f"{name} {key}: ranks hold it as {entry[:2]} and {(dtype, shape)}")

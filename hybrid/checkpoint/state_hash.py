@@ -2,7 +2,6 @@
 
 `hybrid.checkpoint.file_hash` says what it is taken of."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import torch.distributed as dist
 
 from ..launch.exchange import gather_objects, group_device
 from ..launch.serialization import sendable
-from .file_hash import hash_entries, head_of
+from .file_hash import hash_entries
 from .manifest import Entry, order_of
 from .pieces import Piece, Share, shares_of
 from .tensor_file import BUFFER_BYTES, WIDTHS
@@ -30,31 +29,6 @@ class _Range(NamedTuple):
     size: int
 
 
-class PassingHash:
-    """Takes the hash of a state that one process holds whole, while its blocks go past.
-
-    keys: of the shares, in their order. A second pass over all bytes would take as long again as
-    writing them."""
-
-    def __init__(self, keys: Sequence[str], shares: Sequence[Share]) -> None:
-        self._pieces = {key: share.piece for key, share in zip(keys, shares, strict=True)}
-        self._digest, self._entry = hashlib.sha256(), ("", "")
-
-    def take(self, key: str, block: memoryview) -> None:
-        """Add a block of the tensor that the file has under this key."""
-        piece = self._pieces.get(key)
-        if piece is None:
-            return  # it does not belong to the state
-        if piece.entry != self._entry:
-            self._entry = piece.entry
-            self._digest.update(head_of(*piece.entry, dtype_name(piece.tensor.dtype), piece.shape))
-        self._digest.update(block)
-
-    def hexdigest(self) -> str:
-        """Return the hash of what has gone past."""
-        return self._digest.hexdigest()
-
-
 def hash_of_pieces(pieces: Sequence[Piece]) -> str:
     """Return the hash of the live state, on every rank; collective.
 
@@ -65,7 +39,7 @@ def hash_of_pieces(pieces: Sequence[Piece]) -> str:
     rank = dist.get_rank() if dist.is_initialized() else 0
     if rank != 0:
         for share in sorted(shares, key=_canonical):
-            for block in _blocks(share):
+            for block in share.blocks():
                 dist.send(_as_bytes(block).to(group_device()), 0)
         return str(gather_objects(None)[0])
     held: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
@@ -79,7 +53,7 @@ def hash_of_pieces(pieces: Sequence[Piece]) -> str:
     def blocks(name: str, key: str, entry: Entry) -> Iterator[memoryview]:
         for start, count, owner in sorted(held[name, key]):
             if owner == 0:
-                yield from map(raw_bytes, _blocks(own[(name, key), start]))
+                yield from map(raw_bytes, own[(name, key), start].blocks())
             else:
                 yield from _received(owner, count * WIDTHS[entry.dtype], entry.dtype)
 
@@ -95,12 +69,6 @@ def _range_of(share: Share) -> _Range:
 
 def _canonical(share: Share) -> tuple[str, bool, str, int]:
     return (*order_of(*share.piece.entry), share.start)
-
-
-def _blocks(share: Share) -> Iterator[torch.Tensor]:
-    step = max(1, BUFFER_BYTES // share.piece.tensor.dtype.itemsize)
-    for first in range(0, share.count, step):
-        yield share.read(first, min(step, share.count - first))
 
 
 def _as_bytes(block: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,10 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -64,25 +66,24 @@ def write_file(
     path: Path,
     parts: Sequence[Part],
     metadata: Mapping[str, str] | None = None,
-    watch: Callable[[str, Any], None] | None = None,
+    past_cache: bool = False,
 ) -> tuple[dict[str, Any], Flusher]:
     """Write a new file of tensors; return its `bytes` and `sha256`, and what flushes it.
 
-    watch: gets the key of each block of a tensor and its bytes, in order, in a thread of its own;
-    of an empty tensor it gets an empty block. Nobody reads such a file again soon. The file is on
-    the disk once `finish` of the flusher has returned."""
+    past_cache: nobody reads the file soon. It is on the disk once `finish` of the flusher has
+    returned."""
     blocks, digest, size = blocks_of(parts, metadata), hashlib.sha256(), 0
     file = path.open("xb", buffering=0)
-    flusher, past = Flusher(file), PastCache(file) if watch else None
+    flusher, past = Flusher(file), PastCache(file) if past_cache else None
     try:
-        with ThreadPoolExecutor(2) as threads:  # which take hashes during the write
-            for key, block in blocks:
-                beside = [threads.submit(digest.update, block)]
-                if key and watch:
-                    beside.append(threads.submit(watch, key, block))
+        with ThreadPoolExecutor(1, initializer=_yield_cores) as thread:  # which takes the hash
+            before: Future[None] | None = None
+            for block in blocks:
+                beside = thread.submit(digest.update, block)
                 _write_all(past or file, block)
-                for one in beside:
-                    one.result()
+                if before:
+                    before.result()  # so that no third block takes memory
+                before = beside
                 size += len(block)
         if past:
             past.end()
@@ -94,15 +95,12 @@ def write_file(
     return {"bytes": size, "sha256": digest.hexdigest()}, flusher
 
 
-def blocks_of(
-    parts: Sequence[Part], metadata: Mapping[str, str] | None = None
-) -> Iterator[tuple[str, Any]]:
-    """Return the bytes of a file in order, each block of a tensor with its key, others with none.
+def blocks_of(parts: Sequence[Part], metadata: Mapping[str, str] | None = None) -> Iterator[Any]:
+    """Return the bytes of a file in order, in blocks.
 
     Raises ValueError at once where the format has no such dtype."""
     text = _header(parts, metadata)
-    start = ("", len(text).to_bytes(8, "little")), ("", text)
-    return itertools.chain(start, _blocks_of(parts))
+    return itertools.chain((len(text).to_bytes(8, "little"), text), _blocks_of(parts))
 
 
 def _header(parts: Sequence[Part], metadata: Mapping[str, str] | None) -> bytes:
@@ -117,6 +115,14 @@ def _header(parts: Sequence[Part], metadata: Mapping[str, str] | None) -> bytes:
     return text.ljust(-(-len(text) // 8) * 8)
 
 
+def _yield_cores() -> None:
+    """Have this thread take the cores that others leave.
+
+    The hash of a file ends with its write anyway; that of the state takes longer than either."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
 def _write_all(file: BinaryIO | PastCache, block: Any) -> None:
     """Write a whole block; a file without a buffer may take a part of it at once."""
     rest = memoryview(block)
@@ -124,11 +130,11 @@ def _write_all(file: BinaryIO | PastCache, block: Any) -> None:
         rest = rest[file.write(rest) :]
 
 
-def _blocks_of(parts: Sequence[Part]) -> Iterator[tuple[str, Any]]:
+def _blocks_of(parts: Sequence[Part]) -> Iterator[Any]:
     for part in parts:
         step = max(1, BUFFER_BYTES // part.dtype.itemsize)
         for first in range(0, max(1, part.size), step):
-            yield part.key, raw_bytes(part.read(first, min(step, part.size - first)))
+            yield raw_bytes(part.read(first, min(step, part.size - first)))
 
 
 def read(file: TensorFile, key: str, first: int, count: int) -> torch.Tensor:

@@ -59,7 +59,7 @@ def write_nameless(tensors: Mapping[str, torch.Tensor]) -> int:
     Returns its descriptor. Raises NoRoom, which names the temporary folder."""
     folder = Path(tempfile.gettempdir())
     with needs_room(folder), naming(folder / WHAT), tempfile.TemporaryFile() as file:
-        for _, block in blocks_of(parts_of(tensors)):
+        for block in blocks_of(parts_of(tensors)):
             file.write(block)
         file.flush()
         return os.dup(file.fileno())

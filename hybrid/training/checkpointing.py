@@ -17,7 +17,8 @@ from ..checkpoint.folders import prune, remove_unfinished
 from ..checkpoint.load import Reader, load
 from ..checkpoint.names import CHECKPOINTS
 from ..checkpoint.pieces import shares_of
-from ..checkpoint.save import RNG, Snapshot, StateHashes, Unfilled, fill, make_room, save
+from ..checkpoint.save import RNG, StateHashes, save
+from ..checkpoint.snapshot import Snapshot, Unfilled, fill, make_room
 from ..checkpoint.state_hash import hash_of_pieces
 from ..checkpoint.tensors import dtype_of
 from ..checkpoint.writer import Writer
