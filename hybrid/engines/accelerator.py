@@ -6,7 +6,7 @@ process on a GPU (`_keep_ddp`), and tells it which modules are FSDP2's units (`_
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ from .deepspeed_setup import link_reordered, restore_fp32_masters
 from .optimizer import build_optimizer, no_decay_names
 from .own_optimizer import is_own
 from .precision import DTYPES, Observer, names_of, round_at_use
+
+Cut = Callable[[nn.Module, Callable[[torch.Tensor], None]], None]
 
 
 class PreparedModel(NamedTuple):
@@ -124,11 +126,12 @@ def prepare_zero(
     layers: Layers,
     accumulation: int,
     ds_config: dict[str, Any],
-    cut: Callable[[nn.Module], None] | None,
+    cut: Cut | None,
 ) -> PreparedModel:
     """Put the model under DeepSpeed's ZeRO, by a complete DeepSpeed configuration.
 
-    cut: cuts the parameters before DeepSpeed takes the model."""
+    cut: cuts the parameters before DeepSpeed takes the model. It gets the model, and what keeps the
+    fp32 value of each parameter before that is rounded."""
     # Accelerate decides by this variable, not by its argument, whether DeepSpeed runs at all, and
     # only where it is not told that the host is a CPU (accelerate/state.py).
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -168,33 +171,67 @@ def _prepare(
     rounds_at_use: bool = False,
     restored_on: Placement | None = None,
     sharded: bool = False,
-    cut: Callable[[nn.Module], None] | None = None,
+    cut: Cut | None = None,
 ) -> PreparedModel:
     observer = Observer(layers)
     no_decay = no_decay_names(layers, job.optimizer.no_decay)
     model = layers.whole()
+    if not (sharded or cut):
+        layers.fill(model)
+    late = any(p.is_meta for p in model.parameters())  # each unit is filled when it is its turn
     buffers = names_of(model.buffers())
-    optimizer = build_optimizer(job, dict(model.named_parameters()), no_decay)
+    optimizer = _optimizer_of(job, model, no_decay, late)
     if rounds_at_use:
         round_at_use(model, DTYPES[job.train.precision])
     restore = None
     if restored_on:  # it is DeepSpeed that takes the model
         restore = restore_fp32_masters(model, job.train.precision, restored_on)
-    if cut:
-        cut(model)
+    if cut and restore:
+        cut(model, restore.keep)
+        if late:
+            optimizer = _optimizer_of(job, model, no_decay)
     with (
         contextlib.nullcontext() if restore else _no_deepspeed(),
         _without_state_dict() if sharded else contextlib.nullcontext(),
+        _filled_first(layers) if sharded else contextlib.nullcontext(),
     ):
         live, live_optimizer = accelerator.prepare(model, optimizer)
     if restore:
         link_reordered(live.optimizer)
         restore(None)
-    if is_own(job) and isinstance(next(live.parameters()), DTensor):
+    if (is_own(job) or late) and isinstance(next(live.parameters()), DTensor):
         # Accelerate gives an optimizer the shards in place of its parameters, but leaves what the
         # optimizer made of those when it was made, such as Adagrad's state.
-        live_optimizer.optimizer = build_optimizer(job, dict(live.named_parameters()), no_decay)
+        live_optimizer.optimizer = _optimizer_of(job, live, no_decay)
     return PreparedModel(accelerator, live, live_optimizer, observer, buffers)
+
+
+def _optimizer_of(
+    job: Job, model: nn.Module, no_decay: Collection[str], late: bool = False
+) -> torch.optim.Optimizer:
+    """Build the job's optimizer; late: one in its place, until the parameters have values."""
+    if late:
+        return torch.optim.SGD(model.parameters(), lr=job.optimizer.lr)
+    return build_optimizer(job, dict(model.named_parameters()), no_decay)
+
+
+@contextlib.contextmanager
+def _filled_first(layers: Layers) -> Iterator[None]:
+    """Give each unit its first values right before Accelerate shards it, if it has none yet."""
+    from torch.distributed import fsdp
+
+    shard = fsdp.fully_shard
+
+    def fill_and_shard(module: Any, **options: Any) -> Any:
+        for unit in module if isinstance(module, list) else [module]:
+            layers.fill(unit)
+        return shard(module, **options)
+
+    fsdp.fully_shard = fill_and_shard
+    try:
+        yield
+    finally:
+        fsdp.fully_shard = shard
 
 
 @contextlib.contextmanager

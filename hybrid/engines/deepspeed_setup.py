@@ -4,7 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -205,25 +205,36 @@ def link_reordered(optimizer: Any) -> None:
         optimizer.round_robin_bit16_padding = found
 
 
-def restore_fp32_masters(
-    model: nn.Module, precision: str, placement: Placement
-) -> Callable[[Any], None]:
-    """Keep a model's fp32 values, and return a function that puts them into the master weights.
+def restore_fp32_masters(model: nn.Module, precision: str, placement: Placement) -> "KeptValues":
+    """Keep a model's fp32 values, and return what puts them into the master weights.
 
     Call this before DeepSpeed takes the model, and what it returns afterwards, with the group of
     the data-parallel ranks (None: all): DeepSpeed rounds the parameters first and makes its fp32
     master weights from the rounded ones. Each of these ranks keeps its part alone; whole parameters
     come back one by one."""
-    rounded = model.parameters() if precision != "fp32" else ()
+    rounds = precision != "fp32"
+    rounded = model.parameters() if rounds else ()
     start = FrozenParts(rounded, placement.dp_rank, placement.layout.dp, trained=True)
+    return KeptValues(start, rounds)
 
-    def restore(group: Any) -> None:
-        start.group = group
-        for parameter in list(start.parts):
-            _set_master(parameter, start.whole(parameter))
-            del start.parts[parameter]
 
-    return restore
+class KeptValues(NamedTuple):
+    """Puts fp32 values that were kept into the master weights, once DeepSpeed has the model."""
+
+    start: FrozenParts
+    rounds: bool
+
+    def keep(self, parameter: torch.Tensor) -> None:
+        """Keep the value of a parameter that had none before."""
+        if self.rounds:
+            self.start.keep(parameter)
+
+    def __call__(self, group: Any) -> None:
+        """Put the values back; collective."""
+        self.start.group = group
+        for parameter in list(self.start.parts):
+            _set_master(parameter, self.start.whole(parameter))
+            del self.start.parts[parameter]
 
 
 def set_masters(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:

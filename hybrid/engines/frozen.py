@@ -16,7 +16,7 @@ from ..checkpoint.pieces import WEIGHT, Piece
 
 class FrozenParts:
     """Holds a rank's part of each parameter that is not trained, as it was before it was rounded.
-    trained: of each one that is.
+    trained: of each one that is. One without a value yet is kept by `keep`.
 
     rank, ranks: this rank's place among those over which the parts are spread. group: these, once
     they are known; None: all. The parts stay on the host where the model was made there."""
@@ -28,10 +28,16 @@ class FrozenParts:
         self.group: Any = None
         self.parts: dict[torch.Tensor, torch.Tensor] = {}
         self.shapes: dict[torch.Tensor, torch.Size] = {}
+        self.trained = trained
         for parameter in parameters:
-            if parameter.requires_grad == trained and parameter.is_floating_point():
-                self.shapes[parameter] = parameter.shape
-                self.parts[parameter] = self._part_of(parameter.detach())
+            if not parameter.is_meta:
+                self.keep(parameter)
+
+    def keep(self, parameter: torch.Tensor) -> None:
+        """Keep this rank's part of a parameter, if it is one of those that are kept here."""
+        if parameter.requires_grad == self.trained and parameter.is_floating_point():
+            self.shapes[parameter] = parameter.shape
+            self.parts[parameter] = self._part_of(parameter.detach())
 
     def _part_of(self, value: torch.Tensor) -> torch.Tensor:
         start, end = (self._start(value.numel(), rank) for rank in (self.rank, self.rank + 1))

@@ -101,6 +101,7 @@ class StageEngine(StageState):
         # with fewer groups than its neighbours would leave them waiting.
         num_groups = count_groups(layers, no_decay)
         own = layers.join(self.assignment.part)
+        layers.fill(own)
         leave_padding_out(own.modules())
         own.register_forward_pre_hook(self._start)
         if not self.reads_targets:

@@ -79,7 +79,9 @@ class ReplicaEngine(ReplicaState):
         self.merge_every, self.moved = merge_every, moved
         self.observer = Observer(layers)
         no_decay = no_decay_names(layers, job.optimizer.no_decay)
-        first = layers.whole().to(self.device)
+        whole = layers.whole()
+        layers.fill(whole)
+        first = whole.to(self.device)
         self.model, self.models = (
             first,
             [first, *(copy.deepcopy(first) for _ in range(replicas - 1))],

@@ -56,18 +56,24 @@ class ZeroEngine(AcceleratedEngine):
     ) -> None:
         config = full_config(job, placement, layers, name, zero_stage)
         prepare_process(placement)
-        cut = None
+        cut, rounds = None, job.train.precision != "fp32"
+        parts = FrozenParts(
+            layers.names() if rounds else (), placement.dp_rank, placement.layout.dp
+        )
         if zero_stage == 3:
             from deepspeed.runtime.zero.partition_parameters import Init
             from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
             add_biases_before_rounding()
             keep_one_copy(DeepSpeedZeroOptimizer_Stage3)
-            cut = functools.partial(partition, init=Init, config=config, device=placement.device)
-        rounds = job.train.precision != "fp32"
-        parts = FrozenParts(
-            layers.names() if rounds else (), placement.dp_rank, placement.layout.dp
-        )
+            cut = functools.partial(
+                partition,
+                layers=layers,
+                frozen=parts if rounds else None,
+                init=Init,
+                config=config,
+                device=placement.device,
+            )
         prepared = prepare_zero(job, placement, layers, job.micro_batches(name), config, cut)
         super().__init__(job, placement, loss, prepared, _inspect, _scatter)
         self.zero_stage, self.frozen = zero_stage, parts

@@ -69,6 +69,7 @@ class Model(_Named):
     """Names the model: linear, mlp, gpt, hf:NAME_OR_PATH, or package.module:function."""
 
     weights: str | None = None  # a path: the weights to start from (docs/checkpoints.md)
+    on_meta: bool = False  # each rank makes the first values of what it holds alone
 
 
 class Data(_Named):

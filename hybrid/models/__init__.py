@@ -56,10 +56,32 @@ def _call(job: Job) -> Any:
     return call_named("model", name, options, FAMILIES | {"hf": "hybrid.models.hf:hf"})
 
 
+def _call_on_meta(job: Job) -> Any:
+    from .first_values import KEY, parameters_on_meta
+    from .hf.probe import NotOnMeta
+
+    try:
+        with parameters_on_meta():
+            return _call(job)
+    except NotOnMeta as error:
+        raise JobError(f"{KEY}: the model needs values while it is made: {error}") from None
+    except JobError as error:
+        if "meta" not in str(error):
+            raise
+        raise JobError(f"{KEY}: {error}") from None
+
+
+def made_whole(job: Job) -> Job:
+    """Returns the job for a model that is made with all its values, in one process."""
+    model = job.model.model_copy(update={"on_meta": False})
+    return job.model_copy(update={"model": model})
+
+
 def build_model(job: Job) -> tuple[Layers, Loss]:
     """Builds the whole model from the job's seed, the same on every rank and in every run.
 
-    It has the weights in `model.weights`, where the job names any (`hybrid.models.starting`).
+    It has the weights in `model.weights`, where the job names any (`hybrid.models.starting`). With
+    `model.on_meta` its parameters have no values, and `Layers.fill` gives them.
     Raises JobError where the name, the options or what the function returned are wrong."""
     import torch
 
@@ -67,7 +89,7 @@ def build_model(job: Job) -> tuple[Layers, Loss]:
     from .losses import as_loss
 
     torch.manual_seed(job.train.seed)
-    built = _call(job)
+    built = _call_on_meta(job) if job.model.on_meta else _call(job)
     try:
         model, loss = split_built(built)
         layers, taken = as_layers(model, own_loss=loss is None), as_loss(loss)
@@ -79,4 +101,8 @@ def build_model(job: Job) -> tuple[Layers, Loss]:
         from .starting import start_from
 
         layers.weights_from = start_from(job, layers)
+    elif job.model.on_meta:
+        from .starting import start_on_meta
+
+        start_on_meta(job, layers)
     return layers, taken

@@ -20,6 +20,30 @@ from .presets import BYTES, CONTEXT, MOST_LAYERS, PRESETS, SIZES
 INIT_STD = 0.02
 
 
+class Linear(nn.Linear):
+    """Is torch's, drawn from a normal distribution of standard deviation `std`, with no bias."""
+
+    std: float | None = None  # None: as torch draws it
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew."""
+        if self.std is None:
+            return super().reset_parameters()
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Table(nn.Embedding):
+    """Is torch's, drawn from a normal distribution of standard deviation `std`."""
+
+    std = 1.0
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew."""
+        nn.init.normal_(self.weight, std=self.std)
+
+
 class Embedding(nn.Module):
     """Maps token ids to vectors, and adds learned positions if the model has them."""
 
@@ -28,8 +52,8 @@ class Embedding(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context
-        self.token = nn.Embedding(vocab_size, width)
-        self.position = nn.Embedding(context, width) if learned else None
+        self.token = Table(vocab_size, width)
+        self.position = Table(context, width) if learned else None
         self.dropout = Dropout(dropout)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -57,8 +81,8 @@ class Attention(nn.Module):
         self.num_heads, self.rotary = num_heads, rotary
         # A key's bias adds the same to all scores of a query. Its gradient is only rounding, which
         # AdamW would turn into whole steps, in other directions in each of two equal runs.
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.out = Linear(width, width)
         if rotary:
             pairs = torch.arange(0, width // num_heads, 2, dtype=torch.float32)
             self.register_buffer("inverse_frequency", 10_000.0 ** (-pairs * num_heads / width))
@@ -90,7 +114,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, num_heads, rotary)
         self.norm2 = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.up, self.down = Linear(width, 4 * width), Linear(4 * width, width)
         self.dropout1, self.dropout2 = Dropout(dropout), Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -105,7 +129,7 @@ class Head(nn.Module):
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.logits = nn.Linear(width, vocab_size, bias=False)
+        self.logits = Linear(width, vocab_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps [batch, tokens, width] to logits [batch, tokens, vocab_size]."""
@@ -176,9 +200,8 @@ def _init(layers: Layers, num_layers: int) -> None:
     """Draws normal weights as GPT-2, smaller before the residual stream's sums; biases are zero."""
     for layer in layers:
         for name, module in layer.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            if isinstance(module, (Linear, Table)):
                 adds = name in ("down", "attention.out")
-                std = INIT_STD / math.sqrt(2 * num_layers) if adds else INIT_STD
-                nn.init.normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+                module.std = INIT_STD / math.sqrt(2 * num_layers) if adds else INIT_STD
+                if not module.weight.is_meta:
+                    module.reset_parameters()

@@ -2,10 +2,15 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from .first_values import FirstValues
+
+RESETS = ("reset_parameters", "_reset_parameters")  # torch's modules have the one or the other
 
 
 class Layers(list[nn.Module]):
@@ -18,6 +23,7 @@ class Layers(list[nn.Module]):
     cut_problem: str | None = None  # says why, if the model cannot be cut into stages
     feeds_all_stages = False  # each stage takes the input of a micro-batch, not the first alone
     weights_from: dict[str, Any] | None = None  # where they came from, if not from the seed
+    first_values: "FirstValues | None" = None  # of a model that was made without values
     input_dtype: torch.dtype | None = None  # of a module's floating inputs, where not their own
 
     def __init__(self, layers: Iterable[nn.Module] = (), keys: Sequence[str] = ()) -> None:
@@ -84,11 +90,46 @@ class Layers(list[nn.Module]):
         """Counts each layer's trainable parameters, a tied one in each layer that holds it."""
         return [sum(p.numel() for p in x.parameters() if p.requires_grad) for x in self]
 
+    def parts(self) -> list[list[nn.Module]]:
+        """Lists what gets its first values together: modules, each after those inside it."""
+        return [children_first(layer) for layer in self]
+
+    def draw(self, module: nn.Module) -> None:
+        """Has a module draw the first values of its own parameters."""
+        reset(module)
+
+    def fill(self, module: nn.Module) -> None:
+        """Gives the parameters of a module their first values, where they were made without."""
+        self.fill_parameters(module.parameters())
+
+    def fill_parameters(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Gives parameters their first values, and others that get them together with these."""
+        if self.first_values is not None:
+            self.first_values.fill(parameters)
+
     def units(self) -> list[nn.Module]:
         """Lists the modules that are sharded one by one, none of which lies in another.
 
         Each has parameters, and shares none with anything outside itself."""
         return unshared(self, self)
+
+
+def children_first(module: nn.Module) -> list[nn.Module]:
+    """Lists a module and those inside it, each once, after those inside itself."""
+    found: dict[nn.Module, None] = {}
+    for child in module.children():
+        found |= dict.fromkeys(children_first(child))
+    return [*found, module]
+
+
+def reset(module: nn.Module) -> None:
+    """Has a module of torch, or one written like them, draw its own parameters.
+
+    torch's have a method for that (https://docs.pytorch.org/docs/stable/meta.html)."""
+    for name in RESETS:
+        if callable(found := getattr(module, name, None)):
+            found()
+            return
 
 
 def unshared(candidates: Iterable[nn.Module], roots: Iterable[nn.Module]) -> list[nn.Module]:

@@ -19,7 +19,20 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class Dense(nn.Linear):
+class Linear(nn.Linear):
+    """Is torch's, drawn as torch does it, or else by Xavier's uniform with zero biases."""
+
+    xavier = False
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew."""
+        if not self.xavier:
+            return super().reset_parameters()
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class Dense(Linear):
     """Applies a linear map and then an activation."""
 
     def __init__(self, in_features: int, out_features: int, activation: str) -> None:
@@ -49,11 +62,10 @@ def mlp(
     if init not in ("torch", "xavier"):
         raise ValueError(f"init = {init!r}: valid: torch, xavier")
     hidden = itertools.pairwise(sizes[:-1])
-    layers: list[nn.Module] = [Dense(a, b, activation) for a, b in hidden]
-    layers.append(nn.Linear(sizes[-2], sizes[-1]))
-    if init == "xavier":
-        for layer in layers:
-            assert isinstance(layer, nn.Linear)
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-    return layers, cross_entropy
+    layers: list[Linear] = [Dense(a, b, activation) for a, b in hidden]
+    layers.append(Linear(sizes[-2], sizes[-1]))
+    for layer in layers if init == "xavier" else ():
+        layer.xavier = True
+        if not layer.weight.is_meta:
+            layer.reset_parameters()
+    return [*layers], cross_entropy

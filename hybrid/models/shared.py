@@ -36,8 +36,9 @@ WHAT = "the tensors of the model, which the ranks of a host share"
 def build_shared(job: Job, placement: Placement) -> tuple[Layers, Loss]:
     """Builds the model on every rank as `build_model` does; this is a collective call.
 
-    A user's own function makes all values on each rank, since it may compute with them."""
-    if placement.world_size == 1 or not can_be_made_on_meta(job):
+    A user's own function makes all values on each rank, since it may compute with them; with
+    `model.on_meta` nobody makes any here."""
+    if placement.world_size == 1 or job.model.on_meta or not can_be_made_on_meta(job):
         return build_model(job)
     built, place, host = None, "", placement.host_id
     with contextlib.ExitStack() as opened:

@@ -3,6 +3,7 @@
 `[model] weights = PATH` starts a run from them, with a fresh optimizer. `hybrid.checkpoint.sources`
 says what PATH may be. `hybrid eval`, `export` and `generate` take weights in the same way."""
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from ..checkpoint.tensor_file import BUFFER_BYTES
 from ..checkpoint.tensors import raw_bytes
 from ..job.errors import JobError
 from ..job.schema import Job
-from . import build_model, can_be_made_on_meta
+from . import build_model, can_be_made_on_meta, made_whole
+from .first_values import FirstValues, require_resets
 from .hf.probe import NotOnMeta
 from .layers import Layers
 
@@ -30,19 +32,44 @@ def start_from(job: Job, layers: Layers) -> dict[str, Any]:
     one line, where the weights are not the model's."""
     path = job.model.weights
     assert path is not None
-    given = f"model.weights = {path!r}"
     try:
         weights = open_weights(Path(path), job.launch.trust_pickle)
-        try:
-            names = match_names(weights, layers)
-            live = layers.tensors().items()
-            whole = (Piece(name, WEIGHT, tuple(t.shape), t) for name, t in live if not t.is_meta)
-            fill(weights, whole, names)
-        finally:
-            weights.close()
+        names = _start(job, weights, layers)
     except JobError as error:
-        raise JobError(f"{given}: {error}") from None
+        raise JobError(f"model.weights = {path!r}: {error}") from None
     return {"path": path, "kind": weights.kind, "tensors": len(names), **weights.about}
+
+
+def start_on_meta(job: Job, layers: Layers) -> None:
+    """Says where a model without values gets its first ones: from its own folder, or drawn.
+
+    Raises JobError where it cannot."""
+    folder = getattr(layers, "saved_in", None)
+    if folder is None:
+        if not hasattr(layers, "saved_in"):  # transformers' code sets what it likes
+            require_resets(layers)
+        layers.first_values = FirstValues(job, layers)
+        return
+    try:
+        _start(job, open_weights(folder), layers)
+    except JobError as error:
+        raise JobError(f"model.name = {job.model.name!r}: {error}") from None
+
+
+def _start(job: Job, weights: Weights, layers: Layers) -> dict[str, list[str]]:
+    """Gives a model its weights, now or, if it is made without values, when it is filled.
+
+    Returns their names, and closes them where they are not needed any more."""
+    with contextlib.ExitStack() as opened:
+        opened.callback(weights.close)
+        names = match_names(weights, layers)
+        live = layers.tensors().items()
+        whole = (Piece(name, WEIGHT, tuple(t.shape), t) for name, t in live if not t.is_meta)
+        fill(weights, whole, names)
+        if job.model.on_meta:
+            layers.first_values = FirstValues(job, layers, (weights, names))
+            opened.pop_all()
+    return names
 
 
 def match_names(weights: Weights, layers: Layers) -> dict[str, list[str]]:
@@ -76,7 +103,7 @@ def require_fit(job: Job, weights: Weights) -> None:
     if can_be_made_on_meta(job):
         try:
             with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-                layers = build_model(job)[0]
+                layers = build_model(made_whole(job))[0]
         except NotOnMeta:
             return
         match_names(weights, layers)

@@ -169,7 +169,7 @@ def _build(job: Job) -> "tuple[Layers, Loss]":
 
     from ..models import HF, build_model, can_be_made_on_meta
 
-    if can_be_made_on_meta(job):
+    if can_be_made_on_meta(job) and not job.model.on_meta:
         try:
             with torch.device("meta"):
                 return build_model(job)
@@ -186,5 +186,8 @@ def _with_values(job: Job, layers: Layers, loss: "Loss") -> "tuple[Layers, Loss]
     tensors = layers.tensors().values()
     if any(t.is_meta for t in tensors) and sum(t.numel() for t in tensors) <= SMALL:
         with warnings.catch_warnings(action="ignore"):  # they were given the first time
-            return build_model(job)
+            if not job.model.on_meta:
+                return build_model(job)
+            for layer in layers:
+                layers.fill(layer)
     return layers, loss

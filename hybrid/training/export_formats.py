@@ -8,7 +8,7 @@ import torch
 
 from ..checkpoint.sources import Weights
 from ..checkpoint.tensors import Part, write_file
-from ..models import build_model, can_be_made_on_meta
+from ..models import build_model, can_be_made_on_meta, made_whole
 from ..models.layers import Layers
 from ..models.starting import match_names
 from .saved import Saved
@@ -20,8 +20,8 @@ def _build(saved: Saved) -> Layers:
     """Make the model for its names alone, without values where its code allows that."""
     if can_be_made_on_meta(saved.job):
         with contextlib.suppress(Exception), torch.device("meta"):
-            return build_model(saved.job)[0]
-    return build_model(saved.job)[0]
+            return build_model(made_whole(saved.job))[0]
+    return build_model(made_whole(saved.job))[0]
 
 
 def write_module(saved: Saved, part: Path) -> int:
@@ -63,6 +63,6 @@ def write_folder(saved: Saved, part: Path) -> int:
     """Write a folder that transformers loads; return how many tensors."""
     from ..models.hf.saving import save_folder
 
-    layers = build_model(saved.job)[0]
+    layers = build_model(made_whole(saved.job))[0]
     with contextlib.closing(saved.open()) as weights:
         return save_folder(saved.job, layers, weights, part)

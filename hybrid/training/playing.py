@@ -26,7 +26,7 @@ from ..measure.clock import WARMUP_STEPS
 from ..measure.memory import StorageMeter
 from ..measure.traffic import CollectiveCounter
 from ..measure.valueless import forget_buffers, forget_values, valueless, values
-from ..models import build_model, without_weights
+from ..models import build_model, made_whole, without_weights
 from ..records.dry_run import Collective, DryRun, Shard
 from ..strategies import registry
 
@@ -53,7 +53,7 @@ def play(choice: Choice, data: Sets, result: DryRun) -> DryRun:
 
     Raises what the engine or the job's own code does, Unsupported where it reads what other ranks
     compute, and an error of `hybrid.measure.valueless.Unread` where it reads a value."""
-    job, world = without_weights(choice.job), result.world
+    job, world = made_whole(without_weights(choice.job)), result.world
     meter, counter = StorageMeter("meta"), CollectiveCounter()
     with contextlib.ExitStack() as opened:
         placement = opened.enter_context(played(result.rank, world))

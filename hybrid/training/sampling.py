@@ -15,7 +15,7 @@ from ..job.errors import JobError, tell_error
 from ..job.schema import Job
 from ..launch.failures import is_out_of_memory
 from ..launch.placement import Placement
-from ..models import build_model
+from ..models import build_model, made_whole
 from ..models.starting import fill, match_names, require_fit
 from ..models.vector_functions import call_vector_functions_once
 from .saved import Saved
@@ -59,7 +59,7 @@ def _load_model(saved: Saved) -> nn.Module:
     weights = saved.open()
     try:
         require_fit(saved.job, weights)
-        layers = build_model(saved.job)[0]
+        layers = build_model(made_whole(saved.job))[0]
         tensors = layers.tensors()
         names = match_names(weights, layers)
         model = layers.whole()

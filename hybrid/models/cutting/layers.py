@@ -15,7 +15,7 @@ from torch import nn
 
 from ...data.loader import load_micro_batch
 from ...job.errors import first_line
-from ..layers import Layers
+from ..layers import Layers, children_first
 from .blocks import find_blocks
 from .calling import PLAIN, Calling
 from .plan import CutPlan, Place, take_out
@@ -23,6 +23,7 @@ from .stages import hollow_out, make_stage, make_whole
 from .trial import find_cut
 
 BY_HAND = "to cut it by hand, return a list of layers, each of which takes what the last returned"
+NO_VALUES = "model.on_meta = true: a module is cut by a trial, which needs values"
 NO_SAMPLES = "a module is cut by a trial on its data, and no `samples` were given to open_engine"
 
 
@@ -57,6 +58,9 @@ class ModuleLayers(Layers):
     def cut(self, samples: Sequence[Any] | None) -> None:
         """Finds how the module can be cut, by a trial on the first two of its train samples."""
         if self.plan.blocks or self.cut_problem:
+            return
+        if any(p.is_meta for p in self.model.parameters()):
+            self.cut_problem = f"{NO_VALUES}; leave on_meta out, or {BY_HAND}"
             return
         if samples is None:
             self.cut_problem = f"{NO_SAMPLES}; or {BY_HAND}"
@@ -124,6 +128,13 @@ class ModuleLayers(Layers):
             if block is not self.model and own and all(holders[p] <= inner for p in own):
                 units.append(block)
         return units
+
+    def parts(self) -> list[list[nn.Module]]:
+        """Does what `Layers` promises: the blocks, and each module outside them by itself."""
+        blocks = [block for block in self.blocks() if block is not self.model]
+        inner = {m for block in blocks for m in block.modules()}
+        others = [m for m in children_first(self.model) if m not in inner]
+        return [*(children_first(block) for block in blocks), *([m] for m in others)]
 
     def modules(self) -> list[nn.Module]:
         """Does what `Layers` promises."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from ...job.reading import show
 from ...launch.hushed import hushed
+from ..first_values import KEY, is_making
 from ..losses import Loss, cross_entropy
 from ..presets import MOST_LAYERS
 from .folder import check_folder, no_pickles
@@ -35,10 +36,11 @@ def hf(
     any. The model is in fp32. Its loss is the cross-entropy of logits [B, T, V] against the next
     tokens int64 [B, T], with -100 for a target that does not count.
 
-    Under `torch.device("meta")` nothing is loaded, and the caller fills in all parameters and
-    buffers by name. Raises NotOnMeta where that would not give the same model, and for anything
-    else that is wrong a ValueError with one line."""
-    on_meta = torch.get_default_device().type == "meta"
+    Under `torch.device("meta")`, and where `hybrid.models.first_values` is to give the values,
+    nothing is loaded, and the caller fills in all that is there by name. Raises NotOnMeta where
+    that would not give the same model, and a ValueError of one line for anything else wrong."""
+    making = is_making()
+    on_meta = making or torch.get_default_device().type == "meta"
     _check(source, weights is not False)
     config = _make_config(source, overrides or {})
     load = _has_weights(source) if weights is None else weights
@@ -49,9 +51,17 @@ def hf(
             raise NotOnMeta(_one_line(error)) from error
         raise ValueError(f"source = {source!r}: {_one_line(error)}") from error
     try:
-        return as_layers(model), cross_entropy
+        layers = as_layers(model)
+        layers.saved_in = _folder_of_weights(source) if making and load else None
+        return layers, cross_entropy
     except ValueError as error:
         raise ValueError(f"source = {source!r}, a {config.model_type}: {error}") from error
+
+
+def _folder_of_weights(source: str) -> Path:
+    if not Path(source).is_dir():
+        raise ValueError(f"{KEY}: is for a folder; download it first, or leave on_meta out")
+    return Path(source)
 
 
 def as_layers(model: Any) -> HFLayers:

@@ -1,6 +1,7 @@
 """This module makes layers of a causal language model of transformers."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +19,19 @@ def _by_name(forward: Callable[..., Any], value: torch.Tensor) -> Arguments:
 class HFLayers(ModuleLayers):
     """Takes token ids int64 [B, T] and returns logits [B, T, vocabulary]."""
 
+    saved_in: Path | None = None  # the folder of the weights that a model without values is to get
+
     def __init__(self, model: nn.Module, plan: CutPlan) -> None:
         super().__init__(model, Calling(_by_name, logits_of), plan)
         self._names = [block.name for block in plan.blocks]  # no list but that of decoder layers
 
     def cut(self, samples: Sequence[Any] | None) -> None:
         """Does nothing: `probe` needs no data."""
+
+    def draw(self, module: nn.Module) -> None:
+        """Draws as the family does it, which may set what lies inside the module as well."""
+        model: Any = self.model
+        model._init_weights(module)
 
     def saved_names(self) -> dict[str, str]:
         """Names all tensors as transformers does, each once."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from ..cutting.blocks import candidates, record_calls
 from ..cutting.pieces import Pieces, find_unused
@@ -74,7 +74,8 @@ def _twin(model: nn.Module) -> nn.Module:
             shared[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if trained else fake
         elif isinstance(tensor, nn.Parameter):
             shared[id(tensor)] = tensor
-    twin: Any = copy.deepcopy(model, shared).train()
+    with unset_fake_temporarily():  # buffers may have values, which a fake copy would lose
+        twin: Any = copy.deepcopy(model, shared).train()
     if any(t.is_meta for t in model.parameters()):
         with contextlib.suppress(ValueError):  # a model without experts to choose
             twin.set_experts_implementation("batched_mm")  # what the others run follows the routing
