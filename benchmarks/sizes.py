@@ -2,6 +2,7 @@
 
     python -m benchmarks.sizes --out out/sizes                  # the 1.3B GPT, of 21 GB of states
     python -m benchmarks.sizes --layers 12 --width 1024         # 0.17B, two minutes on two cores
+    python -m benchmarks.sizes --on-meta --strategies fsdp      # ranks make their own first values
 
 Run from the top folder. What a rank needs is its shard of parameters and gradients, 4 bytes each,
 and the largest unit that is gathered. Two peaks are held against that: of live tensor storages from
@@ -32,13 +33,17 @@ RANKS, TOKENS, ALLOWED = 2, 8, 1.15
 STRATEGIES = ("fsdp", "zero3", "pipeline", "ddp")
 
 
-def make_job(layers: int, width: int, vocabulary: int) -> Any:
+def make_job(layers: int, width: int, vocabulary: int, on_meta: bool) -> Any:
     """A GPT on two samples of eight tokens: all but its parameters is small."""
     sizes = {"num_layers": layers, "width": width, "num_heads": 16, "vocab_size": vocabulary}
     data = {"size": 2, "tokens": TOKENS, "vocab_size": 61}
     return hybrid.load_job(
         {
-            "model": {"name": "gpt", "options": {**sizes, "context": TOKENS, "tied": False}},
+            "model": {
+                "name": "gpt",
+                "options": {**sizes, "context": TOKENS, "tied": False},
+                "on_meta": on_meta,
+            },
             "data": {"name": "tests.workloads:sentences", "options": data},
             "optimizer": {"name": "sgd", "lr": 0.001},
             "train": {"global_batch": 2, "steps": 1},
@@ -125,8 +130,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=16384)
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
+    parser.add_argument("--on-meta", action="store_true", help="model.on_meta = true")
     options = parser.parse_args()
-    job = make_job(options.layers, options.width, options.vocabulary)
+    job = make_job(options.layers, options.width, options.vocabulary, options.on_meta)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_model(job)[0].names())
     print(f"{parameters:,} parameters, {RANKS} ranks, fp32, SGD, one step; GB of the fullest rank.")

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from hybrid.engines.freed_memory import LEAST
+from hybrid.launch.freed_memory import LEAST
 
 HELD = """
 import sys
 from pathlib import Path
-from hybrid.engines.freed_memory import returned_when_freed
+from hybrid.launch.freed_memory import returned_when_freed
 
 def held() -> int:
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) // 1024

@@ -4,7 +4,6 @@ It also works round what Accelerate does silently on hosts without a GPU (`_keep
 process on a GPU (`_keep_ddp`), and tells it which modules are FSDP2's units (`_by_object`)."""
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from ..job.schema import Job
 from ..launch.placement import Placement
-from ..launch.waiting import waiting
 from ..models.layers import Layers
+from .comm_hooks import bf16_hook, powersgd_on_gloo
 from .deepspeed_setup import link_reordered, restore_fp32_masters
 from .optimizer import build_optimizer, no_decay_names
 from .own_optimizer import is_own
@@ -61,39 +60,8 @@ def prepare_ddp(job: Job, placement: Placement, layers: Layers, accumulation: in
     prepared = _keep_ddp(_prepare(job, accelerator, layers, rounds_at_use=True), handler)
     if own:
         model: Any = prepared.model
-        model.register_comm_hook(*(_powersgd_on_gloo(options) if options else (None, _bf16_hook())))
+        model.register_comm_hook(*(powersgd_on_gloo(options) if options else (None, bf16_hook())))
     return prepared
-
-
-def _bf16_hook() -> Callable[..., Any]:
-    """Return torch's bf16 hook under another name, so that torch accepts it on gloo.
-    Under its own name torch takes it on NCCL and XCCL only (torch/nn/parallel/distributed.py),
-    though gloo all-reduces bf16 as well."""
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-    def bf16_hook_on_gloo(state: Any, bucket: Any) -> Any:
-        return bf16_compress_hook(state, bucket)
-
-    bf16_hook_on_gloo.__annotations__ = dict(bf16_compress_hook.__annotations__)  # DDP reads them
-    return bf16_hook_on_gloo
-
-
-def _powersgd_on_gloo(options: dict[str, Any]) -> tuple[Any, Callable[..., Any]]:
-    """Return PowerSGD's state, and its hook, which ends with a bucket before it begins another.
-
-    The hook begins its second and third all-reduce of a bucket in callbacks. gloo runs these in its
-    own threads, so that ranks began them before the next bucket's first one or after, and gloo took
-    one for the other: runs with several buckets aborted or waited for ever."""
-    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
-
-    @functools.wraps(powersgd.powerSGD_hook)  # DDP reads the annotations
-    def wait_for_bucket(state: Any, bucket: Any) -> Any:
-        ended = powersgd.powerSGD_hook(state, bucket)
-        with waiting("the reduction of gradients"):
-            ended.wait()
-        return ended
-
-    return powersgd.PowerSGDState(None, **options), wait_for_bucket
 
 
 def prepare_fsdp(

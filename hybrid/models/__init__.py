@@ -57,9 +57,11 @@ def _call(job: Job) -> Any:
 
 
 def _call_on_meta(job: Job) -> Any:
+    from ..launch.freed_memory import map_large_blocks
     from .first_values import KEY, parameters_on_meta
     from .hf.probe import NotOnMeta
 
+    map_large_blocks()  # parameters have memory for a moment, which would stay on the heap
     try:
         with parameters_on_meta():
             return _call(job)

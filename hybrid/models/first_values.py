@@ -10,13 +10,12 @@ every strategy, but not those of a model that is made whole."""
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from ..checkpoint.pieces import WEIGHT, Piece
-from ..checkpoint.sources import Weights
 from ..job.errors import JobError
 from ..job.schema import Job
 from .layers import Layers
@@ -60,19 +59,21 @@ def parameters_on_meta() -> Iterator[None]:
         _making[0] = False
 
 
-class FirstValues:
+class ByPart:
     """Fills the parts of a model that was made without values.
 
-    weights: what has them, with the names there by canonical name; None: the modules draw them."""
+    read: reads named weights into pieces, and `close` ends that; None: the modules draw values."""
 
     def __init__(
         self,
         job: Job,
         layers: Layers,
-        weights: tuple[Weights, Mapping[str, Sequence[str]]] | None = None,
+        read: Callable[[Iterable[Piece]], None] | None = None,
+        close: Callable[[], None] = lambda: None,
     ) -> None:
-        self._seed, self._weights, self._draw = job.train.seed, weights, layers.draw
+        self._seed, self._read, self._draw, self.close = job.train.seed, read, layers.draw, close
         self._names = {id(p): name for p, name in layers.names().items()}
+        self._shapes = {id(p): p.shape for p in layers.names()}
         self._parts: dict[int, Part] = {}  # by the parameter's id
         for part in layers.parts():
             for parameter in _held(part):
@@ -95,23 +96,16 @@ class FirstValues:
                 values.fill_(torch.nan)
             made = nn.Parameter(values, parameter.requires_grad)
             torch.utils.swap_tensors(parameter, made)
-        if self._weights is None:
-            with _others_aside(part, empty):
+        if self._read is None:
+            with self._others_aside(part, empty):
                 self._reset(part, self._names[id(empty[0])])
         else:
-            self._read(*self._weights, empty)
+            named = ((self._names[id(p)], p) for p in empty)
+            self._read(Piece(name, WEIGHT, tuple(p.shape), p) for name, p in named)
         for parameter in empty:
             if bool(parameter.isnan().any()):
-                name, drawn = self._names[id(parameter)], self._weights is None
+                name, drawn = self._names[id(parameter)], self._read is None
                 raise JobError(f"{KEY}: {name}: {UNSET[drawn]}")
-
-    def _read(
-        self, weights: Weights, names: Mapping[str, Sequence[str]], empty: Sequence[nn.Parameter]
-    ) -> None:
-        from .starting import fill
-
-        named = ((self._names[id(p)], p) for p in empty)
-        fill(weights, (Piece(name, WEIGHT, tuple(p.shape), p) for name, p in named), names)
 
     def _reset(self, part: Part, name: str) -> None:
         seed = hashlib.sha256(f"{self._seed}\0{name}".encode()).digest()
@@ -120,32 +114,27 @@ class FirstValues:
             for module in part:
                 self._draw(module)
 
-    def close(self) -> None:
-        """Close the weights."""
-        if self._weights is not None:
-            self._weights[0].close()
+    @contextlib.contextmanager
+    def _others_aside(self, part: Part, own: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Put parameters aside that another part draws: a tied one would be drawn once more."""
+        aside = []
+        for module in part:
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not any(parameter is one for one in own):
+                    aside.append((module, name, parameter))
+                    shape = self._shapes.get(id(parameter), parameter.shape)  # ZeRO-3 empties them
+                    module._parameters[name] = nn.Parameter(torch.empty(shape, device="meta"))
+        try:
+            yield
+        finally:
+            for module, name, parameter in aside:
+                module._parameters[name] = parameter
 
 
 def _held(part: Part) -> list[nn.Parameter]:
     """Return the parameters that the modules of a part have themselves, each once."""
     found = (p for module in part for p in module._parameters.values() if p is not None)
     return list(dict.fromkeys(found))
-
-
-@contextlib.contextmanager
-def _others_aside(part: Part, own: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Put parameters aside that another part draws: a tied one would be drawn once more."""
-    aside = []
-    for module in part:
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not any(parameter is one for one in own):
-                aside.append((module, name, parameter))
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"))
-    try:
-        yield
-    finally:
-        for module, name, parameter in aside:
-            module._parameters[name] = parameter
 
 
 def require_resets(layers: Layers) -> None:

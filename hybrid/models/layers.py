@@ -2,15 +2,22 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from .first_values import FirstValues
-
 RESETS = ("reset_parameters", "_reset_parameters")  # torch's modules have the one or the other
+
+
+class FirstValues(Protocol):
+    """Gives the parameters of a model that was made without values their first ones."""
+
+    def fill(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Gives these their values, and others that get them together with these."""
+
+    def close(self) -> None:
+        """Closes what the values come from."""
 
 
 class Layers(list[nn.Module]):
@@ -23,7 +30,7 @@ class Layers(list[nn.Module]):
     cut_problem: str | None = None  # says why, if the model cannot be cut into stages
     feeds_all_stages = False  # each stage takes the input of a micro-batch, not the first alone
     weights_from: dict[str, Any] | None = None  # where they came from, if not from the seed
-    first_values: "FirstValues | None" = None  # of a model that was made without values
+    first_values: FirstValues | None = None  # of a model that was made without values
     input_dtype: torch.dtype | None = None  # of a module's floating inputs, where not their own
 
     def __init__(self, layers: Iterable[nn.Module] = (), keys: Sequence[str] = ()) -> None:

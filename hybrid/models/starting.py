@@ -18,7 +18,7 @@ from ..checkpoint.tensors import raw_bytes
 from ..job.errors import JobError
 from ..job.schema import Job
 from . import build_model, can_be_made_on_meta, made_whole
-from .first_values import FirstValues, require_resets
+from .first_values import ByPart, require_resets
 from .hf.probe import NotOnMeta
 from .layers import Layers
 
@@ -48,7 +48,7 @@ def start_on_meta(job: Job, layers: Layers) -> None:
     if folder is None:
         if not hasattr(layers, "saved_in"):  # transformers' code sets what it likes
             require_resets(layers)
-        layers.first_values = FirstValues(job, layers)
+        layers.first_values = ByPart(job, layers)
         return
     try:
         _start(job, open_weights(folder), layers)
@@ -67,7 +67,9 @@ def _start(job: Job, weights: Weights, layers: Layers) -> dict[str, list[str]]:
         whole = (Piece(name, WEIGHT, tuple(t.shape), t) for name, t in live if not t.is_meta)
         fill(weights, whole, names)
         if job.model.on_meta:
-            layers.first_values = FirstValues(job, layers, (weights, names))
+            layers.first_values = ByPart(
+                job, layers, lambda pieces: fill(weights, pieces, names), weights.close
+            )
             opened.pop_all()
     return names
 

@@ -199,9 +199,9 @@ def _build(job: Job, strategy: str, placement: Placement, layers: Layers, loss: 
     """Build the engine of a job that has been checked, among the other ranks."""
     import torch.distributed as dist
 
-    from ..engines.freed_memory import returned_when_freed
     from ..engines.layers import prepare_layers, prepare_loss
     from ..engines.precision import forbid_tf32
+    from ..launch.freed_memory import returned_when_freed
     from ..launch.process_group import join_process_group, name_device, set_timeouts
 
     joins = strategy != "single" and not dist.is_initialized()
@@ -213,6 +213,8 @@ def _build(job: Job, strategy: str, placement: Placement, layers: Layers, loss: 
     parameters = sum(p.numel() for p in layers.names())
     with returned_when_freed(parameters, placement.layout.shard):
         engine = get(strategy).build(job, placement, layers, loss)
+    if layers.first_values is not None:
+        layers.first_values.close()
     engine.notes.extend(notes)
     if joins and not job.train.compile:  # the first step of torch.compile takes ranks unlike times
         set_timeouts(job.launch.collective_timeout_s)

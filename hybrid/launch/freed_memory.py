@@ -22,12 +22,18 @@ def returned_when_freed(parameters: int, shards: int) -> Iterator[None]:
     Pages that are mapped anew cost time, so small models and whole ones keep what they had.
 
     parameters: of the whole model. shards: over how many ranks it is cut."""
-    libc = _glibc() if parameters >= LEAST and shards > 1 else None
-    if libc:
-        libc.mallopt(M_MMAP_THRESHOLD, APART)
+    large = parameters >= LEAST and shards > 1
+    if large:
+        map_large_blocks()
     yield
-    if libc:
+    if large and (libc := _glibc()):
         libc.malloc_trim(ctypes.c_size_t(0))
+
+
+def map_large_blocks() -> None:
+    """Have glibc map each larger block by itself, until it has a free one of that size already."""
+    if libc := _glibc():
+        libc.mallopt(M_MMAP_THRESHOLD, APART)
 
 
 def _glibc() -> Any:
