@@ -47,7 +47,7 @@ KINDS = {  # every field of the job, by the kind of value it takes
         *("train.activation_checkpointing", "train.compile"),
         *("strategy.fsdp.reshard_after_forward", "strategy.fsdp.sync_each_batch"),
         "strategy.zero2.reduce_once",
-        *("launch.allow_known_bad", "launch.trust_pickle", "checkpoint.async"),
+        *("launch.allow_known_bad", "launch.trust_pickle", "checkpoint.async", "model.on_meta"),
     ],
     "text": [
         *("model.name", "data.name", "model.weights", "checkpoint.best"),
