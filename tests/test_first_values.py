@@ -129,8 +129,7 @@ OUTSIDE = {"gpt": 3300, NET: 822}  # elements outside the blocks, which FSDP2 sh
 def test_all_strategies_begin_with_the_same_values(name: str, tmp_path: Path) -> None:
     """Under fsdp and zero3 no rank holds a whole block when the next part is filled."""
     options = {"tied": True, "positions": "learned"} if name == "gpt" else {}
-    strategies = ["ddp", "zero2", "local_sgd", "fsdp", "zero3"]
-    strategies += ["pipeline", "2d"] if name == "gpt" else []
+    strategies = ["fsdp", "zero3", *(["pipeline", "2d", "ddp"] if name == "gpt" else ["zero2"])]
     expected: dict[str, torch.Tensor] = {}
     with warm_ranks():
         for strategy in ["single", *strategies]:
@@ -142,8 +141,6 @@ def test_all_strategies_begin_with_the_same_values(name: str, tmp_path: Path) ->
             found = weights(out)
             expected = expected or found
             assert found.keys() == expected.keys()
-            if strategy == "local_sgd":
-                continue  # its steps are others
             for key, tensor in found.items():
                 assert torch.allclose(tensor, expected[key], rtol=1e-4, atol=1e-6), (strategy, key)
 
