@@ -92,6 +92,20 @@ def test_the_next_step_waits_for_a_late_copy(
     assert record.checkpoint == expected.checkpoint and record.steps == expected.steps
 
 
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_late_copies_of_zero_are_what_a_save_at_once_has(strategy: str, tmp_path: Path) -> None:
+    found = []
+    for accident, beside in (
+        (Accident(), False),
+        (Accident(random.randrange(4), what="late"), True),
+    ):
+        out = tmp_path / str(beside)
+        asked = job(checkpoint={"every": 2, "async": beside})
+        launch(asked, strategy, 4, out, Watcher(), program=accident.program())
+        found.append(hashes_in(out))
+    assert found[0] == found[1] and len(found[0]) == 4
+
+
 @pytest.mark.parametrize("optimizer", [ADAM, {"name": "sgd", "lr": 0.01, "momentum": 0.9}])
 def test_late_copies_are_what_a_save_at_once_has(
     optimizer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

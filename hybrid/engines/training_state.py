@@ -146,7 +146,7 @@ def make_room(
 def as_stepper(job: Job, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
     """Return an optimizer of torch's, which changes its state in `step` alone; None: another one.
 
-    DeepSpeed's may do as it likes, and so may the one of a user's function: it may have hooks."""
+    DeepSpeed's own may do as it likes, and so may that of a user's function: it may have hooks."""
     known = type(optimizer) in (torch.optim.AdamW, torch.optim.SGD)
     return optimizer if known and not is_own(job) else None
 

@@ -43,6 +43,7 @@ from .precision import Stepped
 from .protocol import OwnState, Shapes, make_receipt
 from .state import copy_state, local_part, named_tensors
 from .tally import Tally
+from .training_state import as_stepper
 from .zero_copies import keep_one_copy, step_on_gradients
 from .zero_partition import partition
 
@@ -130,6 +131,11 @@ class ZeroEngine(AcceleratedEngine):
 
     def make_room(self, shapes: Shapes, numbers: Collection[str]) -> None:
         make_room_in_partitions(self._tensors(), self.live.optimizer, shapes, numbers)
+
+    def stepper(self) -> torch.optim.Optimizer | None:
+        # DeepSpeed keeps its parts' moments in the optimizer that it wraps, and calls that to step.
+        wrapped = getattr(self.live.optimizer, "optimizer", None)
+        return as_stepper(self.job, wrapped) if wrapped is not None else None
 
     def numbers_kept(self) -> list[str]:
         return numbers_in_partitions(self.live.optimizer)
