@@ -69,7 +69,7 @@ def test_ranks_pass_on_what_they_hold_or_their_files_are_read(
     without: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank without a channel may be on another host that has the name of rank 0's."""
-    begin, read = channel.Sender.__init__, passing_hash.PassingHash._read
+    begin, read = channel.Sender.__init__, passing_hash.PassingHash._opened
     files: set[str] = set()
 
     def joins(self: Any, path: Path, *rest: Any) -> None:
@@ -77,12 +77,12 @@ def test_ranks_pass_on_what_they_hold_or_their_files_are_read(
             raise OSError(errno.ENXIO, "No such device or address")
         begin(self, path, *rest)
 
-    def reads(self: Any, opened: Any, name: str, *rest: Any) -> Any:
+    def reads(self: Any, opened: Any, name: str) -> Any:
         files.add(name)
-        return read(self, opened, name, *rest)
+        return read(self, opened, name)
 
     monkeypatch.setattr(channel.Sender, "__init__", joins)
-    monkeypatch.setattr(passing_hash.PassingHash, "_read", reads)
+    monkeypatch.setattr(passing_hash.PassingHash, "_opened", reads)
     whole, held = state()
     found = save_held(tmp_path, held)
     assert {one.state_hash for one in found} == {hash_of_pieces(whole)}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .manifest import Entry, Manifest, compact, order_of, rows_of
-from .tensor_file import BUFFER_BYTES, WIDTHS, TensorFile
+from .tensor_file import BUFFER_BYTES, TensorFile
 
 
 def hash_entries(
@@ -60,10 +60,5 @@ def _from_files(
     entry: Entry, files: Mapping[str, TensorFile], room: memoryview
 ) -> Iterator[memoryview]:
     """Yield a tensor's bytes, read into `room`: each block is gone when the next one comes."""
-    width = WIDTHS[entry.dtype]
-    step = BUFFER_BYTES // width
     for _, count, file, key, first in ranges_of(entry):
-        for begin in range(0, count, step):
-            block = room[: min(step, count - begin) * width]
-            files[file].read_into(block, key, first + begin)
-            yield block
+        yield from files[file].blocks(key, first, count, room)

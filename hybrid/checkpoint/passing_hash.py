@@ -65,9 +65,9 @@ class PassingHash(threading.Thread):
         entries: all of the state as the files of `folder` will hold it; rank 0 needs them. joined:
         what `join_channel` returned on each rank."""
         self._folder, self._entries = folder, entries
-        for rank in range(1, len(joined)) if self._rank == 0 else ():
+        for rank in list(self._receivers):
             remove(folder / rank_file(rank))  # nobody needs the name any more
-            if not joined[rank] and rank in self._receivers:
+            if not joined[rank]:
                 self._receivers.pop(rank).close()
         if self._rank == 0 or self._sender:
             self.start()
@@ -120,7 +120,8 @@ class PassingHash(threading.Thread):
     def _take(self) -> None:
         own = {(*share.piece.entry, share.start): share for share in self._shares}
         receivers = {rank_file(rank): one for rank, one in self._receivers.items()}
-        files: dict[str, TensorFile] = {}
+        files: dict[str, TensorFile] = {}  # of ranks of other hosts
+        room = memoryview(bytearray(READ_BYTES))
 
         def blocks(name: str, key: str, entry: Entry) -> Iterator[memoryview]:
             for start, count, file, stored, _ in ranges_of(entry):
@@ -130,7 +131,7 @@ class PassingHash(threading.Thread):
                 elif file in receivers:
                     yield from _received(receivers[file], count * WIDTHS[entry.dtype])
                 else:
-                    yield from self._read(files, file, stored, count * WIDTHS[entry.dtype])
+                    yield from self._opened(files, file).blocks(stored, 0, count, room)
 
         try:
             self._hash = hash_entries(self._entries, blocks)
@@ -138,20 +139,13 @@ class PassingHash(threading.Thread):
             for opened in files.values():
                 opened.close()
 
-    def _read(
-        self, files: dict[str, TensorFile], name: str, key: str, rest: int
-    ) -> Iterator[memoryview]:
-        """Yield bytes of a file that a rank of another host has written."""
+    def _opened(self, files: dict[str, TensorFile], name: str) -> TensorFile:
+        """Return the file of a rank of another host, once that has written it."""
         self._written.wait()
         self._require_wanted()
         if name not in files:
             files[name] = TensorFile(self._folder / name)
-        width, first = WIDTHS[files[name].spans[key].dtype], 0
-        while rest:
-            block = memoryview(bytearray(min(rest, READ_BYTES)))
-            files[name].read_into(block, key, first)
-            yield block
-            rest, first = rest - len(block), first + len(block) // width
+        return files[name]
 
     def _require_wanted(self) -> None:
         if self._given_up:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +82,15 @@ class TensorFile:
             self._file.seek(span.begin + first * WIDTHS[span.dtype])
             if self._file.readinto(buffer) != len(buffer):
                 raise Damaged(f"{self.path.name}: ends before its tensors do")
+
+    def blocks(self, key: str, first: int, count: int, room: memoryview) -> Iterator[memoryview]:
+        """Yield the bytes of `count` elements, read into `room`: each block is gone at the next."""
+        width = WIDTHS[self.spans[key].dtype]
+        step = len(room) // width
+        for begin in range(0, count, step):
+            block = room[: min(step, count - begin) * width]
+            self.read_into(block, key, first + begin)
+            yield block
 
     def close(self) -> None:
         """Close the file."""
