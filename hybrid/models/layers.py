@@ -2,6 +2,7 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,8 @@ class Layers(list[nn.Module]):
     feeds_all_stages = False  # each stage takes the input of a micro-batch, not the first alone
     weights_from: dict[str, Any] | None = None  # where they came from, if not from the seed
     first_values: FirstValues | None = None  # of a model that was made without values
+    saved_in: Path | None = None  # the folder of its own whose weights these are to be
+    resets = True  # `draw` is all by which its code sets parameters, or else that is refused
     input_dtype: torch.dtype | None = None  # of a module's floating inputs, where not their own
 
     def __init__(self, layers: Iterable[nn.Module] = (), keys: Sequence[str] = ()) -> None:

@@ -44,14 +44,13 @@ def start_on_meta(job: Job, layers: Layers) -> None:
     """Says where a model without values gets its first ones: from its own folder, or drawn.
 
     Raises JobError where it cannot."""
-    folder = getattr(layers, "saved_in", None)
-    if folder is None:
-        if not hasattr(layers, "saved_in"):  # transformers' code sets what it likes
+    if layers.saved_in is None:
+        if layers.resets:
             require_resets(layers)
         layers.first_values = ByPart(job, layers)
         return
     try:
-        _start(job, open_weights(folder), layers)
+        _start(job, open_weights(layers.saved_in), layers)
     except JobError as error:
         raise JobError(f"model.name = {job.model.name!r}: {error}") from None
 

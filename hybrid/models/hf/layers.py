@@ -1,7 +1,6 @@
 """This module makes layers of a causal language model of transformers."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ def _by_name(forward: Callable[..., Any], value: torch.Tensor) -> Arguments:
 class HFLayers(ModuleLayers):
     """Takes token ids int64 [B, T] and returns logits [B, T, vocabulary]."""
 
-    saved_in: Path | None = None  # the folder of the weights that a model without values is to get
+    resets = False  # a family's code sets what it likes
 
     def __init__(self, model: nn.Module, plan: CutPlan) -> None:
         super().__init__(model, Calling(_by_name, logits_of), plan)
