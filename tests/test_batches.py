@@ -13,7 +13,7 @@ from hybrid.data import batches
 from hybrid.data.batches import BLOCK, BatchPlan
 from hybrid.data.loader import MicroBatch
 from hybrid.data.permutation import permute
-from hybrid.engines.hashes import hash_ids
+from hybrid.engines.hashes import hash_each, hash_ids
 from hybrid.engines.tally import Tally, TallyRow
 from hybrid.models.losses import cross_entropy
 
@@ -214,3 +214,9 @@ def test_another_id_has_another_digest() -> None:
     assert len(digests) == 1000
     assert tally([1, 2, 2])[3] != tally([1, 2])[3] and tally([0])[3] != 0
     assert hash_ids(torch.tensor([1, 4])) != hash_ids(torch.tensor([2, 3]))
+
+
+def test_samples_hashed_together_have_the_digests_that_each_has() -> None:
+    parts = [torch.tensor(ids, dtype=torch.int64) for ids in ([3, 1, 2**40], [], [7], [], [0] * 9)]
+    assert hash_each(parts) == [hash_ids(part) for part in parts]
+    assert hash_each(parts)[0] > 2**53, "no digest is rounded"

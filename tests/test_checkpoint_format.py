@@ -254,6 +254,15 @@ def test_the_hash_of_a_file_that_is_read_once(
     assert flags == {flushing.RWF_DONTCACHE, *([0] if cannot else [])}
 
 
+def test_room_for_copies_is_touched_weights_first_and_until_it_is_needed() -> None:
+    whole = [Piece("w", key, (5,), torch.ones(5)) for key in ("exp_avg", "exp_avg_sq", "weight")]
+    snapshot = Snapshot(0, shares_of(whole), {}, {}, VALUES)
+    answers = iter((False, True))
+    snapshot.touch(lambda: next(answers))
+    filled = {share.piece.key: bool(share.piece.tensor.any()) for share in snapshot.shares}
+    assert filled == {"weight": False, "exp_avg": True, "exp_avg_sq": True}
+
+
 def test_a_copied_snapshot_is_not_what_training_goes_on_to_change() -> None:
     tensor, seen, record = torch.zeros(5), [3], {"evals": [1]}
     shares = shares_of([Piece("w", "weight", (5,), tensor)])

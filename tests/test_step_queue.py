@@ -21,6 +21,7 @@ from hybrid.engines.step_queue import (
     StepRow,
 )
 from hybrid.engines.step_results import norms_of, step_result
+from hybrid.engines.tally import Tally
 from hybrid.job.errors import RunError, RunFailed
 from hybrid.models.losses import cross_entropy
 from hybrid.records import Record
@@ -41,6 +42,13 @@ def row(loss: float, targets: int, samples: int, digest: int, **other: float) ->
 def ranks(**second: float) -> list[StepRow]:
     """Two ranks' rows of a step, with changes to the second."""
     return [row(3.0, 2, 2, 2**64 - 1), row(5.0, 6, 3, 2, **second)]
+
+
+def local_row(loss: float, norm: Any, digest: int = 0) -> LocalRow:
+    """A row of one sample."""
+    tally = Tally(torch.device("cpu"))
+    tally.loss_sum, tally.count, tally.samples, tally.digest = torch.tensor(loss), 1, 1, digest
+    return LocalRow(tally, 1, norm, 0.1)
 
 
 def result(rows: list[StepRow], step: StartedStep = STEP) -> Any:
@@ -79,7 +87,7 @@ def test_ranks_that_disagree_fail(second: dict[str, float], said: str) -> None:
 def test_steps_come_back_in_order_whatever_was_sent_together() -> None:
     queue = StepQueue(torch.device("cpu"))
     for number in range(5):
-        rows = [LocalRow([float(number), 1, torch.tensor(2.0)], (1, 1, 2**32 - 1, 7, 0, 0, 0.1))]
+        rows = [local_row(float(number), torch.tensor(2.0), digest=(2**32 - 1) * HALF + 7)]
         queue.add(dataclasses.replace(STEP, number=number, rows=rows * 2))
         if number in (1, 2):
             queue.send(40 + number)

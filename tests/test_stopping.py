@@ -19,6 +19,7 @@ from hybrid import records
 from hybrid.checkpoint.folders import list_checkpoints
 from hybrid.engines.step_queue import LocalRow, StartedStep, StepQueue, StepRow
 from hybrid.engines.step_results import step_result
+from hybrid.engines.tally import Tally
 from hybrid.job.errors import Stopped
 from hybrid.job.file import to_dict
 from hybrid.launch import stopping
@@ -202,7 +203,7 @@ def test_rows_are_sent_at_least_once_a_second_by_rank_0_s_clock() -> None:
             queue.send()
             list(queue.take())
         queue._noted -= 0.3  # as if the step had taken that long
-        row = LocalRow([1.0, 1, 2.0], (1, 1, 0, 0, 0, 0, 0.1))
+        row = LocalRow(Tally(torch.device("cpu")), 0, 2.0, 0.1)
         queue.add(StartedStep(**vars(step) | {"rows": [row]}))
     assert sent == 4, "the first, and then every third"
     calm = StepQueue(torch.device("cpu"), every=3)

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -50,10 +50,14 @@ class Snapshot:
         numbers, values = copy.deepcopy(self.numbers), copy.deepcopy(self.values)
         return dataclasses.replace(self, shares=shares, own=own, numbers=numbers, values=values)
 
-    def touch(self) -> None:
-        """Fill room with zeros, so that the system gives it its memory now."""
-        for share in self.shares:
-            share.piece.tensor.zero_()
+    def touch(self, enough: Callable[[], bool] = lambda: False) -> None:
+        """Fill room with zeros, so that the system gives it its memory now: weights first, which
+        training waits for, and no more than until `enough()`."""
+        for share in sorted(self.shares, key=lambda share: share.piece.key != WEIGHT):
+            for block in share.blocks():
+                if enough():
+                    return
+                block.zero_()
 
 
 Unfilled = tuple[torch.Tensor, torch.Tensor]  # a copy that is to be made, and what of

@@ -130,8 +130,13 @@ def reader_of(samples: Any) -> type:
 
     A derived class may read others than its base's `__getitems__` gives. Nor is a set asked that
     hands on what it lacks to another set, which it may change sample by sample."""
+    return _reader_of(type(samples))
+
+
+@functools.cache
+def _reader_of(kind: type) -> type:
     ways = {"__getitem__", "__getitems__"}
-    return next((c for c in type(samples).__mro__ if ways & vars(c).keys()), object)
+    return next((c for c in kind.__mro__ if ways & vars(c).keys()), object)
 
 
 def find_base(samples: Any, ids: list[int]) -> tuple[Any, list[int]]:

@@ -23,7 +23,7 @@ from .precision import Stepped
 from .protocol import OwnState
 from .schedule import learning_rate
 from .state import named_tensors, num_held
-from .step_queue import make_row
+from .step_queue import LocalRow
 from .tally import Tally
 from .training_state import as_stepper
 
@@ -73,7 +73,7 @@ class AcceleratedEngine(BaseEngine):
         self.tallies = [tally]
         self._accumulate(micro_batches, tally)
         norm = self._update()
-        row = make_row(tally, own, norm, read_learning_rate(self.optimizer))
+        row = LocalRow(tally, own, norm, read_learning_rate(self.optimizer))
         self._note_step([row], scale, whole=self._norm_is_whole())
         if self.guard and self.guard.fault:
             return  # the buffers are those from before the step

@@ -254,7 +254,7 @@ class BaseEngine(Engine):
         return norm
 
     def _note_step(self, rows: Sequence[LocalRow], loss_scale: float, whole: bool = True) -> None:
-        """Note a step's numbers. rows: those of `make_row`, one for each replica.
+        """Note a step's numbers. rows: one for each replica.
 
         loss_scale: in force in the step; only fp16 has one. whole: see `StartedStep`."""
         scale = loss_scale if self.job.train.precision == "fp16" else None

@@ -1,5 +1,9 @@
 """This module hashes sample ids, so that ranks can prove which samples they saw."""
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 import numpy
 import torch
 
@@ -13,6 +17,19 @@ def hash_ids(ids: torch.Tensor, salt: torch.Tensor | None = None) -> int:
 
     The sum is the same for any order and any split of `ids` (int64 [n]). The hash is splitmix64
     (Steele, Lea and Flood 2014)."""
+    return int(numpy.add.reduce(_hashes(ids, salt)))
+
+
+def hash_each(parts: Sequence[torch.Tensor]) -> list[int]:
+    """Return `hash_ids` of each part (int64 [n]); small ones take as long as one."""
+    ends = [0, *itertools.accumulate(part.shape[0] for part in parts)]
+    sums = numpy.zeros(1 + ends[-1], numpy.uint64)
+    numpy.cumsum(_hashes(torch.cat(list(parts))), out=sums[1:])
+    found: list[int] = numpy.diff(sums[ends]).tolist()
+    return found
+
+
+def _hashes(ids: torch.Tensor, salt: torch.Tensor | None = None) -> Any:
     z = ids.cpu().numpy().astype(numpy.uint64)
     z *= _U(GOLDEN)
     if salt is not None:
@@ -22,4 +39,4 @@ def hash_ids(ids: torch.Tensor, salt: torch.Tensor | None = None) -> int:
         z ^= z >> shift
         z *= factor
     z ^= z >> _U(31)
-    return int(numpy.add.reduce(z))
+    return z

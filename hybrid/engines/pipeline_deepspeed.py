@@ -51,7 +51,7 @@ from .precision import Observer, Stepped, names_of
 from .protocol import StepResult, make_receipt
 from .schedule import learning_rate
 from .state import num_held, on_device
-from .step_queue import StartedStep, StepRow, make_row
+from .step_queue import LocalRow, StartedStep, StepRow
 from .tally import Tally, eval_result
 
 
@@ -138,7 +138,7 @@ class StageEngine(StageState):
         if self.zero_stage:
             self.norm = norm_or_overflow(optimizer, self.engine.get_global_grad_norm())
         rate = read_learning_rate(optimizer)
-        row = make_row(self.tally, own, self.norm, rate, self.input_digest)
+        row = LocalRow(self.tally, own, self.norm, rate, self.input_digest)
         self._note_step([row], scale, bool(self.zero_stage or self.job.train.clip_norm))
         if self.one_set and not (self.guard and self.guard.fault):
             self.one_set.after_step()

@@ -39,7 +39,7 @@ from .protocol import StepResult, extend_receipt, make_receipt
 from .replica_state import ReplicaState
 from .schedule import learning_rate
 from .state import named_tensors, num_held
-from .step_queue import StartedStep, StepRow, make_row
+from .step_queue import LocalRow, StartedStep, StepRow
 from .step_results import step_result
 from .tally import Tally
 
@@ -118,8 +118,8 @@ class ReplicaEngine(ReplicaState):
         for i, one in enumerate(passes):
             finish_step(self.optimizers[i], self.scales[i], held)
             rate = read_learning_rate(self.optimizers[i])
-            rows.append(make_row(one.tally, one.expected, one.norm, rate))
-            self.seen[i] += 0 if held else rows[-1].samples
+            rows.append(LocalRow(one.tally, one.expected, one.norm, rate))
+            self.seen[i] += 0 if held else one.tally.samples
         self._note_step(rows, scale)
         if self._merges():
             self._merge()

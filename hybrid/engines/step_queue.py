@@ -8,6 +8,7 @@ it but who reads it. So all ranks learn, at the same step, that one of them was 
 import dataclasses
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,9 +17,10 @@ import torch.distributed as dist
 
 from ..launch.stopping import told
 from ..launch.waiting import waiting
-from .tally import Tally
+from .tally import Tally, hash_together
 
 SEND_EVERY_S = 1.0  # at least, where the state is saved: a rank may have been told to stop
+HASHED_TOGETHER = 2**10  # samples in a row at most, whose ids wait until several rows are sent
 HALF = 2**32  # float64 holds a 64-bit digest as two halves
 
 
@@ -49,30 +51,58 @@ class StepRow(NamedTuple):
         return int(self.input_high) * HALF + int(self.input_low)
 
 
-class LocalRow(NamedTuple):
-    """Holds one row before it is sent: what the device knows late, and what the host knows."""
+@dataclasses.dataclass(slots=True)
+class LocalRow:
+    """Holds what one row will be made of when it is sent; the fields are those of `StepRow`.
 
-    late: list[torch.Tensor | float]
-    known: tuple[float, ...]
+    A small step takes less time than to make its row, so the rows of several are made together."""
 
-    @property
-    def samples(self) -> int:
-        """Return how many samples the row is of."""
-        return int(self.known[1])
+    tally: Tally
+    expected: int | float
+    norm: torch.Tensor | float
+    lr: float
+    input_digest: int = 0
+    stop: float = 0.0
+    seconds: float = 0.0
 
-    def read(self, device: torch.device) -> list[float]:
-        """Return the numbers, once the device knows them."""
-        return [*self._stack(device).tolist(), *self.known]
+    def late(self) -> list[torch.Tensor | float]:
+        """Return the numbers that the device may know late: the first ones of the row."""
+        sums = (self.tally.loss_sum, self.tally.count, self.norm)
+        return [0.0 if value is None else value for value in sums]
 
-    def to_tensor(self, device: torch.device) -> torch.Tensor:
-        """Return the numbers, float64 [n], without waiting for the device."""
-        known = torch.tensor(self.known, dtype=torch.float64)
-        if device.type == "cuda":
-            known = known.pin_memory().to(device, non_blocking=True)
-        return torch.cat((self._stack(device), known))
+    def known(self) -> list[float]:
+        """Return the other ones, which the host knows."""
+        digests = self.tally.sample_digest(), self.input_digest
+        halves = [half for digest in digests for half in divmod(digest, HALF)]
+        return [self.expected, self.tally.samples, *halves, self.lr, self.stop, self.seconds]
 
-    def _stack(self, device: torch.device) -> torch.Tensor:
-        return torch.stack([_float64(value, device) for value in self.late])
+
+def read_rows(rows: Sequence[LocalRow]) -> list[float]:
+    """Return the numbers of rows, one after the other, where the device is the host."""
+    hash_together([row.tally for row in rows])
+    numbers = list[Any]()
+    places = defaultdict[torch.dtype, list[int]](list)
+    for row in rows:
+        late = row.late()
+        for i, number in enumerate(late, len(numbers)):
+            if isinstance(number, torch.Tensor):
+                places[number.dtype].append(i)
+        numbers += late + row.known()
+    for alike in places.values():
+        values = torch.stack([numbers[i] for i in alike]).tolist()
+        for i, value in zip(alike, values, strict=True):
+            numbers[i] = float(value)
+    return numbers
+
+
+def send_rows(rows: Sequence[LocalRow], device: torch.device) -> torch.Tensor:
+    """Return the numbers of rows, float64 [n], without waiting for the device."""
+    hash_together([row.tally for row in rows])
+    late = torch.stack([_float64(value, device) for row in rows for value in row.late()])
+    known = torch.tensor([row.known() for row in rows], dtype=torch.float64)
+    if device.type == "cuda":
+        known = known.pin_memory().to(device, non_blocking=True)
+    return torch.cat((late.view(len(rows), -1), known), 1).view(-1)
 
 
 @dataclasses.dataclass
@@ -89,20 +119,6 @@ class StartedStep:
     has_norm: bool
     loss_scale: float | None
     fault: str | None = None
-
-
-def make_row(
-    tally: Tally,
-    expected: int | float,
-    norm: torch.Tensor | float,
-    lr: float,
-    input_digest: int = 0,
-) -> LocalRow:
-    """Return one rank's numbers of a step; the arguments are those of `StepRow`."""
-    digest = tally.sample_digest()
-    halves = (digest // HALF, digest % HALF, input_digest // HALF, input_digest % HALF)
-    late = [0.0 if value is None else value for value in (tally.loss_sum, tally.count, norm)]
-    return LocalRow(late, (expected, tally.samples, *halves, lr))
 
 
 def _float64(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
@@ -124,7 +140,7 @@ class _Gathering:
         self.work: Any = None
         if self.size == 1 and device.type == "cpu":
             return  # the numbers are here
-        parts = [row.to_tensor(device) for row in rows]
+        parts = [send_rows(rows, device)] if rows else []
         if last is not None:
             parts.append(torch.full((1,), last, dtype=torch.float64, device=device))
         self.table = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -137,8 +153,7 @@ class _Gathering:
     def read(self) -> list[list[float]]:
         """Return each rank's numbers, once they are there."""
         if self.size == 1 and self.device.type == "cpu":
-            numbers = [number for row in self.rows for number in row.read(self.device)]
-            return [numbers if self.last is None else [*numbers, self.last]]
+            return [[*read_rows(self.rows), *([] if self.last is None else [self.last])]]
         if self.device.type == "cuda":
             with waiting("the numbers of a step"):
                 numbers = self.copy.read()
@@ -188,9 +203,11 @@ class StepQueue:
     def add(self, step: StartedStep) -> None:
         """Take the numbers of a step."""
         now = time.monotonic()
-        more = (float(told()), now - self._noted)
-        rows = [row._replace(known=(*row.known, *more)) for row in step.rows]
-        self.waiting.append(dataclasses.replace(step, rows=rows))
+        for row in step.rows:
+            row.stop, row.seconds = float(told()), now - self._noted
+            if row.tally.samples > HASHED_TOGETHER:
+                hash_together([row.tally])
+        self.waiting.append(step)
         self._noted = now
 
     def is_due(self) -> bool:

@@ -84,15 +84,15 @@ class RankStatus:
     def start_heartbeat(self, placement: Placement) -> None:
         """Start to write signs of life to the store where the ranks met, if they did."""
         if placement.store is not None and placement.world_size > 1:
-            timeout_s = self.job.launch.setup_timeout_s
-            self.peers = Heartbeat(placement, self._tell, timeout_s, self.logs)
+            self.peers = Heartbeat(placement, self._tell, self._seconds, self.logs)
 
     def hurry(self, in_step: bool) -> None:
         """Set how long this rank waits for others from now on: as in steps, or as in all else."""
         limits = self.job.launch
         seconds = limits.collective_timeout_s if in_step else limits.setup_timeout_s
-        process_group = sys.modules.get(f"{__package__}.process_group")
-        if process_group and self._seconds != seconds:
+        if seconds == self._seconds:
+            return
+        if process_group := sys.modules.get(f"{__package__}.process_group"):
             process_group.set_timeouts(seconds)
         self._seconds = seconds
         if self.peers:

@@ -15,7 +15,7 @@ import statistics
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 WARMUP_STEPS = 2  # the first allocates optimizer state and rebuilds DDP's buckets
 FEWEST_TIMED = 3
+_NOTHING = contextlib.nullcontext()
 
 
 class _Time:
@@ -41,6 +42,7 @@ class _Time:
     def __init__(self, device: torch.device, since: _Time | None = None) -> None:
         """Begin now, or at the end of the time before, `since`."""
         self._event = device.type == "cuda"
+        self._now: Callable[[], Any] = _pass_event if self._event else time.perf_counter
         self._start: Any = since._stop if since else self._now()
         self._stop: Any = self._start
 
@@ -59,12 +61,11 @@ class _Time:
         self._stop.synchronize()
         return self._start.elapsed_time(self._stop) / 1e3
 
-    def _now(self) -> Any:
-        if not self._event:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+
+def _pass_event() -> Any:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 class StepCost(NamedTuple):
@@ -115,32 +116,32 @@ class Instruments:
         self.last_step = StepCost(self._loading, self._loading, self._whole, False, None)
         self._tcp: list[int | None] = []
 
-    @contextlib.contextmanager
-    def loading(self) -> Iterator[None]:
-        """Run the clock while this process waits for the batch of the step that comes next.
+    def begin_loading(self) -> None:
+        """Begin the time in which this process waits for the batch of the step that comes next.
 
         On a GPU it is the time for which the device waits: none while earlier steps keep it busy.
         """
         self._loading = _Time(self.device)
         self._whole = _Time(self.device, self._whole if self._goes_on else self._loading)
-        yield
+
+    def end_loading(self) -> None:
+        """End the time of loading."""
         self._loading.stop()
 
     def interrupt(self) -> None:
         """Say that what has come since the last step is no part of the coming one."""
         self._goes_on = False
 
-    @contextlib.contextmanager
-    def step(self, step: int) -> Iterator[None]:
-        """Run the instruments that are due, and the clock, around one optimizer step."""
+    def step(self, step: int, make: Callable[[], None]) -> None:
+        """Make one optimizer step with the instruments that are due, and the clock."""
         if step == 0:
             self.meter.mark()
         if step == self.counted.start:
             self._tcp.append(tcp_bytes_sent())
             self.counter.start()
-        with self.meter if step in self.metered and not self.blind else contextlib.nullcontext():
+        with self.meter if step in self.metered and not self.blind else _NOTHING:
             taken = _Time(self.device)
-            yield
+            make()
             taken.stop()
         self._whole.end_with(taken)
         self._goes_on = step in self.timed

@@ -8,7 +8,7 @@ are recomputed in backward meet the mask they had."""
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -52,17 +52,20 @@ class RowSeeds(Seeds):
         return self._made[index]
 
 
-@contextlib.contextmanager
-def use_rows(seeds: Seeds | None) -> Iterator[None]:
+class use_rows(contextlib.AbstractContextManager[None]):
     """Gives the rows of a batch, along axis 0, one seed each while the context lasts.
 
     A row with None is padding and stays as it is. Without any seeds, dropout draws from torch's own
-    stream."""
-    token = _rows.set(seeds)
-    try:
-        yield
-    finally:
-        _rows.reset(token)
+    stream. It is no generator, since it stands around each forward pass: those take longer."""
+
+    def __init__(self, seeds: Seeds | None) -> None:
+        self._seeds = seeds
+
+    def __enter__(self) -> None:
+        self._token = _rows.set(self._seeds)
+
+    def __exit__(self, *_: object) -> None:
+        _rows.reset(self._token)
 
 
 def set_rows(seeds: Seeds) -> None:

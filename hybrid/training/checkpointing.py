@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import random
 import struct
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -71,6 +72,7 @@ class Checkpoints:
             writer = self._writer
             stepper.register_step_pre_hook(lambda *_: writer.wait_for_copy())
         self._copied: Snapshot | None = None  # what the writer writes, or wrote last
+        self._due = threading.Event()  # a save needs the room for copies, all of it touched or not
         self._saving = 0  # the step of it
         self._last: StateHashes | None = None  # by which the next is known to be another
         self._scores = BestScores(asked.best) if asked.best else None
@@ -132,6 +134,7 @@ class Checkpoints:
         since the last save must have changed the state. Where saving is asynchronous, it goes on
         after this call, and `check` and `wait` say how it ended. Raises RunError or NoRoom."""
         assert self.out is not None
+        self._due.set()
         self.wait()
         own = self.engine.own_state()
         values = {
@@ -171,7 +174,7 @@ class Checkpoints:
             self._take(self._saving, self._writer.take(wait=False))
             if self._copied is None:
                 self._copied = make_room(shares_of(self.engine.pieces()))
-                self._writer.start(self._copied.touch)
+                self._writer.start(functools.partial(self._copied.touch, self._due.is_set))
 
     def wait(self) -> None:
         """Wait until what is being saved is committed; raises RunError or NoRoom if it failed."""

@@ -1,6 +1,7 @@
 """Holds one run in progress on one rank: what the loop trains, and what becomes of it."""
 
 import dataclasses
+import functools
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -146,7 +147,7 @@ class RunInProgress:
             self._note_saved()
         raise self.stops.stopped(signal, agreed=True)
 
-    @property
+    @functools.cached_property
     def period(self) -> int:
         """Return the optimizer steps after which the communication repeats."""
         every = registry.steps_between_syncs(self.job, self.choice.strategy)

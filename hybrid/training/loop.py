@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,11 +202,11 @@ class _Run(RunInProgress):
             self._leave_if_told(loader)
             self.status.hurry(in_step=not self._compiles_in(step - start))
             self.status.set(f"in step {step}", step)
-            with self.instruments.loading():
-                batches = loader.step(step)
+            self.instruments.begin_loading()
+            batches = loader.step(step)
+            self.instruments.end_loading()
             count = None if self.known is None else self.known * self.plan.batch_size(step)
-            with self.instruments.step(step - start):
-                engine.start_step(batches, count)
+            self.instruments.step(step - start, partial(engine.start_step, batches, count))
             self.unread.append(self.instruments.last_step)
             # The numbers of a step come with the next one. These steps need them at once.
             done, back = step + 1, rolls_back(self, step)

@@ -50,11 +50,11 @@ class StepLog:
         self.samples += record.samples
         self.changed |= bool(record.lr and record.grad_norm and not record.skipped)
         self.targets += record.targets or 0
-        line = vars(record) | dict(figures)
+        line = {**vars(record), **figures}
         if self._file:
-            # JSON has no NaN.
-            loss = record.loss if math.isfinite(record.loss) else str(record.loss)
-            self._lines.append(json.dumps(line | {"loss": loss}) + "\n")
+            finite = math.isfinite(record.loss)  # JSON has no NaN
+            told = line if finite else line | {"loss": str(record.loss)}
+            self._lines.append(json.dumps(told) + "\n")
         elif self._here:
             self._kept.append(record)
         return line

@@ -58,7 +58,8 @@ class Trackers:
 
     def log(self, line: Mapping[str, Any], step: int) -> None:
         """Send the known figures of one line of `steps.jsonl`, and the speed that they give."""
-        self._send(step_values(line), step)
+        if self.trackers:
+            self._send(step_values(line), step)
 
     def log_eval(self, result: Mapping[str, Any], step: int) -> None:
         """Send an evaluation after `step` steps: loss, perplexity or accuracy, and the metrics."""
