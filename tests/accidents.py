@@ -120,9 +120,9 @@ def slow_down(pace_s: float) -> None:
 
     enter = Instruments.step
 
-    def step(self: Any, number: int) -> Any:
+    def step(self: Any, number: int, make: Callable[[], None]) -> None:
         time.sleep(pace_s)
-        return enter(self, number)
+        enter(self, number, make)
 
     Instruments.step = step  # type: ignore[method-assign]
 

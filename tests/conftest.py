@@ -21,6 +21,9 @@ JOBS = ROOT / "launch" / "jobs"
 # would refuse them. `benchmarks/gpu.py` runs on a GPU, and `stub_cuda.py` plays some.
 os.environ.update(HIDDEN)
 
+# torch's compiler would start processes that compile beside each rank, and these fill the cores.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 # Ranks import the tests' own models by `tests.workloads:...` from wherever they are started.
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split()])

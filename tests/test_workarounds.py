@@ -227,11 +227,11 @@ def test_deepspeed_still_clips_stages_by_the_first_one_s_norm(tmp_path: Path) ->
 def test_gloo_still_aborts_a_process_that_ends_too_soon(tmp_path: Path) -> None:
     """hybrid/launch/process_group.py::cleanup, launch/examples/plain_deepspeed.py
 
-    On a busy machine gloo's thread may come before the other keeps the interpreter: five tries."""
+    On a busy machine gloo's thread may come before the other keeps the interpreter: some tries."""
 
     def leave(whose: str) -> int:
         command = [sys.executable, "-c", LEAVE, whose]
         return subprocess.run(command, capture_output=True, cwd=tmp_path, timeout=120).returncode
 
-    assert any(leave("theirs") == -signal.SIGABRT for _ in range(5))
+    assert any(leave("theirs") == -signal.SIGABRT for _ in range(25))
     assert [leave("ours") for _ in range(2)] == [0, 0]
