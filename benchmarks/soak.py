@@ -1,6 +1,6 @@
 """Trains for very many steps, and compares very many times, to see what grows.
 
-    python -m benchmarks.soak --out FOLDER [--steps N] [--gpt-steps N] [--comparisons N]
+    python -m benchmarks.soak --out FOLDER --strategies fsdp --steps 0 --gpt-steps 5000
     python -m benchmarks.soak --out FOLDER --single 200000     # that run alone
 
 fsdp and zero3 have two ranks, 2d has four. While a run lasts, each rank's resident memory and CPU
@@ -8,6 +8,8 @@ time (psutil) are read at every hundredth of it. The first tenth is left out, in
 and caches fill, and the end, at which the record is put together. Growth is that of a line fitted
 through the rest, over its whole length. The time of a step is CPU time, since other processes
 change wall time. FOLDER/soak.json and FOLDER/soak.md have the figures.
+
+`--comparisons` is how many; 0 of a number leaves that part out.
 
 `--single` trains the trivial model under `single` with every step in `steps.jsonl`, and says what a
 step took in each tenth of the run, the size of its record, and the memory of reading all steps."""
@@ -198,7 +200,6 @@ def markdown(found: dict[str, Any]) -> str:
         f"{r['step_growth']:+.1%} | {r['spread']:.1%} | {r['minutes']:.0f} |"
         for r in found["soaks"]
     ]
-    first, last = found["often"]["after_a_tenth"], found["often"]["at_the_end"]
     lines = [
         "# What grows over very many steps and comparisons",
         "",
@@ -209,12 +210,17 @@ def markdown(found: dict[str, Any]) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
         *rows,
         "",
-        f"{found['often']['comparisons']} comparisons of four runs in one command. After a tenth "
-        f"of them: {first['children']} process beside it, {first['files']} open files. At the end: "
-        f"{last['children']} and {last['files']}. Memory of the command and of the process that "
-        "forks: " + ", ".join(f"{grown:+.2%}" for grown in found["often"]["grown"]) + ".",
-        "",
     ]
+    if often := found["often"]:
+        first, last = often["after_a_tenth"], often["at_the_end"]
+        grown = ", ".join(f"{one:+.2%}" for one in often["grown"])
+        lines += [
+            f"{often['comparisons']} comparisons of four runs in one command. After a tenth of "
+            f"them: {first['children']} process beside it, {first['files']} open files. At the "
+            f"end: {last['children']} and {last['files']}. Memory of the command and of the "
+            f"process that forks: {grown}.",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -222,6 +228,7 @@ def main() -> None:
     """Soak, compare often, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--gpt-steps", type=int, default=5_000)
     parser.add_argument("--comparisons", type=int, default=200)
@@ -241,9 +248,10 @@ def main() -> None:
                 ("trivial", TRIVIAL, given.steps),
                 ("gpt", GPT, given.gpt_steps),
             )
-            for strategy in STRATEGIES
+            for strategy in given.strategies.split(",")
+            if steps
         ]
-        often = compare_often(given.comparisons, given.out)
+        often = compare_often(given.comparisons, given.out) if given.comparisons else None
     found = {
         "command": "python -m benchmarks.soak " + " ".join(sys.argv[1:]),
         "machine": summarise_machine(),
