@@ -190,6 +190,17 @@ def test_padding_is_never_counted() -> None:
     assert bool(output.grad[:2].any()) and not bool(output.grad[2:].any())
 
 
+def test_a_loss_that_is_a_part_of_a_tensor_does_not_keep_the_rest_in_memory() -> None:
+    sums = Tally(torch.device("cpu"))
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return (output * 2.0).flatten()[0], 2
+
+    sums.add(loss, *micro_batch([1, 2]))
+    assert sums.loss_sum is not None and sums.loss_sum.untyped_storage().nbytes() == 4
+    assert float(sums.loss_sum) == pytest.approx(2 * math.sin(1))
+
+
 def test_padding_alone_gives_a_zero_with_a_graph() -> None:
     sums = Tally(torch.device("cpu"))
     output, piece = micro_batch([], padding=2)

@@ -87,7 +87,7 @@ class Tally:
             self._measure(output, target)
         else:
             loss_sum, count = take_loss(loss, output, target)
-        exact = loss_sum.detach()
+        exact = _alone(loss_sum.detach())
         self.loss_sum = exact if self.loss_sum is None else self.loss_sum.double() + exact
         if isinstance(count, torch.Tensor) and count.is_floating_point():
             count = count.to(torch.float64)
@@ -135,6 +135,12 @@ def hash_together(tallies: Sequence[Tally]) -> None:
             tally.digest = (tally.digest + digest) % 2**64
     for tally in tallies:
         tally.unhashed = []
+
+
+def _alone(loss_sum: torch.Tensor) -> torch.Tensor:
+    """Return a number that keeps nothing else in memory, such as what it was taken out of."""
+    whole = loss_sum.untyped_storage().nbytes() == loss_sum.element_size()
+    return loss_sum if whole else loss_sum.clone()
 
 
 def _zero(loss: Loss, output: Any, target: Any) -> torch.Tensor:
