@@ -130,7 +130,7 @@ def reader_of(samples: Any) -> type:
 
     A derived class may read others than its base's `__getitems__` gives. Nor is a set asked that
     hands on what it lacks to another set, which it may change sample by sample."""
-    return _reader_of(type(samples))
+    return _reader_of(samples.__class__)
 
 
 @functools.cache
