@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..data.permutation import FIRST, GOLDEN, SECOND
+from ..data.permutation import splitmix64
 from ..job.schema import Job
 from ..models.batch_norms import leave_padding_out
 from ..models.draws import seed_functions
@@ -15,8 +15,6 @@ from ..models.losses import GivenLoss, Loss
 from ..models.own_loss import OwnLoss
 from .precision import DTYPES, round_inputs
 from .recomputation import recomputed
-
-MASK = 2**64 - 1
 
 
 def prepare_layers(job: Job, layers: Layers) -> Layers:
@@ -78,7 +76,7 @@ def sample_seeds(
 ) -> use_rows:
     """Seed one training forward pass on `rows` rows: the samples `ids` (int64 [n]), then padding.
 
-    It is the pass in the context that this returns, and the next one in this process.
+    The generators are seeded at once, the rows while the context lasts that this returns.
 
     Our dropout is seeded by sample. torch's own generator is seeded by `place` (share, micro-batch,
     stage), so that all other random numbers are the same in two runs of one layout."""
@@ -101,11 +99,8 @@ def _seed_generators(*numbers: int) -> None:
     That takes 129 us, and more in a deep stack: it also formats the stack for every other kind of
     device. This takes 2 us, so that models which draw nothing are seeded too."""
     seed = 0
-    for number in numbers:  # splitmix64 of each, as in `hybrid.engines.hashes`
-        seed = (seed + number + GOLDEN) & MASK
-        seed = ((seed ^ seed >> 30) * FIRST) & MASK
-        seed = ((seed ^ seed >> 27) * SECOND) & MASK
-        seed ^= seed >> 31
+    for number in numbers:
+        seed = splitmix64(seed + number)
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
