@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import hybrid
+from hybrid.data.batches import BatchPlan
 from hybrid.job import traces
 from hybrid.job.errors import JobError, first_line
 from hybrid.job.traces import at_users_line, users_line
@@ -175,7 +176,10 @@ def test_the_command_and_the_record_name_line_and_log(
 ) -> None:
     """The loss of the last stage; one sample that some rank of four reads, drawn by chance."""
     job = own_job("rank") if strategy == "pipeline" else own_job()
-    bad = [] if strategy == "pipeline" else ["--set", f"data.options.bad={random.randrange(8, 44)}"]
+    plan = BatchPlan(50, 11, 4, 2, job.train.seed)
+    places = [plan.micro_batch_ids(step, share) for step in range(4) for share in range(4)]
+    drawn = random.choice([i for ids in places for part in ids for i in part if i >= 8])
+    bad = [] if strategy == "pipeline" else ["--set", f"data.options.bad={drawn}"]
     file, out = tmp_path / "job.json", tmp_path / "run"
     file.write_text(json.dumps(hybrid.job.file.to_dict(job)))
     words = ["train", str(file), "--strategy", strategy, "--nproc", str(nproc), "--out", str(out)]

@@ -51,8 +51,9 @@ class Snapshot:
         return dataclasses.replace(self, shares=shares, own=own, numbers=numbers, values=values)
 
     def touch(self, enough: Callable[[], bool] = lambda: False) -> None:
-        """Fill room with zeros, so that the system gives it its memory now: weights first, which
-        training waits for, and no more than until `enough()`."""
+        """Fill room with zeros, so that the system gives it its memory now.
+
+        Weights come first, for whose copies training waits. It ends where `enough()` says so."""
         for share in sorted(self.shares, key=lambda share: share.piece.key != WEIGHT):
             for block in share.blocks():
                 if enough():
