@@ -91,6 +91,14 @@ class Wrapped:
         return first + 1, second
 
 
+class Disguised(Wrapped):
+    """Says that it is of the other set's class, as proxies do."""
+
+    @property
+    def __class__(self) -> Any:
+        return type(self.inner)
+
+
 def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     draw = torch.Generator().manual_seed(len(shape))
     return (torch.randn(5, *shape, generator=draw) * 50).to(dtype)
@@ -123,6 +131,7 @@ SETS: dict[str, Callable[[], Any]] = {
     "negated": Negated,
     "of a negated": lambda: Subset(Negated(9), [8, 0, 2, 1, 3]),
     "wrapped": lambda: Wrapped(samples()),
+    "disguised": lambda: Disguised(samples()),
     "wrapped together": lambda: Wrapped(Together()),
     "tuples": lambda: [(drawn(4)[i], i) for i in range(5)],
     "lists": lambda: [[drawn(4)[i], float(i)] for i in range(5)],

@@ -50,7 +50,7 @@ class Snapshot:
         numbers, values = copy.deepcopy(self.numbers), copy.deepcopy(self.values)
         return dataclasses.replace(self, shares=shares, own=own, numbers=numbers, values=values)
 
-    def touch(self, enough: Callable[[], bool] = lambda: False) -> None:
+    def touch(self, enough: Callable[[], bool]) -> None:
         """Fill room with zeros, so that the system gives it its memory now.
 
         Weights come first, for whose copies training waits. It ends where `enough()` says so."""

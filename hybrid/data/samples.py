@@ -130,7 +130,8 @@ def reader_of(samples: Any) -> type:
 
     A derived class may read others than its base's `__getitems__` gives. Nor is a set asked that
     hands on what it lacks to another set, which it may change sample by sample."""
-    return _reader_of(samples.__class__)
+    kind: Any = type(samples)  # not its `__class__`, which a set that stands for another may hide
+    return _reader_of(kind)
 
 
 @functools.cache

@@ -21,7 +21,7 @@ def hash_ids(ids: torch.Tensor, salt: torch.Tensor | None = None) -> int:
 
 
 def hash_each(parts: Sequence[torch.Tensor]) -> list[int]:
-    """Return `hash_ids` of each part (int64 [n]); small ones take as long as one."""
+    """Return `hash_ids` of each part (int64 [n]); several small ones take as long as one."""
     ends = [0, *itertools.accumulate(part.shape[0] for part in parts)]
     sums = numpy.zeros(1 + ends[-1], numpy.uint64)
     numpy.cumsum(_hashes(torch.cat(list(parts))), out=sums[1:])

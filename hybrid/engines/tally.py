@@ -107,7 +107,8 @@ class Tally:
 
     def sample_digest(self) -> int:
         """Return the hash of all samples so far."""
-        hash_together([self])
+        if self.unhashed:
+            hash_together([self])
         return self.digest
 
     def row(self) -> TallyRow:
