@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import io
 import itertools
@@ -19,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.checkpoint_damage import Damage, damages, make_run, try_one
-from hybrid.checkpoint import flushing
+from hybrid.checkpoint import past_cache
 from hybrid.checkpoint.file_hash import hash_of_files
 from hybrid.checkpoint.folders import (
     list_checkpoints,
@@ -219,39 +221,55 @@ def test_what_is_written_past_the_cache_is_whole(
                 raise OSError(errno.EINVAL, "Invalid argument")
             return super().write(block[:4096])  # a part of it
 
-    monkeypatch.setattr(flushing, "ROOM_BYTES", 2**13)
+    monkeypatch.setattr(past_cache, "ROOM_BYTES", 2**13)
     blocks = [random.Random(size).randbytes(size) for size in (8, 1001, 0, 30_011, 2**13, 5)]
     with Disk(tmp_path / "file", "xb") as file:
-        past = flushing.PastCache(file)
+        past = past_cache.PastCache(file)
         assert [past.write(block) for block in blocks] == [len(block) for block in blocks]
         past.end()
     assert (tmp_path / "file").read_bytes() == b"".join(blocks)
 
 
 @pytest.mark.parametrize("error", [None, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO])
+@pytest.mark.parametrize("part", [1001, 2**13])  # of a block, that a read gives
 def test_the_hash_of_a_file_that_is_read_once(
-    error: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: int, error: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the system cannot read past its cache, it reads; what else fails is told."""
-    read, flags, path = os.preadv, set(), tmp_path / "file"
+    read, ways, path = os.preadv, set(), tmp_path / "file"
 
-    def preadv(number: int, rooms: Any, place: int, flag: int = 0) -> int:
-        flags.add(flag)
-        if flag and error:
+    def preadv(number: int, rooms: Any, place: int) -> int:
+        direct = bool(fcntl.fcntl(number, fcntl.F_GETFL) & os.O_DIRECT)
+        ways.add(direct)
+        if direct and error:
             raise OSError(error, os.strerror(error))
-        return read(number, [rooms[0][:1001]], place)  # a part of it
+        return read(number, [rooms[0][:part]] if not direct else rooms, place)
 
+    monkeypatch.setattr(past_cache, "READ_BYTES", 2**13)
     monkeypatch.setattr(os, "preadv", preadv)
-    for size in (0, 1001, 30_011):
+    for size in (0, 1001, 2**13, 30_011):
         path.write_bytes(random.Random(size).randbytes(size))
+        expected = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert sha256_of(path, again=True) == expected
         if error == errno.EIO:
             with pytest.raises(OSError, match="Input/output error"):
                 sha256_of(path)
-            continue
-        expected = hashlib.sha256(path.read_bytes()).hexdigest()
-        assert sha256_of(path) == sha256_of(path, again=True) == expected
-    cannot = error in (errno.EOPNOTSUPP, errno.EINVAL)
-    assert flags == {flushing.RWF_DONTCACHE, *([0] if cannot else [])}
+        else:
+            assert sha256_of(path) == expected
+    with contextlib.suppress(OSError):  # a tmpfs of an old kernel is all cache
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+        assert True in ways
+
+
+def test_a_file_is_read_where_no_other_way_to_it_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*_: object) -> int:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    (tmp_path / "file").write_bytes(b"abc" * 1001)
+    monkeypatch.setattr(os, "open", opened)
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(b"abc" * 1001).hexdigest()
 
 
 def test_room_for_copies_is_touched_weights_first_and_until_it_is_needed() -> None:

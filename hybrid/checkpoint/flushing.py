@@ -1,19 +1,13 @@
 """Makes files and folders that are on the disk, not only in memory, when the call returns."""
 
 import errno
-import fcntl
-import mmap
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 FLUSH_EVERY_S = 0.1  # while a file is being written
-ROOM_BYTES = 2**24
-READ_BYTES = 2**22
-RWF_DONTCACHE = 0x80  # of linux/fs.h; Python has no name for it
 
 
 def make_folder(path: Path) -> None:
@@ -67,75 +61,6 @@ class Flusher(threading.Thread):
         self._file.close()
         if self._error is not None:
             raise self._error
-
-
-class PastCache:
-    """Writes a file past the system's cache of files (O_DIRECT), where its file system can.
-
-    For a file that nobody reads soon: the cache's memory may take longer than the disk. Such writes
-    have whole blocks of the disk, in the place and in memory; so all goes through a buffer."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._room, self._filled = file, mmap.mmap(-1, ROOM_BYTES), 0
-        self._set_direct(True)
-
-    def _set_direct(self, direct: bool) -> None:
-        flag = getattr(os, "O_DIRECT", 0)  # Linux has it
-        flags = fcntl.fcntl(self._file, fcntl.F_GETFL) & ~flag
-        try:
-            fcntl.fcntl(self._file, fcntl.F_SETFL, flags | flag if direct else flags)
-        except OSError as error:  # a tmpfs has no disk
-            if error.errno != errno.EINVAL:
-                raise
-
-    def write(self, block: bytes | memoryview) -> int:
-        """Take a whole block, and return its size in bytes."""
-        rest = memoryview(block)
-        while rest:
-            taken = min(len(rest), ROOM_BYTES - self._filled)
-            self._room[self._filled : self._filled + taken] = rest[:taken]
-            self._filled, rest = self._filled + taken, rest[taken:]
-            if self._filled == ROOM_BYTES:
-                self._write_out()
-        return len(block)
-
-    def end(self) -> None:
-        """Write what is left, which fills no block of the disk; `Flusher` flushes it."""
-        self._set_direct(False)
-        self._write_out()
-
-    def _write_out(self) -> None:
-        rest, self._filled = memoryview(self._room)[: self._filled], 0
-        while rest:
-            try:
-                rest = rest[self._file.write(rest) :]
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self._set_direct(False)  # its blocks are larger, or it cannot after all
-                rest = rest[self._file.write(rest) :]
-
-
-def read_in_passing(file: BinaryIO) -> Iterator[memoryview]:
-    """Yield a file's content in blocks, each gone when the next one comes.
-
-    Whatever the system's cache of files had of it is read from there; the rest does not stay there,
-    since the cache's memory may take longer than the disk and the content's hash together. Where
-    the kernel (before 6.14) or the file system cannot do that, the rest stays there."""
-    room, place = memoryview(bytearray(READ_BYTES)), 0
-    flags = RWF_DONTCACHE if hasattr(os, "RWF_NOWAIT") else 0  # Linux has flags of a read
-    while True:
-        try:
-            size = os.preadv(file.fileno(), [room], place, flags)
-        except OSError as error:
-            if not flags or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-            flags = 0
-            continue
-        if not size:
-            return
-        yield room[:size]
-        place += size
 
 
 def flush_file(path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..job.reading import unique
-from .flushing import read_in_passing
+from .past_cache import read_past_cache
 
 BUFFER_BYTES = 2**24
 LONGEST_HEADER = 10**8  # bytes, as in the library
@@ -105,6 +105,6 @@ def sha256_of(path: Path, again: bool = False) -> str:
         if again:
             return hashlib.file_digest(file, "sha256").hexdigest()
         digest = hashlib.sha256()
-        for block in read_in_passing(file):
+        for block in read_past_cache(file):
             digest.update(block)
         return digest.hexdigest()

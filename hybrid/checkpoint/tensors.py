@@ -16,7 +16,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from .flushing import Flusher, PastCache
+from .flushing import Flusher
+from .past_cache import PastCache
 from .tensor_file import BUFFER_BYTES, DTYPES, TensorFile
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own) for name, (own, _) in DTYPES.items()}
