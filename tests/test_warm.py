@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hybrid.job.errors import RunFailed
 from hybrid.launch import local
 from hybrid.launch.local import run_ranks
 from hybrid.launch.warm import warm_process, warm_ranks
+from hybrid.strategies import registry
 from tests.conftest import ROOT, small_job
 
 TELL = """
@@ -155,6 +157,39 @@ def test_forks_draw_other_numbers(tmp_path: Path) -> None:
         run_ranks(3, [], tmp_path, program=program, modules=["numpy.random", "random"])
     drawn = [(tmp_path / "logs" / f"rank{i}.log").read_text().split() for i in range(3)]
     assert len({numbers[0] for numbers in drawn}) == len({numbers[1] for numbers in drawn}) == 3
+
+
+def test_an_optimizer_imports_nothing_after_the_fork(tmp_path: Path) -> None:
+    """Since torch imports its compiler for one, which takes each rank a second."""
+    (tmp_path / "optimize.py").write_text(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])\n"
+        "print('new:', *set(sys.modules) - before)\n"
+    )
+    program = [sys.executable, str(tmp_path / "optimize.py")]
+    with warm_ranks():
+        run_ranks(1, [], tmp_path, program=program, modules=registry.modules("ddp"))
+    assert (tmp_path / "logs" / "rank0.log").read_text().splitlines()[-1] == "new:"
+
+
+def test_the_end_of_a_rank_finalizes_nothing_of_the_warm_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "holder.py").write_text("import tempfile; kept = tempfile.TemporaryDirectory()\n")
+    (tmp_path / "show.py").write_text(
+        "import holder, tempfile\n"
+        "own = tempfile.TemporaryDirectory()\n"
+        "print(holder.kept.name)\n"
+        "print(own.name)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    program = [sys.executable, str(tmp_path / "show.py")]
+    with warm_ranks():
+        run_ranks(1, [], tmp_path, program=program, modules=["holder"])
+        kept, own = (tmp_path / "logs" / "rank0.log").read_text().splitlines()[-2:]
+        assert Path(kept).is_dir() and not Path(own).exists()
+    shutil.rmtree(kept, ignore_errors=True)  # of a process that has been killed
 
 
 def test_many_runs_leave_nothing(tell: list[str], tmp_path: Path) -> None:

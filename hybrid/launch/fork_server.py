@@ -21,6 +21,7 @@ import socket
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -157,6 +158,16 @@ def _become_rank(request: dict[str, Any], server: int, words: int) -> None:
         numpy_random.seed()  # else all ranks would draw the same; Python's own module does this
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # OpenMP has read it before
+    _leave_to_parent()
+
+
+def _leave_to_parent() -> None:
+    """Have the end of this process finalize nothing that the parent made, and will end itself.
+
+    Else each rank takes torch's libraries of operators apart, in a copy of their memory, and would
+    remove a temporary folder that the parent made."""
+    for finalizer in tuple(getattr(weakref.finalize, "_registry", ())):
+        finalizer.atexit = False
 
 
 def _unbuffered(stream: TextIO, descriptor: int) -> TextIO:

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     from ..models.losses import Loss
 
 NAMES = ("single", "ddp", "local_sgd", "fsdp", "zero1", "zero2", "zero3", "pipeline", "2d")
-EVERY_RANK = ("hybrid.cli", "hybrid.training.run", "hybrid.training.loop", "hybrid.engines.base")
+EVERY_RANK = (
+    "hybrid.cli",
+    "hybrid.training.run",
+    "hybrid.training.loop",
+    "hybrid.engines.base",
+    "torch._dynamo",  # an optimizer imports it when it is made, which takes a second
+)
 _FILES = {"zero1": "zero", "zero2": "zero", "zero3": "zero", "2d": "two_d"}  # unlike their names
 
 

@@ -31,7 +31,15 @@ from .check import CheckedJob, look_at_job
 from .tryout.finding import Finding
 
 POLL_S = 0.02
-MODULES = ("hybrid.models", "hybrid.data", "hybrid.stages.shapes")  # torch comes with them
+# Imported before the fork, since the ranks need them too; torch comes with them.
+MODULES = (
+    "hybrid.data",
+    "hybrid.engines.summary",
+    "hybrid.models",
+    "hybrid.stages.shapes",
+    "hybrid.training.tryout.run",
+    "torch._dynamo",  # torch imports it for a linear layer on its meta device
+)
 
 
 def check_apart(job: Job, modules: Sequence[str]) -> CheckedJob:
