@@ -105,9 +105,15 @@ def markdown(rows: list[Row], why_not: dict[str, str], laps: list[Row]) -> str:
         faults = ", ".join(f"{count} x {kind}" for kind, count in sorted(lap["faults"].items()))
         end = "; ".join(lap["problems"]) or "exact, nothing lost or left"
         lines.append(f"- soak, {lap['strategy']}, {lap['steps']} steps: {faults}: {end}")
-    wrong = [row for row in rows if row["problems"]]
-    lines += ["", "Wrong:", "", *(f"- {show(row)}" for row in wrong)] if wrong else []
+    wrong = [f"- {show(row)}" for row in rows if row["problems"]]
+    wrong += [f"- no run reached an instant in {kind}" for kind in never_reached(rows)]
+    lines += ["", "Wrong:", "", *wrong] if wrong else []
     return "\n".join([*lines, ""])
+
+
+def never_reached(rows: list[Row]) -> set[str]:
+    """Return the kinds of which no kill took place: the accident is planted where nothing runs."""
+    return {row["kind"] for row in rows} - {row["kind"] for row in rows if row["reached"]}
 
 
 def main() -> None:
@@ -131,7 +137,7 @@ def main() -> None:
     page = markdown(rows, why_not, laps)
     (given.out / ("soak.md" if laps else "kills.md")).write_text(page)
     print(page)
-    bad = any(row["problems"] for row in [*rows, *laps])
+    bad = any(row["problems"] for row in [*rows, *laps]) or bool(never_reached(rows))
     raise SystemExit(bad)
 
 

@@ -105,7 +105,7 @@ def plant(accident: Accident) -> None:
     elif accident.phase == "loading":
         from hybrid.checkpoint.load import Reader
 
-        Reader.read = _nth(accident, Reader.read)  # type: ignore[method-assign]
+        Reader.read_into = _nth(accident, Reader.read_into)  # type: ignore[method-assign]
     elif accident.phase == "step":
         Instruments.step = _nth(accident, Instruments.step)  # type: ignore[method-assign]
     elif accident.phase == "evaluation":
