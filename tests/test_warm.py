@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -49,6 +50,14 @@ def ends(tell: list[str], out: Path, *arguments: str) -> tuple[str, str]:
     except RunFailed as error:
         cause = error.failure.message
     return cause, (out / "logs" / "rank0.log").read_text()
+
+
+def said(text: str, folder: Path, modules: Sequence[str], ranks: int = 1) -> list[str]:
+    """What each rank of a program with this text says, after the modules have been imported."""
+    (folder / "program.py").write_text(text)
+    program = [sys.executable, str(folder / "program.py")]
+    run_ranks(ranks, [], folder, program=program, modules=modules)
+    return [(folder / "logs" / f"rank{rank}.log").read_text() for rank in range(ranks)]
 
 
 @pytest.mark.parametrize(
@@ -137,57 +146,50 @@ def test_a_fork_that_may_not_use_the_gpu_starts_afresh(
         "import sys, types\n"
         "sys.modules['torch.cuda'] = types.SimpleNamespace(_is_in_bad_fork=lambda: True)\n"
     )
-    (tmp_path / "tell.py").write_text("import sys; print('fresh', 'torch.cuda' not in sys.modules)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    program = [sys.executable, str(tmp_path / "tell.py")]
     with warm_ranks():
-        run_ranks(1, [], tmp_path, program=program, modules=["bad"])
-    log = (tmp_path / "logs" / "rank0.log").read_text()
+        text = "import sys; print('fresh', 'torch.cuda' not in sys.modules)"
+        (log,) = said(text, tmp_path, ["bad"])
     assert "hybrid: this rank starts afresh: an imported module has used the GPU" in log
     assert "fresh True" in log
 
 
 def test_forks_draw_other_numbers(tmp_path: Path) -> None:
     """As processes do that are started afresh, where nobody has seeded numpy or Python."""
-    (tmp_path / "draw.py").write_text(
-        "import random, numpy; print(random.random(), numpy.random.rand())"
-    )
+    text = "import random, numpy; print(random.random(), numpy.random.rand())"
     with warm_ranks():
-        program = [sys.executable, str(tmp_path / "draw.py")]
-        run_ranks(3, [], tmp_path, program=program, modules=["numpy.random", "random"])
-    drawn = [(tmp_path / "logs" / f"rank{i}.log").read_text().split() for i in range(3)]
+        logs = said(text, tmp_path, ["numpy.random", "random"], ranks=3)
+    drawn = [log.split() for log in logs]
     assert len({numbers[0] for numbers in drawn}) == len({numbers[1] for numbers in drawn}) == 3
 
 
 def test_an_optimizer_imports_nothing_after_the_fork(tmp_path: Path) -> None:
     """Since torch imports its compiler for one, which takes each rank a second."""
-    (tmp_path / "optimize.py").write_text(
+    text = (
         "import sys, torch\n"
         "before = set(sys.modules)\n"
         "torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])\n"
         "print('new:', *set(sys.modules) - before)\n"
     )
-    program = [sys.executable, str(tmp_path / "optimize.py")]
     with warm_ranks():
-        run_ranks(1, [], tmp_path, program=program, modules=registry.modules("ddp"))
-    assert (tmp_path / "logs" / "rank0.log").read_text().splitlines()[-1] == "new:"
+        (log,) = said(text, tmp_path, registry.modules("ddp"))
+    assert log.splitlines()[-1] == "new:"
 
 
 def test_the_end_of_a_rank_finalizes_nothing_of_the_warm_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "holder.py").write_text("import tempfile; kept = tempfile.TemporaryDirectory()\n")
-    (tmp_path / "show.py").write_text(
+    text = (
         "import holder, tempfile\n"
         "own = tempfile.TemporaryDirectory()\n"
         "print(holder.kept.name)\n"
         "print(own.name)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    program = [sys.executable, str(tmp_path / "show.py")]
     with warm_ranks():
-        run_ranks(1, [], tmp_path, program=program, modules=["holder"])
-        kept, own = (tmp_path / "logs" / "rank0.log").read_text().splitlines()[-2:]
+        (log,) = said(text, tmp_path, ["holder"])
+        kept, own = log.splitlines()[-2:]
         assert Path(kept).is_dir() and not Path(own).exists()
     shutil.rmtree(kept, ignore_errors=True)  # of a process that has been killed
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
 ROOM_BYTES = 2**24  # of a file that is written
-READ_BYTES = 2**23  # of a file at once, while the block before is in use
+READ_BYTES = 2**23  # of a file at once at most, while the block before is in use
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
 
 
@@ -76,11 +76,13 @@ def read_past_cache(file: BinaryIO) -> Iterator[memoryview]:
     """Yield a file's content in blocks as the disk has it, each gone when the next one comes.
 
     Where the file system cannot do that, it comes through the system's cache of files."""
-    rooms = [memoryview(_make_room(READ_BYTES)) for _ in range(2)]
+    pages = 1 + os.fstat(file.fileno()).st_size // mmap.PAGESIZE
+    size = min(READ_BYTES, pages * mmap.PAGESIZE)  # all of a room becomes memory
+    rooms = [memoryview(_make_room(size)) for _ in range(2)]
     with _Source(file) as source, ThreadPoolExecutor(1) as thread:  # which reads one block ahead
         ahead, place = thread.submit(source.fill, rooms[0], 0), 0
-        while size := ahead.result():
-            block, place = rooms[0][:size], place + size
+        while count := ahead.result():
+            block, place = rooms[0][:count], place + count
             rooms.reverse()
             ahead = thread.submit(source.fill, rooms[0], place)
             yield block

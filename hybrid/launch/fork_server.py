@@ -162,10 +162,10 @@ def _become_rank(request: dict[str, Any], server: int, words: int) -> None:
 
 
 def _leave_to_parent() -> None:
-    """Have the end of this process finalize nothing that the parent made, and will end itself.
+    """Have the end of this process finalize nothing that the parent made, and still uses.
 
     Else each rank takes torch's libraries of operators apart, in a copy of their memory, and would
-    remove a temporary folder that the parent made."""
+    remove a temporary folder of the parent."""
     for finalizer in tuple(getattr(weakref.finalize, "_registry", ())):
         finalizer.atexit = False
 
