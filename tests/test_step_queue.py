@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,21 @@ def test_ranks_exchange_one_row_a_step_or_one_in_several_steps(tmp_path: Path) -
     assert [s.loss for s in seldom.steps] == [s.loss for s in every_step.steps]
     logged = [s.step for s in seldom.steps if s.grad_norm is not None]
     assert logged == [0, 9, 19, 20]
+
+
+def test_no_stage_waits_for_the_loss_unless_deepspeed_writes_it(tmp_path: Path) -> None:
+    silent = run("pipeline", tmp_path / "silent")
+    assert calls(silent, "all_gather") == 1 and calls(silent, "broadcast") == 0
+    written = tmp_path / "written"
+    monitor = {"enabled": True, "output_path": str(written), "job_name": "seen"}
+    config = tmp_path / "monitor.json"
+    config.write_text(json.dumps({"csv_monitor": monitor}))
+    told = run("pipeline", tmp_path / "told", strategy__pipeline={"ds_config": str(config)})
+    assert calls(told, "broadcast") == 1 and [s.loss for s in told.steps] == [
+        s.loss for s in silent.steps
+    ]
+    (losses,) = written.rglob("*train_loss*.csv")
+    assert len(losses.read_text().splitlines()) > len(told.steps)
 
 
 def test_counts_that_the_plan_does_not_tell_are_exchanged(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import signal
 import subprocess
@@ -222,6 +223,18 @@ def test_deepspeed_still_clips_stages_by_the_first_one_s_norm(tmp_path: Path) ->
     first = result.parity["pipeline"].first_difference
     assert first is not None and first.step == 1 and first.quantity == "loss", first
     assert first.likely_cause and "first update" in first.likely_cause, first
+
+
+def test_deepspeed_s_pipeline_still_does_in_each_step_what_is_left_out() -> None:
+    """hybrid/engines/pipeline_instructions.py::_sparing_class"""
+    from deepspeed.runtime.pipe import engine, p2p
+
+    fake = SimpleNamespace(micro_batches=5, num_stages=3, stage_id=1)
+    schedules = [engine.PipelineEngine._train_schedule(fake) for _ in range(2)]
+    assert schedules[0] is not schedules[1] and not isinstance(schedules[0], list)
+    assert "cache" not in inspect.getsource(p2p.can_send_recv)
+    assert engine.PipelineEngine.__setattr__ is torch.nn.Module.__setattr__
+    assert "self._aggregate_total_loss()" in inspect.getsource(engine.PipelineEngine.train_batch)
 
 
 def test_gloo_still_aborts_a_process_that_ends_too_soon(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ from .pipeline_instructions import (
     make_pipeline,
     reduce_in_buckets,
     tie,
+    unmonitored,
     wrap_optimizer_step,
 )
 from .pipeline_state import StageState
@@ -206,13 +207,14 @@ class StageEngine(StageState):
         self.tally = Tally(self.device, self.counter, self.metrics)
         if self.one_set:
             self.one_set.before_use()
-        for micro_batches in batches:
-            self.engine.eval_batch(
-                self._feed(micro_batches),
-                reduce_output=None,
-                bcast_loss=False,
-                num_micro_batches=len(micro_batches),
-            )
+        with unmonitored(self.engine):
+            for micro_batches in batches:
+                self.engine.eval_batch(
+                    self._feed(micro_batches),
+                    reduce_output=None,
+                    bcast_loss=False,
+                    num_micro_batches=len(micro_batches),
+                )
         return eval_result(self.tally)
 
     def receipt(self) -> Receipt:

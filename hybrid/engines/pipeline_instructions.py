@@ -1,8 +1,12 @@
 """This module makes DeepSpeed's pipeline engine for `pipeline_deepspeed`.
 
-It replaces those of the engine's instructions that do something else than is meant."""
+It replaces those of the engine's instructions that do something else than is meant, and leaves out
+what a step does for nothing."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,7 +46,58 @@ def make_pipeline(
     )
     link_reordered(engine.optimizer)
     restore(engine.grid.get_data_parallel_group())
+    engine.__class__ = _sparing_class()
     return engine
+
+
+@functools.cache
+def _sparing_class() -> type:
+    """Return DeepSpeed's pipeline engine without what each of its steps does for nothing here.
+
+    It sends the loss from the last stage to all others and waits for it, which the row of a step
+    does later; makes the same schedule anew; reads torch's version as text at every transfer; and
+    asks of each of its attributes whether it is a parameter. test_workarounds.py tells when
+    DeepSpeed has stopped doing so; benchmarks/LOG.md says what it took."""
+    from deepspeed.runtime.pipe import engine, p2p
+
+    p2p.can_send_recv = functools.cache(p2p.can_send_recv)
+
+    class PipelineEngine(engine.PipelineEngine):
+        def _aggregate_total_loss(self) -> Any:
+            return super()._aggregate_total_loss() if self.monitor.enabled else None
+
+        def _train_schedule(self) -> Any:
+            if "_schedule" not in self.__dict__:
+                self.__dict__["_schedule"] = _Repeated(super()._train_schedule())
+            return self.__dict__["_schedule"]
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name in self.__dict__ and not isinstance(value, (torch.Tensor, nn.Module)):
+                self.__dict__[name] = value
+            else:
+                super().__setattr__(name, value)
+
+    return PipelineEngine
+
+
+class _Repeated(list[Any]):
+    """Holds the steps of a DeepSpeed schedule, to be run again."""
+
+    def __init__(self, schedule: Any) -> None:
+        super().__init__(schedule)
+        self.num_pipe_buffers = schedule.num_pipe_buffers
+
+
+@contextlib.contextmanager
+def unmonitored(engine: Any) -> Iterator[None]:
+    """Keep a pipeline engine's monitor out of an evaluation, as other strategies do.
+
+    It would broadcast and write one number a call, where the run asks for each micro-batch's."""
+    engine.monitor, monitor = SimpleNamespace(enabled=False), engine.monitor
+    try:
+        yield
+    finally:
+        engine.monitor = monitor
 
 
 def make_contiguous(module: nn.Module, args: Any, output: Any) -> Any:
