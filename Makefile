@@ -37,4 +37,5 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@echo "[2/2] packages, a few minutes this once"
 	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[demo,text,track,report,dev]'
+	@$(BIN)/python -m compileall -q hybrid tests benchmarks  # as pip does, but for an editable one
 	@touch $@

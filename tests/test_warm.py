@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,6 +23,8 @@ from hybrid.launch import local
 from hybrid.launch.local import run_ranks
 from hybrid.launch.warm import warm_process, warm_ranks
 from hybrid.strategies import registry
+from hybrid.training.progress import Watcher
+from hybrid.training.run import launch
 from tests.conftest import ROOT, small_job
 
 TELL = """
@@ -174,6 +177,36 @@ def test_an_optimizer_imports_nothing_after_the_fork(tmp_path: Path) -> None:
     with warm_ranks():
         (log,) = said(text, tmp_path, registry.modules("ddp"))
     assert log.splitlines()[-1] == "new:"
+
+
+def telling(folder: str) -> Any:
+    """A model whose rank writes, when it evaluates, what has been imported since it was made."""
+    import torch
+    from torch import nn
+
+    before = set(sys.modules)
+
+    class Telling(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not self.training and (rank := os.environ.get("RANK")):
+                Path(folder, f"rank{rank}").write_text(" ".join(set(sys.modules) - before))
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    return [Telling(32, 11), nn.Linear(11, 10)], nn.CrossEntropyLoss()
+
+
+@pytest.mark.parametrize("strategy", registry.NAMES)
+def test_a_rank_imports_next_to_nothing_after_the_fork(strategy: str, tmp_path: Path) -> None:
+    model = {"name": "tests.test_warm:telling", "options": {"folder": str(tmp_path)}}
+    nproc = {"single": 1, "pipeline": 2}.get(strategy, 4)
+    with warm_ranks():
+        launch(small_job(model=model), strategy, nproc, tmp_path / "out", Watcher())
+    told = [path.read_text().split() for path in tmp_path.glob("rank*")]
+    assert told
+    for names in told:
+        own = [name for name in names if name.startswith("hybrid.")]
+        assert len(names) <= 8 and not own, names
 
 
 def test_the_end_of_a_rank_finalizes_nothing_of_the_warm_process(

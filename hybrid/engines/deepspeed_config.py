@@ -43,6 +43,13 @@ NOT_HERE = {
 NOT_SAVED = ("zenflow", "zero_quantized_nontrainable_weights")
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "pipeline": 0}  # the job has the stage of 2d
 SHIPPED = (*STAGES, "2d")
+# What the ranks of every strategy on DeepSpeed import, the last three where an engine is made.
+MODULES = (
+    "hybrid.engines.deepspeed_setup:import_deepspeed",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.utils.pin_memory",
+)
 KEYS_FILE = Path(__file__).parent / "deepspeed_keys.json"
 
 

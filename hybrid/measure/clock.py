@@ -11,9 +11,7 @@ that was not timed it begins with the loading. What the engine's own call takes 
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
-from array import array
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +21,7 @@ import torch
 from ..launch.exchange import gather_objects
 from ..records import Comm, Memory, Throughput
 from .memory import StorageMeter
+from .step_times import StepTimes
 from .traffic import CollectiveCounter, tcp_bytes_sent
 
 if TYPE_CHECKING:
@@ -96,7 +95,6 @@ class Instruments:
         compiled: bool = False,
         ahead: int = 0,
     ) -> None:
-        self.ahead = ahead
         self.device, self.blind = device, compiled and device.type == "cpu"
         self.meter, self.counter = StorageMeter(device), CollectiveCounter()
         first = WARMUP_STEPS
@@ -108,9 +106,7 @@ class Instruments:
         else:
             self.metered, self.counted = range(first), range(steps)
             self.timed = range(first if steps > first else 0, steps)
-        self.seconds = array("d")  # of the timed steps, from the end of the one before
-        self.own_s = array("d")  # of the same steps: the engine's call alone
-        self.loading_s = array("d")  # of the same steps
+        self._times = StepTimes(ahead)
         self._loading = self._whole = _Time(device)
         self._goes_on = False  # the coming step begins where the one before has ended
         self.last_step = StepCost(self._loading, self._loading, self._whole, False, None)
@@ -161,9 +157,7 @@ class Instruments:
         `seconds` is the whole step, `engine_s` the engine's call in it, `loading_s` the loading."""
         own, loading_s, whole = cost.time.seconds(), cost.loading.seconds(), cost.whole.seconds()
         if cost.timed:
-            self.seconds.append(whole)
-            self.own_s.append(own)
-            self.loading_s.append(loading_s)
+            self._times.add(whole, own, loading_s)
         return {
             "seconds": whole,
             "engine_s": own,
@@ -173,33 +167,18 @@ class Instruments:
 
     def throughput(self, samples_per_step: int, tokens_per_step: float | None) -> Throughput | None:
         """Return the speed over the timed steps; None where no step was timed."""
-        if not self.seconds:
+        if not self._times:
             return None
-        loading_s = statistics.fmean(self.loading_s)
-        median = self._median_s()
+        paces = self._times.paces()
         return Throughput(
-            samples_per_s=samples_per_step / median,
-            step_s_median=median,
-            step_s_mean=statistics.fmean(self.seconds),
-            timed_steps=len(self.seconds),
-            tokens_per_s=tokens_per_step / median if tokens_per_step else None,
-            loading_s_mean=loading_s,
-            engine_s_median=statistics.median(self.own_s),
+            samples_per_s=samples_per_step / paces.median,
+            step_s_median=paces.median,
+            step_s_mean=paces.mean,
+            timed_steps=len(self._times),
+            tokens_per_s=tokens_per_step / paces.median if tokens_per_step else None,
+            loading_s_mean=paces.loading_mean,
+            engine_s_median=paces.own_median,
         )
-
-    def _median_s(self) -> float:
-        """Return the median time of a whole step. Its loading comes in bursts.
-
-        Where a process loads several steps at once, the mean of loading counts. Where others load
-        beside it, it waits in one step and not in the next ones, or a slow step hides the loading
-        of others: so many steps as they load ahead count as one, of the mean length."""
-        whole = self.seconds
-        if not self.ahead:
-            rest = [s - loading for s, loading in zip(whole, self.loading_s, strict=True)]
-            return statistics.median(rest) + statistics.fmean(self.loading_s)
-        size = min(self.ahead, len(whole))
-        starts = range(0, len(whole) - size + 1, size)
-        return statistics.median(statistics.fmean(whole[i : i + size]) for i in starts)
 
     def memory(self) -> Memory | None:
         """Return the peaks of all ranks, or None where they were not measured; collective."""

@@ -15,7 +15,11 @@ from .protocol import Engine, Layers, Loss
 
 name = "ddp"
 summary = "replicas; gradients averaged every step; hooks none, bf16, fp16, powersgd"
-modules = ("accelerate", "hybrid.engines.accelerated")
+modules = (
+    "accelerate",
+    "hybrid.engines.accelerated",
+    "torch.distributed.algorithms.ddp_comm_hooks",
+)
 
 
 def layout(job: Job, nproc: int) -> Layout:

@@ -3,7 +3,7 @@
 It has one data-parallel column; `2d` has more. Huang et al. 2019, https://arxiv.org/abs/1811.06965.
 """
 
-from ..engines.deepspeed_config import check_fp16
+from ..engines.deepspeed_config import MODULES, check_fp16
 from ..engines.refusals import DEEPSPEED_SCALARS, check_cuts, check_parameters
 from ..job.errors import Unsupported
 from ..job.schema import Job
@@ -14,7 +14,7 @@ from .protocol import Engine, Layers, Loss
 
 name = "pipeline"
 summary = "layers over stages; `partition` uniform, parameters or [layers, ...]; micro-batches"
-modules = ("hybrid.engines.pipeline_deepspeed", "hybrid.engines.deepspeed_setup:import_deepspeed")
+modules = ("hybrid.engines.pipeline_deepspeed", *MODULES)
 
 
 def layout(job: Job, nproc: int) -> Layout:

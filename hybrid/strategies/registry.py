@@ -34,6 +34,13 @@ EVERY_RANK = (
     "hybrid.training.run",
     "hybrid.training.loop",
     "hybrid.engines.base",
+    "hybrid.engines.optimizer_trial",
+    "hybrid.engines.replicas",
+    "hybrid.engines.summary",
+    "hybrid.launch.freed_memory",
+    "hybrid.models.brought",
+    "hybrid.models.hf.probe",
+    "encodings.idna",  # a rank meets the others by the name of a host
     "torch._dynamo",  # an optimizer imports it when it is made, which takes a second
 )
 _FILES = {"zero1": "zero", "zero2": "zero", "zero3": "zero", "2d": "two_d"}  # unlike their names

@@ -2,7 +2,7 @@
 
 Over the columns it runs ZeRO-0 or ZeRO-1."""
 
-from ..engines.deepspeed_config import check_fp16
+from ..engines.deepspeed_config import MODULES, check_fp16
 from ..engines.refusals import DEEPSPEED_SCALARS, check_cuts, check_parameters
 from ..job.errors import Unsupported
 from ..job.schema import Job
@@ -13,7 +13,7 @@ from .protocol import Engine, Layers, Loss
 
 name = "2d"
 summary = "stages x data-parallel columns; `zero_stage` 0 or 1; parallel.pp x parallel.dp"
-modules = ("hybrid.engines.pipeline_deepspeed", "hybrid.engines.deepspeed_setup:import_deepspeed")
+modules = ("hybrid.engines.pipeline_deepspeed", *MODULES)
 
 
 def layout(job: Job, nproc: int) -> Layout:

@@ -3,7 +3,7 @@ Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054."""
 
 import dataclasses
 
-from ..engines.deepspeed_config import check_fp16, check_saved
+from ..engines.deepspeed_config import MODULES, check_fp16, check_saved
 from ..engines.refusals import DEEPSPEED_SCALARS, check_cuts, check_parameters
 from ..job.known_bad import check_release
 from ..job.schema import Job
@@ -20,10 +20,7 @@ class ZeroStrategy:
     name: str
     summary: str
     stage: int
-    modules: tuple[str, ...] = (
-        "hybrid.engines.zero",
-        "hybrid.engines.deepspeed_setup:import_deepspeed",
-    )
+    modules: tuple[str, ...] = ("hybrid.engines.zero", *MODULES)
 
     def layout(self, job: Job, nproc: int) -> Layout:
         """Share one copy of what is sharded among all processes."""
