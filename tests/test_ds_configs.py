@@ -106,6 +106,18 @@ def test_a_file_with_much_in_it_is_taken(tmp_path: Path) -> None:
         check_ds_config(small_job(strategy__zero3__ds_config=str(file)), "zero3")
 
 
+@pytest.mark.parametrize(("name", "stage"), [("pipeline", 0), ("2d", 1)])
+def test_timers_that_stop_a_pipeline_are_refused(name: str, stage: int, tmp_path: Path) -> None:
+    file = tmp_path / "timers.json"
+    config = {"zero_optimization": {"stage": stage}, "wall_clock_breakdown": True}
+    file.write_text(json.dumps(config))
+    job = small_job(**{f"strategy__{name}__ds_config": str(file)})
+    with pytest.raises(JobError, match=r"wall_clock_breakdown = true: .*valid: false"):
+        check_ds_config(job, name)
+    file.write_text(json.dumps(config | {"wall_clock_breakdown": False}))
+    check_ds_config(job, name)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes_of_a_users_file_stay_and_overlap_follows_the_device(
     name: str, tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 from pathlib import Path
@@ -155,6 +156,28 @@ def test_no_stage_waits_for_the_loss_unless_deepspeed_writes_it(tmp_path: Path) 
     ]
     (losses,) = written.rglob("*train_loss*.csv")
     assert len(losses.read_text().splitlines()) > len(told.steps)
+
+
+def watching(folder: str) -> Any:
+    """A model that writes, in an evaluation, how many times DeepSpeed's pipeline has noted."""
+
+    class Watching(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            live = [o for o in gc.get_objects() if type(o).__name__ == "PipelineEngine"]
+            if live and not self.training:
+                timers = live[0].timers.get_timers().values()
+                text = str(sum(len(timer.event_timers) for timer in timers))
+                Path(folder, f"notes{torch.distributed.get_rank()}").write_text(text)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    return [Watching(32, 11), Watching(11, 10)], cross_entropy
+
+
+def test_no_stage_keeps_the_time_of_each_step(tmp_path: Path) -> None:
+    model = {"name": "tests.test_step_queue:watching", "options": {"folder": str(tmp_path)}}
+    run("pipeline", tmp_path / "run", 2, model=model)
+    assert [(tmp_path / f"notes{rank}").read_text() for rank in range(2)] == ["0", "0"]
 
 
 def test_counts_that_the_plan_does_not_tell_are_exchanged(tmp_path: Path) -> None:

@@ -226,15 +226,31 @@ def test_deepspeed_still_clips_stages_by_the_first_one_s_norm(tmp_path: Path) ->
 
 
 def test_deepspeed_s_pipeline_still_does_in_each_step_what_is_left_out() -> None:
-    """hybrid/engines/pipeline_instructions.py::_sparing_class"""
+    """hybrid/engines/pipeline_instructions.py::_sparing_class, and its timers"""
     from deepspeed.runtime.pipe import engine, p2p
+    from deepspeed.utils.timer import SynchronizedWallClockTimer
 
+    timer = SynchronizedWallClockTimer()("steps")
+    for _ in range(7):
+        timer.start()
+        timer.stop()
+    assert len(timer.event_timers) == 7
     fake = SimpleNamespace(micro_batches=5, num_stages=3, stage_id=1)
     schedules = [engine.PipelineEngine._train_schedule(fake) for _ in range(2)]
     assert schedules[0] is not schedules[1] and not isinstance(schedules[0], list)
     assert "cache" not in inspect.getsource(p2p.can_send_recv)
     assert engine.PipelineEngine.__setattr__ is torch.nn.Module.__setattr__
     assert "self._aggregate_total_loss()" in inspect.getsource(engine.PipelineEngine.train_batch)
+
+
+def test_deepspeed_s_pipeline_still_starts_a_timer_twice() -> None:
+    """hybrid/engines/deepspeed_config.py::check_ds_config, `wall_clock_breakdown`"""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    assert "BACKWARD_MICRO_TIMER).start()" in inspect.getsource(PipelineEngine._exec_backward_pass)
+    prologue = inspect.getsource(DeepSpeedEngine._backward_prologue)
+    assert "self._start_timers(self.engine_timers.backward_timers)" in prologue
 
 
 def test_gloo_still_aborts_a_process_that_ends_too_soon(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ NOT_HERE = {
 NOT_SAVED = ("zenflow", "zero_quantized_nontrainable_weights")
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "pipeline": 0}  # the job has the stage of 2d
 SHIPPED = (*STAGES, "2d")
+PIPELINES = ("pipeline", "2d")
 # What the ranks of every strategy on DeepSpeed import, the last three where an engine is made.
 MODULES = (
     "hybrid.engines.deepspeed_setup:import_deepspeed",
@@ -58,7 +59,12 @@ def check_ds_config(job: Job, strategy: str) -> None:
     path = getattr(job.settings(strategy), "ds_config", None)
     if path is not None:
         stage = job.strategy.two_d.zero_stage if strategy == "2d" else STAGES[strategy]
-        load_ds_config(path, stage)
+        config = load_ds_config(path, stage)
+        if strategy in PIPELINES and config.get("wall_clock_breakdown"):
+            raise JobError(
+                f"ds_config = {path!r}: wall_clock_breakdown = true: with it DeepSpeed's pipeline "
+                "fails in its first step, where it starts a timer twice; valid: false"
+            )
 
 
 def check_saved(job: Job, strategy: str) -> None:
