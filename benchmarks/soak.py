@@ -115,7 +115,7 @@ def soak(
         "job": name,
         "strategy": strategy,
         "ranks": ranks,
-        "steps": sum(1 for _ in sampler.path.open("rb")),
+        "steps": len(record.steps) + record.left_out.get("steps", 0),
         "minutes": (time.monotonic() - begun) / 60,
         "rss_mib": kept[0][1],
         "rss_growth": max(growth([memory[rank] for _, memory, _ in kept]) for rank in range(ranks)),

@@ -67,18 +67,18 @@ def check_costs(result: dict[str, Any], nproc: int) -> None:
 
 
 def test_the_document_s_linear_model_cannot_be_cut(tmp_path: Path) -> None:
-    job = [str(JOBS / "linear.toml"), "--set", "train.epochs=2"]
+    job = [str(JOBS / "linear.toml"), "--set", "train.epochs=4"]
     status, result = compare_by_command(tmp_path, *job, "--nproc", "4")
     hold(status, result, not_possible={"pipeline", "2d"})
     for name in ("pipeline", "2d"):
         assert "the model has 1 layer" in result["strategies"][name]["reason"]
     record = result["strategies"]["local_sgd"]
-    assert [d["step"] for d in record["drift"]] == [9, 19], "once an epoch"
+    assert [d["step"] for d in record["drift"]] == list(range(9, 40, 10)), "once an epoch"
     assert result["parity"]["local_sgd"]["reference"] == "local_sgd_emulation"
 
 
 def test_the_document_s_mlp_runs_as_three_stages(tmp_path: Path) -> None:
-    job = [str(JOBS / "mlp.toml"), "--set", "train.epochs=2"]
+    job = [str(JOBS / "mlp.toml"), "--set", "train.epochs=4"]
     status, result = compare_by_command(tmp_path, *job, "--nproc", "3")
     hold(status, result, not_possible={"2d"})
     evidence = result["strategies"]["pipeline"]["receipt"]["evidence"]

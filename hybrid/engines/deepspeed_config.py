@@ -12,6 +12,7 @@ from ..job.errors import JobError, Unsupported
 from ..job.known_keys import problem
 from ..job.reading import read_json
 from ..job.schema import Job
+from ..job.strategy_settings import Pipeline
 
 # What the job says for every strategy alike. A file that said it too would win or lose silently.
 OWNED_BY_JOB = {
@@ -43,7 +44,6 @@ NOT_HERE = {
 NOT_SAVED = ("zenflow", "zero_quantized_nontrainable_weights")
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "pipeline": 0}  # the job has the stage of 2d
 SHIPPED = (*STAGES, "2d")
-PIPELINES = ("pipeline", "2d")
 # What the ranks of every strategy on DeepSpeed import, the last three where an engine is made.
 MODULES = (
     "hybrid.engines.deepspeed_setup:import_deepspeed",
@@ -56,11 +56,12 @@ KEYS_FILE = Path(__file__).parent / "deepspeed_keys.json"
 
 def check_ds_config(job: Job, strategy: str) -> None:
     """Raise JobError if the `ds_config` in a strategy's section of the job is wrong."""
-    path = getattr(job.settings(strategy), "ds_config", None)
+    settings = job.settings(strategy)
+    path = getattr(settings, "ds_config", None)
     if path is not None:
         stage = job.strategy.two_d.zero_stage if strategy == "2d" else STAGES[strategy]
         config = load_ds_config(path, stage)
-        if strategy in PIPELINES and config.get("wall_clock_breakdown"):
+        if isinstance(settings, Pipeline) and config.get("wall_clock_breakdown"):
             raise JobError(
                 f"ds_config = {path!r}: wall_clock_breakdown = true: with it DeepSpeed's pipeline "
                 "fails in its first step, where it starts a timer twice; valid: false"

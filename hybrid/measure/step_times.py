@@ -46,7 +46,7 @@ class StepTimes:
         ones, or a slow step hides the loading of others: so many steps as they load ahead count as
         one, of the mean length."""
         recent, count = self._recent, len(self)
-        whole, own, loading = (list(recent[i::3]) for i in range(3))
+        whole, own, loading = (recent[i::3] for i in range(3))
         mean = (self._whole_s + sum(whole)) / count
         loading_mean = (self._loading_s + sum(loading)) / count
         lengths = self._lengths.values_with(self._lengths_of(whole, loading))
@@ -67,7 +67,7 @@ class StepTimes:
         steps = MOST - MOST % (self._ahead or 1)
         taken = self._recent[: 3 * steps]
         del self._recent[: 3 * steps]
-        whole, own, loading = (list(taken[i::3]) for i in range(3))
+        whole, own, loading = (taken[i::3] for i in range(3))
         self._count += steps
         self._whole_s += sum(whole)
         self._loading_s += sum(loading)
