@@ -9,9 +9,11 @@ if not sys.flags.safe_path and "-m hybrid" in " ".join(sys.orig_argv[:5]):
 
 def main() -> None:
     """Run the command line, which needs a third of a second to be imported."""
+    from .launch.garbage import collect_rarely
     from .launch.streams import begin
 
     begin()
+    collect_rarely()
     try:
         from . import cli
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -20,6 +21,12 @@ JOBS = ROOT / "launch" / "jobs"
 # What the tests claim, they claim of four ranks on the CPU: a host with GPUs, but fewer than four,
 # would refuse them. `benchmarks/gpu.py` runs on a GPU, and `stub_cuda.py` plays some.
 os.environ.update(HIDDEN)
+
+# As in ranks (`launch/warm.py`): OpenMP's threads would spin on the cores that others need.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Python's own setting looks through all that torch and transformers made once for every few tests.
+gc.set_threshold(100_000, 20, 100)
 
 # torch's compiler would start processes that compile beside each rank, and these fill the cores.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from .garbage import collect_as_usual, collect_rarely
 from .held_port import VARIABLE
 from .interpreter import start_words
 from .orphans import end_with_parent
@@ -111,12 +112,14 @@ def _import(names: Sequence[str]) -> None:
 
     What fails here fails in the rank too, which says why."""
     new = [name for name in names if name not in _imported]
+    collect_rarely()
     for name in new:
         _imported.add(name)
         with contextlib.suppress(Exception):
             found = pkgutil.resolve_name(name)
             if ":" in name:
                 found()
+    collect_as_usual()
     if new:
         gc.collect()
         gc.freeze()  # ranks then neither look through these objects nor copy their pages

@@ -15,6 +15,7 @@ from ..job.variants import Choice
 from ..launch.devices import require_device
 from ..launch.exchange import gather_objects
 from ..launch.failures import MEETING, RankStatus
+from ..launch.garbage import collect_as_usual
 from ..launch.placement import OWN, Placement
 from ..launch.process_group import join_process_group
 from ..measure.clock import Instruments
@@ -51,6 +52,7 @@ def build(
     status.set("building the engine")
     names, weights_from = layers.saved_names(), layers.weights_from
     engine = registry.open_engine(job, strategy, layers, loss, placement, samples)
+    collect_as_usual()
     status.held = engine.num_held
     return engine, targets_per_sample(samples, loss), names, weights_from
 
