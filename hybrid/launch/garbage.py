@@ -18,7 +18,8 @@ def collect_rarely() -> None:
 
 
 def collect_as_usual() -> None:
-    """Look for garbage as this process did before `collect_rarely`, if it was called: steps make
-    garbage that may hold large tensors."""
+    """Look for garbage as this process did before `collect_rarely`, if it was called.
+
+    Steps make garbage that may hold large tensors."""
     if _usual:
         gc.set_threshold(*_usual.pop())
