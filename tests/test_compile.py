@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import hybrid
+from hybrid.engines.layers import prepare_layers
+from hybrid.engines.precision import DTYPES, Observer, round_at_use
 from hybrid.job.errors import RunError
+from hybrid.models import build_model
 
 GPT = {"num_layers": 1, "width": 16, "num_heads": 2, "context": 16, "vocab_size": 61}
 
@@ -48,12 +51,64 @@ def test_many_rounded_layers_are_compiled_once() -> None:
     assert not any("recompile limit" in reason for reason in left_out), left_out
 
 
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """What torch.compile would give inductor, and that runs as it is."""
+    found: list[torch.fx.GraphModule] = []
+
+    def run_as_it_is(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: run_as_it_is)
+    torch._dynamo.reset()
+    return found
+
+
+def test_recomputed_layers_are_compiled_and_keep_their_dropout(graphs: list[Any]) -> None:
+    """torch.compile gives what it computes again by itself the rows of another micro-batch."""
+    options = {**GPT, "num_layers": 3, "dropout": 0.1}
+    job = compiled_job(model__options=options, train__steps=4, train__activation_checkpointing=True)
+    compiled = hybrid.train(job, "single")
+    assert len(graphs) > 4 and compiled.receipt and compiled.receipt.engaged
+    changes = {"train__compile": False, "train__activation_checkpointing": False}
+    plain = hybrid.train(compiled_job(model__options=options, train__steps=4, **changes), "single")
+    losses = [[step.loss for step in run.steps] for run in (compiled, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_what_is_watched_is_compiled_once(
+    recomputed: bool, precision: str, rounded: bool, graphs: list[Any]
+) -> None:
+    """Hooks would be compiled along, and each layer once more when they go."""
+    options = {"model__options": {**GPT, "num_layers": 3}, "train__precision": precision}
+    job = compiled_job(**options, train__activation_checkpointing=recomputed)
+    layers = prepare_layers(job, build_model(job)[0])
+    observer, model = Observer(layers, compiled=True), layers.whole()
+    if rounded:
+        round_at_use(model, DTYPES[precision])
+    elif precision == "bf16":  # as DeepSpeed holds them
+        model.to(torch.bfloat16)
+    for micro_batch in range(3):
+        model(torch.zeros(5, 16, dtype=torch.int64)).sum().backward()
+        if micro_batch == 1:
+            observer.stop()
+    assert len(graphs) == 3, "the embeddings, one block for all, and the logits"
+    assert (observer.computing, observer.activations) == ({precision}, {precision})
+    model(torch.zeros(7, 16, dtype=torch.int64))
+    assert not observer._ends and observer.computing == {precision}
+
+
 @pytest.mark.slow
 def test_compiled_runs_are_equal_and_say_so(tmp_path: Path) -> None:
     result = hybrid.compare(compiled_job(), ["fsdp", "pipeline"], nproc=2, out=tmp_path)
     assert result.ok, {n: p.first_difference for n, p in result.parity.items()}
     for name, record in result.strategies.items():
         assert record.receipt and record.receipt.evidence["compiled_graphs"] > 0, name
+        assert record.receipt.evidence["precision"]["computing"] == "fp32"
         assert record.memory is None, "the meter keeps torch.compile from compiling"
         assert record.throughput and record.throughput.timed_steps == 4
     plain = hybrid.train(compiled_job(train__compile=False), "single")

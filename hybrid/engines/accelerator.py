@@ -141,7 +141,7 @@ def _prepare(
     sharded: bool = False,
     cut: Cut | None = None,
 ) -> PreparedModel:
-    observer = Observer(layers)
+    observer = Observer(layers, job.train.compile)
     no_decay = no_decay_names(layers, job.optimizer.no_decay)
     model = layers.whole()
     if not (sharded or cut):

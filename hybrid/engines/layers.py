@@ -13,6 +13,7 @@ from ..models.dropout import RowSeeds, number_dropouts, set_rows, use_rows
 from ..models.layers import Layers
 from ..models.losses import GivenLoss, Loss
 from ..models.own_loss import OwnLoss
+from .compiled import compile_function, compile_layer
 from .precision import DTYPES, round_inputs
 from .recomputation import recomputed
 
@@ -30,9 +31,10 @@ def prepare_layers(job: Job, layers: Layers) -> Layers:
         # What has no parameters keeps little, and may change its input in place, as torchvision's
         # ReLUs do, so that it could not be computed again.
         if job.train.activation_checkpointing and any(True for _ in block.parameters()):
-            block.__class__ = recomputed(type(block))  # type: ignore[arg-type]
-        if job.train.compile:
-            block.compile()
+            kind = recomputed(type(block), job.train.compile)  # type: ignore[arg-type]
+            block.__class__ = kind
+        elif job.train.compile:
+            compile_layer(block)
     return layers
 
 
@@ -50,7 +52,7 @@ class CompiledLoss:
     """Is a loss, compiled in training alone: an evaluation watches what it calls of torch."""
 
     def __init__(self, loss: Loss) -> None:
-        self._loss, self._compiled = loss, torch.compile(loss)
+        self._loss, self._compiled = loss, compile_function(loss)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loss, name)

@@ -80,7 +80,7 @@ class StageEngine(StageState):
         self.micro_batches = config["gradient_accumulation_steps"]
         self.micro_batch_size = config["train_micro_batch_size_per_gpu"]
         self.assignment = StageAssignment(layers, settings.partition, placement)
-        self.observer = Observer(layers)
+        self.observer = Observer(layers, job.train.compile)
         self.engine = self._build(layers, config)
         self.model = self.engine.module
         self.num_held = num_held(self.model)

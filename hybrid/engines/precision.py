@@ -33,6 +33,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..models.layers import Layers
+from .compiled import watch_output, watch_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXACT = ("none", "ieee")  # values of `fp32_precision` in torch.backends that round to fp32
@@ -152,30 +153,35 @@ def deepspeed_keys(precision: str) -> dict[str, Any]:
 class Observer:
     """Notes the dtypes that a model really computes in, during one training step."""
 
-    def __init__(self, layers: Layers) -> None:
+    def __init__(self, layers: Layers, compiled: bool) -> None:
+        """Begin to watch layers that `prepare_layers` has prepared. compiled: and compiled."""
         self.computing: set[str] = set()
         self.activations: set[str] = set()
-        self._handles = []
+        self._ends = [watch_output(layer, self._note_output) for layer in layers.blocks()]
+        if compiled:
+            self._ends.append(watch_parameters(self._note_parameter))
+            return
         for layer in layers.blocks():
-            self._handles.append(layer.register_forward_hook(self._note_output))
             for module in layer.modules():
                 names = [n for n, p in module.named_parameters(recurse=False) if floating(p)]
                 if names:
                     note = functools.partial(self._note_parameters, names)
-                    self._handles.append(module.register_forward_hook(note))
+                    self._ends.append(module.register_forward_hook(note).remove)
 
-    def _note_output(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _note_output(self, output: Any) -> None:
         outputs = output if isinstance(output, (tuple, list)) else [output]
         self.activations |= {name_of(t.dtype) for t in outputs if floating(t)}
+
+    def _note_parameter(self, dtype: torch.dtype) -> None:
+        self.computing.add(name_of(dtype))
 
     def _note_parameters(self, names: list[str], module: nn.Module, args: Any, output: Any) -> None:
         self.computing |= {name_of(getattr(module, name).dtype) for name in names}
 
     def stop(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """Watch no longer."""
+        while self._ends:
+            self._ends.pop()()
 
 
 def floating(value: Any) -> bool:

@@ -6,7 +6,7 @@ they move once for each micro-batch, as without recomputation."""
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..models.draws import forward_pass, is_placed
 from ..models.dropout import Seeds, rows_in_use, use_rows
 from .buffers import same_values
+from .compiled import compile_function
 
 Place = tuple[nn.Module, str]  # a module, and its own name of a buffer
 DRAWS = "_draws_by_functions"  # the attribute of a block that says whether it does
@@ -24,18 +25,20 @@ MOVING = "_moving_buffers"  # the attribute of a block that lists the places of 
 
 
 @functools.cache
-def recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+def recomputed(kind: type[nn.Module], compiled: bool = False) -> type[nn.Module]:
     """Make a class like `kind` that keeps no activations and computes them again in backward.
 
     It is a subclass, not a wrapper, so that the names of parameters, and the class name that FSDP
-    looks for, stay as they are."""
+    looks for, stay as they are. compiled: what is computed, and computed again, is compiled. The
+    repetition itself is not: torch.compile would give it none of the state below."""
+    compute = compile_function(kind.forward) if compiled else kind.forward
 
     def forward(self: Any, *args: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
-            return kind.forward(self, *args, **options)
+            return compute(self, *args, **options)
         # Keywords are bound here, since some could be those of `checkpoint` itself.
-        inner = functools.partial(_run, kind, self, **options)
-        before = {} if torch.compiler.is_compiling() else _copy_moving(self)
+        inner = functools.partial(_run, compute, self, **options)
+        before = _copy_moving(self)
         contexts = functools.partial(_same_state, before) if before else _same_rows
         out = checkpoint(inner, *args, use_reentrant=False, context_fn=contexts)
         if before and MOVING not in self.__dict__:
@@ -45,14 +48,14 @@ def recomputed(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"forward": forward, "recomputed": True})
 
 
-def _run(kind: type[nn.Module], block: Any, *args: Any, **options: Any) -> Any:
+def _run(compute: Callable[..., Any], block: Any, *args: Any, **options: Any) -> Any:
     """Run a block's own forward pass, in which its draws are counted from 0 in either pass.
 
     The repetition calls no hooks of the block itself."""
     if not block.training or not is_placed(block) or not block.__dict__.get(DRAWS, True):
-        return kind.forward(block, *args, **options)
+        return compute(block, *args, **options)
     with forward_pass(block) as this:
-        out = kind.forward(block, *args, **options)
+        out = compute(block, *args, **options)
     block.__dict__[DRAWS] = this.draws > 0
     return out
 

@@ -77,7 +77,7 @@ class ReplicaEngine(ReplicaState):
     ) -> None:
         super().__init__(job, placement, loss)
         self.merge_every, self.moved = merge_every, moved
-        self.observer = Observer(layers)
+        self.observer = Observer(layers, job.train.compile)
         no_decay = no_decay_names(layers, job.optimizer.no_decay)
         whole = layers.whole()
         layers.fill(whole)
