@@ -260,7 +260,11 @@ class Workload:
                 "clip_norm": self.clip_norm,
             },
             "log": {"every": log_every},
-            "strategy": {"local_sgd": {"sync_every": SYNC_EVERY}},
+            # The loop by hand reduces once a step; hybrid's own default after each micro-batch.
+            "strategy": {
+                "local_sgd": {"sync_every": SYNC_EVERY},
+                "fsdp": {"sync_each_batch": False},
+            },
         }
 
 
