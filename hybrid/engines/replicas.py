@@ -199,7 +199,7 @@ class ReplicaEngine(ReplicaState):
             mean = self._mean(flats, weights)
             square = square + length(self._without_infinity(mean, mean)).square()
             for k, (tensors, flat) in enumerate(zip(groups, flats, strict=True)):
-                away = self._without_infinity(flat - mean, mean)
+                away = self._without_infinity(flat.sub_(mean), mean)
                 apart[k] = apart[k] + length(away).square()
                 pieces = mean.split([tensors[i].numel() for i in bucket])
                 for i, piece in zip(bucket, pieces, strict=True):
@@ -216,10 +216,10 @@ class ReplicaEngine(ReplicaState):
         if not self.finite:  # 0 times infinity is no number
             pairs = zip(flats, weighted, strict=True)
             weighted = [torch.where(f.isfinite(), product, f) for f, product in pairs]
-        mean = torch.stack(weighted).sum(0)
+        mean = weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(0)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(mean)
-        return mean / self.layout.dp
+        return mean.div_(self.layout.dp)
 
     def _without_infinity(self, tensor: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
         """Return a tensor with zeros where the mean of the replicas is not finite."""
