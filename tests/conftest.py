@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from hybrid.launch.devices import HIDDEN
+from hybrid.launch.garbage import RARELY
 
 ROOT = Path(__file__).parent.parent
 JOBS = ROOT / "launch" / "jobs"
@@ -26,7 +27,7 @@ os.environ.update(HIDDEN)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Python's own setting looks through all that torch and transformers made once for every few tests.
-gc.set_threshold(100_000, 20, 100)
+gc.set_threshold(*RARELY)
 
 # torch's compiler would start processes that compile beside each rank, and these fill the cores.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

@@ -260,9 +260,9 @@ class Workload:
                 "clip_norm": self.clip_norm,
             },
             "log": {"every": log_every},
-            # The loop by hand reduces once a step; hybrid's own default after each micro-batch.
             "strategy": {
                 "local_sgd": {"sync_every": SYNC_EVERY},
+                # As the loop by hand: once a step. The default is after each micro-batch.
                 "fsdp": {"sync_each_batch": False},
             },
         }

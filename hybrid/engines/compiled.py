@@ -52,8 +52,8 @@ def watch_output(layer: nn.Module, note: Callable[[Any], None]) -> Callable[[], 
 
 def _inductor(graph: fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
     """Compile a graph as torch.compile does by default."""
-    for note in _watchers:
-        for dtype in parameter_dtypes(graph.graph):
+    for dtype in parameter_dtypes(graph.graph) if _watchers else ():
+        for note in _watchers:
             note(dtype)
     return torch._dynamo.lookup_backend("inductor")(graph, inputs)
 
