@@ -75,7 +75,7 @@ def _prepare(
     """Put the model under DeepSpeed, with the file's configuration and the job's batch size."""
     import deepspeed
 
-    observer = Observer(layers)
+    observer = Observer(layers, job.train.compile)
     model = layers.whole()
     buffers = names_of(model.buffers())
     optimizer = build_optimizer(job, dict(model.named_parameters()), set())

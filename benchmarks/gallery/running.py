@@ -73,8 +73,8 @@ def read_outcome(comparison: dict[str, Any], strategy: str) -> Outcome:
     first = verdict["first_difference"]
     if verdict["ok"]:
         return Outcome(False, **about)
-    keys = ("step", "quantity", "got", "expected", "likely_cause")
-    return Outcome(True, *(first[key] for key in keys), None, **about)
+    step, what, *values = (first[key] for key in ("step", "quantity", "got", "expected"))
+    return Outcome(True, step, what, *values, first["likely_cause"], None, **about)
 
 
 def run_row(row: Row, release: str | None, planted: str | None, out: Path, cache: Path) -> Outcome:
