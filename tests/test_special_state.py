@@ -210,6 +210,7 @@ def test_a_run_of_replicas_goes_on_between_merges(tmp_path: Path) -> None:
         record = hybrid.train(job, "local_sgd", tmp_path / f"from{step}", resume=folder)
         assert record.steps == whole.steps and record.checkpoint == whole.checkpoint
         assert record.drift == whole.drift and len(record.drift or []) == 2
+        assert record.receipt and record.receipt.evidence["merges"] == 2
 
 
 OPTIMIZERS = {

@@ -19,10 +19,10 @@ def make(workload: Workload, reads: bool = False) -> Callable[[], Any]:
     engine: Any = hybrid.open_engine(job, workload.strategy, layers, loss)
     each = workload.num_targets // (workload.columns * workload.accumulation)
     batches = [hybrid.MicroBatch(*parts, num_targets=each) for parts in workload.fixed()]
-    steps, count = itertools.count(), workload.num_targets
+    steps, count, samples = itertools.count(), workload.num_targets, workload.batch
 
     def step() -> list[float]:
-        engine.start_step(batches, count)
+        engine.start_step(batches, count, samples)
         wait = reads or next(steps) < COMPARED
         return [result.loss for result in engine.results(wait)]
 

@@ -234,7 +234,7 @@ class Workload:
             zero["allgather_bucket_size"] = bucket
         if stage == 3:
             zero |= {"stage3_prefetch_bucket_size": largest, "stage3_max_reuse_distance": 0}
-            zero["stage3_max_live_parameters"] = 2 * largest
+            zero["stage3_max_live_parameters"] = largest
         return {
             "zero_optimization": zero,
             "train_batch_size": self.batch,

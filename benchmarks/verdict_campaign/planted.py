@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from hybrid.engines import base, pipeline_deepspeed, replicas
+from hybrid.engines import base, merging, pipeline_deepspeed
 
 from .kinds import Fault
 from .layer_faults import change_layers, scale_output, start_apart
@@ -188,13 +188,13 @@ def _other_dropout(plant: Plant) -> None:
 
 
 def _merge_incomplete(plant: Plant) -> None:
-    merged = replicas._merged_tensors
+    merged = merging._merged_tensors
 
     def fewer(model: Any) -> list[torch.Tensor]:
         tensors = merged(model)
         return tensors[:-1] if plant.acts() else tensors
 
-    replicas._merged_tensors = fewer
+    merging._merged_tensors = fewer
 
 
 def _first_of_all(plant: Plant) -> None:

@@ -67,18 +67,22 @@ class BaseEngine(Engine):
         self.norm_parts: list[list[int]] = []
         self._factor: tuple[tuple[float, torch.dtype], torch.Tensor] | None = None  # the last one
         self.one_set: OneSet | None = None  # of buffers, where nothing else keeps one
-        # The targets of all ranks in this step, once they are known.
+        # The targets and the samples of all ranks in this step, once they are known.
         self._count: int | float | None = None
+        self._samples: int | None = None
         self.guard = Guard(job) if job.guard else None
         self.tallies: list[Tally] = []  # of each replica here in this step, for the guard
 
     def start_step(
-        self, micro_batches: Sequence[MicroBatch], count: int | float | None = None
+        self,
+        micro_batches: Sequence[MicroBatch],
+        count: int | float | None = None,
+        samples: int | None = None,
     ) -> None:
         if not self._shown:
             self._shown = True
             self._show([micro_batches[:1]])
-        self._count, own = count, self._count_own(micro_batches)
+        self._count, self._samples, own = count, samples, self._count_own(micro_batches)
         number = self._number_to_send(micro_batches, own, count)
         if number is not None or self.queue.is_due():
             self.queue.send(number)
@@ -259,8 +263,8 @@ class BaseEngine(Engine):
         loss_scale: in force in the step; only fp16 has one. whole: see `StartedStep`."""
         scale = loss_scale if self.job.train.precision == "fp16" else None
         fault = self.guard.fault if self.guard else None
-        step = StartedStep(self.step, list(rows), whole, self._takes_norm(), scale, fault)
-        self.queue.add(step)
+        norm, samples = self._takes_norm(), self._samples
+        self.queue.add(StartedStep(self.step, list(rows), whole, norm, scale, fault, samples))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:

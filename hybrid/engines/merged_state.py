@@ -163,19 +163,3 @@ def put_own_tensors(
 
 def _label(replica: int, piece: Piece) -> str:
     return f"{_LABEL}{replica}/{piece.key}/{piece.name}"
-
-
-def buckets_of(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Group the indices of tensors that are merged in one collective.
-
-    A bucket has about a sixteenth of all elements, at least 2**18 (a MiB in fp32)."""
-    size = max(sum(t.numel() for t in tensors) // 16, 2**18)
-    buckets: list[list[int]] = []
-    room = 0
-    for i, tensor in enumerate(tensors):
-        if tensor.numel() > room or not buckets:
-            buckets.append([])
-            room = size
-        buckets[-1].append(i)
-        room -= tensor.numel()
-    return buckets

@@ -76,12 +76,16 @@ class Engine(Protocol):
     guard: Guard | None = None
 
     def start_step(
-        self, micro_batches: Sequence[MicroBatch], count: int | float | None = None
+        self,
+        micro_batches: Sequence[MicroBatch],
+        count: int | float | None = None,
+        samples: int | None = None,
     ) -> None:
         """Make one optimizer step on the micro-batches of this process's shares, share by share.
 
-        It does not wait for the other ranks' numbers, which travel while the next step runs. count:
-        the targets of all ranks in this step; left out, the ranks tell one another."""
+        It does not wait for the other ranks' numbers, which travel while the next step runs. count,
+        samples: the targets and the samples of all ranks in this step; what is left out and needed,
+        the ranks tell one another."""
 
     def results(self, wait: bool = True) -> list[StepResult]:
         """Return the results of the steps since the last call, in order.

@@ -24,14 +24,16 @@ from .training_state import as_stepper, make_room, numbers_of, pieces_of
 class ReplicaState(BaseEngine):
     """Shows replicas of a model as one state. A subclass steps and merges them.
 
-    merges: steps and drifts that are not read yet."""
+    merges: so many there were. drifts: with their steps, not read yet."""
 
     models: list[nn.Module]
     optimizers: list[torch.optim.Optimizer]
     scales: list[LossScale]
     merge_every: int | None
     seen: list[int]
-    merges: list[tuple[int, torch.Tensor]]
+    all_seen: int | None
+    merges: int
+    drifts: list[tuple[int, torch.Tensor]]
     drift: list[dict[str, float]]
     _loading = False  # the pieces are there to be written
 
@@ -93,6 +95,7 @@ class ReplicaState(BaseEngine):
             "seen": self.seen,
             "loss_scales": [scale.read_state() for scale in self.scales],
             "optimizers": [read_numbers(o) if is_own(self.job) else {} for o in self.optimizers],
+            "merges": self.merges,
             "drift": [{key: as_json(value) for key, value in one.items()} for one in drift],
         }
         return OwnState(own_tensors(self._pieces_of_each()), numbers)
@@ -117,6 +120,7 @@ class ReplicaState(BaseEngine):
             if all(value is None for value in state.values()):
                 state.clear()
         self.seen = list(own.numbers["seen"])
+        self.all_seen = sum(n for seen in gather_objects(self.seen) for n in seen)
         parts = zip(self.optimizers, own.numbers["optimizers"], strict=True)
         for optimizer, numbers in parts:
             put_numbers(optimizer, numbers)
@@ -124,12 +128,13 @@ class ReplicaState(BaseEngine):
             scale.set_state(state)
         drift = gather_objects(own.numbers["drift"])[0]
         self.drift = [{key: from_json(value) for key, value in one.items()} for one in drift]
+        self.merges = own.numbers.get("merges", len(drift))  # all had one in older checkpoints
 
     def _read_drift(self) -> None:
         """Read how far all replicas were from their mean, relative to its length; collective."""
-        mine = [tensor.tolist() for _, tensor in self.merges]
+        mine = [tensor.tolist() for _, tensor in self.drifts]
         ranks = gather_objects(mine)
-        for i, (step, _) in enumerate(self.merges):
+        for i, (step, _) in enumerate(self.drifts):
             every = [away for rank in ranks for away in rank[i]]
             self.drift.append(
                 {
@@ -138,4 +143,4 @@ class ReplicaState(BaseEngine):
                     "mean_relative_drift": sum(every) / len(every),
                 }
             )
-        self.merges = []
+        self.drifts = []

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from ..checkpoint.pieces import Piece
 from ..data.loader import MicroBatch
@@ -23,12 +22,11 @@ from ..models.losses import Loss
 from ..records import EvalResult, Receipt
 from .buffers import SharesInTurn
 from .guard import is_held
-from .merged_state import buckets_of
+from .merging import merge
 from .optimizer import (
     LossScale,
     build_optimizer,
     finish_step,
-    length,
     no_decay_names,
     parameters_of,
     read_learning_rate,
@@ -38,13 +36,13 @@ from .precision import DTYPES, Observer, Stepped, names_of, round_at_use
 from .protocol import StepResult, extend_receipt, make_receipt
 from .replica_state import ReplicaState
 from .schedule import learning_rate
-from .state import named_tensors, num_held
+from .state import num_held
 from .step_queue import LocalRow, StartedStep, StepRow
 from .step_results import step_result
 from .tally import Tally
 
 ROUNDING = 2.0**-23  # of an fp32 number, relative
-UNREAD = 1000  # merges whose drift may wait on the device
+UNREAD = 1000  # drifts that may wait on the device
 
 
 class _Pass(NamedTuple):
@@ -100,7 +98,9 @@ class ReplicaEngine(ReplicaState):
         if replicas * shares > 1:
             self.shares = tuple(range(replicas * shares))
         self.seen = [0] * replicas  # samples of each replica here since the last merge
-        self.merges: list[tuple[int, torch.Tensor]] = []  # steps and drifts that are not read yet
+        self.all_seen: int | None = 0  # of all ranks' replicas, None: it is not known here
+        self.merges = 0
+        self.drifts: list[tuple[int, torch.Tensor]] = []  # with their steps, not read yet
         self.drift: list[dict[str, float]] = []
 
     def _step(self, micro_batches: Sequence[MicroBatch], own: int | float) -> None:
@@ -120,6 +120,8 @@ class ReplicaEngine(ReplicaState):
             rate = read_learning_rate(self.optimizers[i])
             rows.append(LocalRow(one.tally, one.expected, one.norm, rate))
             self.seen[i] += 0 if held else one.tally.samples
+        told = self._told_all()
+        self.all_seen = (self.all_seen or 0) + (self._samples or 0) if told else None
         self._note_step(rows, scale)
         if self._merges():
             self._merge()
@@ -144,17 +146,29 @@ class ReplicaEngine(ReplicaState):
             self._merge()
         self.step = step
 
+    def _told_all(self) -> bool:
+        """Tell whether all ranks' samples are known, of this step and all since the last merge."""
+        return self.all_seen is not None and self._samples is not None
+
     def _merges(self) -> bool:
         """Tell whether the replicas are merged after this step."""
         done = self.step + 1
         last = done == self.job.train.steps
         return bool(self.merge_every) and (last or done % (self.merge_every or 1) == 0)
 
+    def _takes_drift(self) -> bool:
+        """Tell whether a step has been logged since the merge before this one, or this is the last.
+
+        A drift takes more time than the merge itself; a run that logs each step has all of them."""
+        every, done, last = self.job.log.every, self.step + 1, self.job.train.steps
+        before = (done - 1) // (self.merge_every or 1) * (self.merge_every or 1)
+        return done == last or before == 0 or before // every < done // every
+
     def _number_to_send(
         self, micro_batches: Sequence[MicroBatch], own: int | float, count: int | float | None
     ) -> int | float | None:
         """Before a merge the ranks tell one another how many samples they saw since the last."""
-        if not self._merges() or len(self.models) > 1 or self.guard:
+        if not self._merges() or len(self.models) > 1 or self._told_all() or self.guard:
             return None  # with a guard it is not known before the step whether they count
         return self.seen[0] + sum(micro_batch.ids.shape[0] for micro_batch in micro_batches)
 
@@ -185,57 +199,30 @@ class ReplicaEngine(ReplicaState):
         norm = math.sqrt(sum(row.norm**2 for row in rows) / len(rows))
         return step_result(step, rows, [norm] * len(rows))
 
-    @torch.no_grad()
     def _merge(self) -> None:
-        """Replace every replica by their weighted mean, and note how far each was from it.
-        This goes bucket by bucket: all at once would take the memory of two more copies."""
-        groups, weights = [_merged_tensors(model) for model in self.models], self._weights()
-        if not weights:
+        """Replace every replica by their weighted mean, and note how far each was from it."""
+        if not (weights := self._weights()):
             return  # the replicas are what they were then
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        square, apart = zero, [zero] * len(groups)
-        for bucket in buckets_of(groups[0]):
-            flats = [torch.cat([tensors[i].reshape(-1) for i in bucket]) for tensors in groups]
-            mean = self._mean(flats, weights)
-            square = square + length(self._without_infinity(mean, mean)).square()
-            for k, (tensors, flat) in enumerate(zip(groups, flats, strict=True)):
-                away = self._without_infinity(flat.sub_(mean), mean)
-                apart[k] = apart[k] + length(away).square()
-                pieces = mean.split([tensors[i].numel() for i in bucket])
-                for i, piece in zip(bucket, pieces, strict=True):
-                    tensors[i].copy_(piece.view_as(tensors[i]))
-        self.merges.append((self.step, (torch.stack(apart) / square).sqrt()))
-        if len(self.merges) == UNREAD:
+        drift = merge(self.models, weights, self.finite, self._takes_drift())
+        if drift is not None:
+            self.drifts.append((self.step, drift))
+        if len(self.drifts) == UNREAD:
             self._read_drift()
-        self.seen = [0] * len(self.seen)
-
-    def _mean(self, flats: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-        """Return the mean over all replicas; collective.
-        `flats` are this process's replicas, one 1-D tensor each."""
-        weighted = [f * w for f, w in zip(flats, weights, strict=True)]
-        if not self.finite:  # 0 times infinity is no number
-            pairs = zip(flats, weighted, strict=True)
-            weighted = [torch.where(f.isfinite(), product, f) for f, product in pairs]
-        mean = weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(0)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(mean)
-        return mean.div_(self.layout.dp)
-
-    def _without_infinity(self, tensor: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-        """Return a tensor with zeros where the mean of the replicas is not finite."""
-        return tensor if self.finite else torch.where(mean.isfinite(), tensor, 0.0)
+        self.seen, self.all_seen, self.merges = [0] * len(self.seen), 0, self.merges + 1
 
     def _weights(self) -> list[float]:
         """Return the weight of each replica here: its samples over the mean; collective.
 
         It is empty where the guard has held every step since the last merge."""
-        every: Sequence[float]
         if self.guard:
-            every = [n for row in gather_rows(self.seen) for n in row]
+            total: float = sum(n for row in gather_rows(self.seen) for n in row)
+        elif self.all_seen is not None:
+            total = self.all_seen
         else:
-            every = self.seen if len(self.seen) > 1 else self.queue.sent()
+            every: Sequence[float] = self.seen if len(self.seen) > 1 else self.queue.sent()
+            total = sum(every)
         # Around 1, divided at the end: equal shares then lose nothing to a rounded 1/3.
-        return [n * len(every) / sum(every) for n in self.seen] if any(every) else []
+        return [n * self.layout.dp / total for n in self.seen] if total else []
 
     def _show(self, batches: Iterable[Sequence[MicroBatch]]) -> None:
         super().evaluate(batches)
@@ -271,7 +258,7 @@ class ReplicaEngine(ReplicaState):
         self._read_drift()
         merges = {
             "merge_every": self.merge_every,
-            "merges": len(self.drift),
+            "merges": self.merges,
             "sample_digest_by_rank": list(self.digests),
             "drift": self.drift,
         }
@@ -281,7 +268,3 @@ class ReplicaEngine(ReplicaState):
 
     def close(self) -> None:
         self.model, self.models, self.optimizers = None, [], []
-
-
-def _merged_tensors(model: nn.Module) -> list[torch.Tensor]:
-    return [t.data for t in named_tensors(model).values() if t.is_floating_point()]

@@ -111,7 +111,7 @@ class StartedStep:
 
     rows: one for each replica in this process. norm_is_whole: each row has the whole norm, not that
     of a part. has_norm: the norm was taken. loss_scale: fp16's, else None. fault: why the guard
-    held its update back, None: it did not."""
+    held its update back, None: it did not. samples: of all ranks, None: the engine was not told."""
 
     number: int
     rows: list[LocalRow]
@@ -119,6 +119,7 @@ class StartedStep:
     has_norm: bool
     loss_scale: float | None
     fault: str | None = None
+    samples: int | None = None
 
 
 def _float64(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:

@@ -156,9 +156,10 @@ class Parallel(Section):
 class Log(Section):
     """Says how often the ranks' numbers are read, and names trackers besides `steps.jsonl`.
 
-    every: they are read once in so many steps; the gradient norm of the others is taken only where
-    it is clipped. A comparison reads every step. The trackers are those that Accelerate knows, such
-    as tensorboard; each needs its own package."""
+    every: they are read once in so many steps. The gradient norm of the others is taken only where
+    it is clipped, and local SGD's drift only in the first merge after each. A comparison reads
+    every step. The trackers are those that Accelerate knows, such as tensorboard; each needs its
+    own package."""
 
     every: Positive = 1
     trackers: list[str] = Field(default=[])

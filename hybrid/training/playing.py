@@ -115,17 +115,18 @@ class _Steps:
         """Return the steps that are made: local SGD merges its replicas in the last one."""
         return [*range(WARMUP_STEPS), max(WARMUP_STEPS, self.period - 1)]
 
-    def load(self, step: int) -> tuple[list[MicroBatch], int | None]:
-        """Return the micro-batches of a step, and its targets over all ranks where known.
+    def load(self, step: int) -> tuple[list[MicroBatch], int | None, int]:
+        """Return the micro-batches of a step, its targets over all ranks where known, its samples.
 
         The smaller last batch of an epoch is left out. Raises Unsupported where one is empty."""
         step %= max(1, self.plan.num_samples // self.plan.global_batch)
-        count = None if self.known is None else self.known * self.plan.batch_size(step)
+        samples = self.plan.batch_size(step)
+        count = None if self.known is None else self.known * samples
         with values():
             loaded = self.loader.step_alone(step)
         if not all(len(batch.ids) for batch in loaded):
             raise Unsupported("a micro-batch of this rank has no sample, and its loss is read then")
-        return [_without_values(batch) for batch in loaded], count
+        return [_without_values(batch) for batch in loaded], count, samples
 
 
 def _without_values(batch: MicroBatch) -> MicroBatch:
@@ -138,11 +139,11 @@ def _step(engine: Engine, steps: _Steps, meter: StorageMeter, counter: Collectiv
     numbers = steps.numbers()
     meter.mark()
     for step in numbers:
-        batches, count = steps.load(step)
+        loaded = steps.load(step)
         engine.step = step
         counting = _counting(counter) if step == numbers[-1] else contextlib.nullcontext()
         with counting, meter:
-            engine.start_step(batches, count)
+            engine.start_step(*loaded)
 
 
 @contextlib.contextmanager
