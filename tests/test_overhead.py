@@ -13,10 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+import hybrid
 from benchmarks import overhead
 from benchmarks.baselines import tables, verdicts
 from benchmarks.baselines.verdicts import Spread
 from benchmarks.baselines.workloads import SHAPES, STRATEGIES, Workload
+from hybrid.engines.deepspeed_setup import full_config
+from hybrid.launch.placement import Placement
+from hybrid.layout import Layout
 from tests.conftest import ROOT
 
 COUNTED = {"aten", "host_reads", "lists", "calls", "bytes", "collectives", "by_name"}
@@ -181,3 +185,16 @@ def test_ranks_share_a_batch_that_divides(name: str, strategy: str) -> None:
         assert workload.job()["train"]["global_batch"] == workload.batch
     assert seen == list(range(workload.batch)), "each sample once"
     assert workload.batch == SHAPES[name].batch or (name, strategy) == ("mnist", "2d")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_loops_by_hand_give_deepspeed_the_sizes_that_hybrid_gives(name: str, stage: int) -> None:
+    """They decide how many collectives a step has."""
+    workload = Workload(name, f"zero{stage}", 0, 2)
+    job = hybrid.load_job(workload.job())
+    model, _ = hybrid.build_model(job)
+    here = Placement(0, 2, layout=Layout(dp=2, shard=2), device_asked="cpu")
+    given = full_config(job, here, model, workload.strategy, stage)["zero_optimization"]
+    by_hand = workload.deepspeed_config(stage)["zero_optimization"]
+    assert {key: given[key] for key in by_hand} == by_hand
