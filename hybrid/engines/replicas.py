@@ -120,11 +120,12 @@ class ReplicaEngine(ReplicaState):
             rate = read_learning_rate(self.optimizers[i])
             rows.append(LocalRow(one.tally, one.expected, one.norm, rate))
             self.seen[i] += 0 if held else one.tally.samples
-        told = self._told_all()
-        self.all_seen = (self.all_seen or 0) + (self._samples or 0) if told else None
         self._note_step(rows, scale)
-        if self._merges():
-            self._merge()
+        if self.merge_every:
+            told = self._told_all()
+            self.all_seen = (self.all_seen or 0) + (self._samples or 0) if told else None
+            if self._merges():
+                self._merge()
         if self.moved is not None and self.step == 0:
             self._move_weights(self.moved)
 
@@ -168,7 +169,9 @@ class ReplicaEngine(ReplicaState):
         self, micro_batches: Sequence[MicroBatch], own: int | float, count: int | float | None
     ) -> int | float | None:
         """Before a merge the ranks tell one another how many samples they saw since the last."""
-        if not self._merges() or len(self.models) > 1 or self._told_all() or self.guard:
+        if not self.merge_every or not self._merges():
+            return None
+        if len(self.models) > 1 or self._told_all() or self.guard:
             return None  # with a guard it is not known before the step whether they count
         return self.seen[0] + sum(micro_batch.ids.shape[0] for micro_batch in micro_batches)
 
