@@ -158,8 +158,9 @@ def test_ranks_ask_one_another_where_they_are_not_told(tmp_path: Path) -> None:
 def test_other_samples_than_announced_end_a_run() -> None:
     inputs, targets = torch.randn(5, 8), torch.randint(3, (5,))
     batches = [hybrid.MicroBatch(inputs, targets, torch.arange(5))]
-    job = small_job(model__name="own", data__name="own")
-    engine = hybrid.open_engine(job, "single", [nn.Linear(8, 3)], cross_entropy)
+    settings = {"strategy__local_sgd": {"sync_every": 2}}
+    job = small_job(model__name="own", data__name="own", **settings)
+    engine = hybrid.open_engine(job, "local_sgd", [nn.Linear(8, 3)], cross_entropy)
     try:
         engine.start_step(batches, samples=5)
         assert engine.results()[0].samples == 5

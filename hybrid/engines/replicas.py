@@ -151,6 +151,9 @@ class ReplicaEngine(ReplicaState):
         """Tell whether all ranks' samples are known, of this step and all since the last merge."""
         return self.all_seen is not None and self._samples is not None
 
+    def _trusted_samples(self) -> int | None:
+        return self._samples if self.merge_every else None
+
     def _merges(self) -> bool:
         """Tell whether the replicas are merged after this step."""
         done = self.step + 1
