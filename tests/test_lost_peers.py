@@ -95,7 +95,9 @@ def a_peer_ends() -> str:
         first, second = groups(2, 9)
         work = first.recv([torch.ones(3)], 1, 0)
         del second
-        if "closed by peer" in (text := said(work.wait)):
+        text = said(work.wait)
+        assert is_peer_loss(text)
+        if "closed by peer" in text:
             break
     return text
 

@@ -41,6 +41,12 @@ class BatchPlan:
         """Returns how many samples the global batch of `step` has."""
         return len(self._place(step)[1])
 
+    def totals(self, step: int, targets_each: int | None) -> tuple[int | None, int]:
+        """Returns how many targets and samples the global batch of `step` has.
+        targets_each: of each sample, None where the set does not tell it; nor are targets then."""
+        samples = self.batch_size(step)
+        return None if targets_each is None else targets_each * samples, samples
+
     def batch(self, step: int) -> list[int]:
         """Returns the sample ids of the global batch of `step` (optimizer steps from 0)."""
         return self._ids(*self._place(step))

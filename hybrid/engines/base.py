@@ -216,10 +216,6 @@ class BaseEngine(Engine):
             self._factor = (factor, loss_sum.dtype), gradient
         loss_sum.backward(scale.scale(self._factor[1]))
 
-    def _trusted_samples(self) -> int | None:
-        """Return the samples that this step was told of all ranks, if it depends on them."""
-        return None
-
     def _takes_norm(self) -> bool:
         """Tell whether this step's norm is needed: to clip, to log, for fp16, or for the guard."""
         train, done = self.job.train, self.step + 1
@@ -267,8 +263,8 @@ class BaseEngine(Engine):
         loss_scale: in force in the step; only fp16 has one. whole: see `StartedStep`."""
         scale = loss_scale if self.job.train.precision == "fp16" else None
         fault = self.guard.fault if self.guard else None
-        norm, samples = self._takes_norm(), self._trusted_samples()
-        self.queue.add(StartedStep(self.step, list(rows), whole, norm, scale, fault, samples))
+        norm = self._takes_norm()
+        self.queue.add(StartedStep(self.step, list(rows), whole, norm, scale, fault, self._samples))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:

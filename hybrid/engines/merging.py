@@ -28,8 +28,8 @@ def merge(
     groups = [_merged_tensors(model) for model in models]
     zero = torch.zeros((), dtype=torch.float64, device=groups[0][0].device)
     square, apart = zero, [zero] * len(groups)
-    for bucket in _buckets_of(groups[0], _num_changing(models[0])):
-        parts = [[tensors[i] for i in bucket] for tensors in groups]
+    for bucket in _buckets_of(groups[0], _num_changing(groups[0])):
+        parts = [[tensors[i].data for i in bucket] for tensors in groups]
         mean, pieces = _mean(parts, weights, finite)
         if drifts:
             square = square + _square([mean], [mean], finite)
@@ -42,16 +42,13 @@ def merge(
 
 
 def _merged_tensors(model: nn.Module) -> list[torch.Tensor]:
-    return [t.data for t in named_tensors(model).values() if t.is_floating_point()]
+    return [t for t in named_tensors(model).values() if t.is_floating_point()]
 
 
-def _num_changing(model: nn.Module) -> int:
-    """Count the elements that a step changes: of trained parameters and floating-point buffers."""
-    return sum(
-        t.numel()
-        for t in named_tensors(model).values()
-        if t.is_floating_point() and (t.requires_grad or not isinstance(t, nn.Parameter))
-    )
+def _num_changing(tensors: Sequence[torch.Tensor]) -> int:
+    """Count the elements that a step changes: of trained parameters and of buffers."""
+    kept = [t for t in tensors if t.requires_grad or not isinstance(t, nn.Parameter)]
+    return sum(t.numel() for t in kept)
 
 
 def _buckets_of(tensors: Sequence[torch.Tensor], size: int) -> list[list[int]]:
@@ -89,7 +86,8 @@ def _mean(
 
 
 def _times(tensor: torch.Tensor, weight: float, finite: bool) -> torch.Tensor:
-    """Multiply a tensor in its place; 0 times infinity stays infinite, and is not nan."""
+    """Return a tensor times its weight, the tensor itself where all of it is finite.
+    0 times infinity stays infinite, and is not nan."""
     if finite:
         return tensor.mul_(weight)
     return torch.where(tensor.isfinite(), tensor * weight, tensor)

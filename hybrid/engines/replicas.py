@@ -122,8 +122,7 @@ class ReplicaEngine(ReplicaState):
             self.seen[i] += 0 if held else one.tally.samples
         self._note_step(rows, scale)
         if self.merge_every:
-            told = self._told_all()
-            self.all_seen = (self.all_seen or 0) + (self._samples or 0) if told else None
+            self.all_seen = self._seen_by_all()
             if self._merges():
                 self._merge()
         if self.moved is not None and self.step == 0:
@@ -147,12 +146,11 @@ class ReplicaEngine(ReplicaState):
             self._merge()
         self.step = step
 
-    def _told_all(self) -> bool:
-        """Tell whether all ranks' samples are known, of this step and all since the last merge."""
-        return self.all_seen is not None and self._samples is not None
-
-    def _trusted_samples(self) -> int | None:
-        return self._samples if self.merge_every else None
+    def _seen_by_all(self) -> int | None:
+        """Return all ranks' samples since the last merge, with this step's, where all were told."""
+        if self.all_seen is None or self._samples is None:
+            return None
+        return self.all_seen + self._samples
 
     def _merges(self) -> bool:
         """Tell whether the replicas are merged after this step."""
@@ -172,10 +170,10 @@ class ReplicaEngine(ReplicaState):
         self, micro_batches: Sequence[MicroBatch], own: int | float, count: int | float | None
     ) -> int | float | None:
         """Before a merge the ranks tell one another how many samples they saw since the last."""
-        if not self.merge_every or not self._merges():
-            return None
-        if len(self.models) > 1 or self._told_all() or self.guard:
+        if not self._merges() or len(self.models) > 1 or self.guard:
             return None  # with a guard it is not known before the step whether they count
+        if self._seen_by_all() is not None:
+            return None
         return self.seen[0] + sum(micro_batch.ids.shape[0] for micro_batch in micro_batches)
 
     def _pass(
@@ -201,9 +199,15 @@ class ReplicaEngine(ReplicaState):
         return _Pass(tally, count, self._clip_gradients(parameters_of(optimizer)))
 
     def _result(self, step: StartedStep, rows: list[StepRow]) -> StepResult:
-        """Give several replicas the root mean square of their norms."""
+        """Give several replicas the root mean square of their norms.
+
+        Raises RunError if a merge took other samples for those of all ranks."""
         norm = math.sqrt(sum(row.norm**2 for row in rows) / len(rows))
-        return step_result(step, rows, [norm] * len(rows))
+        result = step_result(step, rows, [norm] * len(rows))
+        if self.merge_every and step.samples not in (None, result.samples):
+            had = f"the ranks had {result.samples} samples"
+            raise RunError(f"{had}, and {step.samples} were announced")
+        return result
 
     def _merge(self) -> None:
         """Replace every replica by their weighted mean, and note how far each was from it."""

@@ -111,7 +111,7 @@ class StartedStep:
 
     rows: one for each replica in this process. norm_is_whole: each row has the whole norm, not that
     of a part. has_norm: the norm was taken. loss_scale: fp16's, else None. fault: why the guard
-    held its update back, None: it did not. samples: that all ranks must have had, None: any."""
+    held its update back, None: it did not. samples: those announced of all ranks, None: none."""
 
     number: int
     rows: list[LocalRow]

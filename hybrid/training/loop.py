@@ -205,9 +205,8 @@ class _Run(RunInProgress):
             self.instruments.begin_loading()
             batches = loader.step(step)
             self.instruments.end_loading()
-            samples = self.plan.batch_size(step)
-            count = None if self.known is None else self.known * samples
-            self.instruments.step(step - start, partial(engine.start_step, batches, count, samples))
+            totals = self.plan.totals(step, self.known)
+            self.instruments.step(step - start, partial(engine.start_step, batches, *totals))
             self.unread.append(self.instruments.last_step)
             # The numbers of a step come with the next one. These steps need them at once.
             done, back = step + 1, rolls_back(self, step)

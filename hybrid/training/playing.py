@@ -120,13 +120,11 @@ class _Steps:
 
         The smaller last batch of an epoch is left out. Raises Unsupported where one is empty."""
         step %= max(1, self.plan.num_samples // self.plan.global_batch)
-        samples = self.plan.batch_size(step)
-        count = None if self.known is None else self.known * samples
         with values():
             loaded = self.loader.step_alone(step)
         if not all(len(batch.ids) for batch in loaded):
             raise Unsupported("a micro-batch of this rank has no sample, and its loss is read then")
-        return [_without_values(batch) for batch in loaded], count, samples
+        return [_without_values(batch) for batch in loaded], *self.plan.totals(step, self.known)
 
 
 def _without_values(batch: MicroBatch) -> MicroBatch:
