@@ -3,6 +3,7 @@ leave the modules which draw nothing."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import _is_torch_function_mode_enabled as mode_is_on
 
-from hybrid.engines.layers import prepare_layers, sample_seeds
+from hybrid.engines.layers import (
+    asks_for_rows,
+    prepare_layers,
+    sample_seeds,
+    seed_forward_pass,
+)
 from hybrid.models.attention import attention_weights
 from hybrid.models.draws import draws_by_functions, forward_pass, seed_functions
 from hybrid.models.dropout import number_dropouts, use_rows
@@ -254,3 +260,25 @@ def test_what_draws_by_itself_is_named() -> None:
     with use_rows(None):
         found = find_draws(model, lambda: model(torch.ones(2, 6)))
     assert "0" in [name for name, _ in found]
+
+
+def test_rows_are_seeded_for_models_that_ask_for_them_alone() -> None:
+    drops = Calls(lambda x: F.dropout(x, 0.5))
+    for layer, asks in (
+        (nn.ReLU(), False),
+        (nn.Dropout(0.5), True),
+        (drops, True),
+        (nn.BatchNorm1d(8), True),
+    ):
+        model = prepare_layers(small_job(), Layers([nn.Linear(8, 8), layer])).whole()
+        model(torch.ones(4, 8))
+        assert asks_for_rows(model) == asks, layer
+
+
+def test_no_two_forward_passes_of_a_run_draw_alike() -> None:
+    """Small numbers are what seeds, steps, shares, micro-batches and stages are."""
+    found = set()
+    for numbers in itertools.product(range(5), range(20), range(6), range(5), range(4)):
+        seed_forward_pass(*numbers)
+        found.add(torch.initial_seed())
+    assert len(found) == 5 * 20 * 6 * 5 * 4

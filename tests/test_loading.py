@@ -219,3 +219,8 @@ def test_other_sets_of_tensors_fail_as_single_samples_do() -> None:
             load_micro_batch(several, [1, 2, 3])
     with pytest.raises(IndexError, match="index 5 is out of bounds"):
         load_micro_batch(samples(), [1, 5])
+    empty = TensorDataset(torch.zeros(4, 0), torch.arange(4))  # torch has another error for it
+    with pytest.raises(IndexError, match="index 4 is out of bounds"):
+        load_micro_batch(empty, [1, 4])
+    last = load_micro_batch(Subset(samples(), [0, -1]), [1, 0])
+    assert last.target.tolist() == [4, 0], "as the set itself counts from its end"

@@ -29,8 +29,9 @@ class BatchPlan:
     micro_batches: int
     seed: int | None
 
-    @property
+    @functools.cached_property
     def steps_per_epoch(self) -> int:
+        """The optimizer steps of an epoch, with the one whose batch may be smaller."""
         return -(-self.num_samples // self.global_batch)
 
     def epoch(self, step: int) -> int:
@@ -39,7 +40,8 @@ class BatchPlan:
 
     def batch_size(self, step: int) -> int:
         """Returns how many samples the global batch of `step` has."""
-        return len(self._place(step)[1])
+        start = step % self.steps_per_epoch * self.global_batch
+        return min(self.global_batch, self.num_samples - start)
 
     def totals(self, step: int, targets_each: int | None) -> tuple[int | None, int]:
         """Returns how many targets and samples the global batch of `step` has.

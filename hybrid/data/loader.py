@@ -77,15 +77,23 @@ def _select(base: Any, index: torch.Tensor, inputs: bool, targets: bool) -> tupl
     for tensor in base.tensors:
         if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
             return None
-    # Negative places are huge as unsigned ones; the set itself counts those from the end, or says
-    # what is not there.
-    if index.numpy().view(numpy.uint64).max(initial=0) >= len(base):
-        return None
+        if not tensor.is_cpu and not _all_in(tensor, index):
+            return None
     first, second = base.tensors  # another number of them is an error, as it is of single rows
-    return (
-        first.index_select(0, index.to(first.device)) if inputs else None,
-        second.index_select(0, index.to(second.device)) if targets else None,
-    )
+    try:
+        return _take(first, index) if inputs else None, _take(second, index) if targets else None
+    except (IndexError, RuntimeError):  # as torch has it, by the shape
+        return None  # the set counts negative places from the end, or says what is not there
+
+
+def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return tensor.index_select(0, index if tensor.is_cpu else index.to(tensor.device))
+
+
+def _all_in(tensor: torch.Tensor, index: torch.Tensor) -> bool:
+    """Tell whether a tensor has all places: a GPU's process ends where one is not there."""
+    # Negative places are huge as unsigned ones.
+    return bool(index.numpy().view(numpy.uint64).max(initial=0) < len(tensor))
 
 
 def _read_rows(base: Any, places: list[int], padding: int) -> list[Any]:

@@ -23,7 +23,7 @@ from .buffers import OneSet
 from .counting import TargetCounter, num_rows
 from .guard import Guard, is_held
 from .guard_search import guarded_step
-from .layers import sample_seeds
+from .layers import asks_for_rows, sample_seeds, seed_forward_pass
 from .optimizer import LossScale, clip, finish_step, norm_of, parameters_of
 from .optimizer_numbers import put_numbers, read_numbers
 from .own_optimizer import is_own
@@ -58,6 +58,7 @@ class BaseEngine(Engine):
         self._shown = not self.counter.needs_output  # an output has been shown to the counter
         self.shares: tuple[int, ...] = (placement.dp_rank,)
         self.step = 0  # optimizer steps done
+        self.asks_for_rows: bool | None = None  # the model; it is known after a step
         self.notes: list[str] = []
         self.training = False  # the model is in the mode for training
         self.digests: tuple[str, ...] = ()  # each rank's samples in the first step
@@ -86,9 +87,14 @@ class BaseEngine(Engine):
         number = self._number_to_send(micro_batches, own, count)
         if number is not None or self.queue.is_due():
             self.queue.send(number)
-        guarded_step(self, micro_batches, lambda: self._step(micro_batches, own))
+        if self.guard:
+            guarded_step(self, self.guard, micro_batches, lambda: self._step(micro_batches, own))
+        else:
+            self._step(micro_batches, own)
         self.step += 1
-        self.observer.stop()
+        if self.asks_for_rows is None:
+            self.observer.stop()
+            self.asks_for_rows = asks_for_rows(self.model)
 
     def _show(self, batches: Iterable[Sequence[MicroBatch]]) -> None:
         """Show the counter an output, before the first step here."""
@@ -100,7 +106,7 @@ class BaseEngine(Engine):
         raise NotImplementedError
 
     def _count_own(self, micro_batches: Iterable[MicroBatch]) -> int | float:
-        return sum(self.counter.count(micro_batch) for micro_batch in micro_batches)
+        return self.counter.count_all(micro_batches)
 
     def _number_to_send(
         self, micro_batches: Sequence[MicroBatch], own: int | float, count: int | float | None
@@ -192,13 +198,13 @@ class BaseEngine(Engine):
     ) -> torch.Tensor:
         """Return the summed loss of one training micro-batch; `place`: see `sample_seeds`."""
         micro_batch = on_device(micro_batch, self.device)
+        given = model_input(self.loss, micro_batch.input, micro_batch.target)
+        if self.asks_for_rows is False:
+            seed_forward_pass(self.job.train.seed, self.step, *place)
+            return tally.add(self.loss, model(given), micro_batch)
         rows = num_rows(micro_batch.target)
         with sample_seeds(self.job, self.step, place, micro_batch.ids, rows):
-            return tally.add(self.loss, model(self._input(micro_batch)), micro_batch)
-
-    def _input(self, micro_batch: MicroBatch) -> Any:
-        """Return what the model gets: the targets too, where it returns its own loss."""
-        return model_input(self.loss, micro_batch.input, micro_batch.target)
+            return tally.add(self.loss, model(given), micro_batch)
 
     def _set_training(self, *models: nn.Module) -> None:
         """Put models back into the mode for training, which takes a walk through all modules.
@@ -214,7 +220,8 @@ class BaseEngine(Engine):
         if self._factor is None or self._factor[0] != (factor, loss_sum.dtype):
             gradient = torch.full((), factor, dtype=loss_sum.dtype, device=loss_sum.device)
             self._factor = (factor, loss_sum.dtype), gradient
-        loss_sum.backward(scale.scale(self._factor[1]))
+        gradient = self._factor[1]
+        loss_sum.backward(scale.scale(gradient) if scale.active else gradient)
 
     def _takes_norm(self) -> bool:
         """Tell whether this step's norm is needed: to clip, to log, for fp16, or for the guard."""
@@ -251,7 +258,7 @@ class BaseEngine(Engine):
     ) -> torch.Tensor | float:
         """Make one optimizer step, and return what `_clip_gradients` does.
         The norm is not finite where an fp16 gradient overflowed."""
-        if scale.is_enabled():
+        if scale.active:
             scale.unscale(optimizer)
         norm = self._clip_gradients(parameters_of(optimizer), groups)
         finish_step(optimizer, scale, is_held(self, norm))
@@ -275,13 +282,14 @@ class BaseEngine(Engine):
         self.training = False
         for micro_batch in itertools.chain.from_iterable(batches):
             micro_batch, calls = on_device(micro_batch, self.device), []
+            given = model_input(self.loss, micro_batch.input, micro_batch.target)
             if isinstance(self.loss, OwnLoss):
                 with LossCalls() as watched:
-                    output = self.model(self._input(micro_batch))
+                    output = self.model(given)
                 calls = watched.calls
                 self.loss.learn(calls, output, micro_batch.target)
             else:
-                output = self.model(micro_batch.input)
+                output = self.model(given)
             tally.add(self.loss, output, micro_batch, score=True, calls=calls)
         return eval_result(tally)
 

@@ -21,7 +21,7 @@ from ..launch.serialization import sendable
 from ..models.losses import take_loss
 from ..models.own_loss import OwnLoss
 from .counting import num_rows
-from .guard import Searched
+from .guard import Guard, Searched
 from .state import on_device
 
 SHOWN = 5  # samples that are named, where several are to blame
@@ -29,19 +29,16 @@ WRAPPERS = ("DistributedDataParallel", "DeepSpeedEngine")  # each holds the mode
 
 
 def guarded_step(
-    engine: Any, micro_batches: Sequence[MicroBatch], step: Callable[[], None]
+    engine: Any, guard: Guard, micro_batches: Sequence[MicroBatch], step: Callable[[], None]
 ) -> None:
-    """Make a step of an engine by `step()`; it ends the run where the guard says so.
+    """Make a step of an engine by `step()`; it ends the run where its guard says so.
 
     Raises RunError on every rank then, with what is wrong and where."""
-    guard = engine.guard
-    if guard is None:
-        return step()
     models = models_of(engine)
     guard.begin(models)
     step()
     if guard.fault is None or guard.policy != "stop":
-        return None
+        return
     search, guard.searching = _Search(engine, models, micro_batches), True
     try:
         step()

@@ -4,18 +4,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..data.permutation import splitmix64
 from ..job.schema import Job
 from ..models.batch_norms import leave_padding_out
-from ..models.draws import seed_functions
-from ..models.dropout import RowSeeds, number_dropouts, set_rows, use_rows
+from ..models.draws import draws_by_functions, seed_functions
+from ..models.dropout import Dropout, RowSeeds, number_dropouts, set_rows, use_rows
 from ..models.layers import Layers
 from ..models.losses import GivenLoss, Loss
 from ..models.own_loss import OwnLoss
 from .compiled import compile_function, compile_layer
 from .precision import DTYPES, round_inputs
 from .recomputation import recomputed
+
+_WEIGHTS = [splitmix64(i) for i in range(5)]  # of the numbers that a seed depends on
 
 
 def prepare_layers(job: Job, layers: Layers) -> Layers:
@@ -82,7 +85,7 @@ def sample_seeds(
 
     Our dropout is seeded by sample. torch's own generator is seeded by `place` (share, micro-batch,
     stage), so that all other random numbers are the same in two runs of one layout."""
-    _seed_generators(job.train.seed, step, *place)
+    seed_forward_pass(job.train.seed, step, *place)
     return use_rows(RowSeeds(ids, rows, job.train.seed, step))
 
 
@@ -91,18 +94,32 @@ def set_sample_seeds(
 ) -> None:
     """Seed all forward passes until the next call, for an engine that calls the model by itself.
     The arguments are those of `sample_seeds`."""
-    _seed_generators(job.train.seed, step, *place)
+    seed_forward_pass(job.train.seed, step, *place)
     set_rows(RowSeeds(ids, rows, job.train.seed, step))
 
 
-def _seed_generators(*numbers: int) -> None:
-    """Seed the generators that a model draws from by a hash, as `torch.manual_seed` does.
+def asks_for_rows(model: nn.Module) -> bool:
+    """Tell whether a model that has made a training step asks for the seeds of rows.
+
+    Its dropouts do, and functions that drop, and batch norms, which leave padding out."""
+    return any(
+        isinstance(module, Dropout)
+        or draws_by_functions(module)
+        or getattr(module, "leaves_padding_out", False)
+        for module in model.modules()
+    )
+
+
+def seed_forward_pass(
+    seed: int, step: int, share: int = 0, micro_batch: int = 0, stage: int = 0
+) -> None:
+    """Seed the generators that a model draws from, as `torch.manual_seed` does.
 
     That takes 129 us, and more in a deep stack: it also formats the stack for every other kind of
-    device. This takes 2 us, so that models which draw nothing are seeded too."""
-    seed = 0
-    for number in numbers:
-        seed = splitmix64(seed + number)
-    torch.default_generator.manual_seed(seed)
+    device. This takes 2 us, so that models which draw nothing are seeded too. The sum has a weight
+    of 64 random bits for each number, so that no two places in a run have one seed."""
+    a, b, c, d, e = _WEIGHTS
+    mixed = splitmix64(seed * a + step * b + share * c + micro_batch * d + stage * e)
+    torch.default_generator.manual_seed(mixed)
     if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(seed)
+        torch.cuda.manual_seed(mixed)

@@ -182,11 +182,12 @@ class LossScale(torch.amp.GradScaler):
         fp16 = job.train.precision == "fp16"
         super().__init__(device.type, INITIAL_SCALE, growth_interval=GROWTH_STEPS, enabled=fp16)
         self.averaged_over = averaged_over
+        self.active = fp16  # plain to read: `is_enabled` is a call in each micro-batch
 
     @property
     def loss_factor(self) -> int:
         """Return what the loss is multiplied by so that averaged gradients are the sum."""
-        return 1 if self.is_enabled() else self.averaged_over
+        return 1 if self.active else self.averaged_over
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Give gradients their size, before they are measured and clipped."""
@@ -199,24 +200,24 @@ class LossScale(torch.amp.GradScaler):
     @property
     def value(self) -> float:
         """Return the scale in force; 1 without fp16."""
-        return self.get_scale()
+        return self.get_scale() if self.active else 1.0
 
     def read_state(self) -> dict[str, float] | None:
         """Return the scale, and for how many steps without an overflow it has been in force."""
-        if not self.is_enabled():
+        if not self.active:
             return None
         state = self.state_dict()
         return {"scale": float(state["scale"]), "good_steps": int(state["_growth_tracker"])}
 
     def set_state(self, state: Mapping[str, float] | None) -> None:
         """Take over what `read_state` returned."""
-        if self.is_enabled() and state:
+        if self.active and state:
             kept = {"scale": state["scale"], "_growth_tracker": int(state["good_steps"])}
             self.load_state_dict(self.state_dict() | kept)
 
     def leave(self) -> None:
         """Forget gradients that were unscaled for a step that is not made."""
-        if self.is_enabled():
+        if self.active:
             self._per_optimizer_states.clear()
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
@@ -230,7 +231,7 @@ def finish_step(optimizer: torch.optim.Optimizer, scale: LossScale, held: bool =
     """Make the update, unless the guard holds it back, and drop the gradients."""
     if held:
         scale.leave()
-    elif scale.is_enabled():
+    elif scale.active:
         scale.step(optimizer)
     else:
         optimizer.step()

@@ -194,7 +194,7 @@ class ReplicaEngine(ReplicaState):
         if buffers:
             buffers.end_step()
         set_learning_rate(optimizer, learning_rate(self.job, self.step))
-        if scale.is_enabled():
+        if scale.active:
             scale.unscale(optimizer)
         return _Pass(tally, count, self._clip_gradients(parameters_of(optimizer)))
 
@@ -202,7 +202,9 @@ class ReplicaEngine(ReplicaState):
         """Give several replicas the root mean square of their norms.
 
         Raises RunError if a merge took other samples for those of all ranks."""
-        norm = math.sqrt(sum(row.norm**2 for row in rows) / len(rows))
+        norm = rows[0].norm
+        if len(rows) > 1:
+            norm = math.sqrt(sum(row.norm**2 for row in rows) / len(rows))
         result = step_result(step, rows, [norm] * len(rows))
         if self.merge_every and step.samples not in (None, result.samples):
             had = f"the ranks had {result.samples} samples"

@@ -33,10 +33,11 @@ def step_result(step: StartedStep, rows: Sequence[StepRow], norms: Sequence[floa
     disagree on norm or learning rate (a gradient was not reduced, a stage has another rate), or if
     the loss did not count the targets that it was divided by."""
     loss_sum = targets = 0.0
-    samples = digest = 0
+    samples, digests = 0, []
     for rank, row in enumerate(rows):
-        _require_agreement("gradient norm", rank, norms[rank], norms[0])
-        _require_agreement("learning rate", rank, row.lr, rows[0].lr)
+        if rank:
+            _require_agreement("gradient norm", rank, norms[rank], norms[0])
+            _require_agreement("learning rate", rank, row.lr, rows[0].lr)
         if not _same_count(row.targets, row.expected):
             raise RunError(
                 f"rank {rank}: the loss counted {row.targets:.9g} targets where "
@@ -44,14 +45,15 @@ def step_result(step: StartedStep, rows: Sequence[StepRow], norms: Sequence[floa
                 "targets alone, and its count(target) must agree with it"
             )
         loss_sum, targets = loss_sum + row.loss_sum, targets + row.targets
-        samples, digest = samples + int(row.samples), digest + row.digest
+        samples += int(row.samples)
+        digests.append(row.digest if row.samples else None)
     return StepResult(
         loss=loss_sum / targets if targets else math.nan,
         grad_norm=norms[0] if step.has_norm else None,
         lr=rows[0].lr,
         samples=samples,
-        sample_digest=f"{digest % 2**64:016x}",
-        digest_by_rank=tuple(f"{row.digest:016x}" if row.samples else "" for row in rows),
+        sample_digest=f"{sum(filter(None, digests)) % 2**64:016x}",
+        digest_by_rank=tuple(["" if one is None else f"{one:016x}" for one in digests]),
         targets=number(targets),
         loss_scale=step.loss_scale,
         skipped=bool(step.fault) or (step.loss_scale is not None and not math.isfinite(norms[0])),

@@ -42,8 +42,8 @@ class Tally:
     """Sums over the micro-batches of one step or one evaluation, on one rank.
 
     counter: is shown each output. metrics: of the job, for an evaluation. loss_sum: [] on the
-    device, in float64 once it is a sum. count: the targets counted so far, a tensor [] where the
-    loss gives one, in float64 where that is floating. Both are None before the first sample."""
+    device, in float64. count: the targets counted so far, a tensor [] where the loss gives one, in
+    float64 where that is floating. Both are None before the first sample."""
 
     def __init__(
         self,
@@ -87,8 +87,11 @@ class Tally:
             self._measure(output, target)
         else:
             loss_sum, count = take_loss(loss, output, target)
-        exact = _alone(loss_sum.detach())
-        self.loss_sum = exact if self.loss_sum is None else self.loss_sum.double() + exact
+        found = loss_sum.detach()
+        if self.loss_sum is None:  # a copy, which keeps nothing else in memory
+            self.loss_sum = found.to(torch.float64, copy=True)
+        else:
+            self.loss_sum = self.loss_sum + found
         if isinstance(count, torch.Tensor) and count.is_floating_point():
             count = count.to(torch.float64)
         self.count = count if self.count is None else self.count + count
@@ -136,12 +139,6 @@ def hash_together(tallies: Sequence[Tally]) -> None:
             tally.digest = (tally.digest + digest) % 2**64
     for tally in tallies:
         tally.unhashed = []
-
-
-def _alone(loss_sum: torch.Tensor) -> torch.Tensor:
-    """Return a number that keeps nothing else in memory, such as what it was taken out of."""
-    whole = loss_sum.untyped_storage().nbytes() == loss_sum.element_size()
-    return loss_sum if whole else loss_sum.clone()
 
 
 def _zero(loss: Loss, output: Any, target: Any) -> torch.Tensor:

@@ -33,48 +33,37 @@ FEWEST_TIMED = 3
 _NOTHING = contextlib.nullcontext()
 
 
-class _Time:
-    """Is the time from its making until `stop`: the host's on a CPU, the device's on a GPU.
-
-    The host does not wait for the device: CUDA's events note when the device passes them."""
-
-    def __init__(self, device: torch.device, since: _Time | None = None) -> None:
-        """Begin now, or at the end of the time before, `since`."""
-        self._event = device.type == "cuda"
-        self._now: Callable[[], Any] = _pass_event if self._event else time.perf_counter
-        self._start: Any = since._stop if since else self._now()
-        self._stop: Any = self._start
-
-    def stop(self) -> None:
-        """End the time."""
-        self._stop = self._now()
-
-    def end_with(self, other: _Time) -> None:
-        """End the time where another one has ended."""
-        self._stop = other._stop
-
-    def seconds(self) -> float:
-        """Return its length; on a GPU, once the device has passed the end."""
-        if not self._event:
-            return self._stop - self._start
-        self._stop.synchronize()
-        return self._start.elapsed_time(self._stop) / 1e3
+Moment = Any  # by the host's clock, seconds; on a GPU an event, which the device passes
 
 
-def _pass_event() -> Any:
+def _pass_event() -> Moment:
+    """Return the moment at which the device gets here; the host does not wait for it."""
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
 
 
+def _device_seconds(start: Moment, end: Moment) -> float:
+    """Return the seconds between two events, once the device has passed the second."""
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _host_seconds(start: Moment, end: Moment) -> float:
+    return end - start
+
+
 class StepCost(NamedTuple):
-    """Holds what one step took on this rank, and the loading of its batch before it.
+    """Holds when one step and the loading of its batch began and ended on this rank.
 
-    whole: since the end of the step before. memory_bytes: the peak so far, None: not measured."""
+    begun: where the step before has ended, or the loading has begun. memory_bytes: the peak so far,
+    None: not measured."""
 
-    loading: _Time
-    time: _Time
-    whole: _Time
+    begun: Moment
+    loading: Moment
+    loaded: Moment
+    taken: Moment  # the engine's call begins
+    done: Moment
     timed: bool  # it counts for the speed
     memory_bytes: int | None
 
@@ -107,9 +96,13 @@ class Instruments:
             self.metered, self.counted = range(first), range(steps)
             self.timed = range(first if steps > first else 0, steps)
         self._times = StepTimes(ahead)
-        self._loading = self._whole = _Time(device)
+        on_device = device.type == "cuda"
+        self._now: Callable[[], Moment] = _pass_event if on_device else time.perf_counter
+        self._seconds = _device_seconds if on_device else _host_seconds
+        now = self._now()
+        self._begun = self._loading = self._loaded = now
         self._goes_on = False  # the coming step begins where the one before has ended
-        self.last_step = StepCost(self._loading, self._loading, self._whole, False, None)
+        self.last_step = StepCost(now, now, now, now, now, False, None)
         self._tcp: list[int | None] = []
 
     def begin_loading(self) -> None:
@@ -117,12 +110,12 @@ class Instruments:
 
         On a GPU it is the time for which the device waits: none while earlier steps keep it busy.
         """
-        self._loading = _Time(self.device)
-        self._whole = _Time(self.device, self._whole if self._goes_on else self._loading)
+        self._loading = self._now()
+        self._begun = self.last_step.done if self._goes_on else self._loading
 
     def end_loading(self) -> None:
         """End the time of loading."""
-        self._loading.stop()
+        self._loaded = self._now()
 
     def interrupt(self) -> None:
         """Say that what has come since the last step is no part of the coming one."""
@@ -136,13 +129,13 @@ class Instruments:
             self._tcp.append(tcp_bytes_sent())
             self.counter.start()
         with self.meter if step in self.metered and not self.blind else _NOTHING:
-            taken = _Time(self.device)
+            taken = self._now()
             make()
-            taken.stop()
-        self._whole.end_with(taken)
-        self._goes_on = step in self.timed
+            done = self._now()
+        self._goes_on = timed = step in self.timed
         memory = None if self.blind else self.meter.peak_bytes
-        self.last_step = StepCost(self._loading, taken, self._whole, step in self.timed, memory)
+        begun = self._begun, self._loading, self._loaded
+        self.last_step = StepCost(*begun, taken, done, timed, memory)
         if step == self.counted.stop - 1:
             self.counter.stop()
             self._tcp.append(tcp_bytes_sent())
@@ -155,7 +148,8 @@ class Instruments:
         """Return what a step took on this rank, as a line of `steps.jsonl` has it.
 
         `seconds` is the whole step, `engine_s` the engine's call in it, `loading_s` the loading."""
-        own, loading_s, whole = cost.time.seconds(), cost.loading.seconds(), cost.whole.seconds()
+        own, whole = self._seconds(cost.taken, cost.done), self._seconds(cost.begun, cost.done)
+        loading_s = self._seconds(cost.loading, cost.loaded)
         if cost.timed:
             self._times.add(whole, own, loading_s)
         return {

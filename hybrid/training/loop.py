@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..checkpoint.writer import end_writers
 from ..data import build_data
@@ -199,7 +199,8 @@ class _Run(RunInProgress):
                 self._note_steps()
                 self.evaluate()
                 self._between_steps()
-            self._leave_if_told(loader)
+            if self.told:
+                self._leave(loader)
             self.status.hurry(in_step=not self._compiles_in(step - start))
             self.status.set(f"in step {step}", step)
             self.instruments.begin_loading()
@@ -210,7 +211,8 @@ class _Run(RunInProgress):
             self.unread.append(self.instruments.last_step)
             # The numbers of a step come with the next one. These steps need them at once.
             done, back = step + 1, rolls_back(self, step)
-            at_once = back or step == start or done in (self.period, total) or saved.is_due(done)
+            due = saved.is_due(done)
+            at_once = back or due or step == start or done in (self.period, total)
             self._note_steps(wait=at_once)
             if back:
                 go_back(self, step)
@@ -221,10 +223,11 @@ class _Run(RunInProgress):
                     self.first = project(engine.weights())
             saved.check()
             self._note_saved()
-            if saved.is_due(done):
+            if due:
                 self.save_state()
                 self._between_steps()
-        self._leave_if_told(loader)
+        if self.told:
+            self._leave(loader)
         loader.close()
         self.stops.act_at_once()
 
@@ -239,12 +242,12 @@ class _Run(RunInProgress):
         self.instruments.interrupt()
         self.told = self.told or self.ask_all()
 
-    def _leave_if_told(self, loader: StepLoader | WorkerLoader) -> None:
-        if self.told:
-            loader.close()
-            self._note_steps()
-            with self.status.unhurried():
-                self.leave(self.told)
+    def _leave(self, loader: StepLoader | WorkerLoader) -> NoReturn:
+        """Save the state and end the run, since a rank was told to stop."""
+        loader.close()
+        self._note_steps()
+        with self.status.unhurried():
+            self.leave(self.told)
 
     def _note_steps(self, wait: bool = True) -> None:
         """Note the steps whose numbers have come; `wait`: all that have been made."""
