@@ -208,6 +208,7 @@ class _Run(RunInProgress):
             self.instruments.end_loading()
             totals = self.plan.totals(step, self.known)
             self.instruments.step(step - start, partial(engine.start_step, batches, *totals))
+            del batches  # so that the next ones do not come beside them
             self.unread.append(self.instruments.last_step)
             # The numbers of a step come with the next one. These steps need them at once.
             done, back = step + 1, rolls_back(self, step)
