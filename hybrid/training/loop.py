@@ -203,12 +203,7 @@ class _Run(RunInProgress):
                 self._leave(loader)
             self.status.hurry(in_step=not self._compiles_in(step - start))
             self.status.set(f"in step {step}", step)
-            self.instruments.begin_loading()
-            batches = loader.step(step)
-            self.instruments.end_loading()
-            totals = self.plan.totals(step, self.known)
-            self.instruments.step(step - start, partial(engine.start_step, batches, *totals))
-            del batches  # so that the next ones do not come beside them
+            self.instruments.step(step - start, self._load(loader, step))
             self.unread.append(self.instruments.last_step)
             # The numbers of a step come with the next one. These steps need them at once.
             done, back = step + 1, rolls_back(self, step)
@@ -231,6 +226,15 @@ class _Run(RunInProgress):
             self._leave(loader)
         loader.close()
         self.stops.act_at_once()
+
+    def _load(self, loader: StepLoader | WorkerLoader, step: int) -> Callable[[], None]:
+        """Load the micro-batches of a step, and return what makes it.
+
+        Nothing else holds them, so that those of the next step do not come beside them."""
+        self.instruments.begin_loading()
+        batches = loader.step(step)
+        self.instruments.end_loading()
+        return partial(self.engine.start_step, batches, *self.plan.totals(step, self.known))
 
     def _compiles_in(self, step: int) -> bool:
         """Tell whether torch.compile can compile in a step of this run, for unlike times on ranks.
