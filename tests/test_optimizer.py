@@ -176,6 +176,8 @@ def test_settings_reach_the_optimizer() -> None:
         assert type(adamw) is torch.optim.AdamW
         assert adamw.defaults["betas"] == (0.75, 0.875) and adamw.defaults["eps"] == 1e-3
         assert adamw.defaults["fused"] == (precision != "fp16")
+        flat = build_optimizer(asked, named, (), flat_ties=True)
+        assert not flat.defaults["fused"], "copies of a parameter would drift apart"
 
 
 def test_every_group_takes_the_rate_of_the_step() -> None:

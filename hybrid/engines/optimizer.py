@@ -21,7 +21,7 @@ def build_optimizer(
     parameters: Mapping[str, nn.Parameter],
     no_decay: Collection[str],
     num_groups: int = 1,
-    ties: bool = False,
+    flat_ties: bool = False,
 ) -> torch.optim.Optimizer:
     """Build the job's optimizer over the trained ones of `parameters` (by canonical name).
 
@@ -29,9 +29,9 @@ def build_optimizer(
     groups; raises Unsupported where there are too few parameters for that.
 
     AdamW is fused, except under fp16: fused AdamW unscales gradients itself and does not see
-    overflows in other ranks' shards. Nor is it where other ranks step copies of a parameter (ties):
-    on a CPU it rounds a number otherwise where that is among the last few of a flat buffer, so that
-    copies which lie elsewhere drift apart."""
+    overflows in other ranks' shards. Nor is it where other ranks step copies of a parameter in flat
+    buffers (flat_ties): on a CPU it rounds a number otherwise where that is among the last few of a
+    tensor, so that copies which lie elsewhere in theirs drift apart."""
     o = job.optimizer
     trained = {n: p for n, p in parameters.items() if p.requires_grad}
     decayed = [p for n, p in trained.items() if n not in no_decay]
@@ -47,7 +47,7 @@ def build_optimizer(
         return note_groups(call_optimizer(job, groups))
     if o.name == "sgd":
         return torch.optim.SGD(groups, o.lr, momentum=o.momentum)
-    fused = job.train.precision != "fp16" and not ties
+    fused = job.train.precision != "fp16" and not flat_ties
     return torch.optim.AdamW(groups, o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, fused=fused)
 
 

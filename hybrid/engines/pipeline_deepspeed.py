@@ -109,8 +109,8 @@ class StageEngine(StageState):
             own.register_forward_hook(make_contiguous)
         self.buffers = names_of(own.buffers())
         parameters = self.assignment.parameters(own)
-        ties = self.assignment.has_ties
-        optimizer = build_optimizer(self.job, parameters, no_decay, num_groups, ties)
+        flat_ties = self.assignment.has_ties and self.zero_stage > 0  # in ZeRO's flat buffers
+        optimizer = build_optimizer(self.job, parameters, no_decay, num_groups, flat_ties)
         if self.zero_stage == 0:
             # In fp32 without ZeRO, DeepSpeed 0.19 takes the norm of the first stage alone, clips
             # stages differently and reports None. So clipping is done here, over all stages.
