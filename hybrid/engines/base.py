@@ -106,7 +106,7 @@ class BaseEngine(Engine):
         raise NotImplementedError
 
     def _count_own(self, micro_batches: Iterable[MicroBatch]) -> int | float:
-        return self.counter.count_all(micro_batches)
+        return sum([self.counter.count(micro_batch) for micro_batch in micro_batches])
 
     def _number_to_send(
         self, micro_batches: Sequence[MicroBatch], own: int | float, count: int | float | None

@@ -3,7 +3,7 @@
 Engines divide by the count of the whole batch before they take gradients, so they need it then."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -60,13 +60,6 @@ class TargetCounter:
         if not 0 <= found < math.inf:
             raise RunError(f"the loss counts {found} targets; a count is a number from 0 up")
         return found
-
-    def count_all(self, micro_batches: Iterable[MicroBatch]) -> int | float:
-        """Return what the loss will count in some micro-batches together."""
-        total: int | float = 0
-        for micro_batch in micro_batches:
-            total += self.count(micro_batch)
-        return total
 
     @torch.no_grad()
     def _ask(self, target: Any) -> Count:

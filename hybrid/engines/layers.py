@@ -8,7 +8,7 @@ from torch import nn
 
 from ..data.permutation import splitmix64
 from ..job.schema import Job
-from ..models.batch_norms import leave_padding_out
+from ..models.batch_norms import leave_padding_out, leaves_padding_out
 from ..models.draws import draws_by_functions, seed_functions
 from ..models.dropout import Dropout, RowSeeds, number_dropouts, set_rows, use_rows
 from ..models.layers import Layers
@@ -103,9 +103,7 @@ def asks_for_rows(model: nn.Module) -> bool:
 
     Its dropouts do, and functions that drop, and batch norms, which leave padding out."""
     return any(
-        isinstance(module, Dropout)
-        or draws_by_functions(module)
-        or getattr(module, "leaves_padding_out", False)
+        isinstance(module, Dropout) or draws_by_functions(module) or leaves_padding_out(module)
         for module in model.modules()
     )
 

@@ -31,9 +31,14 @@ def find_batch_norms(layers: Layers) -> list[str]:
 def leave_padding_out(modules: Iterable[nn.Module]) -> None:
     """Makes batch norms take their statistics of the real rows of a padded micro-batch alone."""
     for module in modules:
-        if isinstance(module, _BatchNorm) and not getattr(module, "leaves_padding_out", False):
+        if isinstance(module, _BatchNorm) and not leaves_padding_out(module):
             kind: Any = type(module)
             module.__class__ = _without_padding(kind)
+
+
+def leaves_padding_out(module: nn.Module) -> bool:
+    """Tells whether a module is a batch norm that `leave_padding_out` has changed."""
+    return getattr(module, "leaves_padding_out", False)
 
 
 @functools.cache
