@@ -27,6 +27,7 @@ from .rows import Skipped, Turn, rows_of
 from .workloads import COMPARED, LOG_EVERY, Workload
 
 EQUAL = 1e-6  # relative difference of losses
+MOST_ROUNDS = 20  # of a block: what slows a machine for a second then meets every row
 TIMEOUT = datetime.timedelta(minutes=5)
 
 
@@ -163,23 +164,33 @@ def _steps_of_block(turn: Turn, plan: Plan) -> int:
 
 
 def _time(turns: list[Turn], found: dict[str, dict[str, Any]], blocks: int, steps: int) -> None:
-    """Time the rows in turn, in another order in each block.
+    """Time the rows, which take turns many times in each block, each time in another order.
 
     `cpu_us` is of a step, the mean over the ranks; `wall_us` is the slowest rank's. A row that
-    repeats after more steps than a block has makes as many."""
+    repeats after more steps than its turn has makes as many."""
+    rounds = max(1, min(MOST_ROUNDS, steps // LOG_EVERY))
     for turn in turns:
         found[turn.row.name] |= {"cpu_us": [], "wall_us": []}
     for block in range(blocks):
-        order = list(turns)
-        random.Random(block).shuffle(order)
-        for turn in order:
-            if dist.is_initialized():
-                dist.barrier()
-            clock, made = Clock(), max(steps, turn.row.period)
-            turn.run(made, clock)
-            ranks = _gather((clock.cpu / made * 1e6, clock.wall / made * 1e6))
+        clocks = [_time_round(turns, steps // rounds, block * rounds + i) for i in range(rounds)]
+        for turn, *of_turn in zip(turns, *clocks, strict=True):
+            cpu, wall = (statistics.fmean(us) for us in zip(*of_turn, strict=True))
+            ranks = _gather((cpu, wall))
             found[turn.row.name]["cpu_us"].append(statistics.fmean(cpu for cpu, _ in ranks))
             found[turn.row.name]["wall_us"].append(max(wall for _, wall in ranks))
+
+
+def _time_round(turns: list[Turn], steps: int, seed: int) -> list[tuple[float, float]]:
+    """Let each row make its steps; return the CPU and wall microseconds of one on this rank."""
+    clocks = [Clock() for _ in turns]
+    made = [-(-steps // turn.row.period) * turn.row.period for turn in turns]
+    order = list(range(len(turns)))
+    random.Random(seed).shuffle(order)
+    for i in order:
+        if dist.is_initialized():
+            dist.barrier()
+        turns[i].run(made[i], clocks[i])
+    return [(c.cpu / n * 1e6, c.wall / n * 1e6) for c, n in zip(clocks, made, strict=True)]
 
 
 if __name__ == "__main__":
