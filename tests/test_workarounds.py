@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 
 import hybrid
 from hybrid.engines import accelerator
+from hybrid.engines.backward import Backward
+from hybrid.engines.optimizer import LossScale
 from hybrid.models import build_model
 from tests.conftest import ROOT, small_job
 from tests.test_faults import compare_with
@@ -251,6 +254,35 @@ def test_deepspeed_s_pipeline_still_starts_a_timer_twice() -> None:
     assert "BACKWARD_MICRO_TIMER).start()" in inspect.getsource(PipelineEngine._exec_backward_pass)
     prologue = inspect.getsource(DeepSpeedEngine._backward_prologue)
     assert "self._start_timers(self.engine_timers.backward_timers)" in prologue
+
+
+def test_torch_still_compares_a_first_gradient_as_if_sizes_were_symbols() -> None:
+    """hybrid/engines/backward.py::Backward, which must say what torch says of a loss it refuses"""
+    called, scale = list[str](), LossScale(small_job(), torch.device("cpu"))
+    weight = torch.arange(3.0, requires_grad=True)
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        called.append(frame.f_code.co_name)
+
+    def gradients(take: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        weight.grad = None
+        take(weight.exp().sum())
+        assert weight.grad is not None
+        return weight.grad
+
+    sys.setprofile(note)
+    try:
+        theirs = gradients(lambda loss_sum: loss_sum.backward(torch.tensor(0.3)))
+        assert "sym_eq" in called
+        called.clear()
+        ours = gradients(lambda loss_sum: Backward()(loss_sum, 0.3, scale))
+        assert "sym_eq" not in called
+    finally:
+        sys.setprofile(None)
+    assert torch.equal(ours, theirs)
+    for wrong, words in ((torch.ones(()), "does not require grad"), (weight.exp(), "shape")):
+        with pytest.raises(RuntimeError, match=words):
+            Backward()(wrong, 0.3, scale)
 
 
 def test_gloo_still_aborts_a_process_that_ends_too_soon(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ class AcceleratedEngine(BaseEngine):
     def _backward(self, loss_sum: torch.Tensor, micro_batches: int) -> None:
         """Add the gradients of the mean loss over all ranks' targets."""
         # The reduction averages over ranks: the factor, or under fp16 `unscale`, undoes that.
-        self._backward_by(loss_sum, self.scale.loss_factor / (self._count_all() or 1), self.scale)
+        self.backward(loss_sum, self.scale.loss_factor / (self._count_all() or 1), self.scale)
 
     def _update(self) -> torch.Tensor | float:
         """Clip, step, and return what `_clip_gradients` does."""

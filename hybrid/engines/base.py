@@ -19,6 +19,7 @@ from ..models.losses import Loss
 from ..models.metrics import load_metrics
 from ..models.own_loss import OwnLoss, model_input
 from ..records import EvalResult, Receipt
+from .backward import Backward
 from .buffers import OneSet
 from .counting import TargetCounter, num_rows
 from .guard import Guard, is_held
@@ -66,7 +67,7 @@ class BaseEngine(Engine):
         self.queue = StepQueue(self.device, job.log.every, job.checkpoint.every is not None)
         # The ranks whose squares add up to that of the whole norm, where each knows but a part.
         self.norm_parts: list[list[int]] = []
-        self._factor: tuple[tuple[float, torch.dtype], torch.Tensor] | None = None  # the last one
+        self.backward = Backward()
         self.one_set: OneSet | None = None  # of buffers, where nothing else keeps one
         # The targets and the samples of all ranks in this step, once they are known.
         self._count: int | float | None = None
@@ -214,14 +215,6 @@ class BaseEngine(Engine):
             for model in models:
                 model.train()
             self.training = True
-
-    def _backward_by(self, loss_sum: torch.Tensor, factor: float, scale: LossScale) -> None:
-        """Add the gradients of `factor * loss_sum`, without an operation for the product."""
-        if self._factor is None or self._factor[0] != (factor, loss_sum.dtype):
-            gradient = torch.full((), factor, dtype=loss_sum.dtype, device=loss_sum.device)
-            self._factor = (factor, loss_sum.dtype), gradient
-        gradient = self._factor[1]
-        loss_sum.backward(scale.scale(gradient) if scale.active else gradient)
 
     def _takes_norm(self) -> bool:
         """Tell whether this step's norm is needed: to clip, to log, for fp16, or for the guard."""

@@ -190,7 +190,7 @@ class ReplicaEngine(ReplicaState):
             if buffers and share and k == 0:
                 buffers.end_share()
             loss_sum = self._forward(model, micro_batch, (self.shares[i + share], k, 0), tally)
-            self._backward_by(loss_sum, 1 / (count or 1), scale)
+            self.backward(loss_sum, 1 / (count or 1), scale)
         if buffers:
             buffers.end_step()
         set_learning_rate(optimizer, learning_rate(self.job, self.step))
