@@ -34,7 +34,7 @@ class OtherRate(Workload):
         return torch.optim.SGD(parameters, lr=2 * self.shape.optimizer["lr"])
 
 
-def make(workload: Workload, reads: bool = False) -> Callable[[], Any]:
+def make(workload: Workload, reads: int = 0) -> Callable[[], Any]:
     """A hand-written loop with a mistake: the rank that imports this file runs it as a row."""
     from benchmarks.baselines import ddp
 
@@ -92,7 +92,7 @@ def row(base: str, cpu_us: list[float], **counts: Any) -> dict[str, Any]:
     numbers = {"aten": 100.0, "host_reads": 0.0, "calls": 1.0, "bytes": 4e6, "lists": 0.0}
     counted = numbers | {"collectives": {}, "by_name": {}, "same": True} | counts
     common = {"status": "ok", "reason": None, "kind": "raw", "base": base, "difference": 0.0}
-    common |= {"plain": "raw", "reads": False}
+    common |= {"plain": "raw", "reads": 0}
     return common | {"counts": [counted], "cpu_us": cpu_us, "wall_us": cpu_us}
 
 
@@ -169,6 +169,10 @@ def test_peers_are_judged_and_missing_ones_are_named() -> None:
     assert results(found)["at or below fabric on MNIST"] == "no"
     found["rows"]["fabric"]["cpu_us"] = [1100.0] * 3
     assert results(found)["at or below fabric on MNIST"] == "yes"
+    logs = row("raw", [1030.0] * 3) | {"kind": "peer"}  # it does what hybrid does: it is judged
+    judged = results(found | {"rows": found["rows"] | {"fabric_logs": logs}})
+    assert judged["at or below fabric_logs on MNIST"] == "no"
+    assert "at or below fabric on MNIST" not in judged
     page = tables.write({"sessions": [found], "about": "", "command": "", "blocks": 3})
     assert "| trainer | not installed | ddp mnist |" in page
 

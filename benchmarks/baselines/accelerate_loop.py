@@ -4,6 +4,7 @@ On a host without a GPU Accelerate 1.15 turns FSDP into DDP and says nothing, th
 there: `keep_fsdp` sets it back. With several stages there is no such loop.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +19,10 @@ from .workloads import Workload, read
 STRATEGIES = ("single", "ddp", "fsdp", "zero1", "zero2", "zero3")
 
 
-def make(workload: Workload, reads: bool = False) -> Callable[[], Any]:
+def make(workload: Workload, reads: int = 0) -> Callable[[], Any]:
     """Return a function that makes one optimizer step and returns its losses.
-    reads: it also takes the gradient norm, and reads that and the loss as numbers."""
+    reads: once in so many steps it also takes the gradient norm, and reads that and the loss as
+    numbers; 0: never."""
     layers = workload.layers()
     accelerator = make_accelerator(workload, layers)
     model: Any = nn.Sequential(*layers)
@@ -29,21 +31,23 @@ def make(workload: Workload, reads: bool = False) -> Callable[[], Any]:
     model, optimizer = accelerator.prepare(model, optimizer)
     next_batches, clip_norm = workload.micro_batches(), workload.clip_norm
     model.train()
+    steps = itertools.count(1)
 
     def step() -> Any:
+        due = bool(reads) and next(steps) % reads == 0
         losses, norm = [], 0.0
         for inputs, targets in next_batches():
             with accelerator.accumulate(model):
                 loss = workload.loss(model(inputs), targets)
                 accelerator.backward(loss)
-                if accelerator.sync_gradients and (clip_norm or reads):
+                if accelerator.sync_gradients and (clip_norm or due):
                     norm = accelerator.clip_grad_norm_(model.parameters(), clip_norm or 1e9)
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(loss)
         if schedule:
             schedule.step()
-        return read(losses, norm) if reads else losses
+        return read(losses, norm) if due else losses
 
     return step
 

@@ -1,5 +1,6 @@
 """The same loop in Lightning Fabric, as its documentation shows it."""
 
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,10 @@ from .workloads import Workload, read
 STRATEGIES = ("single", "ddp", "fsdp")  # its DeepSpeed strategy needs a GPU
 
 
-def make(workload: Workload, reads: bool = False) -> Callable[[], Any]:
+def make(workload: Workload, reads: int = 0) -> Callable[[], Any]:
     """Return a function that makes one optimizer step and returns its losses.
-    reads: it also takes the gradient norm, and reads that and the loss as numbers."""
+    reads: once in so many steps it also takes the gradient norm, and reads that and the loss as
+    numbers; 0: never."""
     fabric = make_fabric(workload)
     model: Any = nn.Sequential(*workload.layers())
     optimizer: Any
@@ -28,21 +30,25 @@ def make(workload: Workload, reads: bool = False) -> Callable[[], Any]:
     schedule = workload.schedule(optimizer.optimizer)
     next_batches, clip_norm = workload.micro_batches(), workload.clip_norm
     model.train()
+    steps = itertools.count(1)
 
     def step() -> Any:
+        due = bool(reads) and next(steps) % reads == 0
         losses, norm = [], None
         for k, (inputs, targets) in enumerate(next_batches()):
             with fabric.no_backward_sync(model, enabled=k < workload.accumulation - 1):
                 loss = workload.loss(model(inputs), targets)
                 fabric.backward(loss / workload.accumulation)
             losses.append(loss)
-        if clip_norm or reads:
-            norm = fabric.clip_gradients(model, optimizer, max_norm=clip_norm or 1e9)
+        if clip_norm:
+            norm = fabric.clip_gradients(model, optimizer, max_norm=clip_norm)
+        elif due:
+            norm = nn.utils.get_total_norm(p.grad for p in model.parameters())
         optimizer.step()
         optimizer.zero_grad()
         if schedule:
             schedule.step()
-        return read(losses, whole(norm)) if reads else losses
+        return read(losses, whole(norm)) if due else losses
 
     return step
 

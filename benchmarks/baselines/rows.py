@@ -29,7 +29,7 @@ class Row:
     base: str
     kind: str
     loading: str = ""
-    reads: bool = False
+    reads: int = 0
     plain: str = "raw"
     period: int = 1
 
@@ -40,18 +40,21 @@ def rows_of(strategy: str, more: list[str]) -> list[Row]:
     engine, loop = f"{here}.hybrid_engine", f"{here}.hybrid_loop"
     data: dict[str, Any] = {"loading": "index", "plain": "raw_loads"}
     loader: dict[str, Any] = {"loading": "dataloader", "plain": "raw_dataloader"}
+    logs: dict[str, Any] = {"reads": LOG_EVERY, "period": LOG_EVERY}
     return [
         Row("raw", raw, "raw", "raw"),
         Row("raw_again", raw, "raw", "raw"),
-        Row("raw_reads", raw, "raw", "raw", reads=True),
+        Row("raw_reads", raw, "raw", "raw", reads=1),
         Row("raw_loads", raw, "raw_loads", "raw", **data),
         Row("raw_dataloader", raw, "raw_loads", "raw", **loader),
         Row("engine", engine, "raw", "hybrid", period=LOG_EVERY),
-        Row("engine_reads", engine, "raw_reads", "hybrid", reads=True),
+        Row("engine_reads", engine, "raw_reads", "hybrid", reads=1),
         Row("loop", loop, "raw_loads", "hybrid", **data, period=LOG_EVERY),
-        Row("loop_reads", loop, "raw_loads", "hybrid", **data, reads=True),
+        Row("loop_reads", loop, "raw_loads", "hybrid", **data, reads=1),
         Row("accelerate", f"{here}.accelerate_loop", "raw", "peer"),
         Row("fabric", f"{here}.fabric", "raw", "peer"),
+        Row("accelerate_logs", f"{here}.accelerate_loop", "raw", "peer", **logs),
+        Row("fabric_logs", f"{here}.fabric", "raw", "peer", **logs),
         Row("trainer", f"{here}.trainer", "raw_dataloader", "peer", **loader),
         Row("torch_pipelining", f"{here}.torch_pipelining", "raw", "peer"),
         *(Row(module, module, "raw", "peer") for module in more),

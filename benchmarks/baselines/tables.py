@@ -16,7 +16,9 @@ LOOPS = {  # what each row is
     "loop": "`hybrid.train`: data, status file, `steps.jsonl`, progress; `log.every = 10`",
     "loop_reads": "the same with `log.every = 1`, the default",
     "accelerate": "Accelerate's loop, on micro-batches made once",
+    "accelerate_logs": "the same; once in ten steps it reads its loss and takes its gradient norm",
     "fabric": "Lightning Fabric's loop, on micro-batches made once",
+    "fabric_logs": "the same; once in ten steps it reads its loss and takes its gradient norm",
     "trainer": "transformers' Trainer, by torch's DataLoader in every step",
     "torch_pipelining": "`torch.distributed.pipelining`, 1F1B, on micro-batches made once",
 }
