@@ -1,5 +1,6 @@
 """This module replaces replicas of a model by their weighted mean (local SGD)."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -7,7 +8,6 @@ import torch.distributed as dist
 from torch import nn
 
 from .optimizer import length
-from .state import named_tensors
 
 LEAST = 2**18  # elements of a bucket: a MiB in fp32
 
@@ -42,7 +42,8 @@ def merge(
 
 
 def _merged_tensors(model: nn.Module) -> list[torch.Tensor]:
-    return [t for t in named_tensors(model).values() if t.is_floating_point()]
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
 def _num_changing(tensors: Sequence[torch.Tensor]) -> int:
@@ -88,6 +89,8 @@ def _mean(
 def _times(tensor: torch.Tensor, weight: float, finite: bool) -> torch.Tensor:
     """Return a tensor times its weight, the tensor itself where all of it is finite.
     0 times infinity stays infinite, and is not nan."""
+    if weight == 1.0:  # as where all replicas saw as many samples: no pass over the memory
+        return tensor
     if finite:
         return tensor.mul_(weight)
     return torch.where(tensor.isfinite(), tensor * weight, tensor)
