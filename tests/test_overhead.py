@@ -34,7 +34,7 @@ class OtherRate(Workload):
         return torch.optim.SGD(parameters, lr=2 * self.shape.optimizer["lr"])
 
 
-def make(workload: Workload, reads: int = 0) -> Callable[[], Any]:
+def make(workload: Workload, reads: bool = False) -> Callable[[], Any]:
     """A hand-written loop with a mistake: the rank that imports this file runs it as a row."""
     from benchmarks.baselines import ddp
 

@@ -4,7 +4,6 @@ On a host without a GPU Accelerate 1.15 turns FSDP into DDP and says nothing, th
 there: `keep_fsdp` sets it back. With several stages there is no such loop.
 """
 
-import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
-from .workloads import Workload, read
+from .workloads import Workload, due_once_in, read
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero1", "zero2", "zero3")
 
@@ -31,10 +30,10 @@ def make(workload: Workload, reads: int = 0) -> Callable[[], Any]:
     model, optimizer = accelerator.prepare(model, optimizer)
     next_batches, clip_norm = workload.micro_batches(), workload.clip_norm
     model.train()
-    steps = itertools.count(1)
+    dues = due_once_in(reads)
 
     def step() -> Any:
-        due = bool(reads) and next(steps) % reads == 0
+        due = next(dues)
         losses, norm = [], 0.0
         for inputs, targets in next_batches():
             with accelerator.accumulate(model):

@@ -1,6 +1,5 @@
 """The same loop in Lightning Fabric, as its documentation shows it."""
 
-import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,7 @@ from lightning_fabric.strategies import ModelParallelStrategy
 from torch import nn
 
 from .fsdp import shard, whole
-from .workloads import Workload, read
+from .workloads import Workload, due_once_in, read
 
 STRATEGIES = ("single", "ddp", "fsdp")  # its DeepSpeed strategy needs a GPU
 
@@ -30,10 +29,10 @@ def make(workload: Workload, reads: int = 0) -> Callable[[], Any]:
     schedule = workload.schedule(optimizer.optimizer)
     next_batches, clip_norm = workload.micro_batches(), workload.clip_norm
     model.train()
-    steps = itertools.count(1)
+    dues = due_once_in(reads)
 
     def step() -> Any:
-        due = bool(reads) and next(steps) % reads == 0
+        due = next(dues)
         losses, norm = [], None
         for k, (inputs, targets) in enumerate(next_batches()):
             with fabric.no_backward_sync(model, enabled=k < workload.accumulation - 1):

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from .workloads import Workload, read
 
 
-def make(workload: Workload, reads: int = 0) -> Callable[[], Any]:
+def make(workload: Workload, reads: bool = False) -> Callable[[], Any]:
     """Return a function that makes one optimizer step and returns its losses.
     reads: it also takes the gradient norm, and reads that and the loss as numbers."""
     model: Any = shard(nn.Sequential(*workload.layers()), workload)

@@ -9,7 +9,7 @@ import hybrid
 from .workloads import COMPARED, LOG_EVERY, Workload, build
 
 
-def make(workload: Workload, reads: int = 0) -> Callable[[], Any]:
+def make(workload: Workload, reads: bool = False) -> Callable[[], Any]:
     """Return a function that makes one optimizer step, on micro-batches made once.
 
     reads: it waits for the result of each step, which has the loss and the gradient norm.

@@ -14,7 +14,7 @@ from .driven import Driven, OnStep
 from .workloads import LOG_EVERY, TOTAL_STEPS, Workload
 
 
-def make(workload: Workload, reads: int = 0) -> Driven:
+def make(workload: Workload, reads: bool = False) -> Driven:
     """Return the loop, some steps at a time.
 
     reads: it reads its numbers in every step, which is the default of `log.every`. Otherwise it

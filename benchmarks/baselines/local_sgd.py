@@ -13,7 +13,7 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from .workloads import SYNC_EVERY, Workload, read
 
 
-def make(workload: Workload, reads: int = 0) -> Callable[[], Any]:
+def make(workload: Workload, reads: bool = False) -> Callable[[], Any]:
     """Return a function that makes one optimizer step and returns its losses.
     reads: it also takes the gradient norm, and reads that and the loss as numbers."""
     model = nn.Sequential(*workload.layers())

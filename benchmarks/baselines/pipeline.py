@@ -17,7 +17,7 @@ from torch.nn import functional
 from .workloads import Workload
 
 
-def make(workload: Workload, reads: int = 0) -> Callable[[], Any]:
+def make(workload: Workload, reads: bool = False) -> Callable[[], Any]:
     """Return a function that makes one optimizer step and returns its losses.
     reads: it also reads the loss and DeepSpeed's gradient norm, if there is one, as numbers."""
     columns = workload.columns

@@ -20,9 +20,10 @@ STATES = ("PartialState", "AcceleratorState", "GradientState")
 class Row:
     """Names one row: its module, and the row that its losses and its cost are held against.
 
-    kind: raw, hybrid or peer. loading: see `Workload`. reads: its steps read their loss and
-    gradient norm. plain: the hand-written loop with the same data that reads nothing, against which
-    calls are counted. period: the steps after which its calls repeat."""
+    kind: raw, hybrid or peer. loading: see `Workload`. reads: one in so many steps reads its loss
+    and gradient norm, 0: none; a number over 1 is for modules that use `due_once_in`. plain: the
+    hand-written loop with the same data that reads nothing, against which calls are counted.
+    period: the steps after which its calls repeat."""
 
     name: str
     module: str

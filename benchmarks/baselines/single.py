@@ -8,7 +8,7 @@ from torch import nn
 from .workloads import Workload, read
 
 
-def make(workload: Workload, reads: int = 0) -> Callable[[], Any]:
+def make(workload: Workload, reads: bool = False) -> Callable[[], Any]:
     """Return a function that makes one optimizer step and returns its losses.
     reads: it also takes the gradient norm, and reads that and the loss as numbers."""
     model = nn.Sequential(*workload.layers())

@@ -16,7 +16,7 @@ from .workloads import Workload, read
 STRATEGIES = ("pipeline",)
 
 
-def make(workload: Workload, reads: int = 0) -> Callable[[], Any]:
+def make(workload: Workload, reads: bool = False) -> Callable[[], Any]:
     """Return a function that makes one optimizer step and returns its losses.
     reads: it also takes the stage's gradient norm, and reads that and the loss as numbers."""
     layers, last = workload.layers(), workload.rank == workload.stages - 1

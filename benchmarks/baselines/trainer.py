@@ -62,7 +62,7 @@ def collate(samples: list[Any]) -> dict[str, torch.Tensor]:
     return {"inputs": inputs, "labels": labels}
 
 
-def make(workload: Workload, reads: int = 0) -> Driven:
+def make(workload: Workload, reads: bool = False) -> Driven:
     """Return the Trainer's loop, one step at a time; it reads its losses as its defaults say."""
 
     def loop(on_step: OnStep) -> None:

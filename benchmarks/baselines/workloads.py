@@ -88,6 +88,11 @@ def read(losses: Sequence[torch.Tensor], norm: torch.Tensor | float) -> float:
     return torch.stack([loss.detach() for loss in losses]).mean().item()
 
 
+def due_once_in(steps: int) -> Iterator[bool]:
+    """Tell of each step whether it reads its numbers: one in so many does, 0: none."""
+    return (bool(steps) and step % steps == 0 for step in itertools.count(1))
+
+
 def build(name: str, pipelined: bool) -> Any:
     """Make the model of the job: layers and loss, as hybrid takes them."""
     from hybrid.models.losses import cross_entropy

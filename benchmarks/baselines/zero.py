@@ -12,7 +12,7 @@ from torch import nn
 from .workloads import Workload, read
 
 
-def make(workload: Workload, reads: int = 0) -> Callable[[], Any]:
+def make(workload: Workload, reads: bool = False) -> Callable[[], Any]:
     """Return a function that makes one optimizer step and returns its losses.
     reads: it also reads the loss and DeepSpeed's gradient norm as numbers."""
     model = nn.Sequential(*workload.layers())

@@ -10,9 +10,9 @@ class Backward:
     """Adds the gradients of `factor * loss_sum`, without an operation for the product.
 
     Given such a first gradient, `Tensor.backward` compares its shape as if sizes could be symbols,
-    which takes more time than the rest of the call (18 us of CPU; benchmarks/LOG.md). The engine
-    under it checks the shape again, so a plain tensor goes there at once. test_workarounds.py
-    tells when torch has stopped doing so."""
+    which takes 18 us of CPU a call (benchmarks/LOG.md). The engine under it checks the shape again,
+    so a plain tensor goes there at once. test_workarounds.py tells when torch has stopped doing
+    so."""
 
     def __init__(self) -> None:
         self._kept: tuple[tuple[float, torch.dtype], torch.Tensor] | None = None  # the last one
