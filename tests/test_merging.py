@@ -14,7 +14,7 @@ from torch import nn
 import hybrid
 from hybrid.engines import merging
 from hybrid.engines.base import BaseEngine
-from hybrid.engines.merging import merge
+from hybrid.engines.merging import Replica, merge
 from hybrid.job.errors import RunError
 from hybrid.models.losses import cross_entropy
 from hybrid.records import Record
@@ -58,7 +58,10 @@ def test_replicas_become_their_weighted_mean(
     monkeypatch.setattr(merging, "LEAST", least)
     models, weights = replicas(masked=masked), [0.0, 1.75, 1.25]
     before = [floats(model) for model in models]
-    found = merge(models, weights, not masked, drifts)
+    held = [Replica(model) for model in models]
+    for model, values in zip(models, before, strict=True):  # moving them changes nothing
+        assert all(torch.equal(tensor, values[name]) for name, tensor in floats(model).items())
+    found = merge(held, weights, not masked, drifts)
     square, apart = 0.0, [0.0] * len(models)
     for name, first in before[0].items():
         finite = first.isfinite()
@@ -82,20 +85,73 @@ def test_a_merge_takes_no_more_memory_than_gradients(
     """A model that is trained whole is merged at once, one with a large frozen part is not."""
     monkeypatch.setattr(merging, "LEAST", 1)
     models = replicas(2)
-    models[0].requires_grad_(True)[1].requires_grad_(not frozen)
+    for model in models:
+        model.requires_grad_(True)[1].requires_grad_(not frozen)
     sizes: list[int] = []
-    take = merging._mean
+    take = merging._average
 
-    def watched(parts: Any, *rest: Any) -> Any:
-        sizes.append(sum(tensor.numel() for tensor in parts[0]))
-        return take(parts, *rest)
+    def watched(first: torch.Tensor, *rest: Any) -> None:
+        sizes.append(first.numel())
+        take(first, *rest)
 
-    monkeypatch.setattr(merging, "_mean", watched)
-    merge(models, [1.0, 1.0], True, False)
+    monkeypatch.setattr(merging, "_average", watched)
+    merge([Replica(model) for model in models], [1.0, 1.0], True, False)
     buffers = [t for t in models[0].buffers() if t.is_floating_point()]
     trained = [p for p in models[0].parameters() if p.requires_grad]
     assert len(sizes) == collectives
-    assert max(sizes) <= sum(t.numel() for t in [*trained, *buffers])
+    aligned = 3 * len([*models[0].parameters(), *buffers])  # numbers, to begin at 16 bytes each
+    assert max(sizes) <= sum(t.numel() for t in [*trained, *buffers]) + aligned
+
+
+class Odd(nn.Module):
+    """Has what cannot lie in one piece of memory with the rest."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.whole = nn.Parameter(torch.randn(3, 5))
+        self.turned = nn.Parameter(torch.randn(5, 3).t())
+        both = torch.randn(7)
+        self.left, self.right = nn.Parameter(both[:3]), nn.Parameter(both[3:])
+        self.wide = nn.Parameter(torch.randn(3, dtype=torch.float64))
+        self.register_buffer("mean", torch.randn(3))
+        self.register_buffer("first", self.mean[:1])  # of the same memory
+        self.register_buffer("count", torch.tensor(seed))
+        self.register_buffer("unset", None)
+
+
+def test_tensors_may_share_memory_and_be_replaced() -> None:
+    models: list[Any] = [Odd(1), Odd(2)]
+    held = [Replica(model) for model in models]
+    assert all(model.turned.stride() == (1, 3) for model in models)
+    for model in models:
+        model.mean = torch.randn(3)  # as a model does that assigns its running statistics
+        model.whole.data = model.whole.data * 2  # which it should not do, but may
+        model.unset = torch.randn(2)
+    befores = [floats(model) for model in models]
+    merge(held, [0.5, 1.5], True, False)
+    for name in ("whole", "turned", "left", "right", "wide", "mean", "unset"):
+        mean = 0.25 * befores[0][name] + 0.75 * befores[1][name]
+        for model in models:
+            assert torch.allclose(floats(model)[name], mean, rtol=0, atol=1e-6), name
+    assert [int(model.count) for model in models] == [1, 2]
+    left, right = models[0].left, models[0].right  # which still are halves of one tensor
+    assert left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+
+
+def test_a_model_s_parameters_are_merged_where_they_lie() -> None:
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3), nn.BatchNorm1d(3))
+    replica = Replica(model)
+    flat, merged = replica.flats[torch.float32], replica.gather()
+    assert [piece.data_ptr() for piece in merged] == [flat.data_ptr()]
+    for parameter in model.parameters():
+        assert parameter.untyped_storage().data_ptr() == flat.data_ptr()
+        assert (parameter.data_ptr() - flat.data_ptr()) % 16 == 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(4, 7)).square().sum().backward()
+    before = flat.clone()
+    optimizer.step()
+    assert not torch.equal(before, flat)
 
 
 def run(out: Path, **changes: Any) -> Record:

@@ -58,14 +58,16 @@ def write(found: dict[str, Any]) -> str:
 
 
 def _how(found: dict[str, Any]) -> str:
+    rounds = sorted({s["rounds"] for s in found["sessions"] if "rounds" in s}) or [0]
+    turns = f"{rounds[0]} to {rounds[-1]} times" if rounds[1:] else f"{rounds[0]} times"
     return (
         "CPU time is that of a rank with all its threads, the mean over ranks; wall time is the "
-        "slowest rank's. Rows take turns in one process a rank, up to 20 in each of "
-        f"{found['blocks']} blocks; figures are medians over blocks with 10 % and 90 % quantiles "
-        "in brackets. A ratio is formed block by block with the row's base. A figure is void where "
-        "the A/A row's interval does not contain 1 or is wider than the difference; `equal` is a "
-        "ratio inside it. Losses "
-        "of the first five steps are those of the base to 1e-6, or the row is refused. Calls were "
+        "slowest rank's. Rows take turns in one process a rank, "
+        f"{turns} in each of {found['blocks']} blocks; figures are medians over blocks with 10 % "
+        "and 90 % quantiles in brackets. A ratio is formed block by block with the row's base. A "
+        "figure is void where the A/A row's interval does not contain 1 or is wider than the "
+        "difference; `equal` is a ratio inside it. Losses of the first five steps are those of the "
+        "base to 1e-6, or the row is refused. Calls were "
         "counted twice and agree, unless a star says otherwise. That an exchange is asynchronous "
         "is not seen here."
     )

@@ -27,7 +27,7 @@ from .rows import Skipped, Turn, rows_of
 from .workloads import COMPARED, LOG_EVERY, Workload
 
 EQUAL = 1e-6  # relative difference of losses
-MOST_ROUNDS = 20  # of a block: what slows a machine for a second then meets every row
+MOST_ROUNDS = 100  # of a block: what slows a machine for a second then meets every row
 TIMEOUT = datetime.timedelta(minutes=5)
 
 
@@ -61,6 +61,7 @@ def main() -> None:
     if rank == 0:
         session = {"strategy": plan.strategy, "workload": plan.workload, "ranks": world_size}
         session |= {"batch": workload.batch, "steps_of_block": steps, "rows": found}
+        session["rounds"] = _rounds(steps)
         Path(plan.file).write_text(json.dumps(session))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -163,12 +164,17 @@ def _steps_of_block(turn: Turn, plan: Plan) -> int:
     return _gather(steps if steps < LOG_EVERY else steps // LOG_EVERY * LOG_EVERY)[0]
 
 
+def _rounds(steps: int) -> int:
+    """Choose how many turns each row takes in a block of so many steps."""
+    return max(1, min(MOST_ROUNDS, steps // LOG_EVERY))
+
+
 def _time(turns: list[Turn], found: dict[str, dict[str, Any]], blocks: int, steps: int) -> None:
     """Time the rows, which take turns many times in each block, each time in another order.
 
     `cpu_us` is of a step, the mean over the ranks; `wall_us` is the slowest rank's. A row that
     repeats after more steps than its turn has makes as many."""
-    rounds = max(1, min(MOST_ROUNDS, steps // LOG_EVERY))
+    rounds = _rounds(steps)
     for turn in turns:
         found[turn.row.name] |= {"cpu_us": [], "wall_us": []}
     for block in range(blocks):

@@ -188,13 +188,14 @@ def _other_dropout(plant: Plant) -> None:
 
 
 def _merge_incomplete(plant: Plant) -> None:
-    merged = merging._merged_tensors
+    gather = merging.Replica.gather
 
-    def fewer(model: Any) -> list[torch.Tensor]:
-        tensors = merged(model)
-        return tensors[:-1] if plant.acts() else tensors
+    def fewer(replica: merging.Replica) -> list[torch.Tensor]:
+        *pieces, last = gather(replica)
+        left_out = replica._places[-1].numel() if plant.acts() else 0
+        return [*pieces, last[: len(last) - left_out]]
 
-    merging._merged_tensors = fewer
+    merging.Replica.gather = fewer  # type: ignore[method-assign]
 
 
 def _first_of_all(plant: Plant) -> None:

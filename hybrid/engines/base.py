@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,8 +57,10 @@ class BaseEngine(Engine):
             function.to(self.device)
         self.counter, self.metrics = TargetCounter(loss, self.device), load_metrics(job)
         self._shown = not self.counter.needs_output  # an output has been shown to the counter
+        self.moves, self.model_takes_loss = self.device.type != "cpu", isinstance(loss, OwnLoss)
         self.shares: tuple[int, ...] = (placement.dp_rank,)
         self.step = 0  # optimizer steps done
+        self.norm_is_due = True  # in this step: to clip, to log, for fp16, or for the guard
         self.asks_for_rows: bool | None = None  # the model; it is known after a step
         self.notes: list[str] = []
         self.training = False  # the model is in the mode for training
@@ -85,6 +87,7 @@ class BaseEngine(Engine):
             self._shown = True
             self._show([micro_batches[:1]])
         self._count, self._samples, own = count, samples, self._count_own(micro_batches)
+        self.norm_is_due = self._takes_norm()
         number = self._number_to_send(micro_batches, own, count)
         if number is not None or self.queue.is_due():
             self.queue.send(number)
@@ -198,8 +201,10 @@ class BaseEngine(Engine):
         self, model: Any, micro_batch: MicroBatch, place: Sequence[int], tally: Tally
     ) -> torch.Tensor:
         """Return the summed loss of one training micro-batch; `place`: see `sample_seeds`."""
-        micro_batch = on_device(micro_batch, self.device)
-        given = model_input(self.loss, micro_batch.input, micro_batch.target)
+        micro_batch = on_device(micro_batch, self.device) if self.moves else micro_batch
+        given = micro_batch.input
+        if self.model_takes_loss:
+            given = model_input(self.loss, given, micro_batch.target)
         if self.asks_for_rows is False:
             seed_forward_pass(self.job.train.seed, self.step, *place)
             return tally.add(self.loss, model(given), micro_batch)
@@ -220,30 +225,32 @@ class BaseEngine(Engine):
         """Tell whether this step's norm is needed: to clip, to log, for fp16, or for the guard."""
         train, done = self.job.train, self.step + 1
         logged = self.step == 0 or done == train.steps or done % self.job.log.every == 0
-        asked = bool(train.clip_norm) or train.precision == "fp16" or self.guard is not None
-        return asked or logged
+        return logged or bool(train.clip_norm or self.guard) or train.precision == "fp16"
 
     def _clip_gradients(
         self,
-        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
         groups: Sequence[Any] = (),
-        clipped: Sequence[nn.Parameter] | None = None,
+        counts: Callable[[Any], bool] | None = None,
     ) -> torch.Tensor | float:
-        """Clip reduced gradients as the job says, and return their global norm.
+        """Clip an optimizer's reduced gradients as the job says, and return their global norm.
 
         groups: process groups over which its square adds up. If nothing is clipped, the result is
-        this rank's part. nan: not taken. clipped: what is clipped, if not all of it counts here."""
-        self.gradients = self.gradients or gradient_dtypes(parameters)
-        if not self._takes_norm():
+        this rank's part. nan: not taken. counts: whether a parameter counts here, None: all do."""
+        if self.gradients and not self.norm_is_due:
             return math.nan
-        norm = norm_of(parameters)
+        parameters = parameters_of(optimizer)
+        self.gradients = self.gradients or gradient_dtypes(parameters)
+        if not self.norm_is_due:
+            return math.nan
+        norm = norm_of(parameters if counts is None else filter(counts, parameters))
         if self.job.train.clip_norm:
             if groups:
                 square = norm.square()
                 for group in groups:
                     dist.all_reduce(square, group=group)
                 norm = square.sqrt()
-            clip(clipped or parameters, norm, self.job.train.clip_norm)
+            clip(parameters, norm, self.job.train.clip_norm)
         return norm
 
     def _clip_and_step(
@@ -253,7 +260,7 @@ class BaseEngine(Engine):
         The norm is not finite where an fp16 gradient overflowed."""
         if scale.active:
             scale.unscale(optimizer)
-        norm = self._clip_gradients(parameters_of(optimizer), groups)
+        norm = self._clip_gradients(optimizer, groups)
         finish_step(optimizer, scale, is_held(self, norm))
         return norm
 
@@ -263,8 +270,8 @@ class BaseEngine(Engine):
         loss_scale: in force in the step; only fp16 has one. whole: see `StartedStep`."""
         scale = loss_scale if self.job.train.precision == "fp16" else None
         fault = self.guard.fault if self.guard else None
-        norm = self._takes_norm()
-        self.queue.add(StartedStep(self.step, list(rows), whole, norm, scale, fault, self._samples))
+        took, samples = self.norm_is_due, self._samples
+        self.queue.add(StartedStep(self.step, list(rows), whole, took, scale, fault, samples))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:

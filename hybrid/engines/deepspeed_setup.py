@@ -1,5 +1,6 @@
 """This module starts DeepSpeed, completes its configuration, and handles fp32 master weights."""
 
+import functools
 import math
 import os
 import sys
@@ -151,6 +152,24 @@ def norm_or_overflow(optimizer: Any, norm: torch.Tensor | float | None) -> torch
     if norm is None:
         raise RunError("DeepSpeed has taken no gradient norm: its configuration switches it off")
     return norm
+
+
+def norm_switch(optimizer: Any) -> Callable[[bool], None]:
+    """Return a function that tells a ZeRO optimizer whether to take the norm in its next step.
+
+    DeepSpeed takes it in each step, which has an all-reduce and a read of the host, unless it is
+    switched off for a whole run, and then under ZeRO-1 and 2 alone. In fp32 a step without it is
+    made even if a gradient is not finite, as under other strategies; the next loss tells. Where the
+    optimizer's state is offloaded, nothing is switched: the norm is taken while gradients move."""
+    moved = ("cpu_offload", "offload_optimizer", "zenflow")
+    if any(getattr(optimizer, name, False) for name in moved):
+        return lambda taken: None
+    if (asked := getattr(optimizer, "compute_grad_norm", None)) is not None:
+        return lambda taken: setattr(optimizer, "compute_grad_norm", asked and taken)
+    if (take := getattr(optimizer, "_get_norm_groups", None)) is not None:  # ZeRO-3
+        nothing: Callable[[], list[float]] = functools.partial(list, [0.0])
+        return lambda taken: setattr(optimizer, "_get_norm_groups", take if taken else nothing)
+    return lambda taken: None
 
 
 def hold_steps(optimizer: Any, holds: Callable[[torch.Tensor | float], bool]) -> None:

@@ -1,7 +1,7 @@
 """This module replaces replicas of a model by their weighted mean (local SGD)."""
 
-import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -9,98 +9,146 @@ from torch import nn
 
 from .optimizer import length
 
-LEAST = 2**18  # elements of a bucket: a MiB in fp32
+LEAST = 2**18  # elements that are merged at once, at least: a MiB in fp32
+ALIGNED = 16  # bytes: some kernels first copy a tensor that begins elsewhere
+
+
+class Replica:
+    """Holds what a merge averages of one model, in one piece of memory for each dtype.
+
+    Parameters lie there for good, so that a merge copies none of them. What cannot lie there is
+    copied in and out: buffers, which a model may replace at any time, and parameters whose memory
+    is another tensor's too, or is not contiguous."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = [p for p in model.parameters() if p.is_floating_point()]
+        self._modules = list(model.modules())
+        alone = _alone([*model.parameters(), *model.buffers()])
+        self._moves = [p.data_ptr() in alone for p in self._parameters]
+        self._elsewhere: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._lay_out(self._tensors())
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """Return the parameters, then the buffers that the model has now."""
+        found: dict[int, torch.Tensor] = {id(p): p.data for p in self._parameters}
+        for module in self._modules:
+            for buffer in module._buffers.values():
+                if buffer is not None and buffer.is_floating_point():
+                    found.setdefault(id(buffer), buffer)
+        return list(found.values())
+
+    @torch.no_grad()
+    def _lay_out(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Make a place for each tensor, and move the parameters that can lie there."""
+        ends: dict[torch.dtype, int] = {}
+        starts = []
+        for tensor in tensors:
+            each = max(1, ALIGNED // tensor.element_size())
+            starts.append(-(-ends.get(tensor.dtype, 0) // each) * each)
+            ends[tensor.dtype] = starts[-1] + tensor.numel()
+        self.flats = {t: tensors[0].new_zeros(end, dtype=t) for t, end in ends.items()}
+        self._places = []
+        for tensor, start in zip(tensors, starts, strict=True):
+            place = self.flats[tensor.dtype][start : start + tensor.numel()].view(tensor.shape)
+            self._places.append(place)
+        count = len(self._parameters)
+        for parameter, moves, place in zip(
+            self._parameters, self._moves, self._places[:count], strict=True
+        ):
+            if moves:
+                parameter.data = place.copy_(parameter)
+        trained = sum(p.numel() for p in self._parameters if p.requires_grad)
+        changing = trained + sum(t.numel() for t in tensors[count:])
+        self.pieces = -(-sum(t.numel() for t in tensors) // max(LEAST, changing))
+
+    def gather(self) -> list[torch.Tensor]:
+        """Return the flat memory in pieces, with the values that the model has now.
+
+        A piece has as many elements as change in a step, so that a copy of it has room where the
+        gradients were; of a model that is trained whole there is one."""
+        tensors = self._tensors()
+        if [t.shape for t in tensors] != [place.shape for place in self._places]:
+            self._lay_out(tensors)
+            tensors = self._tensors()
+        pairs = zip(tensors, self._places, strict=True)
+        self._elsewhere = [(t, place) for t, place in pairs if t.data_ptr() != place.data_ptr()]
+        for tensor, place in self._elsewhere:
+            place.copy_(tensor)
+        return [piece for flat in self.flats.values() for piece in flat.chunk(self.pieces)]
+
+    def spread(self) -> None:
+        """Give what lies elsewhere the values of the flat memory."""
+        for tensor, place in self._elsewhere:
+            tensor.copy_(place)
+
+
+def _alone(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """Return the addresses of those tensors that alone fill their memory, in order."""
+    tensors = list(tensors)
+    owners = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
+    return {
+        tensor.data_ptr()
+        for tensor in tensors
+        if tensor.is_contiguous()
+        and owners[tensor.untyped_storage().data_ptr()] == 1
+        and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    }
 
 
 @torch.no_grad()
 def merge(
-    models: Sequence[nn.Module], weights: Sequence[float], finite: bool, drifts: bool
+    replicas: Sequence[Replica], weights: Sequence[float], finite: bool, drifts: bool
 ) -> torch.Tensor | None:
     """Replace the replicas of all ranks by their weighted mean; collective.
 
-    models: this rank's, which have no gradients any more. weights: of each of them; those of all
-    ranks have the mean 1. finite: no buffer has infinities. Returns how far each replica here was
-    from the mean, relative to the mean's norm, float64 [models], if it is asked for `drifts`.
-
-    The mean of a bucket takes the place of the gradients, which are as large as what changes in a
-    step. So a model that is trained whole is merged in one collective, as torch's averager does it,
-    and one with many frozen parameters in several."""
-    groups = [_merged_tensors(model) for model in models]
-    zero = torch.zeros((), dtype=torch.float64, device=groups[0][0].device)
-    square, apart = zero, [zero] * len(groups)
-    for bucket in _buckets_of(groups[0], _num_changing(groups[0])):
-        parts = [[tensors[i].data for i in bucket] for tensors in groups]
-        mean, pieces = _mean(parts, weights, finite)
+    replicas: this rank's. weights: of each of them; those of all ranks have the mean 1. finite: no
+    buffer has infinities. Returns how far each replica here was from the mean, relative to the
+    mean's norm, float64 [replicas], if it is asked for `drifts`. That takes a copy of each piece;
+    a single replica whose samples weigh as much as others' is merged in place without it."""
+    means: list[torch.Tensor] = []  # squares of norms, of each piece
+    apart: list[list[torch.Tensor]] = [[] for _ in replicas]
+    for first, *others in zip(*(replica.gather() for replica in replicas), strict=True):
+        before = first.clone() if drifts else first
+        _average(first, others, weights, finite)
         if drifts:
-            square = square + _square([mean], [mean], finite)
-        for k, part in enumerate(parts):
-            if drifts:
-                torch._foreach_sub_(part, pieces)  # in their own memory, since the mean comes there
-                apart[k] = apart[k] + _square(part, pieces, finite)
-            torch._foreach_copy_(part, pieces)
-    return (torch.stack(apart) / square).sqrt() if drifts else None
+            means.append(_square(first, first, finite))
+            for found, part in zip(apart, [before, *others], strict=True):
+                found.append(_square(part.sub_(first), first, finite))
+        for other in others:
+            other.copy_(first)
+    for replica in replicas:
+        replica.spread()
+    if not drifts:
+        return None
+    squares = torch.stack([torch.stack(found).sum() for found in apart])
+    return (squares / torch.stack(means).sum()).sqrt()
 
 
-def _merged_tensors(model: nn.Module) -> list[torch.Tensor]:
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return [tensor for tensor in tensors if tensor.is_floating_point()]
-
-
-def _num_changing(tensors: Sequence[torch.Tensor]) -> int:
-    """Count the elements that a step changes: of trained parameters and of buffers."""
-    kept = [t for t in tensors if t.requires_grad or not isinstance(t, nn.Parameter)]
-    return sum(t.numel() for t in kept)
-
-
-def _buckets_of(tensors: Sequence[torch.Tensor], size: int) -> list[list[int]]:
-    """Group the indices of tensors that are merged in one collective, `size` elements or less.
-    A larger tensor is alone, and small ones are merged together."""
-    size = max(size, LEAST)
-    buckets: list[list[int]] = []
-    room = 0
-    for i, tensor in enumerate(tensors):
-        if tensor.numel() > room or not buckets:
-            buckets.append([])
-            room = size
-        buckets[-1].append(i)
-        room -= tensor.numel()
-    return buckets
-
-
-def _mean(
-    parts: Sequence[Sequence[torch.Tensor]], weights: Sequence[float], finite: bool
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return the mean over all replicas, flat, and its piece for each tensor; collective.
-    `parts` are the tensors of each replica here."""
-    mean = _times(torch.cat([tensor.reshape(-1) for tensor in parts[0]]), weights[0], finite)
-    cut = mean.split([tensor.numel() for tensor in parts[0]])
-    pieces = [piece.view_as(tensor) for piece, tensor in zip(cut, parts[0], strict=True)]
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        for piece, tensor in zip(pieces, part, strict=True):
-            piece += _times(tensor.clone(), weight, finite)
-    replicas = len(parts)
+def _average(
+    first: torch.Tensor, others: Sequence[torch.Tensor], weights: Sequence[float], finite: bool
+) -> None:
+    """Make `first` the weighted mean over all replicas; collective. `others` are not changed."""
+    _multiply(first, weights[0], finite)
+    for other, weight in zip(others, weights[1:], strict=True):
+        first += _multiply(other.clone(), weight, finite)
+    replicas = 1 + len(others)
     if dist.is_initialized():
         replicas *= dist.get_world_size()
         if dist.get_world_size() > 1:
-            dist.all_reduce(mean)
-    return mean.div_(replicas), pieces
+            dist.all_reduce(first)
+    first.div_(replicas)
 
 
-def _times(tensor: torch.Tensor, weight: float, finite: bool) -> torch.Tensor:
-    """Return a tensor times its weight, the tensor itself where all of it is finite.
+def _multiply(tensor: torch.Tensor, weight: float, finite: bool) -> torch.Tensor:
+    """Multiply a tensor by its weight in place, and return it.
     0 times infinity stays infinite, and is not nan."""
     if weight == 1.0:  # as where all replicas saw as many samples: no pass over the memory
         return tensor
     if finite:
         return tensor.mul_(weight)
-    return torch.where(tensor.isfinite(), tensor * weight, tensor)
+    return tensor.copy_(torch.where(tensor.isfinite(), tensor * weight, tensor))
 
 
-def _square(
-    tensors: Sequence[torch.Tensor], means: Sequence[torch.Tensor], finite: bool
-) -> torch.Tensor:
-    """Return the square of the tensors' norm, without what has no finite mean, float64 []."""
-    if not finite:
-        pairs = zip(tensors, means, strict=True)
-        tensors = [torch.where(mean.isfinite(), tensor, 0.0) for tensor, mean in pairs]
-    return length(*tensors).square()
+def _square(tensor: torch.Tensor, mean: torch.Tensor, finite: bool) -> torch.Tensor:
+    """Return the square of a tensor's norm, without what has no finite mean, float64 []."""
+    return length(tensor if finite else torch.where(mean.isfinite(), tensor, 0.0)).square()

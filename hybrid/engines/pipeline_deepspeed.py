@@ -24,6 +24,7 @@ from .deepspeed_setup import (
     hold_steps,
     loss_scale,
     norm_or_overflow,
+    norm_switch,
     pipeline_stage,
     prepare_process,
     stepped,
@@ -35,7 +36,6 @@ from .optimizer import (
     build_optimizer,
     count_groups,
     no_decay_names,
-    parameters_of,
     read_learning_rate,
     set_learning_rate,
 )
@@ -127,16 +127,19 @@ class StageEngine(StageState):
             hold_steps(engine.optimizer, lambda norm: is_held(self, norm))
         elif self.guard:
             step_unless(engine.optimizer, lambda: is_held(self, self.norm))
+        self.take_norm = norm_switch(engine.optimizer)
         return engine
 
     def _step(self, micro_batches: Sequence[MicroBatch], own: int | float) -> None:
-        self.tally, self.input_digest = Tally(self.device), 0
+        self.tally, self.input_digest, self.norm = Tally(self.device), 0, math.nan
         self.tallies = [self.tally]
         optimizer = self.engine.optimizer
         scale = loss_scale(optimizer)
         set_learning_rate(optimizer, learning_rate(self.job, self.step))
-        self.engine.train_batch(self._feed(micro_batches))
         if self.zero_stage:
+            self.take_norm(self.norm_is_due)
+        self.engine.train_batch(self._feed(micro_batches))
+        if self.zero_stage and self.norm_is_due:
             self.norm = norm_or_overflow(optimizer, self.engine.get_global_grad_norm())
         rate = read_learning_rate(optimizer)
         row = LocalRow(self.tally, own, self.norm, rate, self.input_digest)
@@ -188,9 +191,9 @@ class StageEngine(StageState):
         """Clip reduced gradients by their global norm over all stages.
         A parameter that several stages hold counts on the first."""
         groups = [engine.grid.get_pipe_parallel_group()]
-        parameters: list[Any] = parameters_of(engine.optimizer)
-        counted = [p for p in parameters if not p.ds_pipe_replicated]
-        self.norm = self._clip_gradients(counted, groups, clipped=parameters)
+        self.norm = self._clip_gradients(
+            engine.optimizer, groups, counts=lambda parameter: not parameter.ds_pipe_replicated
+        )
 
     def _result(self, step: StartedStep, rows: list[StepRow]) -> StepResult:
         result = super()._result(step, rows)

@@ -22,13 +22,12 @@ from ..models.losses import Loss
 from ..records import EvalResult, Receipt
 from .buffers import SharesInTurn
 from .guard import is_held
-from .merging import merge
+from .merging import Replica, merge
 from .optimizer import (
     LossScale,
     build_optimizer,
     finish_step,
     no_decay_names,
-    parameters_of,
     read_learning_rate,
     set_learning_rate,
 )
@@ -80,10 +79,8 @@ class ReplicaEngine(ReplicaState):
         whole = layers.whole()
         layers.fill(whole)
         first = whole.to(self.device)
-        self.model, self.models = (
-            first,
-            [first, *(copy.deepcopy(first) for _ in range(replicas - 1))],
-        )
+        self.models = [first, *(copy.deepcopy(first) for _ in range(replicas - 1))]
+        self.model = first
         self.num_held = replicas * num_held(first)
         self.optimizers = [
             build_optimizer(job, dict(m.named_parameters()), no_decay) for m in self.models
@@ -94,6 +91,7 @@ class ReplicaEngine(ReplicaState):
         self.finite = all(bool(buffer.isfinite().all()) for buffer in floats)  # not a mask of -inf
         for model in self.models:
             round_at_use(model, DTYPES[job.train.precision])
+        self.replicas = [Replica(model) for model in self.models] if merge_every else []
         self.shares_each = shares
         if replicas * shares > 1:
             self.shares = tuple(range(replicas * shares))
@@ -196,7 +194,7 @@ class ReplicaEngine(ReplicaState):
         set_learning_rate(optimizer, learning_rate(self.job, self.step))
         if scale.active:
             scale.unscale(optimizer)
-        return _Pass(tally, count, self._clip_gradients(parameters_of(optimizer)))
+        return _Pass(tally, count, self._clip_gradients(optimizer))
 
     def _result(self, step: StartedStep, rows: list[StepRow]) -> StepResult:
         """Give several replicas the root mean square of their norms.
@@ -215,7 +213,7 @@ class ReplicaEngine(ReplicaState):
         """Replace every replica by their weighted mean, and note how far each was from it."""
         if not (weights := self._weights()):
             return  # the replicas are what they were then
-        drift = merge(self.models, weights, self.finite, self._takes_drift())
+        drift = merge(self.replicas, weights, self.finite, self._takes_drift())
         if drift is not None:
             self.drifts.append((self.step, drift))
         if len(self.drifts) == UNREAD:
@@ -279,4 +277,4 @@ class ReplicaEngine(ReplicaState):
         return extend_receipt(receipt, merges, differ)
 
     def close(self) -> None:
-        self.model, self.models, self.optimizers = None, [], []
+        self.model, self.models, self.replicas, self.optimizers = None, [], [], []

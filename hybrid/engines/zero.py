@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from .deepspeed_setup import (
     hold_steps,
     loss_scale,
     norm_or_overflow,
+    norm_switch,
     prepare_process,
     set_masters,
     stepped,
@@ -80,6 +82,7 @@ class ZeroEngine(AcceleratedEngine):
         self.zero_stage, self.frozen = zero_stage, parts
         if zero_stage == 3:
             step_on_gradients(self.live.optimizer)
+        self.take_norm = norm_switch(self.live.optimizer)
         if self.guard:
             hold_steps(self.live.optimizer, lambda norm: is_held(self, norm))
         # DeepSpeed would sum the gradients of rounded parameters in their own precision.
@@ -98,6 +101,7 @@ class ZeroEngine(AcceleratedEngine):
         return loss_scale(self.live.optimizer)
 
     def _accumulate(self, micro_batches: Sequence[MicroBatch], tally: Tally) -> None:
+        self.take_norm(self.norm_is_due)
         once = self.live.coalesce_grad_reduction() if self.reduces_once else None
         with once or contextlib.nullcontext():
             super()._accumulate(micro_batches, tally)
@@ -115,6 +119,8 @@ class ZeroEngine(AcceleratedEngine):
     def _update(self) -> torch.Tensor | float:
         if self.reduces_once:
             self.live.step()
+        if not self.norm_is_due:
+            return math.nan
         return norm_or_overflow(self.live.optimizer, self.live.get_global_grad_norm())
 
     def _stepped(self) -> Stepped:

@@ -7,7 +7,6 @@ of autograd, which runs once all gradients are computed and before DDP waits for
 
 A collective that only begins is no wait. How many a rank has begun, torch counts itself."""
 
-import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -96,26 +95,30 @@ def _is_message(work: Any) -> bool:
     return work._get_op_type() in _MESSAGES
 
 
-@contextlib.contextmanager
-def reducing(loss: torch.Tensor) -> Iterator[None]:
-    """Have DDP's backward pass say that it waits, once it has computed all gradients.
+class reducing:
+    """Has DDP's backward pass say that it waits, once it has computed all gradients.
 
     loss: of which `backward` is taken in the context."""
-    entered, thread = [], threading.get_ident()
 
-    def begin() -> None:  # on a GPU it runs in a thread of the device
-        entered.append(True)
-        enter("the reduction of gradients", thread)
+    __slots__ = "_entered", "_thread"
 
-    def on_gradient(gradient: torch.Tensor) -> None:
+    def __init__(self, loss: torch.Tensor) -> None:
+        self._entered, self._thread = False, threading.get_ident()
+        loss.register_hook(self._on_gradient)
+
+    def _on_gradient(self, gradient: torch.Tensor) -> None:
         # Callbacks run in the order they were given: DDP gives its own with the last bucket.
-        Variable._execution_engine.queue_callback(begin)
+        Variable._execution_engine.queue_callback(self._begin)
 
-    loss.register_hook(on_gradient)
-    try:
-        yield
-    finally:
-        if entered:
+    def _begin(self) -> None:  # on a GPU it runs in a thread of the device
+        self._entered = True
+        enter("the reduction of gradients", self._thread)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._entered:
             leave()
 
 

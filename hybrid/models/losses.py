@@ -39,7 +39,7 @@ def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Ten
 
 def count_classes(target: torch.Tensor) -> torch.Tensor:
     """Counts the targets other than -100, as a tensor []."""
-    return (target != IGNORED_TARGET).sum()
+    return torch.count_nonzero(target != IGNORED_TARGET)
 
 
 cross_entropy.count = count_classes  # type: ignore[attr-defined]
@@ -133,7 +133,7 @@ def take_loss(loss: Loss, output: Any, target: Any) -> tuple[torch.Tensor, Count
             f"the loss returned {_describe(total)} as its sum ({words}); it must return {RETURN}"
         )
     if isinstance(count, torch.Tensor) and count.dim() == 0:
-        return total, count.detach()
+        return total, count.detach() if count.requires_grad else count
     if isinstance(count, bool) or not hasattr(count, "__float__") or _is_vector(count):
         raise JobError(f"the loss returned {_describe(count)} as its count; it must be a number")
     return total, count if isinstance(count, int) else float(count)
