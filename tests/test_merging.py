@@ -99,8 +99,7 @@ def test_a_merge_takes_no_more_memory_than_gradients(
     buffers = [t for t in models[0].buffers() if t.is_floating_point()]
     trained = [p for p in models[0].parameters() if p.requires_grad]
     assert len(sizes) == collectives
-    aligned = 3 * len([*models[0].parameters(), *buffers])  # numbers, to begin at 16 bytes each
-    assert max(sizes) <= sum(t.numel() for t in [*trained, *buffers]) + aligned
+    assert max(sizes) <= sum(t.numel() for t in [*trained, *buffers])
 
 
 class Odd(nn.Module):
@@ -140,13 +139,15 @@ def test_tensors_may_share_memory_and_be_replaced() -> None:
 
 
 def test_a_model_s_parameters_are_merged_where_they_lie() -> None:
-    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3), nn.BatchNorm1d(3))
+    model = nn.Sequential(nn.Linear(7, 4), nn.Linear(4, 3), nn.BatchNorm1d(3))
     replica = Replica(model)
     flat, merged = replica.flats[torch.float32], replica.gather()
+    assert flat.numel() == sum(t.numel() for t in floats(model).values())
     assert [piece.data_ptr() for piece in merged] == [flat.data_ptr()]
     for parameter in model.parameters():
         assert parameter.untyped_storage().data_ptr() == flat.data_ptr()
-        assert (parameter.data_ptr() - flat.data_ptr()) % 16 == 0
+        if parameter.numel() % 4 == 0:
+            assert (parameter.data_ptr() - flat.data_ptr()) % 16 == 0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(torch.randn(4, 7)).square().sum().backward()
     before = flat.clone()

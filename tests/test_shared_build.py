@@ -230,6 +230,7 @@ def test_maps_take_no_descriptors_and_end_with_their_tensors(tmp_path: Path) -> 
     saved = {f"layer{i}": torch.full((37 + i, 11), float(i)) for i in range(101)}
     saved |= {"none": torch.empty(0), "half": torch.ones(7, dtype=torch.bfloat16)}
     save_file(saved, file)
+    gc.collect()  # what other tests left open
     before = len(list(held.iterdir()))
     found = shared_module._open(file)
     assert len(list(held.iterdir())) == before

@@ -192,8 +192,8 @@ def _merge_incomplete(plant: Plant) -> None:
 
     def fewer(replica: merging.Replica) -> list[torch.Tensor]:
         *pieces, last = gather(replica)
-        left_out = replica._places[-1].numel() if plant.acts() else 0
-        return [*pieces, last[: len(last) - left_out]]
+        place = max(replica._places, key=lambda place: place.data_ptr())
+        return [*pieces, last[: len(last) - place.numel() * plant.acts()]]
 
     merging.Replica.gather = fewer  # type: ignore[method-assign]
 

@@ -1,6 +1,6 @@
 """This module replaces replicas of a model by their weighted mean (local SGD)."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -39,14 +39,15 @@ class Replica:
 
     @torch.no_grad()
     def _lay_out(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Make a place for each tensor, and move the parameters that can lie there."""
-        ends: dict[torch.dtype, int] = {}
-        starts = []
-        for tensor in tensors:
-            each = max(1, ALIGNED // tensor.element_size())
-            starts.append(-(-ends.get(tensor.dtype, 0) // each) * each)
-            ends[tensor.dtype] = starts[-1] + tensor.numel()
-        self.flats = {t: tensors[0].new_zeros(end, dtype=t) for t, end in ends.items()}
+        """Make a place for each tensor, and move the parameters that can lie there.
+
+        Tensors whose sizes keep the next one aligned come first, so that nothing is left free."""
+        sizes: dict[torch.dtype, int] = defaultdict(int)
+        starts = [0] * len(tensors)
+        for i in sorted(range(len(tensors)), key=lambda i: tensors[i].nbytes % ALIGNED > 0):
+            starts[i] = sizes[tensors[i].dtype]
+            sizes[tensors[i].dtype] += tensors[i].numel()
+        self.flats = {t: tensors[0].new_zeros(size, dtype=t) for t, size in sizes.items()}
         self._places = []
         for tensor, start in zip(tensors, starts, strict=True):
             place = self.flats[tensor.dtype][start : start + tensor.numel()].view(tensor.shape)
