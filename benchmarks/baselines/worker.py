@@ -27,7 +27,7 @@ from .rows import Skipped, Turn, rows_of
 from .workloads import COMPARED, LOG_EVERY, Workload
 
 EQUAL = 1e-6  # relative difference of losses
-MOST_ROUNDS = 100  # of a block: what slows a machine for a second then meets every row
+TURN_S = 0.1  # of a row: what slows a machine for a second meets all, and few steps begin cold
 TIMEOUT = datetime.timedelta(minutes=5)
 
 
@@ -57,11 +57,11 @@ def main() -> None:
     for turn in turns:
         found[turn.row.name]["counts"] = _count(turn)
     steps = _steps_of_block(turns[0], plan) if turns else 1
-    _time(turns, found, plan.blocks, steps)
+    _time(turns, found, plan.blocks, steps, _rounds(plan, steps))
     if rank == 0:
         session = {"strategy": plan.strategy, "workload": plan.workload, "ranks": world_size}
         session |= {"batch": workload.batch, "steps_of_block": steps, "rows": found}
-        session["rounds"] = _rounds(steps)
+        session["rounds"] = _rounds(plan, steps)
         Path(plan.file).write_text(json.dumps(session))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -164,17 +164,18 @@ def _steps_of_block(turn: Turn, plan: Plan) -> int:
     return _gather(steps if steps < LOG_EVERY else steps // LOG_EVERY * LOG_EVERY)[0]
 
 
-def _rounds(steps: int) -> int:
+def _rounds(plan: Plan, steps: int) -> int:
     """Choose how many turns each row takes in a block of so many steps."""
-    return max(1, min(MOST_ROUNDS, steps // LOG_EVERY))
+    return max(1, min(round(plan.seconds / TURN_S), steps // LOG_EVERY))
 
 
-def _time(turns: list[Turn], found: dict[str, dict[str, Any]], blocks: int, steps: int) -> None:
+def _time(
+    turns: list[Turn], found: dict[str, dict[str, Any]], blocks: int, steps: int, rounds: int
+) -> None:
     """Time the rows, which take turns many times in each block, each time in another order.
 
     `cpu_us` is of a step, the mean over the ranks; `wall_us` is the slowest rank's. A row that
     repeats after more steps than its turn has makes as many."""
-    rounds = _rounds(steps)
     for turn in turns:
         found[turn.row.name] |= {"cpu_us": [], "wall_us": []}
     for block in range(blocks):
