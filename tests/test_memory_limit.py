@@ -130,7 +130,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, A
     [
         # Bytes a parameter of the model; `beside`: measured, and a margin of 0.3 at most.
         ("single", 16, 0.3),
-        # A merge goes bucket by bucket, when gradients are gone.
+        # A merge takes place in the parameters; its drift takes a copy, when gradients are gone.
         ("local_sgd", 16, 0.3),
         # The activations of 16 tokens: 0.7.
         ("ddp", 16, 1),
