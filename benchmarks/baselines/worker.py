@@ -57,11 +57,12 @@ def main() -> None:
     for turn in turns:
         found[turn.row.name]["counts"] = _count(turn)
     steps = _steps_of_block(turns[0], plan) if turns else 1
-    _time(turns, found, plan.blocks, steps, _rounds(plan, steps))
+    rounds = max(1, min(round(plan.seconds / TURN_S), steps // LOG_EVERY))
+    _time(turns, found, plan.blocks, steps, rounds)
     if rank == 0:
         session = {"strategy": plan.strategy, "workload": plan.workload, "ranks": world_size}
-        session |= {"batch": workload.batch, "steps_of_block": steps, "rows": found}
-        session["rounds"] = _rounds(plan, steps)
+        session |= {"batch": workload.batch, "steps_of_block": steps, "rounds": rounds}
+        session |= {"rows": found}
         Path(plan.file).write_text(json.dumps(session))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -164,15 +165,10 @@ def _steps_of_block(turn: Turn, plan: Plan) -> int:
     return _gather(steps if steps < LOG_EVERY else steps // LOG_EVERY * LOG_EVERY)[0]
 
 
-def _rounds(plan: Plan, steps: int) -> int:
-    """Choose how many turns each row takes in a block of so many steps."""
-    return max(1, min(round(plan.seconds / TURN_S), steps // LOG_EVERY))
-
-
 def _time(
     turns: list[Turn], found: dict[str, dict[str, Any]], blocks: int, steps: int, rounds: int
 ) -> None:
-    """Time the rows, which take turns many times in each block, each time in another order.
+    """Time the rows, which take `rounds` turns in each block, each time in another order.
 
     `cpu_us` is of a step, the mean over the ranks; `wall_us` is the slowest rank's. A row that
     repeats after more steps than its turn has makes as many."""

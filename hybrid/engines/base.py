@@ -57,7 +57,6 @@ class BaseEngine(Engine):
             function.to(self.device)
         self.counter, self.metrics = TargetCounter(loss, self.device), load_metrics(job)
         self._shown = not self.counter.needs_output  # an output has been shown to the counter
-        self.moves, self.model_takes_loss = self.device.type != "cpu", isinstance(loss, OwnLoss)
         self.shares: tuple[int, ...] = (placement.dp_rank,)
         self.step = 0  # optimizer steps done
         self.norm_is_due = True  # in this step: to clip, to log, for fp16, or for the guard
@@ -201,10 +200,8 @@ class BaseEngine(Engine):
         self, model: Any, micro_batch: MicroBatch, place: Sequence[int], tally: Tally
     ) -> torch.Tensor:
         """Return the summed loss of one training micro-batch; `place`: see `sample_seeds`."""
-        micro_batch = on_device(micro_batch, self.device) if self.moves else micro_batch
-        given = micro_batch.input
-        if self.model_takes_loss:
-            given = model_input(self.loss, given, micro_batch.target)
+        micro_batch = on_device(micro_batch, self.device)
+        given = model_input(self.loss, micro_batch.input, micro_batch.target)
         if self.asks_for_rows is False:
             seed_forward_pass(self.job.train.seed, self.step, *place)
             return tally.add(self.loss, model(given), micro_batch)

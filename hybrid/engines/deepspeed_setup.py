@@ -1,6 +1,5 @@
 """This module starts DeepSpeed, completes its configuration, and handles fp32 master weights."""
 
-import functools
 import math
 import os
 import sys
@@ -162,13 +161,14 @@ def norm_switch(optimizer: Any) -> Callable[[bool], None]:
     made even if a gradient is not finite, as under other strategies; the next loss tells. Where the
     optimizer's state is offloaded, nothing is switched: the norm is taken while gradients move."""
     moved = ("cpu_offload", "offload_optimizer", "zenflow")
-    if any(getattr(optimizer, name, False) for name in moved):
-        return lambda taken: None
-    if (asked := getattr(optimizer, "compute_grad_norm", None)) is not None:
-        return lambda taken: setattr(optimizer, "compute_grad_norm", asked and taken)
-    if (take := getattr(optimizer, "_get_norm_groups", None)) is not None:  # ZeRO-3
-        nothing: Callable[[], list[float]] = functools.partial(list, [0.0])
-        return lambda taken: setattr(optimizer, "_get_norm_groups", take if taken else nothing)
+    if not any(getattr(optimizer, name, False) for name in moved):
+        if (asked := getattr(optimizer, "compute_grad_norm", None)) is not None:
+            return lambda taken: setattr(optimizer, "compute_grad_norm", asked and taken)
+        if (take := getattr(optimizer, "_get_norm_groups", None)) is not None:  # ZeRO-3
+            none = [0.0]  # as the norm of no gradients
+            return lambda taken: setattr(
+                optimizer, "_get_norm_groups", take if taken else none.copy
+            )
     return lambda taken: None
 
 

@@ -104,8 +104,7 @@ def merge(
 
     replicas: this rank's. weights: of each of them; those of all ranks have the mean 1. finite: no
     buffer has infinities. Returns how far each replica here was from the mean, relative to the
-    mean's norm, float64 [replicas], if it is asked for `drifts`. That takes a copy of each piece;
-    a single replica whose samples weigh as much as others' is merged in place without it."""
+    mean's norm, float64 [replicas], if it is asked for `drifts`; that takes a copy of a piece."""
     means: list[torch.Tensor] = []  # squares of norms, of each piece
     apart: list[list[torch.Tensor]] = [[] for _ in replicas]
     for first, *others in zip(*(replica.gather() for replica in replicas), strict=True):

@@ -73,13 +73,13 @@ class Tally:
         `score` also counts correct classes and takes the metrics. calls: of torch's losses in the
         forward pass, where the model takes its own. A micro-batch of padding alone returns a zero
         that still has a graph."""
-        target, rows = micro_batch.target, micro_batch.ids.shape[0]
+        rows, padded = micro_batch.ids.shape[0], num_rows(micro_batch.target)
         if self.counter:
-            self.counter.see(output, target)
+            self.counter.see(output, micro_batch.target)
         if rows == 0:
-            return _zero(loss, output, target)
-        if (padded := num_rows(target)) != rows:
-            output, target = real_rows(output, rows, padded), real_rows(target, rows, padded)
+            return _zero(loss, output, micro_batch.target)
+        output = real_rows(output, rows, padded)
+        target = real_rows(micro_batch.target, rows, padded)
         if score:
             with LossCalls() as watched:
                 loss_sum, count = take_loss(loss, output, target)
