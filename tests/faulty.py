@@ -26,21 +26,21 @@ def not_divided_by_accumulation() -> None:
 
 def stage_not_divided_by_accumulation() -> None:
     """The same in a pipeline, whose loss is taken elsewhere."""
-    from hybrid.engines.pipeline_deepspeed import StageEngine
+    from hybrid.engines.pipeline_stage import Stage
 
-    take = StageEngine._take_loss
+    take = Stage._take_loss
 
-    def too_large(self: Any, output: Any, labels: Any) -> torch.Tensor:
-        return take(self, output, labels) * self.micro_batches
+    def too_large(self: Any, output: Any) -> torch.Tensor:
+        return take(self, output) * self.micro_batches
 
-    StageEngine._take_loss = too_large  # type: ignore[method-assign]
+    Stage._take_loss = too_large  # type: ignore[method-assign]
 
 
 def mask_on_the_first_stage_alone() -> None:
     """The stages after the first get a module's inputs without the mask."""
-    from hybrid.engines.pipeline_deepspeed import StageEngine
+    from hybrid.engines.pipeline_stage import Stage
 
-    start = StageEngine._start
+    start = Stage._start
 
     def without_mask(self: Any, module: Any, args: Any) -> Any:
         result = start(self, module, args)
@@ -48,7 +48,7 @@ def mask_on_the_first_stage_alone() -> None:
             module.stage_inputs = {"input_ids": module.stage_inputs["input_ids"]}
         return result
 
-    StageEngine._start = without_mask  # type: ignore[method-assign]
+    Stage._start = without_mask  # type: ignore[method-assign]
 
 
 def same_samples_on_two_ranks() -> None:
@@ -175,6 +175,11 @@ def deepspeed_clips_alone() -> None:
 
     base.clip = lambda *_: None  # the norm is still taken
     pipeline_deepspeed.make_pipeline = clipping
+
+
+def without_deepspeed() -> None:
+    """No rank can import DeepSpeed."""
+    sys.modules["deepspeed"] = None  # type: ignore[assignment]
 
 
 def fsdp_falls_back() -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 from hybrid.data.loader import load_micro_batch
 from hybrid.engines.layers import prepare_layers, sample_seeds
-from hybrid.engines.pipeline_instructions import make_contiguous
+from hybrid.engines.pipeline_stage import make_contiguous
 from hybrid.models.brought import as_layers
 from hybrid.models.cutting.calling import logits_of, spread
 from tests import brought_models as brought

@@ -13,6 +13,7 @@ from .driven import Driven, Within
 from .workloads import LOG_EVERY, Workload
 
 FILES = {"zero1": "zero", "zero2": "zero", "zero3": "zero", "2d": "two_d"}  # unlike their names
+FILES["pipeline_torch"] = "torch_pipelining"
 STATES = ("PartialState", "AcceleratorState", "GradientState")
 
 
@@ -58,6 +59,7 @@ def rows_of(strategy: str, more: list[str]) -> list[Row]:
         Row("fabric_logs", f"{here}.fabric", "raw", "peer", **logs),
         Row("trainer", f"{here}.trainer", "raw_dataloader", "peer", **loader),
         Row("torch_pipelining", f"{here}.torch_pipelining", "raw", "peer"),
+        Row("torch_pipelining_logs", f"{here}.torch_pipelining", "raw", "peer", **logs),
         *(Row(module, module, "raw", "peer") for module in more),
     ]
 

@@ -21,6 +21,7 @@ LOOPS = {  # what each row is
     "fabric_logs": "the same; once in ten steps it reads its loss and takes its gradient norm",
     "trainer": "transformers' Trainer, by torch's DataLoader in every step",
     "torch_pipelining": "`torch.distributed.pipelining`, 1F1B, on micro-batches made once",
+    "torch_pipelining_logs": "the same; once in ten steps it reads its loss and takes its norm",
 }
 
 

@@ -15,7 +15,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 STRATEGIES = ("single", "ddp", "local_sgd", "fsdp", "zero1", "zero2", "zero3", "pipeline", "2d")
-STAGES = {"pipeline": 2, "2d": 2}
+STRATEGIES += ("pipeline_torch",)  # a variant of the job
+STAGES = {"pipeline": 2, "pipeline_torch": 2, "2d": 2}
 PIPELINE_MICRO_BATCHES = 4
 SYNC_EVERY = 1  # merged after every step, as in launch/jobs/mnist.toml
 COMPARED = 5  # the first steps, whose losses must be equal
@@ -161,8 +162,8 @@ class Workload:
         """Return the greatest gradient norm, 0 where nothing clips.
 
         DeepSpeed's pipeline without ZeRO clips each stage by a norm of its own (0.19, in fp32), so
-        that its own loop could not equal any other: nothing clips there."""
-        return 0.0 if self.strategy == "pipeline" else self.shape.clip_norm
+        that its own loop could not equal any other: nothing clips there, nor under torch's."""
+        return 0.0 if self.strategy.startswith("pipeline") else self.shape.clip_norm
 
     def layers(self) -> list[nn.Module]:
         """Make the model's layers."""
@@ -270,6 +271,7 @@ class Workload:
                 # As the loop by hand: once a step. The default is after each micro-batch.
                 "fsdp": {"sync_each_batch": False},
             },
+            "variant": {"pipeline_torch": {"strategy": "pipeline", "engine": "torch"}},
         }
 
 

@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from hybrid.engines import base, merging, pipeline_deepspeed
+from hybrid.engines import base, merging, pipeline_stage
 
 from .kinds import Fault
 from .layer_faults import change_layers, scale_output, start_apart
@@ -184,7 +184,7 @@ def _other_dropout(plant: Plant) -> None:
         return seeded
 
     base.sample_seeds = of_another_step(base.sample_seeds)
-    pipeline_deepspeed.set_sample_seeds = of_another_step(pipeline_deepspeed.set_sample_seeds)
+    pipeline_stage.set_sample_seeds = of_another_step(pipeline_stage.set_sample_seeds)
 
 
 def _merge_incomplete(plant: Plant) -> None:

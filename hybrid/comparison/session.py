@@ -118,7 +118,7 @@ class _Session:
 
         stop: where each run but the reference is interrupted. mark: the comparison's `id`. title:
         what stands before the runs' names where they are shown."""
-        modules = modules_of(resolve(job, selection.names[0]).strategy, program)
+        modules = modules_of(resolve(job, selection.names[0]), program)
         self.checked = checked = check_apart(job, modules).require()
         every = checked.job.log.model_copy(update={"every": 1})  # parity looks at every step
         self.asked, self.job = job, checked.job.model_copy(update={"log": every})
@@ -253,7 +253,8 @@ class _Session:
                 self.controls[control.label] = self._run_control(control)
 
     def _engine_of(self, name: str) -> str:
-        return registry.engine(resolve(self.job, self.runs[name].strategy).strategy)
+        choice = resolve(self.job, self.runs[name].strategy)
+        return registry.engine(choice.strategy, choice.job)
 
     def _settle(self, label: str) -> ReferenceFault | None:
         """Put a run of a reference that repeats itself in the place of one that was off."""

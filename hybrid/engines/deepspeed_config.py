@@ -12,7 +12,7 @@ from ..job.errors import JobError, Unsupported
 from ..job.known_keys import problem
 from ..job.reading import read_json
 from ..job.schema import Job
-from ..job.strategy_settings import Pipeline
+from ..job.strategy_settings import Stages
 
 # What the job says for every strategy alike. A file that said it too would win or lose silently.
 OWNED_BY_JOB = {
@@ -61,7 +61,7 @@ def check_ds_config(job: Job, strategy: str) -> None:
     if path is not None:
         stage = job.strategy.two_d.zero_stage if strategy == "2d" else STAGES[strategy]
         config = load_ds_config(path, stage)
-        if isinstance(settings, Pipeline) and config.get("wall_clock_breakdown"):
+        if isinstance(settings, Stages) and config.get("wall_clock_breakdown"):
             raise JobError(
                 f"ds_config = {path!r}: wall_clock_breakdown = true: with it DeepSpeed's pipeline "
                 "fails in its first step, where it starts a timer twice; valid: false"

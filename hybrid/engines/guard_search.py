@@ -84,7 +84,7 @@ class _Search:
             root = model.module if type(model).__name__ in WRAPPERS else model
             self._handles.append(root.register_forward_pre_hook(self._begin))
             for name, module in root.named_modules():
-                if staged:  # DeepSpeed puts the stage's number in front
+                if staged:  # the stage's number is in front
                     name = name.partition(".")[2]
                 # What is compiled calls no hooks of what is in it.
                 module._compiled_call_impl = None

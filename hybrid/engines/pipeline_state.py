@@ -1,20 +1,14 @@
-"""This module reads and writes the training state of a pipeline's stage, in `pipeline` and `2d`.
+"""This module reads and writes the training state of a stage that DeepSpeed runs.
 
-A stage has its own layers' tensors by their canonical names. What several stages hold, tied
-parameters and buffers, stands once in a checkpoint: the first of these stages writes it with its
-optimizer's state, and each of them loads it."""
+It is for `pipeline` and `2d`, with and without ZeRO over the columns."""
 
-import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoint.pieces import WRITTEN_ELSEWHERE, Piece
-from ..launch.exchange import gather_objects
-from ..stages.assignment import StageAssignment
-from .base import BaseEngine
+from ..checkpoint.pieces import Piece
 from .buffers import OneSet
 from .deepspeed_scale import read_counts, read_loss_scale, scaler_of, set_progress
 from .deepspeed_setup import set_masters
@@ -27,22 +21,20 @@ from .deepspeed_state import (
     weights_of_partitions,
 )
 from .frozen import FrozenParts
+from .pipeline_stage import Stage
 from .protocol import OwnState, Shapes
-from .state import copy_state, named_tensors
-from .training_state import Copies, make_room, numbers_of, pieces_of, weights_of
 
 
-class StageState(BaseEngine):
+class DeepSpeedStage(Stage):
     """Holds the state of one stage in one data-parallel column, for the engine that trains it."""
 
     engine: Any  # DeepSpeed's
-    assignment: StageAssignment
     zero_stage: int  # that DeepSpeed runs
     frozen: FrozenParts  # of what DeepSpeed has rounded
 
-    def _own_tensors(self, shared: bool) -> dict[str, torch.Tensor]:
-        """Return the live stage's tensors; `shared`: also those that an earlier stage holds."""
-        return self.assignment.own_tensors(named_tensors(self.model), shared)
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = self.engine.optimizer
+        return optimizer
 
     def _make_one_set(self) -> OneSet | None:
         """Return what keeps the columns' buffers alike, where there are several columns."""
@@ -61,41 +53,32 @@ class StageState(BaseEngine):
     def pieces(self) -> list[Piece]:
         if self.one_set:
             self.one_set.before_use()
-        written, held = self._own_tensors(shared=False), self._own_tensors(shared=True)
-        return [
-            p if p.name in written else dataclasses.replace(p, copies=WRITTEN_ELSEWHERE)
-            for p in self._pieces_of(held)
-        ]
+        return super().pieces()
 
     def weights(self) -> list[Piece]:
         if self.one_set:
             self.one_set.before_use()
-        written, copies = self._own_tensors(shared=False), self._column_copies()
         if not self.zero_stage:
-            return weights_of(written, copies)
-        fragments = fragments_of(self.engine.optimizer)
-        return weights_of_partitions(written, fragments, copies, self.frozen)
-
-    def _column_copies(self) -> Copies:
-        """Tell which column this is, among those that hold this stage's tensors alike."""
-        return Copies(self.placement.dp_rank, self.layout.dp)
+            return super().weights()
+        fragments, written = fragments_of(self.engine.optimizer), self._own_tensors(shared=False)
+        return weights_of_partitions(written, fragments, self._column_copies(), self.frozen)
 
     def _pieces_of(self, tensors: Mapping[str, torch.Tensor]) -> list[Piece]:
-        """Return this rank's parts of the stage's tensors, as its column shares out the writing."""
+        if not self.zero_stage:
+            return super()._pieces_of(tensors)
         copies = self._column_copies()
-        if self.zero_stage:
-            return pieces_of_partitions(tensors, self.engine.optimizer, copies, self.frozen)
-        return pieces_of(tensors, self.engine.optimizer, copies)
+        return pieces_of_partitions(tensors, self.engine.optimizer, copies, self.frozen)
 
     def make_room(self, shapes: Shapes, numbers: Collection[str]) -> None:
-        make = make_room_in_partitions if self.zero_stage else make_room
-        make(self._own_tensors(shared=True), self.engine.optimizer, shapes, numbers)
+        if self.zero_stage:
+            make_room_in_partitions(self._tensors(), self.engine.optimizer, shapes, numbers)
+        else:
+            super().make_room(shapes, numbers)
 
-    def numbers_kept(self) -> list[str]:
-        """Return the keys of all stages: an optimizer may treat their parameters differently."""
-        find = numbers_in_partitions if self.zero_stage else numbers_of
-        kept: Sequence[list[str]] = gather_objects(find(self.engine.optimizer))
-        return sorted({key for keys in kept for key in keys})
+    def _own_numbers(self) -> list[str]:
+        if self.zero_stage:
+            return numbers_in_partitions(self.engine.optimizer)
+        return super()._own_numbers()
 
     def loss_scale_state(self) -> dict[str, float] | None:
         return read_loss_scale(scaler_of(self.engine))
@@ -114,9 +97,9 @@ class StageState(BaseEngine):
         self.one_set = self._make_one_set()
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        own = self._own_tensors(shared=True)
-        mine = {name: state[name] for name in own if name in state}
-        copy_state(own, mine)
+        super().load(state)
         if self.zero_stage:
+            own = self._own_tensors(shared=True)
+            mine = {name: state[name] for name in own if name in state}
             set_masters(own, mine)
             self.frozen.take(own, mine)

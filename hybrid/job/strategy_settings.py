@@ -6,7 +6,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 
 
 class Section(BaseModel):
@@ -85,7 +92,7 @@ class Zero2(Zero):
     reduce_once: bool = True
 
 
-class Pipeline(StrategySettings):
+class Stages(StrategySettings):
     """Sets how layers are cut into stages.
 
     `partition`: equal numbers of layers that have parameters (uniform), equal parameters, or the
@@ -95,7 +102,24 @@ class Pipeline(StrategySettings):
     ds_config: str | None = None
 
 
-class TwoD(Pipeline):
+class Pipeline(Stages):
+    """Also sets what passes tensors along the stages, and in which order.
+
+    engine: DeepSpeed's pipeline engine, or torch.distributed.pipelining. schedule: all forward
+    passes before the backward ones (gpipe, by torch alone), or each as soon as it can be (1f1b)."""
+
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+
+    @field_validator("schedule")
+    @classmethod
+    def _has_that_schedule(cls, schedule: str, given: ValidationInfo) -> str:
+        if schedule != "1f1b" and given.data.get("engine") == "deepspeed":
+            raise ValueError(f"= {schedule!r}: engine = 'deepspeed' runs 1f1b alone; valid: '1f1b'")
+        return schedule
+
+
+class TwoD(Stages):
     """Sets a pipeline with data-parallel columns."""
 
     # 0 replicates the optimizer state over the columns, 1 shards it.

@@ -73,11 +73,11 @@ class StageAssignment:
     ) -> dict[str, torch.Tensor]:
         """Return the live stage's tensors by canonical name.
 
-        `named`: the tensors as DeepSpeed's module names them. `shared`: also return those that an
+        `named`: the tensors as the live module names them. `shared`: also return those that an
         earlier stage holds as well."""
         tensors: dict[str, torch.Tensor] = {}
         for long_name, tensor in named.items():
-            name = long_name.partition(".")[2]  # DeepSpeed puts the stage's number in front
+            name = long_name.partition(".")[2]  # the stage's number is in front
             if isinstance(tensor, nn.Parameter):
                 name = self._names[tensor]
                 if not shared and self._stages[tensor][0] != self.stage:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from ..job.errors import Unsupported
 from ..job.known_bad import check_release
 from ..job.schema import Job
-from ..job.strategy_settings import Pipeline
+from ..job.strategy_settings import Stages
 from ..layout import Layout, make_ranges, micro_batch_size
 from .partition import best_cut, cut_groups, partition, weigh
 
@@ -50,7 +50,7 @@ def check_stages(name: str, job: Job, layout: Layout, summary: ModelSummary) -> 
     if summary.cut_problem:
         raise Unsupported(summary.cut_problem)
     settings = job.settings(name)
-    assert isinstance(settings, Pipeline)
+    assert isinstance(settings, Stages)
     sizes = summary.layer_parameters
     parts = partition(settings.partition, sizes, layout.pp)
     found = check_pipeline(name, job, layout, parts, sizes, summary.boundaries)

@@ -25,7 +25,8 @@ class Strategy(Protocol):
 
     It may also offer `check` and `steps_between_syncs`, which take and return what the functions of
     these names below do, without the strategy, and `modules`: the names of modules whose import
-    takes its ranks long, so that the process that forks them imports these once."""
+    takes its ranks long, so that the process that forks them imports these once, or a function that
+    returns them for a job (None: for the default settings)."""
 
     name: str
     summary: str

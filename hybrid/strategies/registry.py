@@ -62,14 +62,16 @@ def get(name: str, variants: Sequence[str] = ()) -> Strategy:
     return cast(Strategy, module)
 
 
-def modules(name: str) -> list[str]:
-    """Return the modules that the ranks of a strategy import."""
-    return [*EVERY_RANK, *getattr(get(name), "modules", ())]
+def modules(name: str, job: Job | None = None) -> list[str]:
+    """Return the modules that the ranks of a strategy import.
+    job: with its settings, None: with the defaults."""
+    own = getattr(get(name), "modules", ())
+    return [*EVERY_RANK, *(own(job) if callable(own) else own)]
 
 
-def engine(name: str) -> str:
+def engine(name: str, job: Job) -> str:
     """Return what does a strategy's work: one of `hybrid.engines`, or a user's own module."""
-    own = [module for module in modules(name) if module not in EVERY_RANK]
+    own = [module for module in modules(name, job) if module not in EVERY_RANK]
     return next((module for module in own if module.startswith("hybrid.engines.")), name)
 
 

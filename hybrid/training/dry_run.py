@@ -77,7 +77,7 @@ def _check_and_play(job: Job, result: DryRun) -> DryRun:
 
 def _require_playable(choice: Choice, batch_norms: bool) -> None:
     """Raise Unsupported for what runs on a cluster, but not without values."""
-    job, engine = choice.job, registry.engine(choice.strategy)
+    job, engine = choice.job, registry.engine(choice.strategy, choice.job)
     if reason := UNPLAYED.get(engine):
         raise Unsupported(f"{choice.name} cannot be played: {reason}")
     settings = {

@@ -103,7 +103,7 @@ def _launch(asked: Asked) -> dict[str, Any]:
     arguments = ["eval", as_word(saved.folder), "--job", as_word(file), "--strategy", strategy]
     arguments += ["--out", as_word(asked.out), "--parent", str(os.getpid())]
     try:
-        modules = registry.modules(choice.strategy)
+        modules = registry.modules(choice.strategy, choice.job)
         with gpus_hidden(job.launch.device):
             run_ranks(layout.world_size, arguments, asked.out, modules=modules, says_end=True)
     finally:

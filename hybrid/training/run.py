@@ -147,7 +147,7 @@ def _launch_checked(
     choice = resolve(job, strategy)
     nproc = check_early(job, [strategy], nproc, alone=True, here=starter is None)
     check_start(out, resume)
-    checked = check_apart(job, modules_of(choice.strategy, starter)).require()
+    checked = check_apart(job, modules_of(choice, starter)).require()
     remove_stale_locks()
     layout, warnings = checked.plan(strategy, nproc)
     check_started(1 if starter else layout.world_size)
@@ -215,9 +215,11 @@ def launch(
     return record
 
 
-def modules_of(strategy: str, program: Starter | None) -> Sequence[str]:
+def modules_of(choice: Choice, program: Starter | None) -> Sequence[str]:
     """Return what a warm process imports for ranks that are forked from it."""
-    return () if isinstance(program, Launcher) else registry.modules(strategy)
+    if isinstance(program, Launcher):
+        return ()
+    return registry.modules(choice.strategy, choice.job)
 
 
 def _run(
@@ -234,7 +236,7 @@ def _run(
     stops = choice.job.checkpoint.every is not None
     if not isinstance(program, Launcher):
         arguments = [*arguments, "--parent", str(os.getpid())]
-        rest = program or PROGRAM, registry.modules(choice.strategy), cores_for, stops
+        rest = program or PROGRAM, modules_of(choice, program), cores_for, stops
         run_ranks(nproc, arguments, out, watcher.poll, *rest, says_end=True)
         return
     arguments = [*arguments, "--launched", pack_job(to_dict(job), nproc)]
