@@ -129,39 +129,40 @@ def test_a_module_that_is_cut_gets_its_inputs_on_all_stages(tmp_path: Path) -> N
 
 
 class Fork(nn.Module):
-    """A layer that passes two tensors on."""
+    """A layer that passes three tensors on, one of which has no gradient."""
 
     def __init__(self) -> None:
         super().__init__()
         self.one, self.other = nn.Linear(12, 5), nn.Linear(12, 9)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[batch, 12] to [batch, 5], and [batch, 9] whose rows are not in one piece."""
-        return self.one(x), self.other(x).t().contiguous().t()
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[batch, 12] to [batch, 5], [batch, 9] whose rows lie apart, and int64 [batch]."""
+        return self.one(x), self.other(x).t().contiguous().t(), (x > 0).sum(1)
 
 
 class Pass(nn.Module):
-    """A layer that changes the first of two tensors."""
+    """A layer that changes the first of three tensors."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(5, 5)
 
-    def forward(self, pair: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """[batch, 5] and [batch, 9] to the same."""
-        return self.inner(pair[0]), pair[1]
+    def forward(self, given: Any) -> tuple[torch.Tensor, ...]:
+        """[batch, 5], [batch, 9] and int64 [batch] to the same."""
+        return self.inner(given[0]), *given[1:]
 
 
 class Join(nn.Module):
-    """A layer that takes two tensors."""
+    """A layer that takes three tensors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Linear(14, 3)
+        self.inner = nn.Linear(15, 3)
 
-    def forward(self, pair: Any) -> dict[str, torch.Tensor]:
-        """[batch, 5] and [batch, 9] to a dict with [batch, 3]."""
-        return {"out": self.inner(torch.cat([pair[0], pair[1]], 1))}
+    def forward(self, given: Any) -> dict[str, torch.Tensor]:
+        """[batch, 5], [batch, 9] and int64 [batch] to a dict with [batch, 3]."""
+        one, other, count = given
+        return {"out": self.inner(torch.cat([one, other, count[:, None]], 1))}
 
 
 def forked_error(output: dict[str, torch.Tensor], target: torch.Tensor) -> Any:
@@ -169,7 +170,7 @@ def forked_error(output: dict[str, torch.Tensor], target: torch.Tensor) -> Any:
 
 
 def forked() -> tuple[list[nn.Module], Any]:
-    """Four layers between which two tensors pass; the last returns a dict."""
+    """Four layers between which three tensors pass; the last returns a dict."""
     return [Fork(), Pass(), Pass(), Join()], forked_error
 
 

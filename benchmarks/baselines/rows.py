@@ -9,12 +9,16 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from torch.distributed.pipelining import stage as pipelining
+
 from .driven import Driven, Within
 from .workloads import LOG_EVERY, Workload
 
 FILES = {"zero1": "zero", "zero2": "zero", "zero3": "zero", "2d": "two_d"}  # unlike their names
 FILES["pipeline_torch"] = "torch_pipelining"
 STATES = ("PartialState", "AcceleratorState", "GradientState")
+REPLACED = ("map_debug_info", "flatten_args")  # of torch's pipelines, by hybrid
+FUNCTIONS = {name: getattr(pipelining, name) for name in REPLACED}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +76,15 @@ class Turn:
     """Runs one row, with what processes share kept apart from other rows.
 
     Accelerate has one state for all its objects, and it and hybrid set environment variables: each
-    row finds them as it left them, and none at first."""
+    row finds them as it left them, and none at first. Of torch's functions, each row has those that
+    it put in their place."""
 
     def __init__(self, row: Row, workload: Workload) -> None:
         self.row = row
         self.workload = dataclasses.replace(workload, loading=row.loading)
         self._states: dict[str, dict[str, Any]] = collections.defaultdict(dict)
         self._environment = dict(os.environ)
+        self._functions = FUNCTIONS
         self._step: Any = None
 
     def build(self) -> None:
@@ -109,6 +115,7 @@ class Turn:
     def _apart(self) -> Iterator[None]:
         others = dict(os.environ)
         _set_environment(self._environment)
+        _set_torch_functions(self._functions)
         for name, state in _accelerate_states().items():
             state.clear()
             state.update(self._states[name])
@@ -117,12 +124,22 @@ class Turn:
         finally:
             self._states.update((n, dict(state)) for n, state in _accelerate_states().items())
             self._environment = dict(os.environ)
+            self._functions = _torch_functions()
             _set_environment(others)
 
 
 def _accelerate_states() -> dict[str, dict[str, Any]]:
     module = sys.modules.get("accelerate.state")
     return {name: getattr(module, name)._shared_state for name in STATES} if module else {}
+
+
+def _torch_functions() -> dict[str, Any]:
+    return {name: getattr(pipelining, name) for name in REPLACED}
+
+
+def _set_torch_functions(functions: dict[str, Any]) -> None:
+    for name, function in functions.items():
+        setattr(pipelining, name, function)
 
 
 def _set_environment(wanted: dict[str, str]) -> None:

@@ -20,6 +20,30 @@ def hash_ids(ids: torch.Tensor, salt: torch.Tensor | None = None) -> int:
     return int(numpy.add.reduce(_hashes(ids, salt)))
 
 
+class Samples:
+    """Holds samples by their ids, and the hash of them once somebody asks."""
+
+    def __init__(self, ids: Sequence[torch.Tensor] = ()) -> None:
+        self.unhashed = list(ids)
+        self._digest = 0  # of the others
+
+    def digest(self) -> int:
+        """Return the hash of all."""
+        if self.unhashed:
+            hash_together([self])
+        return self._digest
+
+
+def hash_together(several: Sequence[Samples]) -> None:
+    """Hash what several hold, for little more than the time of one."""
+    parts = [(samples, ids) for samples in several for ids in samples.unhashed]
+    if parts:
+        for (samples, _), digest in zip(parts, hash_each([ids for _, ids in parts]), strict=True):
+            samples._digest = (samples._digest + digest) % 2**64
+    for samples in several:
+        samples.unhashed = []
+
+
 def hash_each(parts: Sequence[torch.Tensor]) -> list[int]:
     """Return `hash_ids` of each part (int64 [n]); several small ones take as long as one."""
     ends = [0, *itertools.accumulate(part.shape[0] for part in parts)]

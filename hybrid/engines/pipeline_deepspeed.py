@@ -30,6 +30,7 @@ from .pipeline_instructions import (
     unmonitored,
     wrap_optimizer_step,
 )
+from .pipeline_stage import make_contiguous
 from .pipeline_state import DeepSpeedStage
 from .precision import Stepped
 from .protocol import make_receipt
@@ -49,8 +50,6 @@ class StageEngine(DeepSpeedStage):
         prepare_process(placement)
         config = full_config(job, placement, layers, name, zero_stage)
         self.zero_stage = pipeline_stage(job, zero_stage)
-        # DeepSpeed divides by the micro-batches and averages over columns.
-        self.loss_factor = self.micro_batches * self.layout.dp
         self.engine = self._build(layers, config)
         self.model = self.engine.module
         self.num_held = num_held(self.model)
@@ -62,6 +61,9 @@ class StageEngine(DeepSpeedStage):
         # Under ZeRO, DeepSpeed reduces a norm over the stages for each parameter group: a stage
         # with fewer groups than its neighbours would leave them waiting.
         num_groups = count_groups(layers, no_decay)
+        own.register_forward_pre_hook(self._start)
+        if not self.reads_targets:
+            own.register_forward_hook(lambda module, args, output: make_contiguous(output))
         parameters = self.assignment.parameters(own)
         flat_ties = self.assignment.has_ties and self.zero_stage > 0  # in ZeRO's flat buffers
         optimizer = build_optimizer(self.job, parameters, no_decay, num_groups, flat_ties)
@@ -95,7 +97,7 @@ class StageEngine(DeepSpeedStage):
         if self.zero_stage and self.norm_is_due:
             self.norm = norm_or_overflow(optimizer, self.engine.get_global_grad_norm())
         rate = read_learning_rate(optimizer)
-        row = LocalRow(self.tally, own, self.norm, rate, self.input_digest)
+        row = LocalRow(self.tally, own, self.norm, rate, self.inputs)
         self._note_step([row], scale, bool(self.zero_stage or self.job.train.clip_norm))
         if self.one_set and not (self.guard and self.guard.fault):
             self.one_set.after_step()
@@ -105,6 +107,13 @@ class StageEngine(DeepSpeedStage):
         self._feed(micro_batches)
         nothing = torch.zeros(1)
         return iter([(nothing, nothing)] * len(micro_batches))
+
+    def _take_loss(self, output: Any) -> torch.Tensor:
+        loss_sum = super()._take_loss(output)
+        if not torch.is_grad_enabled():
+            return loss_sum
+        # DeepSpeed divides by the micro-batches and averages over columns: undo both.
+        return loss_sum * (self.micro_batches * self.layout.dp / (self._count_all() or 1))
 
     def _clip(self, engine: Any) -> None:
         """Clip reduced gradients by their global norm over all stages.

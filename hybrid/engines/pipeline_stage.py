@@ -26,8 +26,8 @@ from ..models.layers import Layers
 from ..models.losses import Loss
 from ..stages.assignment import StageAssignment
 from .base import BaseEngine
-from .hashes import hash_ids
-from .layers import set_sample_seeds
+from .hashes import Samples
+from .layers import seed_forward_pass, set_sample_seeds
 from .optimizer import no_decay_names
 from .precision import Observer, names_of
 from .protocol import StepResult
@@ -47,8 +47,6 @@ class Stage(BaseEngine):
     A subclass makes the engine that passes tensors between stages: it sets the `model`, in which
     the stage's own module has a number for a name, and adds steps, evaluation and the receipt."""
 
-    loss_factor: float = 1  # of this step: undoes what the engine does to a micro-batch's loss
-
     def __init__(
         self, job: Job, placement: Placement, layers: Layers, loss: Loss, name: str
     ) -> None:
@@ -61,13 +59,12 @@ class Stage(BaseEngine):
         self.reads_inputs = self.stage < self.num_readers
         self.reads_targets = self.stage == self.layout.pp - 1
         self.micro_batches = job.micro_batches(name)
-        self.micro_batch_size = micro_batch_size(
-            job.train.global_batch, self.layout.dp, self.micro_batches
-        )
+        batch = job.train.global_batch
+        self.micro_batch_size = micro_batch_size(batch, self.layout.dp, self.micro_batches)
         self.assignment = StageAssignment(layers, settings.partition, placement)
         self.observer = Observer(layers, job.train.compile)
         self.tally = Tally(self.device)
-        self.input_digest = 0
+        self.inputs = Samples()  # that this stage read in this step
         self.norm: torch.Tensor | float = math.nan  # of the gradients' norm in this step
         # The micro-batches whose forward pass, or loss, is still to come.
         self.pending: deque[MicroBatch] = deque()
@@ -83,15 +80,12 @@ class Stage(BaseEngine):
         own = layers.join(self.assignment.part)
         layers.fill(own)
         leave_padding_out(own.modules())
-        own.register_forward_pre_hook(self._start)
-        if not self.reads_targets:
-            own.register_forward_hook(make_contiguous)
         self.buffers = names_of(own.buffers())
         return own, no_decay
 
     def _begin_step(self) -> None:
         """Forget the numbers of the step before."""
-        self.tally, self.input_digest, self.norm = Tally(self.device), 0, math.nan
+        self.tally, self.inputs, self.norm = Tally(self.device), Samples(), math.nan
         self.tallies = [self.tally]
 
     def _count_own(self, micro_batches: Iterable[MicroBatch]) -> int | float:
@@ -104,16 +98,21 @@ class Stage(BaseEngine):
         Engines pass tensors and tuples of them alone along a pipeline. So each stage takes what it
         needs of a data set from its own list, and engines are given nothing."""
         if self.reads_inputs:
-            self.input_digest = hash_ids(torch.cat([mb.ids for mb in micro_batches]))
+            self.inputs = Samples([micro_batch.ids for micro_batch in micro_batches])
         self.pending, self.targeted = deque(micro_batches), deque(micro_batches)
 
     def _start(self, module: nn.Module, args: Any) -> Any:
-        """Seed a forward pass of this stage, and give it the input of its micro-batch."""
+        """Seed a forward pass of this stage, and give it the input of its micro-batch.
+
+        It is a hook before the stage's own module, or called as one: None leaves its `args`."""
         number, micro_batch = self.micro_batches - len(self.pending), self.pending.popleft()
         if module.training:
             place = (*self.shares, number, self.stage)
-            ids, rows = micro_batch.ids, self.micro_batch_size or 1
-            set_sample_seeds(self.job, self.step, place, ids, rows)
+            if self.asks_for_rows is False:
+                seed_forward_pass(self.job.train.seed, self.step, *place)
+            else:
+                ids, rows = micro_batch.ids, self.micro_batch_size or 1
+                set_sample_seeds(self.job, self.step, place, ids, rows)
         if not self.reads_inputs:
             return None
         value = on_device(micro_batch, self.device).input
@@ -123,11 +122,10 @@ class Stage(BaseEngine):
         return (value,)
 
     def _take_loss(self, output: Any) -> torch.Tensor:
-        """Compute a micro-batch's loss on the last stage, in training and in evaluation."""
+        """Compute the sum of a micro-batch's losses on the last stage, also in an evaluation."""
         micro_batch = on_device(self.targeted.popleft(), self.device)
-        training = torch.is_grad_enabled()
-        loss_sum = self.tally.add(self.loss, output, micro_batch, score=not training)
-        return loss_sum * (self.loss_factor / (self._count_all() or 1)) if training else loss_sum
+        score = not torch.is_grad_enabled()
+        return self.tally.add(self.loss, output, micro_batch, score)
 
     def _result(self, step: StartedStep, rows: list[StepRow]) -> StepResult:
         result = super()._result(step, rows)
@@ -211,8 +209,8 @@ class Stage(BaseEngine):
         copy_state(own, {name: state[name] for name in own if name in state})
 
 
-def make_contiguous(module: nn.Module, args: Any, output: Any) -> Any:
-    """Make a stage's output contiguous, as a forward hook: nothing else can be sent."""
+def make_contiguous(output: Any) -> Any:
+    """Make a stage's output contiguous: nothing else can be sent."""
     if isinstance(output, tuple):
         return tuple(t.contiguous() for t in output)
     return output.contiguous()

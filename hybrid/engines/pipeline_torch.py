@@ -27,7 +27,8 @@ from .optimizer import (
     read_learning_rate,
     set_learning_rate,
 )
-from .pipeline_stage import Stage
+from .pipeline_stage import Stage, make_contiguous
+from .pipelining_calls import StageModule, spare_calls
 from .precision import DTYPES, Stepped, round_at_use
 from .protocol import OwnState, make_receipt
 from .schedule import learning_rate
@@ -49,19 +50,17 @@ class TorchStage(Stage):
         self, job: Job, placement: Placement, layers: Layers, loss: Loss, name: str
     ) -> None:
         super().__init__(job, placement, layers, loss, name)
-        own, no_decay = self._own_module(layers)
+        self.own, no_decay = self._own_module(layers)
         # Under its number, as DeepSpeed names it.
-        self.model = nn.Sequential(OrderedDict({str(self.stage): own})).to(self.device)
+        self.model = nn.Sequential(OrderedDict({str(self.stage): self.own})).to(self.device)
         self.num_held = num_held(self.model)
-        parameters = self.assignment.parameters(own)
+        parameters = self.assignment.parameters(self.own)
         self.optimizer = build_optimizer(job, parameters, no_decay)
         round_at_use(self.model, DTYPES[job.train.precision])
         self.tied = self.assignment.tied()
         self.counted_before = {p for p, _, first in self.tied if not first}  # by another stage
         self.scale = LossScale(job, self.device)
         self.scale.scale(torch.ones((), device=self.device))  # it makes its own tensors by a loss
-        self.unlearned = False  # torch asks next for shapes
-        self.buffers_before: dict[str, torch.Tensor] = {}  # it asked
         kind = SCHEDULES[job.strategy.pipeline.schedule]
         self.schedule = self._make_schedule(kind, self.micro_batches, lambda loss, _: loss)
         self.numbers = torch.zeros(self.micro_batches)  # of which torch wants one a micro-batch
@@ -71,8 +70,9 @@ class TorchStage(Stage):
         """Make a schedule of `number` micro-batches, with tensors to receive theirs.
 
         loss: makes it take gradients too. The last stage gives it what it takes these of."""
-        run = _Forward(self._forward_one)
+        run = StageModule(self._try)
         stage = PipelineStage(run, self.stage, self.layout.pp, self.device)
+        spare_calls(stage, self._first_gradient)
         return kind(stage, number, loss_fn=loss, scale_grads=False)
 
     def _run(self, schedule: Any, micro_batches: Sequence[MicroBatch], **options: Any) -> None:
@@ -80,7 +80,6 @@ class TorchStage(Stage):
 
         torch would raise an error of its own in place of it, with the shapes of all arguments."""
         self._feed(micro_batches)
-        self.unlearned = not schedule._stage_forward_initialized
         try:
             schedule.step(return_outputs=False, **options)
         except RuntimeError as error:
@@ -88,36 +87,39 @@ class TorchStage(Stage):
                 raise
             raise error.__cause__ from error.__cause__.__cause__
 
-    def _forward_one(self, *received: torch.Tensor) -> Any:
-        """Run this stage on one micro-batch: return what the next one takes, or the loss.
+    def _try(self, run: StageModule, *received: torch.Tensor) -> Any:
+        """Run a schedule's first micro-batch once more, by which torch learns shapes.
 
-        Where torch wants to know shapes, this takes the first micro-batch and leaves no trace of
-        it but buffers, which cannot be put back before the gradients are taken."""
-        if self.unlearned:
-            self.unlearned = False
-            kept = self.tally, deque(self.pending), deque(self.targeted)
-            self.tally, self.buffers_before = Tally(self.device), copy_buffers(self.model)
-            for tensor in received:
-                # torch would receive a gradient into memory that lies as this first one does, and
-                # then refuses to where that has gaps. test_workarounds.py tells when it has ceased.
-                if tensor.requires_grad:
-                    tensor.register_hook(torch.Tensor.contiguous)
-            output = self._compute(*received)
-            self.tally, self.pending, self.targeted = kept
-            return output
-        if self.buffers_before:
-            restore_buffers(self.model, self.buffers_before)
-            self.buffers_before = {}
-        return self._compute(*received)
+        It leaves no trace but in buffers, which are put back once its gradients are taken."""
+        kept = self.tally, deque(self.pending), deque(self.targeted)
+        self.tally, buffers = Tally(self.device), copy_buffers(self.model)
+        for tensor in received:
+            # torch would receive a gradient into memory that lies as this first one does, and
+            # then refuses to where that has gaps. test_workarounds.py tells when it has ceased.
+            if tensor.requires_grad:
+                tensor.register_hook(torch.Tensor.contiguous)
+        output = self._compute(run, *received)
+        self.tally, self.pending, self.targeted = kept
 
-    def _compute(self, *received: torch.Tensor) -> Any:
-        output = self.model(received[0] if len(received) == 1 else received)
-        return self._take_loss(output) if self.reads_targets else output
+        def after_the_trial(run: StageModule, *received: torch.Tensor) -> Any:
+            restore_buffers(self.model, buffers)
+            run.function = self._compute
+            return self._compute(run, *received)
+
+        run.function = after_the_trial
+        return output
+
+    def _compute(self, run: StageModule, *received: torch.Tensor) -> Any:
+        """Run this stage on one micro-batch: return what the next one takes, or the loss."""
+        value = received[0] if len(received) == 1 else received
+        (value,) = self._start(self.own, None) or (value,)
+        output = self.model(value)
+        return self._take_loss(output) if self.reads_targets else make_contiguous(output)
 
     def _step(self, micro_batches: Sequence[MicroBatch], own: int | float) -> None:
         self._begin_step()
         self._set_training(self.model)
-        scale = self.loss_factor = self.scale.value
+        scale = self.scale.value
         set_learning_rate(self.optimizer, learning_rate(self.job, self.step))
         self._run(self.schedule, micro_batches, target=self.numbers if self.reads_targets else None)
         self._reduce_tied()
@@ -129,8 +131,12 @@ class TorchStage(Stage):
         )
         finish_step(self.optimizer, self.scale, is_held(self, self.norm))
         rate = read_learning_rate(self.optimizer)
-        row = LocalRow(self.tally, own, self.norm, rate, self.input_digest)
+        row = LocalRow(self.tally, own, self.norm, rate, self.inputs)
         self._note_step([row], scale, bool(self.job.train.clip_norm))
+
+    def _first_gradient(self, loss_sum: torch.Tensor) -> torch.Tensor:
+        """Return that of a micro-batch's losses, of which the mean over the batch is trained."""
+        return self.backward.first(loss_sum, 1 / (self._count_all() or 1), self.scale)
 
     def _reduce_tied(self) -> None:
         """Sum the gradients of parameters that several stages hold."""
@@ -142,11 +148,12 @@ class TorchStage(Stage):
     def _share_overflow(self) -> None:
         """Make fp16's gradients overflow on all stages where they do on one: all skip the step."""
         gradients = [p.grad for p in parameters_of(self.optimizer) if p.grad is not None]
-        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
-        found = finite.logical_not().float()
+        bad = [gradient.isfinite().all().logical_not() for gradient in gradients]
+        found = torch.stack([torch.zeros((), dtype=torch.bool, device=self.device), *bad]).sum()
         dist.all_reduce(found)
         if found:
-            gradients[0].fill_(torch.inf)
+            for gradient in gradients:
+                gradient.fill_(torch.inf)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> EvalResult:
@@ -199,20 +206,6 @@ class TorchStage(Stage):
         self.scale.set_state(loss_scale)
 
     def close(self) -> None:
-        self.model = self.schedule = None
+        self.model = self.own = self.schedule = None  # type: ignore[assignment]
         self.evaluations, self.tied = {}, []
         del self.optimizer
-
-
-class _Forward(nn.Module):
-    """Is what torch takes for a stage's module: a function of a micro-batch's tensors.
-
-    It has no parameters of its own, since torch does nothing to them here."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *received: torch.Tensor) -> Any:
-        """Call the function."""
-        return self.function(*received)

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from ..launch.stopping import told
 from ..launch.waiting import waiting
-from .tally import Tally, hash_together
+from .hashes import Samples, hash_together
+from .tally import Tally
 
 SEND_EVERY_S = 1.0  # at least, where the state is saved: a rank may have been told to stop
 HASHED_TOGETHER = 2**10  # samples in a row at most, whose ids wait until several rows are sent
@@ -61,9 +62,13 @@ class LocalRow:
     expected: int | float
     norm: torch.Tensor | float
     lr: float
-    input_digest: int = 0
+    inputs: Samples | None = None  # that a pipeline's stage read
     stop: float = 0.0
     seconds: float = 0.0
+
+    def samples(self) -> list[Samples]:
+        """Return what is to be hashed."""
+        return [self.tally.seen] if self.inputs is None else [self.tally.seen, self.inputs]
 
     def late(self) -> list[torch.Tensor | float]:
         """Return the numbers that the device may know late: the first ones of the row."""
@@ -72,14 +77,14 @@ class LocalRow:
 
     def known(self) -> list[float]:
         """Return the other ones, which the host knows."""
-        digests = self.tally.sample_digest(), self.input_digest
+        digests = self.tally.seen.digest(), self.inputs.digest() if self.inputs else 0
         halves = [half for digest in digests for half in divmod(digest, HALF)]
         return [self.expected, self.tally.samples, *halves, self.lr, self.stop, self.seconds]
 
 
 def read_rows(rows: Sequence[LocalRow]) -> list[float]:
     """Return the numbers of rows, one after the other, where the device is the host."""
-    hash_together([row.tally for row in rows])
+    hash_together([samples for row in rows for samples in row.samples()])
     numbers = list[Any]()
     places = defaultdict[torch.dtype, list[int]](list)
     for row in rows:
@@ -97,7 +102,7 @@ def read_rows(rows: Sequence[LocalRow]) -> list[float]:
 
 def send_rows(rows: Sequence[LocalRow], device: torch.device) -> torch.Tensor:
     """Return the numbers of rows, float64 [n], without waiting for the device."""
-    hash_together([row.tally for row in rows])
+    hash_together([samples for row in rows for samples in row.samples()])
     late = torch.stack([_float64(value, device) for row in rows for value in row.late()])
     known = torch.tensor([row.known() for row in rows], dtype=torch.float64)
     if device.type == "cuda":
@@ -207,7 +212,7 @@ class StepQueue:
         for row in step.rows:
             row.stop, row.seconds = float(told()), now - self._noted
             if row.tally.samples > HASHED_TOGETHER:
-                hash_together([row.tally])
+                hash_together(row.samples())
         self.waiting.append(step)
         self._noted = now
 

@@ -19,8 +19,10 @@ from ..models.losses import Loss, take_loss
 from ..models.metrics import Metric, take_metric
 from ..records import EvalResult
 from .counting import TargetCounter, num_rows, number, real_rows
-from .hashes import hash_each
+from .hashes import Samples
 from .scores import TOKENS, UNCLEAR, UNKNOWN, Scores
+
+SCALAR = 8  # bytes of a number at most
 
 
 class TallyRow(NamedTuple):
@@ -41,9 +43,8 @@ class TallyRow(NamedTuple):
 class Tally:
     """Sums over the micro-batches of one step or one evaluation, on one rank.
 
-    counter: is shown each output. metrics: of the job, for an evaluation. loss_sum: [] on the
-    device, in float64. count: the targets counted so far, a tensor [] where the loss gives one, in
-    float64 where that is floating. Both are None before the first sample."""
+    counter: is shown each output. metrics: of the job, for an evaluation. In training, sums are
+    taken when they are asked for: the next stage of a pipeline waits for what comes before that."""
 
     def __init__(
         self,
@@ -52,13 +53,13 @@ class Tally:
         metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         self.device, self.counter, self.metrics = device, counter, metrics or {}
-        self.loss_sum: torch.Tensor | None = None
-        self.count: torch.Tensor | int | float | None = None
+        self._loss_sum: torch.Tensor | None = None
+        self._count: torch.Tensor | int | float | None = None
+        self._parts: list[tuple[torch.Tensor, Any]] = []  # loss and count, not added yet
         self.samples = 0
         self.scores = Scores()
         self.measured: dict[str, list[Any]] = {name: [0.0, 0.0] for name in self.metrics}
-        self.digest = 0  # of the samples but `unhashed`
-        self.unhashed: list[torch.Tensor] = []  # ids of samples
+        self.seen = Samples()
 
     def add(
         self,
@@ -88,18 +89,39 @@ class Tally:
         else:
             loss_sum, count = take_loss(loss, output, target)
         found = loss_sum.detach()
-        if self.loss_sum is None:  # a copy, which keeps nothing else in memory
-            self.loss_sum = found.to(torch.float64, copy=True)
-        else:
-            self.loss_sum = self.loss_sum + found
-        if isinstance(count, torch.Tensor) and count.is_floating_point():
-            count = count.to(torch.float64)
-        self.count = count if self.count is None else self.count + count
+        if found.untyped_storage().nbytes() > SCALAR:
+            found = found.clone()  # which keeps nothing else in memory
+        self._parts.append((found, count))
         self.samples += rows
-        self.unhashed.append(micro_batch.ids)
+        self.seen.unhashed.append(micro_batch.ids)
         if score:
-            self.sample_digest()  # an evaluation keeps no list of all its samples
+            self._add_parts()  # an evaluation keeps no list of all its samples
+            self.seen.digest()
         return loss_sum
+
+    @property
+    def loss_sum(self) -> torch.Tensor | None:
+        """Return the sum so far, [] on the device; None before the first sample."""
+        self._add_parts()
+        return self._loss_sum
+
+    @property
+    def count(self) -> torch.Tensor | int | float | None:
+        """Return the targets so far, a tensor [] where the loss gives one; None as the sum is."""
+        self._add_parts()
+        return self._count
+
+    def _add_parts(self) -> None:
+        """Add what has come, in float64 where it is floating."""
+        for loss_sum, count in self._parts:
+            if isinstance(count, torch.Tensor) and count.is_floating_point():
+                count = count.to(torch.float64)
+            self._count = count if self._count is None else self._count + count
+            if self._loss_sum is None:
+                self._loss_sum = loss_sum.to(torch.float64)
+            else:
+                self._loss_sum = self._loss_sum + loss_sum
+        self._parts.clear()
 
     def _measure(self, output: Any, target: Any) -> None:
         """Take the job's metrics of one micro-batch."""
@@ -108,12 +130,6 @@ class Tally:
                 exact = part.to(torch.float64) if isinstance(part, torch.Tensor) else float(part)
                 self.measured[name][i] = self.measured[name][i] + exact
 
-    def sample_digest(self) -> int:
-        """Return the hash of all samples so far."""
-        if self.unhashed:
-            hash_together([self])
-        return self.digest
-
     def row(self) -> TallyRow:
         """Return the sums so far, as numbers."""
         scores = self.scores
@@ -121,7 +137,7 @@ class Tally:
             float(self.loss_sum or 0.0),
             float(self.count or 0.0),
             self.samples,
-            self.sample_digest(),
+            self.seen.digest(),
             int(scores.correct),
             scores.predictions or 0,
             scores.kind,
@@ -129,16 +145,6 @@ class Tally:
             float(scores.entropy),
             int(scores.predictions is not None),
         )
-
-
-def hash_together(tallies: Sequence[Tally]) -> None:
-    """Hash the samples of several tallies, for little more than the time of one."""
-    parts = [(tally, ids) for tally in tallies for ids in tally.unhashed]
-    if parts:
-        for (tally, _), digest in zip(parts, hash_each([ids for _, ids in parts]), strict=True):
-            tally.digest = (tally.digest + digest) % 2**64
-    for tally in tallies:
-        tally.unhashed = []
 
 
 def _zero(loss: Loss, output: Any, target: Any) -> torch.Tensor:

@@ -225,6 +225,10 @@ class Job(Section):
         """Return the section of one strategy, or the defaults if it has no section."""
         return getattr(self.strategy, "two_d" if strategy == "2d" else strategy, StrategySettings())
 
+    def stages_by_torch(self, strategy: str) -> bool:
+        """Tell whether torch runs the stages of a strategy, and not DeepSpeed."""
+        return getattr(self.settings(strategy), "engine", None) == "torch"
+
     def micro_batches(self, strategy: str) -> int:
         """Return the micro-batches per data-parallel rank under one strategy."""
         return self.settings(strategy).micro_batches or self.train.micro_batches

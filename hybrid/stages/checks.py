@@ -45,8 +45,8 @@ def check_stages(name: str, job: Job, layout: Layout, summary: ModelSummary) -> 
     """Return warnings about the stages of strategy `name`, pipeline or 2d.
 
     Raises Unsupported for a model that cannot be cut so, or a DeepSpeed that trains pipelines
-    wrongly, and JobError for a partition that does not fit."""
-    known_bad = check_release(job, name)
+    wrongly and is to run them, and JobError for a partition that does not fit."""
+    known_bad = [] if job.stages_by_torch(name) else check_release(job, name)
     if summary.cut_problem:
         raise Unsupported(summary.cut_problem)
     settings = job.settings(name)
@@ -80,11 +80,11 @@ class Boundary:
         pairs = zip(self.dtypes, self.shapes, strict=True)
         return ", ".join(f"{dtype} [{', '.join(map(str, shape))}]" for dtype, shape in pairs)
 
-    def fault(self) -> str | None:
+    def fault(self, by_torch: bool = False) -> str | None:
         """Say why this cannot pass between stages, and the remedy in the layer, or return None.
 
-        The text continues "layer 3 returns ..."."""
-        if self.problem or self.unknown:
+        The text continues "layer 3 returns ...". by_torch: torch runs the stages."""
+        if self.problem or self.unknown or by_torch:
             return self.problem
         if all(dtype.startswith(("float", "bfloat")) for dtype in self.dtypes):
             return None
@@ -117,9 +117,14 @@ class _Plan:
     boundaries: Sequence[Boundary]
 
     @property
+    def by_torch(self) -> bool:
+        """Tell whether torch runs the stages."""
+        return self.job.stages_by_torch(self.name)
+
+    @property
     def barred(self) -> list[int]:
         """Return the layers that no stage may end with."""
-        return [b.after_layer for b in self.boundaries if b.fault()]
+        return [b.after_layer for b in self.boundaries if b.fault(self.by_torch)]
 
     @property
     def cuts(self) -> list[Boundary]:
@@ -191,7 +196,7 @@ def _crossings(plan: _Plan) -> list[str]:
         f"stage {stage} ends with layer {cut.after_layer}, which returns {fault}; or "
         f"{plan.other_cut()}"
         for stage, cut in enumerate(plan.cuts)
-        if (fault := cut.fault())
+        if (fault := cut.fault(plan.by_torch))
     ]
 
 
@@ -200,7 +205,7 @@ def _one_buffer(plan: _Plan) -> list[str]:
 
     DeepSpeed 0.19 receives both into the same buffers, made for the dtype that came first
     (`_allocate_or_extend_buffers`)."""
-    cuts = [cut for cut in plan.cuts if cut.dtypes and not cut.fault()]
+    cuts = [c for c in plan.cuts if c.dtypes and not c.fault() and not plan.by_torch]
     for one, other in itertools.pairwise(cuts):
         for here, there in zip(one.dtypes, other.dtypes, strict=False):
             if here != there:

@@ -19,7 +19,7 @@ summary = "layers over stages; `partition` uniform, parameters or [layers, ...];
 
 def modules(job: Job | None) -> tuple[str, ...]:
     """Name what the ranks import: DeepSpeed's, where that runs the stages."""
-    if job and job.strategy.pipeline.engine == "torch":
+    if job and job.stages_by_torch(name):
         return ("hybrid.engines.pipeline_torch",)
     return ("hybrid.engines.pipeline_deepspeed", *MODULES)
 
@@ -33,7 +33,7 @@ def layout(job: Job, nproc: int) -> Layout:
 
 def check(job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
     """Require that every stage gets layers with parameters, and tensors that can be passed on."""
-    if job.strategy.pipeline.engine == "torch":
+    if job.stages_by_torch(name):
         _check_torch(job, layout)
         flat = []
     else:
@@ -62,7 +62,7 @@ def _check_torch(job: Job, layout: Layout) -> None:
 
 def build(job: Job, placement: Placement, layers: Layers, loss: Loss) -> Engine:
     """Make this rank's stage."""
-    if job.strategy.pipeline.engine == "torch":
+    if job.stages_by_torch(name):
         from ..engines.pipeline_torch import TorchStage
 
         return TorchStage(job, placement, layers, loss, name)

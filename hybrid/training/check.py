@@ -50,9 +50,9 @@ class CheckedJob:
 
     def warnings(self, name: str | None = None) -> list[str]:
         """Return the warnings of the try-out for a run by its name; for all of them without one."""
-        strategy = name and resolve(self.job, name).strategy
-        kept = [f for f in self.findings if not f.fatal and (not strategy or f.touches(strategy))]
-        return [found.text if strategy else found.show() for found in kept]
+        choice = resolve(self.job, name) if name else None
+        kept = [f for f in self.findings if not f.fatal and (not choice or f.touches(choice))]
+        return [found.text if choice else found.show() for found in kept]
 
     def plan(self, name: str, nproc: int) -> tuple[Layout, list[str]]:
         """Return what `registry.plan` does for this job; what the try-out found raises Unsupported.
@@ -61,7 +61,7 @@ class CheckedJob:
         layout, warnings = registry.plan(self.job, name, nproc, self.summary, self.num_samples)
         choice = resolve(self.job, name)
         for found in self.findings:
-            if found.fatal and found.touches(choice.strategy):
+            if found.fatal and found.touches(choice):
                 raise Unsupported(found.text)
         if self.lone_sample:
             lone_samples(choice, layout, self.num_samples, self.lone_sample)

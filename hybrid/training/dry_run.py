@@ -20,12 +20,14 @@ from ..records.dry_run import DryRun
 from ..strategies import registry
 
 MOST_RANKS = 2**14  # of a run of which one rank is played
-# Why DeepSpeed's engines cannot be played, as was seen with 0.19.8.
+# Why some engines cannot be played, as was seen with DeepSpeed 0.19.8 and torch 2.13.
 UNPLAYED = {
     "hybrid.engines.zero": "DeepSpeed's ZeRO decides by values, which a dry-run has not: it reads "
     "the norm before each update, and ZeRO-3 compares lists that other ranks send",
     "hybrid.engines.pipeline_deepspeed": "a DeepSpeed pipeline reads the shapes of activations out "
     "of messages from the stage before, and nobody sends them in a dry-run",
+    "hybrid.engines.pipeline_torch": "torch's pipelines learn the shapes of activations from the "
+    "stage before, and nobody sends them in a dry-run",
 }
 
 

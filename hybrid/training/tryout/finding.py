@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Collection, Iterable
 
+from ...job.variants import Choice
+
 SHARDED = ("fsdp", "zero1", "zero2", "zero3")
 STAGED = ("pipeline", "2d")
 SEVERAL = ("ddp", "local_sgd", *SHARDED, *STAGED)  # those that cut a batch among processes
@@ -15,15 +17,18 @@ class Finding:
 
     strategies: those that it touches, by their own names; empty: all of them. fatal: where it
     touches all no run could be right, and where it touches some these are not possible. Others are
-    warnings, which stand in the record."""
+    warnings, which stand in the record. by_deepspeed: not where torch runs a strategy's stages."""
 
     text: str
     strategies: tuple[str, ...] = ()
     fatal: bool = False
+    by_deepspeed: bool = False
 
-    def touches(self, strategy: str) -> bool:
-        """Return whether a strategy, by its own name, has to do with this."""
-        return not self.strategies or strategy in self.strategies
+    def touches(self, choice: Choice) -> bool:
+        """Return whether a strategy or variant has to do with this."""
+        if self.by_deepspeed and choice.job.stages_by_torch(choice.strategy):
+            return False
+        return not self.strategies or choice.strategy in self.strategies
 
     def bars_all(self) -> bool:
         """Return whether no run of the job could be right."""

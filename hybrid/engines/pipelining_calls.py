@@ -1,0 +1,84 @@
+"""This module spares `torch.distributed.pipelining` calls that are for nothing.
+
+A pipeline of small steps waits where its last stage takes a moment longer than the first one's next
+forward pass, and gloo's threads then spin for a lock. benchmarks/LOG.md has the figures."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.pipelining import stage
+
+from .backward import run_backward
+
+
+class StageModule(nn.Module):
+    """Is what torch takes for a stage's module: a function of a micro-batch's tensors.
+
+    It has no parameters, since torch does nothing to them here. function: is called with this
+    object first, and may put another function in its place."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *received: torch.Tensor) -> Any:
+        """Call the function."""
+        return self.function(self, *received)
+
+
+def spare_calls(made: Any, first_gradient: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Spare a `PipelineStage` calls for nothing in each micro-batch.
+
+    torch describes each output for a log that nobody writes, looks for tensors in a tuple of
+    tensors as if that were any nesting, and looks up the rank of a stage at each transfer. It
+    begins each backward pass with ones: here it is with what `first_gradient` returns for a loss.
+    test_workarounds.py tells when it has ceased."""
+    stage.map_debug_info = _Described  # type: ignore[assignment]
+    stage.flatten_args = _flatten  # type: ignore[assignment]
+    made._resolve_peer_global_rank = functools.cache(made._resolve_peer_global_rank)
+    made.backward_maybe_with_nosync = functools.partial(_take_gradients, first_gradient)
+
+
+def _take_gradients(
+    first_gradient: Callable[[torch.Tensor], torch.Tensor],
+    kind: str,
+    given: dict[str, Any],
+    last_backward: bool = False,
+) -> tuple[tuple[torch.Tensor | None, ...], None]:
+    """Take the gradients of a stage's outputs, and return those of what it received."""
+    output = given["stage_output"]
+    if given["output_grads"] is None:  # it is the loss
+        pairs = [(output, first_gradient(output))]
+    else:
+        pairs = list(zip(output, given["output_grads"], strict=True))
+    pairs = [pair for pair in pairs if pair[0].requires_grad and pair[1] is not None]
+    if pairs:
+        run_backward([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    found = tuple([value.grad for value in given["input_values"]])
+    for value in given["input_values"]:
+        value.grad = None
+    return found, None
+
+
+class _Described:
+    """Is the description of a value, made where somebody reads it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __str__(self) -> str:
+        return str(_describe(self.value))
+
+
+_describe, _flatten_any = stage.map_debug_info, stage.flatten_args
+
+
+def _flatten(values: Any) -> list[Any]:
+    """Return what is in a nesting, in order; a tuple of tensors, or an empty dict, has no other."""
+    if type(values) is tuple and all([type(value) is torch.Tensor for value in values]):
+        return list(values)
+    found: list[Any] = _flatten_any(values) if values else []
+    return found
