@@ -75,20 +75,20 @@ def _share_ids(change: Callable[[int, int], tuple[int, int]]) -> None:
 
 def targets_of_another_batch() -> None:
     """The last stage reads its targets from another order of the batch than the first stage."""
-    from hybrid.engines.pipeline_deepspeed import StageEngine
+    import dataclasses
 
-    step = StageEngine._step
+    from hybrid.engines.pipeline_stage import Stage
 
-    def shifted(self: Any, micro_batches: Any, own: int) -> None:
-        import dataclasses
+    feed = Stage._feed
 
+    def shifted(self: Any, micro_batches: Any) -> None:
         if self.stage:
             other = [(mb.ids + 1) % 100 for mb in micro_batches]
             pairs = zip(micro_batches, other, strict=True)
             micro_batches = [dataclasses.replace(mb, ids=ids) for mb, ids in pairs]
-        step(self, micro_batches, own)
+        feed(self, micro_batches)
 
-    StageEngine._step = shifted  # type: ignore[method-assign]
+    Stage._feed = shifted  # type: ignore[method-assign]
 
 
 def rank_skips_all_reduce() -> None:
@@ -113,7 +113,7 @@ def rank_skips_all_reduce() -> None:
 
 def stage_with_another_rate() -> None:
     """Stage 1's optimizer is given ten times the learning rate."""
-    from hybrid.engines import pipeline_deepspeed
+    from hybrid.engines import pipeline_deepspeed, pipeline_torch
     from hybrid.launch.placement import find_placement
 
     give = pipeline_deepspeed.set_learning_rate
@@ -121,12 +121,12 @@ def stage_with_another_rate() -> None:
     def larger(optimizer: Any, lr: float) -> None:
         give(optimizer, lr * 10 if find_placement().rank == 1 else lr)
 
-    pipeline_deepspeed.set_learning_rate = larger
+    pipeline_deepspeed.set_learning_rate = pipeline_torch.set_learning_rate = larger
 
 
 def stage_with_larger_updates() -> None:
     """Stage 1 steps ten times as far, and its optimizer shows the right rate all the same."""
-    from hybrid.engines import pipeline_deepspeed
+    from hybrid.engines import pipeline_deepspeed, pipeline_torch
     from hybrid.launch.placement import find_placement
 
     build = pipeline_deepspeed.build_optimizer
@@ -145,7 +145,7 @@ def stage_with_larger_updates() -> None:
             optimizer.step = ten_times  # type: ignore[method-assign]
         return optimizer
 
-    pipeline_deepspeed.build_optimizer = farther
+    pipeline_deepspeed.build_optimizer = pipeline_torch.build_optimizer = farther
 
 
 def other_initial_weight() -> None:

@@ -13,9 +13,9 @@ from tests.conftest import ROOT, small_job
 
 
 def compare_with(fault: str, strategy: str, out: Path, nproc: int = 2, **changes: Any) -> Any:
-    """A comparison of one strategy whose ranks carry the fault."""
+    """A comparison of one strategy whose ranks carry the fault; `by_torch` is `pipeline` so."""
     program = [sys.executable, str(ROOT / "tests" / "faulty.py"), fault]
-    job = small_job(**changes)
+    job = small_job(variant={"by_torch": {"strategy": "pipeline", "engine": "torch"}}, **changes)
     return hybrid.compare(job, [strategy], nproc=nproc, out=out, program=program)
 
 
@@ -24,8 +24,10 @@ def compare_with(fault: str, strategy: str, out: Path, nproc: int = 2, **changes
     [
         ("not_divided_by_accumulation", "ddp", "2 times too large: not divided by the number of"),
         ("stage_not_divided_by_accumulation", "pipeline", "micro-batches"),
+        ("stage_not_divided_by_accumulation", "by_torch", "micro-batches"),
         ("samples_of_another_step", "zero1", "other samples"),
         ("stage_with_larger_updates", "pipeline", "one stage only: the first update of stage 1"),
+        ("stage_with_larger_updates", "by_torch", "one stage only: the first update of stage 1"),
         ("other_initial_weight", "fsdp", "other initial weights"),
     ],
 )
@@ -46,6 +48,7 @@ def test_parity_catches_and_names(fault: str, strategy: str, cause: str, tmp_pat
         ("rank_skips_all_reduce", "ddp", "rank 1 has gradient norm"),
         ("stage_with_another_rate", "pipeline", "rank 1 has learning rate"),
         ("targets_of_another_batch", "pipeline", "are of different samples"),
+        ("targets_of_another_batch", "by_torch", "are of different samples"),
         ("fsdp_falls_back", "fsdp", "every parameter is a DTensor"),
     ],
 )

@@ -109,6 +109,9 @@ def test_parameters_without_a_gradient_bar_those_who_decay_or_wait_for_them() ->
     assert barred == {"ddp", "zero1", "zero2", "zero3", "pipeline"}
     (kept,) = checked.warnings("fsdp")
     assert "leaves them as they are" in kept and checked.warnings("single") == [kept]
+    by_torch = {"strategy__pipeline": {"engine": "torch"}, "optimizer__weight_decay": 0.1}
+    checked = check_job(make_job(**of_model("unused", **by_torch)))
+    assert can_run(checked, "pipeline") and checked.warnings("pipeline") == [kept]
 
 
 def test_every_luggage_is_looked_at() -> None:

@@ -33,12 +33,15 @@ def spare_calls(made: Any, first_gradient: Callable[[torch.Tensor], torch.Tensor
     """Spare a `PipelineStage` calls for nothing in each micro-batch.
 
     torch describes each output for a log that nobody writes, looks for tensors in a tuple of
-    tensors as if that were any nesting, and looks up the rank of a stage at each transfer. It
-    begins each backward pass with ones: here it is with what `first_gradient` returns for a loss.
-    test_workarounds.py tells when it has ceased."""
+    tensors as if that were any nesting, looks up the rank of a stage at each transfer, and
+    describes again what it receives into the same memory. It begins each backward pass with ones:
+    here it is with what `first_gradient` returns for a loss. test_workarounds.py tells when it has
+    ceased."""
     stage.map_debug_info = _Described  # type: ignore[assignment]
     stage.flatten_args = _flatten  # type: ignore[assignment]
     made._resolve_peer_global_rank = functools.cache(made._resolve_peer_global_rank)
+    made.get_fwd_recv_ops = functools.cache(made.get_fwd_recv_ops)
+    made.get_bwd_recv_ops = functools.cache(made.get_bwd_recv_ops)
     made.backward_maybe_with_nosync = functools.partial(_take_gradients, first_gradient)
 
 

@@ -51,7 +51,8 @@ class CheckedJob:
     def warnings(self, name: str | None = None) -> list[str]:
         """Return the warnings of the try-out for a run by its name; for all of them without one."""
         choice = resolve(self.job, name) if name else None
-        kept = [f for f in self.findings if not f.fatal and (not choice or f.touches(choice))]
+        warned = [found for found in self.findings if not found.fatal]
+        kept = [f for f in warned if (f.touches(choice) if choice else not f.staged_by)]
         return [found.text if choice else found.show() for found in kept]
 
     def plan(self, name: str, nproc: int) -> tuple[Layout, list[str]]:

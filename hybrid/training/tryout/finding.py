@@ -17,17 +17,20 @@ class Finding:
 
     strategies: those that it touches, by their own names; empty: all of them. fatal: where it
     touches all no run could be right, and where it touches some these are not possible. Others are
-    warnings, which stand in the record. by_deepspeed: not where torch runs a strategy's stages."""
+    warnings, which stand in the record. staged_by: it touches no stages but those that
+    this engine runs, deepspeed or torch; None: all."""
 
     text: str
     strategies: tuple[str, ...] = ()
     fatal: bool = False
-    by_deepspeed: bool = False
+    staged_by: str | None = None
 
     def touches(self, choice: Choice) -> bool:
         """Return whether a strategy or variant has to do with this."""
-        if self.by_deepspeed and choice.job.stages_by_torch(choice.strategy):
-            return False
+        if self.staged_by and choice.strategy in STAGED:
+            engine = "torch" if choice.job.stages_by_torch(choice.strategy) else "deepspeed"
+            if engine != self.staged_by:
+                return False
         return not self.strategies or choice.strategy in self.strategies
 
     def bars_all(self) -> bool:

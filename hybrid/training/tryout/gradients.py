@@ -145,10 +145,14 @@ def _missing(trial: Trial, odd: set[torch.Tensor]) -> list[Finding]:
     found = [Finding(f"{text}, and DDP waits for one; {mend}", ("ddp",), fatal=True)]
     if trial.job.optimizer.weight_decay > 0:
         why = "and DeepSpeed decays them all the same, as single does not"
-        found.append(Finding(f"{text}, {why}; {mend}", (*ZERO, *STAGED), True, by_deepspeed=True))
+        found.append(Finding(f"{text}, {why}; {mend}", (*ZERO, *STAGED), True, "deepspeed"))
     barred = [name for one in found for name in one.strategies]
     others = tuple(name for name in ("single", *SEVERAL) if name not in barred)
-    return [*found, Finding(f"{text}, so that training leaves them as they are; {mend}", others)]
+    text += f", so that training leaves them as they are; {mend}"
+    found.append(Finding(text, others))
+    if set(STAGED) & set(barred):
+        found.append(Finding(text, STAGED, staged_by="torch"))
+    return found
 
 
 def _without(trial: Trial, odd: set[torch.Tensor]) -> list[str]:
