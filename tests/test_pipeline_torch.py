@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import hybrid
-from hybrid.job.errors import JobError, RunFailed
+from hybrid.job.errors import JobError, RunFailed, Unsupported
 from hybrid.job.file import to_dict
-from hybrid.strategies import registry
+from hybrid.layout import Layout
+from hybrid.stages.checks import ModelSummary
+from hybrid.strategies import pipeline, registry
 from hybrid.training.progress import Watcher
 from hybrid.training.run import launch
 from tests.conftest import ROOT, hybrid_command, small_job
@@ -23,10 +26,10 @@ from tests.test_guard import guarded, plan
 from tests.test_pipeline_checkpoints import JOB
 from tests.workloads import squared_error
 
-TORCH = {"engine": "torch"}
+TORCH, GPIPE = {"engine": "torch"}, {"schedule": "gpipe"}
 VARIANTS = {
     "by_torch": {"strategy": "pipeline", **TORCH},
-    "gpipe": {"strategy": "pipeline", **TORCH, "schedule": "gpipe"},
+    "gpipe": {"strategy": "pipeline", **TORCH, **GPIPE},
 }
 RANKS = 4
 
@@ -64,14 +67,18 @@ def test_both_schedules_train_a_tied_model_as_one_process_does(tmp_path: Path) -
         assert set(evidence["ranks"][0]["tied"]) == set(evidence["ranks"][3]["tied"]) != set()
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_precisions_mean_what_they_mean_elsewhere(precision: str, tmp_path: Path) -> None:
-    job = language_job(train__precision=precision, train__micro_batches=4)
-    result = hybrid.compare(job, ["by_torch"], RANKS, tmp_path)
-    assert result.ok, result.parity
-    ledger = of_torch(result.strategies["by_torch"])["precision"]
+def assert_ledger(evidence: dict[str, Any], precision: str) -> None:
+    """It computed in a precision, and all else was in fp32."""
+    ledger = evidence["precision"]
     assert ledger["computing"] == ledger["activations"] == precision
     assert ledger["stored"] == ledger["gradients"] == ledger["master_weights"] == "fp32"
+
+
+def test_a_run_in_bf16_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    changes = {"train__steps": 6, "train__precision": "bf16", "checkpoint": {"every": 2}}
+    result = hybrid.compare(language_job(**changes), ["by_torch"], RANKS, tmp_path, interrupt=3)
+    assert result.ok, result.parity["by_torch"]
+    assert_ledger(of_torch(result.strategies["by_torch"]), "bf16")
 
 
 class Overflow(torch.autograd.Function):
@@ -108,6 +115,7 @@ def test_all_stages_skip_a_step_in_which_some_overflow(tmp_path: Path) -> None:
     job = unguarded([bad], "tests.test_pipeline_torch:steep", changes)
     result = hybrid.compare(job, ["by_torch"], RANKS, tmp_path)
     assert result.ok, result.parity
+    assert_ledger(of_torch(result.strategies["by_torch"]), "fp16")
     for name in ("single", "by_torch"):
         scales = [step.loss_scale for step in result.strategies[name].steps]
         assert scales == [2.0**16] * 3 + [2.0**15] * 2, name
@@ -141,15 +149,33 @@ class Fork(nn.Module):
 
 
 class Pass(nn.Module):
-    """A layer that changes the first of three tensors."""
+    """A layer that changes the first of three tensors, and watches the gradient of its input."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(5, 5)
+        self.passes = self.seen = 0
+
+    def see(self, gradient: torch.Tensor) -> None:
+        """Count gradients: there is one for each pass."""
+        self.seen += 1
+        if self.seen > self.passes:
+            raise ValueError(f"{self.seen} gradients of {self.passes} passes")
 
     def forward(self, given: Any) -> tuple[torch.Tensor, ...]:
         """[batch, 5], [batch, 9] and int64 [batch] to the same."""
+        if given[0].requires_grad:
+            self.passes += 1
+            given[0].register_hook(self.see)
         return self.inner(given[0]), *given[1:]
+
+
+class Rectify(Pass):
+    """A layer that begins by changing what it is given."""
+
+    def forward(self, given: Any) -> tuple[torch.Tensor, ...]:
+        """[batch, 5], [batch, 9] and int64 [batch] to the same."""
+        return super().forward((functional.relu(given[0], inplace=True), *given[1:]))
 
 
 class Join(nn.Module):
@@ -171,7 +197,7 @@ def forked_error(output: dict[str, torch.Tensor], target: torch.Tensor) -> Any:
 
 def forked() -> tuple[list[nn.Module], Any]:
     """Four layers between which three tensors pass; the last returns a dict."""
-    return [Fork(), Pass(), Pass(), Join()], forked_error
+    return [Fork(), Pass(), Rectify(), Join()], forked_error
 
 
 def test_several_tensors_pass_between_stages(tmp_path: Path) -> None:
@@ -180,18 +206,12 @@ def test_several_tensors_pass_between_stages(tmp_path: Path) -> None:
     assert result.ok, {n: p.first_difference for n, p in result.parity.items()}
 
 
-def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    job = language_job(train__steps=6, checkpoint={"every": 2})
-    result = hybrid.compare(job, ["by_torch"], RANKS, tmp_path, interrupt=3)
-    assert result.ok, result.parity["by_torch"]
-
-
 def test_the_guard_names_rank_sample_and_layer(tmp_path: Path) -> None:
     draw = random.Random("by torch")
     step = draw.randrange(1, 4)
     sample = draw.choice([i for ids in plan(1).micro_batch_ids(step, 0) for i in ids])
     policy = {"spike_factor": 50.0, "window": 1}
-    settings = TORCH | {"schedule": "gpipe"}  # which needs no more micro-batches
+    settings = TORCH | GPIPE  # which needs no more micro-batches
     job = guarded([sample], "layer", guard=policy, strategy__pipeline=settings)
     with pytest.raises(RunFailed) as raised:
         launch(job, "pipeline", RANKS, tmp_path, Watcher())
@@ -233,7 +253,7 @@ def test_what_a_layer_raises_is_the_first_cause(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"schedule": "gpipe"}, "engine = 'deepspeed' runs 1f1b alone; valid: '1f1b'"),
+        (GPIPE, "engine = 'deepspeed' runs 1f1b alone; valid: '1f1b'"),
         ({"engine": "gpipe"}, "strategy.pipeline.engine = 'gpipe'"),
         (TORCH | {"schedule": "zero-bubble"}, "strategy.pipeline.schedule = 'zero-bubble'"),
     ],
@@ -244,16 +264,31 @@ def test_a_setting_that_no_engine_has_is_refused(settings: dict[str, Any], said:
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_file_for_deepspeed_and_too_few_micro_batches_are_refused(tmp_path: Path) -> None:
-    job = language_job(train__micro_batches=3)
-    result = hybrid.compare(job, ["by_torch", "gpipe"], RANKS, tmp_path)
-    record = result.strategies["by_torch"]
-    assert record.status == "not_possible" and result.strategies["gpipe"].status == "ok"
-    assert record.reason and "as many micro-batches as stages, 4, not 3: set" in record.reason
+def test_a_file_for_deepspeed_and_too_few_micro_batches_are_refused() -> None:
+    layout, summary = Layout(pp=4), ModelSummary([1, 1, 1, 1])
+    few = {"train__micro_batches": 3, "train__global_batch": 12}
+    with pytest.raises(Unsupported, match="as many micro-batches as stages, 4, not 3: set"):
+        pipeline.check(small_job(strategy__pipeline=TORCH, **few), layout, summary)
+    pipeline.check(small_job(strategy__pipeline=TORCH | GPIPE, **few), layout, summary)
     settings = ["--set", 'strategy.pipeline={engine="torch", ds_config="pipeline"}']
     path = str(ROOT / "launch/jobs/mlp.toml")
     done = hybrid_command("train", path, "--strategy", "pipeline", "--nproc", "2", *settings)
     assert done.returncode == 2 and "runs no DeepSpeed, which alone reads it" in done.stderr
+
+
+@pytest.mark.parametrize(("release", "taken"), [("2.12.1", False), ("2.13.0+cu130", True)])
+def test_an_earlier_torch_is_refused(
+    release: str, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "version", lambda _: release)
+    job, layout = small_job(strategy__pipeline=TORCH), Layout(pp=2)
+    if taken:
+        pipeline.check(job, layout, ModelSummary([1, 1]))
+        return
+    with pytest.raises(
+        Unsupported, match=r"torch 2\.12\.1 is installed, and this needs 2\.13 or later"
+    ):
+        pipeline.check(job, layout, ModelSummary([1, 1]))
 
 
 def test_ranks_import_no_deepspeed(tmp_path: Path) -> None:

@@ -282,6 +282,14 @@ def test_torch_s_pipelines_still_receive_a_gradient_as_one_of_a_trial_pass_lies(
     assert made.shape == (4, 9) and not made.is_contiguous()
 
 
+def test_torch_s_pipelines_still_receive_into_the_same_tensors() -> None:
+    """hybrid/engines/pipelining_calls.py::forget_hooks"""
+    from torch.distributed.pipelining import stage
+
+    given = inspect.getsource(stage._PipelineStageBase._retrieve_recv_activations)
+    assert "activation = info.buffer.requires_grad_(" in given
+
+
 def test_torch_s_pipelines_still_do_in_each_micro_batch_what_is_left_out() -> None:
     """hybrid/engines/pipelining_calls.py::spare_calls"""
     from torch.distributed.pipelining import stage

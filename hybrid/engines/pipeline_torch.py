@@ -28,7 +28,7 @@ from .optimizer import (
     set_learning_rate,
 )
 from .pipeline_stage import Stage, make_contiguous
-from .pipelining_calls import StageModule, spare_calls
+from .pipelining_calls import StageModule, forget_hooks, spare_calls
 from .precision import DTYPES, Stepped, round_at_use
 from .protocol import OwnState, make_receipt
 from .schedule import learning_rate
@@ -38,6 +38,7 @@ from .tally import Tally, eval_result
 from .training_state import as_stepper
 
 SCHEDULES: dict[str, Callable[..., Any]] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
+IN_PLACE = "leaf Variable that requires grad is being used in an in-place operation"
 
 
 class TorchStage(Stage):
@@ -65,6 +66,7 @@ class TorchStage(Stage):
         self.schedule = self._make_schedule(kind, self.micro_batches, lambda loss, _: loss)
         self.numbers = torch.zeros(self.micro_batches)  # of which torch wants one a micro-batch
         self.evaluations: dict[int, Any] = {}  # schedules, by their micro-batches
+        self.copies = False  # what it receives, since its first layer changes that in place
 
     def _make_schedule(self, kind: Callable[..., Any], number: int, loss: Any = None) -> Any:
         """Make a schedule of `number` micro-batches, with tensors to receive theirs.
@@ -83,9 +85,10 @@ class TorchStage(Stage):
         try:
             schedule.step(return_outputs=False, **options)
         except RuntimeError as error:
-            if error.__cause__ is None:
+            if error.__cause__ is None or "failed to run forward" not in str(error):
                 raise
             raise error.__cause__ from error.__cause__.__cause__
+        forget_hooks(schedule._stage)
 
     def _try(self, run: StageModule, *received: torch.Tensor) -> Any:
         """Run a schedule's first micro-batch once more, by which torch learns shapes.
@@ -98,7 +101,14 @@ class TorchStage(Stage):
             # then refuses to where that has gaps. test_workarounds.py tells when it has ceased.
             if tensor.requires_grad:
                 tensor.register_hook(torch.Tensor.contiguous)
-        output = self._compute(run, *received)
+        try:
+            output = self._compute(run, *received)
+        except RuntimeError as error:
+            if IN_PLACE not in str(error):
+                raise
+            self.copies = True
+            self.tally, self.pending, self.targeted = Tally(self.device), *map(deque, kept[1:])
+            output = self._compute(run, *received)
         self.tally, self.pending, self.targeted = kept
 
         def after_the_trial(run: StageModule, *received: torch.Tensor) -> Any:
@@ -111,6 +121,8 @@ class TorchStage(Stage):
 
     def _compute(self, run: StageModule, *received: torch.Tensor) -> Any:
         """Run this stage on one micro-batch: return what the next one takes, or the loss."""
+        if self.copies:
+            received = tuple([tensor.clone() for tensor in received])
         value = received[0] if len(received) == 1 else received
         (value,) = self._start(self.own, None) or (value,)
         output = self.model(value)

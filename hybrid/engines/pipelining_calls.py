@@ -45,6 +45,17 @@ def spare_calls(made: Any, first_gradient: Callable[[torch.Tensor], torch.Tensor
     made.backward_maybe_with_nosync = functools.partial(_take_gradients, first_gradient)
 
 
+def forget_hooks(made: Any) -> None:
+    """Remove the hooks that a layer has put on what it received.
+
+    torch receives into the same tensors in each step, so that they would stay, and be called again
+    and again (pytorch/pytorch#185331)."""
+    for infos in made.args_recv_info.values():
+        for info in infos:
+            if info.buffer is not None and info.buffer._backward_hooks:
+                info.buffer._backward_hooks = None
+
+
 def _take_gradients(
     first_gradient: Callable[[torch.Tensor], torch.Tensor],
     kind: str,

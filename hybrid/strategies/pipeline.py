@@ -4,6 +4,10 @@ It has one data-parallel column; `2d` has more. Huang et al. 2019, https://arxiv
 DeepSpeed runs it, or torch.distributed.pipelining.
 """
 
+from importlib.metadata import version
+
+from packaging.version import Version
+
 from ..engines.deepspeed_config import MODULES, check_fp16
 from ..engines.refusals import DEEPSPEED_SCALARS, check_cuts, check_parameters
 from ..job.errors import JobError, Unsupported
@@ -13,8 +17,10 @@ from ..layout import Layout
 from ..stages.checks import ModelSummary, check_stages
 from .protocol import Engine, Layers, Loss
 
+OLDEST = Version("2.13")  # of torch: 2.11 raises for a tensor without gradient; 2.12 was not tried
+
 name = "pipeline"
-summary = "layers over stages; `partition` uniform, parameters or [layers, ...]; micro-batches"
+summary = "layers over stages; `engine` deepspeed or torch, `schedule`; `partition`; micro-batches"
 
 
 def modules(job: Job | None) -> tuple[str, ...]:
@@ -48,6 +54,11 @@ def check(job: Job, layout: Layout, summary: ModelSummary) -> list[str]:
 def _check_torch(job: Job, layout: Layout) -> None:
     """Refuse what torch's schedules cannot run, and a file that nothing would read."""
     settings, number = job.strategy.pipeline, job.micro_batches(name)
+    if Version(version("torch")) < OLDEST:
+        raise Unsupported(
+            f"strategy.pipeline.engine = 'torch': torch {version('torch')} is installed, and this "
+            f"needs {OLDEST} or later; set engine = 'deepspeed'"
+        )
     if settings.ds_config is not None:
         raise JobError(
             f"strategy.pipeline.ds_config = {settings.ds_config!r}: engine = 'torch' runs no "
