@@ -60,6 +60,7 @@ KINDS = {  # every field of the job, by the kind of value it takes
     "choice": [
         *("optimizer.name", "schedule.name", "train.precision", "launch.device"),
         *("guard.non_finite", "guard.on_spike"),
+        *("strategy.pipeline.engine", "strategy.pipeline.schedule"),
         *("strategy.ddp.comm_hook", "strategy.ddp.broadcast_buffers", "strategy.2d.zero_stage"),
     ],
     "partition": ["strategy.pipeline.partition", "strategy.2d.partition"],

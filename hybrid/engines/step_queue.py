@@ -83,25 +83,33 @@ class LocalRow:
 
 
 def read_rows(rows: Sequence[LocalRow]) -> list[float]:
-    """Return the numbers of rows, one after the other, where the device is the host."""
+    """Return the numbers of rows, one after the other, where the device is the host.
+
+    What adds up to one of them is read together with all the others, and added here."""
     hash_together([samples for row in rows for samples in row.samples()])
     numbers = list[Any]()
-    places = defaultdict[torch.dtype, list[int]](list)
+    places = defaultdict[torch.dtype, list[tuple[int, torch.Tensor]]](list)
     for row in rows:
-        late = row.late()
-        for i, number in enumerate(late, len(numbers)):
-            if isinstance(number, torch.Tensor):
-                places[number.dtype].append(i)
-        numbers += late + row.known()
+        first = len(numbers)
+        numbers += [0.0, 0.0, 0.0, *row.known()]
+        for i, parts in enumerate((*row.tally.parts(), [row.norm]), first):
+            for part in parts:
+                if isinstance(part, torch.Tensor):
+                    places[part.dtype].append((i, part))
+                else:
+                    numbers[i] += part
     for alike in places.values():
-        values = torch.stack([numbers[i] for i in alike]).tolist()
-        for i, value in zip(alike, values, strict=True):
-            numbers[i] = float(value)
+        values = torch.stack([part for _, part in alike]).tolist()
+        for (i, _), value in zip(alike, values, strict=True):
+            numbers[i] += value
     return numbers
 
 
-def send_rows(rows: Sequence[LocalRow], device: torch.device) -> torch.Tensor:
-    """Return the numbers of rows, float64 [n], without waiting for the device."""
+def send_rows(rows: Sequence[LocalRow], device: torch.device, readable: bool) -> torch.Tensor:
+    """Return the numbers of rows, float64 [n], without waiting for the device.
+    readable: its tensors can be read without that."""
+    if readable:
+        return torch.tensor(read_rows(rows), dtype=torch.float64)
     hash_together([samples for row in rows for samples in row.samples()])
     late = torch.stack([_float64(value, device) for row in rows for value in row.late()])
     known = torch.tensor([row.known() for row in rows], dtype=torch.float64)
@@ -136,17 +144,21 @@ def _float64(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
 class _Gathering:
     """Is one list of numbers of each rank, on its way to all ranks and to this host.
 
-    rows: this rank's. last: one more number, None: there is none."""
+    rows: this rank's. last: one more number, None: there is none. readable: see `send_rows`."""
 
     def __init__(
-        self, rows: list[LocalRow], last: int | float | None, device: torch.device
+        self,
+        rows: list[LocalRow],
+        last: int | float | None,
+        device: torch.device,
+        readable: bool,
     ) -> None:
         self.rows, self.last, self.device = rows, last, device
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         self.work: Any = None
         if self.size == 1 and device.type == "cpu":
             return  # the numbers are here
-        parts = [send_rows(rows, device)] if rows else []
+        parts = [send_rows(rows, device, readable)] if rows else []
         if last is not None:
             parts.append(torch.full((1,), last, dtype=torch.float64, device=device))
         self.table = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -201,6 +213,7 @@ class StepQueue:
 
     def __init__(self, device: torch.device, every: int = 1, hurried: bool = False) -> None:
         self.device, self.every, self.hurried = device, every, hurried
+        self.readable = device.type == "cpu"  # tensors, without waiting for the device
         self._pace = math.nan  # seconds of a step by rank 0's clock: the same on all ranks
         self._noted = time.monotonic()
         self.waiting: list[StartedStep] = []
@@ -225,7 +238,8 @@ class StepQueue:
         """Send what waits, and one more number, such as of targets in this step; collective."""
         if self.waiting or number is not None:
             rows = [row for step in self.waiting for row in step.rows]
-            self.travelling.append((_Gathering(rows, number, self.device), self.waiting))
+            gathering = _Gathering(rows, number, self.device, self.readable)
+            self.travelling.append((gathering, self.waiting))
             self.waiting = []
 
     def sent(self) -> list[float]:

@@ -111,6 +111,12 @@ class Tally:
         self._add_parts()
         return self._count
 
+    def parts(self) -> tuple[list[Any], list[Any]]:
+        """Return what adds up to the sum and to the targets, tensors [] or numbers."""
+        pairs = [(self._loss_sum, self._count), *self._parts]
+        pairs = [pair for pair in pairs if pair[0] is not None]
+        return [loss_sum for loss_sum, _ in pairs], [count for _, count in pairs]
+
     def _add_parts(self) -> None:
         """Add what has come, in float64 where it is floating."""
         for loss_sum, count in self._parts:

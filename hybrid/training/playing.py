@@ -39,6 +39,7 @@ class _AlikeQueue(StepQueue):
     def __init__(self, job: Job, device: torch.device, world: int) -> None:
         super().__init__(device, job.log.every, job.checkpoint.every is not None)
         self.world, self.number = world, 0.0
+        self.readable = False  # they have no values
 
     def send(self, number: int | float | None = None) -> None:
         self.number = self.number if number is None else number
