@@ -177,11 +177,6 @@ def deepspeed_clips_alone() -> None:
     pipeline_deepspeed.make_pipeline = clipping
 
 
-def without_deepspeed() -> None:
-    """No rank can import DeepSpeed."""
-    sys.modules["deepspeed"] = None  # type: ignore[assignment]
-
-
 def fsdp_falls_back() -> None:
     """Accelerate is left to itself on a host without a GPU: it trains DDP and says nothing."""
     from hybrid.engines import accelerator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -291,10 +292,13 @@ def test_an_earlier_torch_is_refused(
         pipeline.check(job, layout, ModelSummary([1, 1]))
 
 
-def test_ranks_import_no_deepspeed(tmp_path: Path) -> None:
+def test_ranks_import_no_deepspeed() -> None:
     names = registry.modules("pipeline", small_job(strategy__pipeline=TORCH))
     assert not [name for name in names if "deepspeed" in name]
-    program = [sys.executable, str(ROOT / "tests" / "faulty.py"), "without_deepspeed"]
-    job = small_job(strategy__pipeline=TORCH, train__steps=2)
-    result = hybrid.compare(job, ["pipeline"], 2, tmp_path, program=program)
-    assert result.ok, result.strategies["pipeline"].reason
+    lines = [
+        "import sys",
+        "import hybrid.engines.pipeline_torch",
+        "print('deepspeed' in sys.modules)",
+    ]
+    done = subprocess.run([sys.executable, "-c", "; ".join(lines)], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
