@@ -30,22 +30,28 @@ class Squared(nn.Module):
 
 class _Steep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, limit: float) -> torch.Tensor:
         ctx.save_for_backward(x)
+        ctx.limit = limit
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (x,) = ctx.saved_tensors
-        return torch.where((x.abs() > LIMIT) & (x.abs() < 1e12), torch.nan, gradients[0])
+        steep = (x.abs() > ctx.limit) & (x.abs() < 1e12)
+        return torch.where(steep, torch.nan, gradients[0]), None
 
 
 class Steep(nn.Module):
-    """A layer that is the identity, and whose gradient is NaN where its input is over `LIMIT`."""
+    """A layer that is the identity, and whose gradient is NaN where its input is over `limit`."""
+
+    def __init__(self, limit: float = LIMIT) -> None:
+        super().__init__()
+        self.limit = limit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, width] to [batch, width]."""
-        out: torch.Tensor = _Steep.apply(x)  # type: ignore[no-untyped-call]
+        out: torch.Tensor = _Steep.apply(x, self.limit)  # type: ignore[no-untyped-call]
         return out
 
 

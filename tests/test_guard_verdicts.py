@@ -18,7 +18,7 @@ from tests.conftest import small_job
 
 def tally(loss: float, count: int = 1) -> Tally:
     made = Tally(torch.device("cpu"))
-    made._parts = [(torch.tensor(loss, dtype=torch.float64), count)]
+    made.parts = [(torch.tensor(loss, dtype=torch.float64), count)]
     return made
 
 

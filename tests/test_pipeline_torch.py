@@ -22,6 +22,7 @@ from hybrid.strategies import pipeline, registry
 from hybrid.training.progress import Watcher
 from hybrid.training.run import launch
 from tests.conftest import ROOT, hybrid_command, small_job
+from tests.guarded import Steep
 from tests.test_brought import job_of
 from tests.test_guard import guarded, plan
 from tests.test_pipeline_checkpoints import JOB
@@ -82,32 +83,11 @@ def test_a_run_in_bf16_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert_ledger(of_torch(result.strategies["by_torch"]), "bf16")
 
 
-class Overflow(torch.autograd.Function):
-    """Is the identity, whose gradient is infinite where a number is large."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        return torch.where(x.abs() > 100, torch.inf, gradients[0])
-
-
-class Steep(nn.Linear):
-    """A layer whose gradients overflow for a sample with large numbers."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[batch, 12] to [batch, 12]."""
-        out: torch.Tensor = Overflow.apply(super().forward(input))  # type: ignore[no-untyped-call]
-        return torch.tanh(out)  # so that the stages after it see no large number
-
-
 def steep() -> tuple[list[nn.Module], Any]:
-    """A layer for each of four stages; the gradients of the first two may overflow."""
-    return [nn.Linear(12, 12), Steep(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)], squared_error
+    """A layer for each of four stages; the gradients of the first two may not be finite.
+    Those after them see no large number."""
+    second = nn.Sequential(nn.Linear(12, 12), Steep(100.0), nn.Tanh())
+    return [nn.Linear(12, 12), second, nn.Linear(12, 12), nn.Linear(12, 3)], squared_error
 
 
 def test_all_stages_skip_a_step_in_which_some_overflow(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def ranks(**second: float) -> list[StepRow]:
 def local_row(loss: float, norm: Any, digest: int = 0) -> LocalRow:
     """A row of one sample."""
     tally = Tally(torch.device("cpu"))
-    tally._parts, tally.samples, tally.seen._digest = [(torch.tensor(loss), 1)], 1, digest
+    tally.parts, tally.samples, tally.seen._digest = [(torch.tensor(loss), 1)], 1, digest
     return LocalRow(tally, 1, norm, 0.1)
 
 

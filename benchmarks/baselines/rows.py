@@ -14,8 +14,11 @@ from torch.distributed.pipelining import stage as pipelining
 from .driven import Driven, Within
 from .workloads import LOG_EVERY, Workload
 
-FILES = {"zero1": "zero", "zero2": "zero", "zero3": "zero", "2d": "two_d"}  # unlike their names
-FILES["pipeline_torch"] = "torch_pipelining"
+FILES = {  # unlike their names
+    **dict.fromkeys(("zero1", "zero2", "zero3"), "zero"),
+    "2d": "two_d",
+    "pipeline_torch": "torch_pipelining",
+}
 STATES = ("PartialState", "AcceleratorState", "GradientState")
 REPLACED = ("map_debug_info", "flatten_args")  # of torch's pipelines, by hybrid
 FUNCTIONS = {name: getattr(pipelining, name) for name in REPLACED}

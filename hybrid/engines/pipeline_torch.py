@@ -97,8 +97,8 @@ class TorchStage(Stage):
         kept = self.tally, deque(self.pending), deque(self.targeted)
         self.tally, buffers = Tally(self.device), copy_buffers(self.model)
         for tensor in received:
-            # torch would receive a gradient into memory that lies as this first one does, and
-            # then refuses to where that has gaps. test_workarounds.py tells when it has ceased.
+            # torch would receive a gradient into memory that lies as this first one does, and then
+            # refuses to where that has gaps. test_workarounds_pipelining.py tells when it ceased.
             if tensor.requires_grad:
                 tensor.register_hook(torch.Tensor.contiguous)
         try:

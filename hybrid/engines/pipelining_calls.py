@@ -35,8 +35,8 @@ def spare_calls(made: Any, first_gradient: Callable[[torch.Tensor], torch.Tensor
     torch describes each output for a log that nobody writes, looks for tensors in a tuple of
     tensors as if that were any nesting, looks up the rank of a stage at each transfer, and
     describes again what it receives into the same memory. It begins each backward pass with ones:
-    here it is with what `first_gradient` returns for a loss. test_workarounds.py tells when it has
-    ceased."""
+    here it is with what `first_gradient` returns for a loss. test_workarounds_pipelining.py tells
+    when it has ceased."""
     stage.map_debug_info = _Described  # type: ignore[assignment]
     stage.flatten_args = _flatten  # type: ignore[assignment]
     made._resolve_peer_global_rank = functools.cache(made._resolve_peer_global_rank)

@@ -92,12 +92,12 @@ def read_rows(rows: Sequence[LocalRow]) -> list[float]:
     for row in rows:
         first = len(numbers)
         numbers += [0.0, 0.0, 0.0, *row.known()]
-        for i, parts in enumerate((*row.tally.parts(), [row.norm]), first):
-            for part in parts:
-                if isinstance(part, torch.Tensor):
-                    places[part.dtype].append((i, part))
-                else:
-                    numbers[i] += part
+        late = [part for pair in row.tally.parts for part in enumerate(pair, first)]
+        for i, part in [*late, (first + 2, row.norm)]:
+            if isinstance(part, torch.Tensor):
+                places[part.dtype].append((i, part))
+            else:
+                numbers[i] += part
     for alike in places.values():
         values = torch.stack([part for _, part in alike]).tolist()
         for (i, _), value in zip(alike, values, strict=True):

@@ -53,9 +53,7 @@ class Tally:
         metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         self.device, self.counter, self.metrics = device, counter, metrics or {}
-        self._loss_sum: torch.Tensor | None = None
-        self._count: torch.Tensor | int | float | None = None
-        self._parts: list[tuple[torch.Tensor, Any]] = []  # loss and count, not added yet
+        self.parts: list[tuple[torch.Tensor, Any]] = []  # a loss and its count each, to be added
         self.samples = 0
         self.scores = Scores()
         self.measured: dict[str, list[Any]] = {name: [0.0, 0.0] for name in self.metrics}
@@ -91,43 +89,32 @@ class Tally:
         found = loss_sum.detach()
         if found.untyped_storage().nbytes() > SCALAR:
             found = found.clone()  # which keeps nothing else in memory
-        self._parts.append((found, count))
+        self.parts.append((found, count))
         self.samples += rows
         self.seen.unhashed.append(micro_batch.ids)
         if score:
-            self._add_parts()  # an evaluation keeps no list of all its samples
+            self._total()  # an evaluation keeps no list of all its samples
             self.seen.digest()
         return loss_sum
 
     @property
     def loss_sum(self) -> torch.Tensor | None:
         """Return the sum so far, [] on the device; None before the first sample."""
-        self._add_parts()
-        return self._loss_sum
+        return self._total()[0]
 
     @property
     def count(self) -> torch.Tensor | int | float | None:
         """Return the targets so far, a tensor [] where the loss gives one; None as the sum is."""
-        self._add_parts()
-        return self._count
+        return self._total()[1]
 
-    def parts(self) -> tuple[list[Any], list[Any]]:
-        """Return what adds up to the sum and to the targets, tensors [] or numbers."""
-        pairs = [(self._loss_sum, self._count), *self._parts]
-        pairs = [pair for pair in pairs if pair[0] is not None]
-        return [loss_sum for loss_sum, _ in pairs], [count for _, count in pairs]
-
-    def _add_parts(self) -> None:
-        """Add what has come, in float64 where it is floating."""
-        for loss_sum, count in self._parts:
-            if isinstance(count, torch.Tensor) and count.is_floating_point():
-                count = count.to(torch.float64)
-            self._count = count if self._count is None else self._count + count
-            if self._loss_sum is None:
-                self._loss_sum = loss_sum.to(torch.float64)
-            else:
-                self._loss_sum = self._loss_sum + loss_sum
-        self._parts.clear()
+    def _total(self) -> tuple[Any, Any]:
+        """Add what has come, in float64 where it is floating, and keep the sums alone."""
+        if not self.parts:
+            return None, None
+        (loss_sum, *losses), (count, *counts) = zip(*self.parts, strict=True)
+        total = sum(losses, loss_sum.to(torch.float64)), sum(map(_exact, counts), _exact(count))
+        self.parts = [total]
+        return total
 
     def _measure(self, output: Any, target: Any) -> None:
         """Take the job's metrics of one micro-batch."""
@@ -151,6 +138,12 @@ class Tally:
             float(scores.entropy),
             int(scores.predictions is not None),
         )
+
+
+def _exact(count: Any) -> Any:
+    """Return a count in float64 where it is a floating tensor."""
+    floating = isinstance(count, torch.Tensor) and count.is_floating_point()
+    return count.to(torch.float64) if floating else count
 
 
 def _zero(loss: Loss, output: Any, target: Any) -> torch.Tensor:

@@ -115,7 +115,7 @@ class Pipeline(Stages):
     @classmethod
     def _has_that_schedule(cls, schedule: str, given: ValidationInfo) -> str:
         if schedule != "1f1b" and given.data.get("engine") == "deepspeed":
-            raise ValueError(f"= {schedule!r}: engine = 'deepspeed' runs 1f1b alone; valid: '1f1b'")
+            raise ValueError(f"{schedule!r}: engine = 'deepspeed' runs 1f1b alone; valid: '1f1b'")
         return schedule
 
 

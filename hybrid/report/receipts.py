@@ -92,8 +92,10 @@ def _tell_stages(found: Evidence) -> str:
     ]
     columns = found["columns"]
     width = f" in {count(columns, 'column')}" if columns > 1 else ""
-    how = f"with ZeRO stage {found['zero_stage']}" if "zero_stage" in found else ""
-    how = how or f"by {found['schedule']} of {str(found['engine']).rpartition('.')[0]}"
+    if "zero_stage" in found:
+        how = f"with ZeRO stage {found['zero_stage']}"
+    else:
+        how = f"by {found['schedule']} of {str(found['engine']).rpartition('.')[0]}"
     return (
         f"{count(found['stages'], 'stage')}{width}, {how}{': ' if parts else ''}{', '.join(parts)}."
     )

@@ -205,7 +205,9 @@ def _one_buffer(plan: _Plan) -> list[str]:
 
     DeepSpeed 0.19 receives both into the same buffers, made for the dtype that came first
     (`_allocate_or_extend_buffers`)."""
-    cuts = [c for c in plan.cuts if c.dtypes and not c.fault() and not plan.by_torch]
+    if plan.by_torch:
+        return []
+    cuts = [cut for cut in plan.cuts if cut.dtypes and not cut.fault()]
     for one, other in itertools.pairwise(cuts):
         for here, there in zip(one.dtypes, other.dtypes, strict=False):
             if here != there:
