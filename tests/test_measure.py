@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -269,3 +270,20 @@ def test_tcp_counts_each_socket_of_this_process_once() -> None:
             sender.sendall(bytes(10_000))
             assert len(receiver.recv(10_000, socket.MSG_WAITALL)) == 10_000
             assert tcp_bytes_sent() == before + 10_000
+
+
+def test_tcp_counts_what_waits_for_a_receiver_that_is_late() -> None:
+    """The bytes of one step would else count as the next one's, on a host that is busy."""
+    before = tcp_bytes_sent()
+    if before is None:
+        pytest.skip("this system does not give TCP_INFO")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sender = socket.create_connection(server.getsockname())
+        receiver, _ = server.accept()
+        with sender, receiver:
+            sender.setblocking(False)
+            taken = 0
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    taken += sender.send(bytes(1_000_000))
+            assert tcp_bytes_sent() == before + taken

@@ -241,18 +241,18 @@ def _sum(one: OpCount | None, other: OpCount) -> OpCount:
 
 _IPPROTO_TCP = 6
 _TCP_INFO = 11
-# tcpi_bytes_sent and tcpi_bytes_retrans in struct tcp_info of linux/tcp.h, since Linux 4.19.
-_SENT_AND_RETRANSMITTED = struct.Struct("=QQ")
-_SENT_AT = 200
+# tcpi_notsent_bytes, tcpi_bytes_sent and tcpi_bytes_retrans in struct tcp_info of linux/tcp.h, the
+# last since Linux 4.19.
+_TCP_BYTES = struct.Struct("=144x I 52x QQ")
 
 
 def tcp_bytes_sent() -> int | None:
-    """Return the bytes that this process's open TCP sockets have sent; None where that is unknown.
+    """Return the bytes that this process's open TCP sockets took to send; None: that is unknown.
 
-    Use differences, with a barrier before each reading; the bytes of a socket that was closed in
-    between are lost. Retransmitted bytes are left out: up to a tenth of a large message between
-    processes of one busy host. It costs some 5 us for each file descriptor. NVLink, InfiniBand and
-    shared memory do not show."""
+    Use differences; the bytes of a socket that was closed in between are lost. Those that wait in a
+    socket for the receiver count. Retransmitted bytes are left out: up to a tenth of a large
+    message between processes of one busy host. It costs some 5 us for each file descriptor. NVLink,
+    InfiniBand and shared memory do not show."""
     try:
         descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
         getsockopt = ctypes.CDLL(None).getsockopt
@@ -266,9 +266,9 @@ def tcp_bytes_sent() -> int | None:
         length = ctypes.c_uint32(len(info))
         if getsockopt(descriptor, _IPPROTO_TCP, _TCP_INFO, info, ctypes.byref(length)) != 0:
             continue  # closed meanwhile, not a socket, or not TCP
-        if length.value < _SENT_AT + _SENT_AND_RETRANSMITTED.size:
+        if length.value < _TCP_BYTES.size:
             return None
-        sent, again = _SENT_AND_RETRANSMITTED.unpack_from(info, _SENT_AT)
+        waiting, sent, again = _TCP_BYTES.unpack_from(info)
         # A duplicated descriptor is the same socket.
-        by_inode[os.fstat(descriptor).st_ino] = sent - again
+        by_inode[os.fstat(descriptor).st_ino] = waiting + sent - again
     return sum(by_inode.values())
