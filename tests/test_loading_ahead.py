@@ -72,31 +72,45 @@ def test_the_target_that_does_not_count_is_one() -> None:
 
 @pytest.mark.parametrize("batch", [8, 7, 3])
 @pytest.mark.parametrize("shares", [[0], [1], [0, 1]])
+@pytest.mark.parametrize("size", [None, 2])
 def test_steps_that_are_loaded_at_once_are_those_loaded_alone(
-    batch: int, shares: list[int]
+    batch: int, shares: list[int], size: int | None
 ) -> None:
     """Batches of 7 are not aligned, of 3 samples one micro-batch is empty, 50 do not divide."""
     inputs, targets = torch.randn(50, 16), torch.randint(3, (50,))
     samples, plan = TensorDataset(inputs, targets), BatchPlan(50, batch, 2, 2, 5)
-    loader = StepLoader(plan, samples, shares, known=1)
+    loader = StepLoader(plan, samples, shares, size, known=1)
     assert loader._steps > 1
     for step in [*range(70), 3, 200]:
         found = loader.step(step)
         ids = [i for share in shares for i in plan.micro_batch_ids(step, share)]
         assert [m.ids.tolist() for m in found] == ids
         for micro_batch in found:
-            rows = micro_batch.ids.tolist() or [0]
+            rows = micro_batch.ids.tolist()
+            rows += [0] * ((size or 1) - len(rows))
             assert torch.equal(micro_batch.input, inputs[rows])
             assert torch.equal(micro_batch.target, targets[rows])
             assert micro_batch.input.data_ptr() % ALIGNMENT == 0
             assert micro_batch.num_targets == len(micro_batch.ids)
 
 
+@pytest.mark.parametrize("size", [None, 4])
+def test_a_step_s_large_micro_batches_are_loaded_at_once(size: int | None) -> None:
+    inputs, targets = torch.randn(40, 3008), torch.randint(3, (40,))
+    plan = BatchPlan(40, 8, 1, 2, 0)
+    loader = StepLoader(plan, TensorDataset(inputs, targets), [0], size)
+    for step in (0, 1, 7):
+        first, second = loader.step(step)
+        assert torch.equal(torch.cat([first.input, second.input]), inputs[plan.batch(step)])
+        assert first.input.untyped_storage().data_ptr() == second.input.untyped_storage().data_ptr()
+
+
 def test_large_rows_and_other_sets_are_loaded_step_by_step() -> None:
     large = TensorDataset(torch.randn(40, 3000), torch.zeros(40, dtype=torch.int64))
     plan = BatchPlan(40, 8, 1, 1, 0)
-    assert StepLoader(plan, large, [0])._steps == 1
-    assert StepLoader(plan, [(torch.zeros(2), 0)] * 40, [0])._steps == 1
+    assert StepLoader(plan, large, [0])._steps == 0, "one micro-batch is loaded at once anyway"
+    assert StepLoader(BatchPlan(40, 8, 1, 2, 0), large, [0])._steps == 1
+    assert StepLoader(plan, large, [0], inputs=False)._steps == AHEAD_STEPS
+    assert StepLoader(plan, [(torch.zeros(2), 0)] * 40, [0])._steps == 0
     small = TensorDataset(torch.randn(40, 3), torch.zeros(40, dtype=torch.int64))
     assert StepLoader(plan, small, [0])._steps == AHEAD_STEPS
-    assert StepLoader(plan, small, [0], size=8)._steps == 1, "padded, as pipelines need"

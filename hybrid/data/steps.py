@@ -1,7 +1,8 @@
-"""Loads one process's micro-batches step by step; small ones for several steps at once."""
+"""Loads one process's micro-batches step by step: those of a step, or of several, at once."""
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ class StepLoader:
     """Loads the micro-batches of the shares that a process has.
 
     size: rows to which each micro-batch is padded, None: none. known: targets of each sample, where
-    the set tells it. See `load_micro_batch` for the rest. Where samples are rows of two small
-    tensors, the calls of a step take longer than the copying, so several steps are loaded at once
-    and each gets a view."""
+    the set tells it. See `load_micro_batch` for the rest. Where samples are rows of two tensors,
+    a step's micro-batches are loaded at once, and each gets a view; where they are small, so that
+    the calls take longer than the copying, those of several steps are."""
 
     plan: BatchPlan
     samples: Sequence[Any]
@@ -39,7 +40,7 @@ class StepLoader:
 
     def step(self, step: int) -> list[MicroBatch]:
         """Return the micro-batches of one step, share after share."""
-        if self._steps == 1:
+        if not self._steps:
             return self.step_alone(step)
         if step not in self._ahead:
             self._ahead = self._load_ahead(step)
@@ -47,7 +48,7 @@ class StepLoader:
 
     def step_alone(self, step: int) -> list[MicroBatch]:
         """Return the same, and load no other step with it."""
-        return [self._load(ids, self.plan.epoch(step)) for ids in self._ids(step)]
+        return [self._load(ids, self.plan.epoch(step), self.size) for ids in self._ids(step)]
 
     def close(self) -> None:
         """Do nothing; a loader with workers ends them."""
@@ -55,11 +56,18 @@ class StepLoader:
     def _ids(self, step: int) -> list[list[int]]:
         return [ids for share in self.shares for ids in self.plan.micro_batch_ids(step, share)]
 
-    def _load(self, ids: list[int], epoch: int) -> MicroBatch:
+    def _ids_from(self, step: int) -> Iterator[tuple[int, list[list[int]]]]:
+        """Yield as many steps as are loaded at once, with their ids."""
+        return ((s, self._ids(s)) for s in range(step, step + self._steps))
+
+    def _is_full(self, step: tuple[int, list[list[int]]]) -> bool:
+        return self.size is None or all(len(ids) == self.size for ids in step[1])
+
+    def _load(self, ids: list[int], epoch: int, size: int | None) -> MicroBatch:
         return load_micro_batch(
             self.samples,
             ids,
-            self.size,
+            size,
             inputs=self.inputs,
             targets=self.targets,
             targets_per_sample=self.known,
@@ -67,29 +75,31 @@ class StepLoader:
         )
 
     def _steps_at_once(self) -> int:
-        """Return how many steps fit; 1 where the set is of another kind, or its rows are larger."""
+        """Return how many steps fit; 0 where the set is of another kind, or one has one piece."""
         base, _ = find_base(self.samples, [])
-        if isinstance(self.samples, JobSet) or self.size is not None:
-            return 1
-        if reader_of(base) is not TensorDataset:
-            return 1
+        if isinstance(self.samples, JobSet) or reader_of(base) is not TensorDataset:
+            return 0
         parts = base.tensors
         if not all(type(t) is torch.Tensor and t.device.type == "cpu" and t.dim() for t in parts):
-            return 1
-        rows = [t[:1].numel() * t.element_size() for t in parts]
+            return 0
+        loaded = itertools.compress(parts, (self.inputs, self.targets))
+        row = sum(t[:1].numel() * t.element_size() for t in loaded)
         batch = -(-self.plan.global_batch // self.plan.shares) * len(self.shares)
-        return max(1, min(AHEAD_STEPS, AHEAD_BYTES // max(1, sum(rows) * batch)))
+        steps = max(1, min(AHEAD_STEPS, AHEAD_BYTES // max(1, row * batch)))
+        return 0 if steps * len(self.shares) * self.plan.micro_batches == 1 else steps
 
     def _load_ahead(self, step: int) -> dict[int, list[MicroBatch]]:
         """Load some steps as views of one large micro-batch.
 
         From the first time on that a micro-batch of them is empty, or that its rows would not begin
-        where torch begins what it allocates, each is loaded alone."""
-        steps = {s: self._ids(s) for s in range(step, step + self._steps)}
+        where torch begins what it allocates, each is loaded alone. So is a step that is padded."""
+        steps = dict(itertools.takewhile(self._is_full, self._ids_from(step)))
+        if not steps:
+            return {step: self.step_alone(step)}
         sizes = [len(ids) for every in steps.values() for ids in every]
-        whole = self._load([i for every in steps.values() for ids in every for i in ids], 0)
+        whole = self._load([i for every in steps.values() for ids in every for i in ids], 0, None)
         if 0 in sizes or not (_is_aligned(whole.input, sizes) and _is_aligned(whole.target, sizes)):
-            self._steps = 1
+            self._steps = 0
             return {step: self.step_alone(step)}
         pieces = zip(
             _split(whole.input, sizes),
