@@ -105,6 +105,17 @@ def test_a_step_s_large_micro_batches_are_loaded_at_once(size: int | None) -> No
         assert first.input.untyped_storage().data_ptr() == second.input.untyped_storage().data_ptr()
 
 
+def test_a_layer_may_change_each_micro_batch_in_place() -> None:
+    """Pipelines have several in flight when the first one's gradients are taken."""
+    inputs, weight = torch.randn(8, 16), torch.ones(16, requires_grad=True)
+    samples = TensorDataset(inputs, torch.zeros(8, dtype=torch.int64))
+    first, second = StepLoader(BatchPlan(8, 8, 1, 2, None), samples, [0]).step(0)
+    sums = [(part.input.mul_(weight) * weight).sum() for part in (first, second)]
+    for loss in sums:
+        loss.backward()
+    assert torch.allclose(weight.grad, 2 * inputs.sum(0))
+
+
 def test_large_rows_and_other_sets_are_loaded_step_by_step() -> None:
     large = TensorDataset(torch.randn(40, 3000), torch.zeros(40, dtype=torch.int64))
     plan = BatchPlan(40, 8, 1, 1, 0)

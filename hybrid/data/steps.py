@@ -120,4 +120,8 @@ def _is_aligned(tensor: torch.Tensor | None, sizes: Sequence[int]) -> bool:
 
 
 def _split(tensor: torch.Tensor | None, sizes: list[int]) -> Sequence[torch.Tensor | None]:
-    return [None] * len(sizes) if tensor is None else tensor.split(sizes)
+    """Cut a tensor into pieces that a layer may change in place, as if each were loaded alone.
+
+    torch forbids that of views that one call made, and takes a change of one for one of all: `data`
+    knows of no other view."""
+    return [None] * len(sizes) if tensor is None else [t.data for t in tensor.split(sizes)]
