@@ -19,7 +19,7 @@ demo-gpt: $(INSTALLED)
 	$(BIN)/hybrid generate out/demo-gpt/2d --prompt "def " --tokens 300
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
