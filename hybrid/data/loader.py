@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.data import TensorDataset
 
 from .collation import load_rows
@@ -32,6 +32,23 @@ class MicroBatch:
         parts = self.input, self.target
         inputs, target = tree_map(lambda t: None if t is None else t.pin_memory(), parts)
         return dataclasses.replace(self, input=inputs, target=target)
+
+    def copied(self) -> "MicroBatch":
+        """Returns it with copies of inputs and targets, for a pass beside the one that trains.
+
+        A model may change its input in place, and a loss its target."""
+        inputs, target = copied((self.input, self.target))
+        return dataclasses.replace(self, input=inputs, target=target)
+
+
+def copied(value: Any) -> Any:
+    """Returns a nesting of tuples, lists and dicts with copies of its tensors."""
+    return tree_map_only(torch.Tensor, torch.Tensor.clone, value)
+
+
+def was_changed(value: Any) -> bool:
+    """Tells whether a tensor in what `copied` returned was changed in place since."""
+    return any(leaf._version for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
 def load_micro_batch(

@@ -84,14 +84,14 @@ class BaseEngine(Engine):
     ) -> None:
         if not self._shown:
             self._shown = True
-            self._show([micro_batches[:1]])
+            self._show([[micro_batch.copied() for micro_batch in micro_batches[:1]]])
         self._count, self._samples, own = count, samples, self._count_own(micro_batches)
         self.norm_is_due = self._takes_norm()
         number = self._number_to_send(micro_batches, own, count)
         if number is not None or self.queue.is_due():
             self.queue.send(number)
         if self.guard:
-            guarded_step(self, self.guard, micro_batches, lambda: self._step(micro_batches, own))
+            guarded_step(self, self.guard, micro_batches, lambda given: self._step(given, own))
         else:
             self._step(micro_batches, own)
         self.step += 1

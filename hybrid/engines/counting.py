@@ -66,7 +66,8 @@ class TargetCounter:
         """Call the loss with zeros in place of the output."""
         if self.output is None:
             raise RunError("the loss was asked for its count before an output was seen")
-        target = on_device(MicroBatch(None, target, torch.empty(0)), self.device).target
+        batch = MicroBatch(None, target, torch.empty(0)).copied()  # which the loss may change
+        target = on_device(batch, self.device).target
         shape = first_shape(target)
         output = tree_map(lambda part: self._zeros(part, shape), self.output, is_leaf=_is_form)
         try:

@@ -43,6 +43,7 @@ class Guard:
         self.spikes = False  # the fault is a loss that is too large
         self.policy: Policy = "skip"
         self.searching = False
+        self.changes_batches: bool | None = None  # the job, in place; it is known after a step
         self._kept: list[_Kept] = []
 
     def begin(self, models: Sequence[nn.Module]) -> None:

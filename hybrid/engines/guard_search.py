@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..data.loader import MicroBatch
+from ..data.loader import MicroBatch, was_changed
 from ..job.errors import RunError
 from ..launch.exchange import gather_objects
 from ..launch.serialization import sendable
@@ -29,19 +29,27 @@ WRAPPERS = ("DistributedDataParallel", "DeepSpeedEngine")  # each holds the mode
 
 
 def guarded_step(
-    engine: Any, guard: Guard, micro_batches: Sequence[MicroBatch], step: Callable[[], None]
+    engine: Any,
+    guard: Guard,
+    micro_batches: Sequence[MicroBatch],
+    step: Callable[[Sequence[MicroBatch]], None],
 ) -> None:
-    """Make a step of an engine by `step()`; it ends the run where its guard says so.
+    """Make a step of an engine by `step(micro_batches)`; it ends the run where its guard says so.
 
     Raises RunError on every rank then, with what is wrong and where."""
     models = models_of(engine)
     guard.begin(models)
-    step()
+    given = micro_batches
+    if guard.changes_batches is not False:  # the search needs them as they were
+        given = [micro_batch.copied() for micro_batch in micro_batches]
+    step(given)
+    if guard.changes_batches is None:
+        guard.changes_batches = was_changed([(part.input, part.target) for part in given])
     if guard.fault is None or guard.policy != "stop":
         return
     search, guard.searching = _Search(engine, models, micro_batches), True
     try:
-        step()
+        step(micro_batches)
     except Searched:
         pass
     finally:

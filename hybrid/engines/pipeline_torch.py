@@ -94,8 +94,13 @@ class TorchStage(Stage):
         """Run a schedule's first micro-batch once more, by which torch learns shapes.
 
         It leaves no trace but in buffers, which are put back once its gradients are taken."""
-        kept = self.tally, deque(self.pending), deque(self.targeted)
-        self.tally, buffers = Tally(self.device), copy_buffers(self.model)
+        kept, buffers = (self.tally, self.pending, self.targeted), copy_buffers(self.model)
+
+        def begin() -> None:
+            self.tally, self.pending, self.targeted = Tally(self.device), *map(deque, kept[1:])
+            self.pending[0] = self.pending[0].copied()
+
+        begin()
         for tensor in received:
             # torch would receive a gradient into memory that lies as this first one does, and then
             # refuses to where that has gaps. test_workarounds_pipelining.py tells when it ceased.
@@ -107,7 +112,7 @@ class TorchStage(Stage):
             if IN_PLACE not in str(error):
                 raise
             self.copies = True
-            self.tally, self.pending, self.targeted = Tally(self.device), *map(deque, kept[1:])
+            begin()
             output = self._compute(run, *received)
         self.tally, self.pending, self.targeted = kept
 

@@ -14,12 +14,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from ..data.loader import copied, was_changed
 from ..models.draws import forward_pass, is_placed
 from ..models.dropout import Seeds, rows_in_use, use_rows
 from .buffers import same_values
 from .compiled import compile_function
 
 Place = tuple[nn.Module, str]  # a module, and its own name of a buffer
+CHANGES = "_changes_inputs"  # the attribute of a block that says whether it does, in place
 DRAWS = "_draws_by_functions"  # the attribute of a block that says whether it does
 MOVING = "_moving_buffers"  # the attribute of a block that lists the places of buffers that move
 
@@ -51,7 +53,17 @@ def recomputed(kind: type[nn.Module], compiled: bool = False) -> type[nn.Module]
 def _run(compute: Callable[..., Any], block: Any, *args: Any, **options: Any) -> Any:
     """Run a block's own forward pass, in which its draws are counted from 0 in either pass.
 
-    The repetition calls no hooks of the block itself."""
+    The repetition calls no hooks of the block itself. A block that changes what it is given, in
+    place, gets a copy: the repetition would begin with what was changed."""
+    if not block.__dict__.get(CHANGES, True):
+        return _count_draws(compute, block, *args, **options)
+    args = copied(args)
+    out = _count_draws(compute, block, *args, **options)
+    block.__dict__[CHANGES] = was_changed(args)
+    return out
+
+
+def _count_draws(compute: Callable[..., Any], block: Any, *args: Any, **options: Any) -> Any:
     if not block.training or not is_placed(block) or not block.__dict__.get(DRAWS, True):
         return compute(block, *args, **options)
     with forward_pass(block) as this:
@@ -94,8 +106,8 @@ def _same_state(before: dict[Place, torch.Tensor]) -> tuple[Any, Any]:
 def _as_before(before: dict[Place, torch.Tensor], rows: Seeds | None) -> Iterator[None]:
     """Put copies of buffers in the place of the live ones, which nothing then changes."""
     live = {place: place[0]._buffers[place[1]] for place in before}
-    for (module, key), copied in before.items():
-        module._buffers[key] = copied
+    for (module, key), kept in before.items():
+        module._buffers[key] = kept
     try:
         with use_rows(rows):
             yield

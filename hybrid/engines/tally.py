@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ..data.loader import MicroBatch
+from ..data.loader import MicroBatch, copied
 from ..job.errors import RunError
 from ..launch.exchange import gather_rows
 from ..models.loss_calls import LossCall, LossCalls
@@ -81,7 +81,9 @@ class Tally:
         target = real_rows(micro_batch.target, rows, padded)
         if score:
             with LossCalls() as watched:
-                loss_sum, count = take_loss(loss, output, target)
+                # Metrics take the targets after it, and a loss may change its own.
+                own = copied(target) if self.metrics else target
+                loss_sum, count = take_loss(loss, output, own)
             self.scores.add([*calls, *watched.calls], target, micro_batch.ids)
             self._measure(output, target)
         else:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...data.loader import load_micro_batch
+from ...data.loader import copied, load_micro_batch
 from ...job.errors import first_line
 from ..layers import Layers, children_first
 from .blocks import find_blocks
@@ -71,7 +71,7 @@ class ModuleLayers(Layers):
             return self._take(CutPlan(f"its data gave no two samples: {first_line(error)}"))
 
         def run(twin: nn.Module) -> Any:
-            args, kwargs = self.calling.arguments(twin.forward, value)
+            args, kwargs = self.calling.arguments(twin.forward, copied(value))
             return self.calling.output(twin(*args, **kwargs))
 
         plan = find_cut(self.model, run)

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import TensorDataset
 
 from ...data.forms import split_sample
+from ...data.loader import copied
 from ...data.samples import JobSet, find_base, reader_of
 from ...data.targets import IGNORED_TARGET
 from ...job.users_code import passes
@@ -82,7 +83,7 @@ def _ask(trial: Trial, output: Any) -> list[tuple[Scores, Any]]:
     """Return the calls of torch's losses of classes, with what each is given."""
     with _Asked() as asked:
         try:
-            trial.loss(map_tensors(output, torch.clone), trial.batch.target)
+            trial.loss(map_tensors(output, torch.clone), copied(trial.batch.target))
         except BaseException as error:  # the loss is judged later
             if passes(error):
                 raise

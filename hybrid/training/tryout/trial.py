@@ -9,7 +9,7 @@ import numpy
 import torch
 from torch import nn
 
-from ...data.loader import MicroBatch, load_micro_batch
+from ...data.loader import MicroBatch, copied, load_micro_batch
 from ...engines.layers import prepare_layers, sample_seeds
 from ...job.errors import JobError, RunError, tell_error
 from ...job.schema import Job
@@ -82,7 +82,7 @@ class Trial:
         numpy.random.seed(other)
         try:
             with sample_seeds(self.job, 0, (torch_seed,), rows, len(rows)):
-                return self.model(given)
+                return self.model(copied(given))  # which it may change in place
         except BaseException as error:  # a user's layer may raise anything
             if passes(error):
                 raise
@@ -104,7 +104,7 @@ class Trial:
     def take_loss(self, output: Any, target: Any) -> tuple[torch.Tensor, Any]:
         """Return what the loss gives: a sum that is one number, and a count."""
         try:
-            given = self.loss(output, target)
+            given = self.loss(output, copied(target))
         except JobError as error:  # one of torch's losses does not take these
             raise JobError(f"{self.model_name}: {error}") from error
         except BaseException as error:  # a user's loss may raise anything
