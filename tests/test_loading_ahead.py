@@ -94,17 +94,6 @@ def test_steps_that_are_loaded_at_once_are_those_loaded_alone(
             assert micro_batch.num_targets == len(micro_batch.ids)
 
 
-@pytest.mark.parametrize("size", [None, 4])
-def test_a_step_s_large_micro_batches_are_loaded_at_once(size: int | None) -> None:
-    inputs, targets = torch.randn(40, 3008), torch.randint(3, (40,))
-    plan = BatchPlan(40, 8, 1, 2, 0)
-    loader = StepLoader(plan, TensorDataset(inputs, targets), [0], size)
-    for step in (0, 1, 7):
-        first, second = loader.step(step)
-        assert torch.equal(torch.cat([first.input, second.input]), inputs[plan.batch(step)])
-        assert first.input.untyped_storage().data_ptr() == second.input.untyped_storage().data_ptr()
-
-
 def test_a_layer_may_change_each_micro_batch_in_place() -> None:
     """Pipelines have several in flight when the first one's gradients are taken."""
     inputs, weight = torch.randn(8, 16), torch.ones(16, requires_grad=True)
@@ -113,14 +102,14 @@ def test_a_layer_may_change_each_micro_batch_in_place() -> None:
     sums = [(part.input.mul_(weight) * weight).sum() for part in (first, second)]
     for loss in sums:
         loss.backward()
-    assert torch.allclose(weight.grad, 2 * inputs.sum(0))
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, 2 * inputs.sum(0), rtol=0, atol=1e-5)
 
 
 def test_large_rows_and_other_sets_are_loaded_step_by_step() -> None:
     large = TensorDataset(torch.randn(40, 3000), torch.zeros(40, dtype=torch.int64))
     plan = BatchPlan(40, 8, 1, 1, 0)
-    assert StepLoader(plan, large, [0])._steps == 0, "one micro-batch is loaded at once anyway"
-    assert StepLoader(BatchPlan(40, 8, 1, 2, 0), large, [0])._steps == 1
+    assert StepLoader(plan, large, [0])._steps == 0
     assert StepLoader(plan, large, [0], inputs=False)._steps == AHEAD_STEPS
     assert StepLoader(plan, [(torch.zeros(2), 0)] * 40, [0])._steps == 0
     small = TensorDataset(torch.randn(40, 3), torch.zeros(40, dtype=torch.int64))

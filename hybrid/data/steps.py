@@ -1,4 +1,4 @@
-"""Loads one process's micro-batches step by step: those of a step, or of several, at once."""
+"""Loads one process's micro-batches step by step; small ones for several steps at once."""
 
 import dataclasses
 import itertools
@@ -22,9 +22,9 @@ class StepLoader:
     """Loads the micro-batches of the shares that a process has.
 
     size: rows to which each micro-batch is padded, None: none. known: targets of each sample, where
-    the set tells it. See `load_micro_batch` for the rest. Where samples are rows of two tensors,
-    a step's micro-batches are loaded at once, and each gets a view; where they are small, so that
-    the calls take longer than the copying, those of several steps are."""
+    the set tells it. See `load_micro_batch` for the rest. Where samples are rows of two tensors, of
+    which a step needs little here, its calls take longer than the copying, so several steps are
+    loaded at once and each gets a view."""
 
     plan: BatchPlan
     samples: Sequence[Any]
@@ -75,7 +75,7 @@ class StepLoader:
         )
 
     def _steps_at_once(self) -> int:
-        """Return how many steps fit; 0 where the set is of another kind, or one has one piece."""
+        """Return how many steps fit; 0: none, the set is of another kind, or one has one piece."""
         base, _ = find_base(self.samples, [])
         if isinstance(self.samples, JobSet) or reader_of(base) is not TensorDataset:
             return 0
@@ -85,7 +85,7 @@ class StepLoader:
         loaded = itertools.compress(parts, (self.inputs, self.targets))
         row = sum(t[:1].numel() * t.element_size() for t in loaded)
         batch = -(-self.plan.global_batch // self.plan.shares) * len(self.shares)
-        steps = max(1, min(AHEAD_STEPS, AHEAD_BYTES // max(1, row * batch)))
+        steps = min(AHEAD_STEPS, AHEAD_BYTES // max(1, row * batch))
         return 0 if steps * len(self.shares) * self.plan.micro_batches == 1 else steps
 
     def _load_ahead(self, step: int) -> dict[int, list[MicroBatch]]:
