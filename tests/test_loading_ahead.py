@@ -94,6 +94,16 @@ def test_steps_that_are_loaded_at_once_are_those_loaded_alone(
             assert micro_batch.num_targets == len(micro_batch.ids)
 
 
+def test_a_pipeline_s_large_micro_batches_of_a_step_are_loaded_at_once() -> None:
+    inputs, targets = torch.randn(40, 3008), torch.randint(3, (40,))
+    plan = BatchPlan(40, 8, 1, 2, 0)
+    loader = StepLoader(plan, TensorDataset(inputs, targets), [0], 4)
+    for step in (0, 1, 7):
+        first, second = loader.step(step)
+        assert torch.equal(torch.cat([first.input, second.input]), inputs[plan.batch(step)])
+        assert first.input.untyped_storage().data_ptr() == second.input.untyped_storage().data_ptr()
+
+
 def test_a_layer_may_change_each_micro_batch_in_place() -> None:
     """Pipelines have several in flight when the first one's gradients are taken."""
     inputs, weight = torch.randn(8, 16), torch.ones(16, requires_grad=True)

@@ -21,10 +21,11 @@ ALIGNMENT = 64  # bytes; torch aligns what it allocates so, and MKL's results ca
 class StepLoader:
     """Loads the micro-batches of the shares that a process has.
 
-    size: rows to which each micro-batch is padded, None: none. known: targets of each sample, where
-    the set tells it. See `load_micro_batch` for the rest. Where samples are rows of two tensors, of
-    which a step needs little here, its calls take longer than the copying, so several steps are
-    loaded at once and each gets a view."""
+    size: rows to which a pipeline pads micro-batches, None: there is none. known: targets of each
+    sample, where the set tells it. See `load_micro_batch` for the rest. Where samples are rows of
+    two tensors, of which a step needs little here, its calls take longer than the copying, so
+    several steps are loaded at once and each gets a view. In a pipeline it is one step at least:
+    while the first stage loads, the others wait."""
 
     plan: BatchPlan
     samples: Sequence[Any]
@@ -85,7 +86,8 @@ class StepLoader:
         loaded = itertools.compress(parts, (self.inputs, self.targets))
         row = sum(t[:1].numel() * t.element_size() for t in loaded)
         batch = -(-self.plan.global_batch // self.plan.shares) * len(self.shares)
-        steps = min(AHEAD_STEPS, AHEAD_BYTES // max(1, row * batch))
+        least = 0 if self.size is None else 1
+        steps = max(least, min(AHEAD_STEPS, AHEAD_BYTES // max(1, row * batch)))
         return 0 if steps * len(self.shares) * self.plan.micro_batches == 1 else steps
 
     def _load_ahead(self, step: int) -> dict[int, list[MicroBatch]]:
