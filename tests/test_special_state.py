@@ -196,7 +196,10 @@ def test_what_the_cases_show(found: Results) -> None:
 def test_emulations_go_on(strategy: str, settings: dict[str, Any], tmp_path: Path) -> None:
     case = Case(name="c", strategy=strategy, job=ADAMW | NORMED | settings, saves=[3])
     case["goes_on"] = [{"at": 3}]
-    assert same(run_case(case, tmp_path), 0)
+    try:
+        assert same(run_case(case, tmp_path), 0)
+    finally:
+        hybrid.cleanup()
 
 
 def test_a_run_of_replicas_goes_on_between_merges(tmp_path: Path) -> None:
