@@ -31,22 +31,19 @@ class Scaled(nn.Module):
         return x.sub_(0.3).mul_(self.scale)
 
 
-class Halved(nn.Linear):
+class Halved(nn.Module):
     """Halves its input, which autograd does not need, and maps it."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def __init__(self, width: int, in_place: bool) -> None:
+        super().__init__()
+        self.in_place, self.inner = in_place, nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, width] to [batch, width]."""
+        x = x if self.in_place else x.clone()
         with torch.no_grad():
-            input = input.mul_(0.5)
-        return super().forward(input)
-
-
-class HalvedCopy(Halved):
-    """The same with a copy."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[batch, width] to [batch, width]."""
-        return super().forward(input.clone())
+            x.mul_(0.5)
+        return self.inner(x)
 
 
 def summed(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -75,15 +72,13 @@ def hits(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, int]
 
 def changing(in_place: bool) -> tuple[list[nn.Module], Any]:
     """Five layers, 32 numbers in, 10 out."""
-    halved = Halved(32, 32) if in_place else HalvedCopy(32, 32)
     rest = [nn.Sequential(nn.Tanh(), nn.Linear(32, 20)), nn.Linear(20, 20), nn.Linear(20, 10)]
-    return [Scaled(32, in_place), halved, *rest], summed
+    return [Scaled(32, in_place), Halved(32, in_place), *rest], summed
 
 
 def halving(in_place: bool) -> tuple[list[nn.Module], Any]:
     """The first layer's change is not seen by autograd, which would name it."""
-    halved = Halved(32, 32) if in_place else HalvedCopy(32, 32)
-    return [halved, nn.Tanh(), nn.Linear(32, 10)], summed
+    return [Halved(32, in_place), nn.Tanh(), nn.Linear(32, 10)], summed
 
 
 def job(name: str, in_place: bool, **changes: Any) -> hybrid.Job:

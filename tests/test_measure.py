@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -259,31 +260,38 @@ def test_only_one_counter_can_be_started() -> None:
     other.stop()
 
 
-def test_tcp_counts_each_socket_of_this_process_once() -> None:
-    before = tcp_bytes_sent()
-    if before is None:
-        pytest.skip("this system does not give TCP_INFO")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        sender = socket.create_connection(server.getsockname())
-        receiver, _ = server.accept()
-        with sender, receiver, sender.dup():
-            sender.sendall(bytes(10_000))
-            assert len(receiver.recv(10_000, socket.MSG_WAITALL)) == 10_000
-            assert tcp_bytes_sent() == before + 10_000
-
-
-def test_tcp_counts_what_waits_for_a_receiver_that_is_late() -> None:
-    """The bytes of one step would else count as the next one's, on a host that is busy."""
-    before = tcp_bytes_sent()
-    if before is None:
+@pytest.fixture
+def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A sender and its receiver, whose sockets of TCP have sent nothing."""
+    if tcp_bytes_sent() is None:
         pytest.skip("this system does not give TCP_INFO")
     with socket.create_server(("127.0.0.1", 0)) as server:
         sender = socket.create_connection(server.getsockname())
         receiver, _ = server.accept()
         with sender, receiver:
-            sender.setblocking(False)
-            taken = 0
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    taken += sender.send(bytes(1_000_000))
-            assert tcp_bytes_sent() == before + taken
+            yield sender, receiver
+
+
+def test_tcp_counts_each_socket_of_this_process_once(
+    connected: tuple[socket.socket, socket.socket],
+) -> None:
+    (sender, receiver), before = connected, tcp_bytes_sent()
+    assert before is not None
+    with sender.dup():
+        sender.sendall(bytes(10_000))
+        assert len(receiver.recv(10_000, socket.MSG_WAITALL)) == 10_000
+        assert tcp_bytes_sent() == before + 10_000
+
+
+def test_tcp_counts_what_waits_for_a_receiver_that_is_late(
+    connected: tuple[socket.socket, socket.socket],
+) -> None:
+    """The bytes of one step would else count as the next one's, on a host that is busy."""
+    (sender, _), before = connected, tcp_bytes_sent()
+    assert before is not None
+    sender.setblocking(False)
+    taken = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            taken += sender.send(bytes(1_000_000))
+    assert tcp_bytes_sent() == before + taken

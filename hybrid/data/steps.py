@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,12 +57,15 @@ class StepLoader:
     def _ids(self, step: int) -> list[list[int]]:
         return [ids for share in self.shares for ids in self.plan.micro_batch_ids(step, share)]
 
-    def _ids_from(self, step: int) -> Iterator[tuple[int, list[list[int]]]]:
-        """Yield as many steps as are loaded at once, with their ids."""
-        return ((s, self._ids(s)) for s in range(step, step + self._steps))
-
-    def _is_full(self, step: tuple[int, list[list[int]]]) -> bool:
-        return self.size is None or all(len(ids) == self.size for ids in step[1])
+    def _ids_ahead(self, step: int) -> dict[int, list[list[int]]]:
+        """Return the ids of the steps that are loaded at once, up to the first that is padded."""
+        found = {}
+        for ahead in range(step, step + self._steps):
+            every = self._ids(ahead)
+            if self.size is not None and any(len(ids) != self.size for ids in every):
+                break
+            found[ahead] = every
+        return found
 
     def _load(self, ids: list[int], epoch: int, size: int | None) -> MicroBatch:
         return load_micro_batch(
@@ -95,7 +98,7 @@ class StepLoader:
 
         From the first time on that a micro-batch of them is empty, or that its rows would not begin
         where torch begins what it allocates, each is loaded alone. So is a step that is padded."""
-        steps = dict(itertools.takewhile(self._is_full, self._ids_from(step)))
+        steps = self._ids_ahead(step)
         if not steps:
             return {step: self.step_alone(step)}
         sizes = [len(ids) for every in steps.values() for ids in every]
