@@ -26,9 +26,8 @@ def check_loss(trial: Trial, output: Any) -> list[Finding]:
 
     output: what the model gave for the batch. Only the loss is called, on parts of the output, so
     that nothing here hangs on what the model does."""
-    # Each call gets a copy, since a loss may change what it is given.
-    total, count = trial.take_loss(map_tensors(output, torch.clone), trial.batch.target)
-    again, _ = trial.take_loss(map_tensors(output, torch.clone), trial.batch.target)
+    total, count = trial.take_loss(output, trial.batch.target)
+    again, _ = trial.take_loss(output, trial.batch.target)
     size = _size(trial, output, total)
     if abs(float(total) - float(again)) > TOLERANCE * size:
         text = "the loss draws random numbers of its own: each strategy draws others"
@@ -138,7 +137,7 @@ def check_reach(trial: Trial, output: Any) -> list[Finding]:
     output: with a graph, which is cut here: what the loss reaches beyond is its own."""
     cut = map_tensors(output, lambda t: t.detach().clone().requires_grad_(is_float(t)))
     mine = set(tensors_in(cut))
-    loss_sum, _ = trial.take_loss(map_tensors(cut, torch.clone), trial.batch.target)
+    loss_sum, _ = trial.take_loss(cut, trial.batch.target)
     reached = [leaf for leaf in leaves_behind(loss_sum) if leaf not in mine]
     if not any(leaf in mine for leaf in leaves_behind(loss_sum)):
         text = "the loss has no gradient for the model's output"

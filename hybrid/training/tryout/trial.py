@@ -18,6 +18,7 @@ from ...models.layers import Layers
 from ...models.loss_calls import LossCalls
 from ...models.losses import Loss
 from ...models.own_loss import OwnLoss, model_input
+from .nested import map_tensors
 
 SAMPLES = 8
 # Of a large model, fewer samples: a pass over eight sequences of 128 tokens takes 0.4 s there.
@@ -102,9 +103,12 @@ class Trial:
             self.model.train()
 
     def take_loss(self, output: Any, target: Any) -> tuple[torch.Tensor, Any]:
-        """Return what the loss gives: a sum that is one number, and a count."""
+        """Return what the loss gives: a sum that is one number, and a count.
+
+        It gets copies, since it may change what it is given."""
+        output, target = map_tensors(output, torch.clone), copied(target)
         try:
-            given = self.loss(output, copied(target))
+            given = self.loss(output, target)
         except JobError as error:  # one of torch's losses does not take these
             raise JobError(f"{self.model_name}: {error}") from error
         except BaseException as error:  # a user's loss may raise anything
