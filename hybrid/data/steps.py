@@ -109,7 +109,7 @@ class StepLoader:
         pieces = zip(
             _split(whole.input, sizes),
             _split(whole.target, sizes),
-            whole.ids.split(sizes),
+            whole.ids.split_with_sizes(sizes),
             [None if self.known is None else self.known * size for size in sizes],
             strict=True,
         )
@@ -129,4 +129,6 @@ def _split(tensor: torch.Tensor | None, sizes: list[int]) -> Sequence[torch.Tens
 
     torch forbids that of views that one call made, and takes a change of one for one of all: `data`
     knows of no other view."""
-    return [None] * len(sizes) if tensor is None else [t.data for t in tensor.split(sizes)]
+    if tensor is None:
+        return [None] * len(sizes)
+    return [piece.data for piece in tensor.split_with_sizes(sizes)]

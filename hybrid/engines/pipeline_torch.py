@@ -74,7 +74,7 @@ class TorchStage(Stage):
         loss: makes it take gradients too. The last stage gives it what it takes these of."""
         run = StageModule(self._try)
         stage = PipelineStage(run, self.stage, self.layout.pp, self.device)
-        spare_calls(stage, self._first_gradient)
+        spare_calls(stage, number, self._first_gradient)
         return kind(stage, number, loss_fn=loss, scale_grads=False)
 
     def _run(self, schedule: Any, micro_batches: Sequence[MicroBatch], **options: Any) -> None:

@@ -4,7 +4,7 @@ A pipeline of small steps waits where its last stage takes a moment longer than 
 forward pass, and gloo's threads then spin for a lock. benchmarks/LOG.md has the figures."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,20 +29,62 @@ class StageModule(nn.Module):
         return self.function(self, *received)
 
 
-def spare_calls(made: Any, first_gradient: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Spare a `PipelineStage` calls for nothing in each micro-batch.
+def spare_calls(
+    made: Any, number: int, first_gradient: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Spare a `PipelineStage` calls for nothing in each of `number` micro-batches.
 
     torch describes each output for a log that nobody writes, looks for tensors in a tuple of
     tensors as if that were any nesting, looks up the rank of a stage at each transfer, and
     describes again what it receives into the same memory. It begins each backward pass with ones:
-    here it is with what `first_gradient` returns for a loss. test_workarounds_pipelining.py tells
-    when it has ceased."""
+    here it is with what `first_gradient` returns for a loss. It begins to receive only when it
+    waits (`_Receives`). test_workarounds_pipelining.py tells when it has ceased."""
     stage.map_debug_info = _Described  # type: ignore[assignment]
     stage.flatten_args = _flatten  # type: ignore[assignment]
     made._resolve_peer_global_rank = functools.cache(made._resolve_peer_global_rank)
     made.get_fwd_recv_ops = functools.cache(made.get_fwd_recv_ops)
     made.get_bwd_recv_ops = functools.cache(made.get_bwd_recv_ops)
+    if made.device.type == "cpu":
+        _Receives(made, number)
     made.backward_maybe_with_nosync = functools.partial(_take_gradients, first_gradient)
+
+
+class _Receives:
+    """Begins all that a stage receives in a step before its first micro-batch.
+
+    What is asked for only when it is needed, gloo's sender holds back until then, and the asking
+    holds a lock that gloo's thread spins for. Messages from one rank come in the order in which
+    their receives began. NCCL could not do this: each receive would keep what is sent after it
+    waiting. made: the `PipelineStage`, whose methods this replaces. number: of micro-batches."""
+
+    def __init__(self, made: Any, number: int) -> None:
+        self.number = number
+        self.operations = made.get_fwd_recv_ops, made.get_bwd_recv_ops
+        self.begun: list[list[list[Any]]] = [[], []]  # forward, backward; by micro-batch
+        made.get_fwd_recv_ops, made.get_bwd_recv_ops = self.begin, lambda chunk: []
+        made._retrieve_recv_activations = self._after(0, made._retrieve_recv_activations)
+        made._retrieve_recv_grads = self._after(1, made._retrieve_recv_grads)
+
+    def begin(self, chunk: int) -> list[Any]:
+        """Begin them with micro-batch 0, and return what is left to begin: nothing."""
+        if chunk == 0:
+            every = range(self.number)
+            self.begun = [[_begin(ops(i)) for i in every] for ops in self.operations]
+        return []
+
+    def _after(self, way: int, retrieve: Callable[[int], Any]) -> Callable[[int], Any]:
+        """Return `retrieve` as it is once what it takes has come."""
+
+        def wait_and_retrieve(chunk: int) -> Any:
+            for work in self.begun[way][chunk]:
+                work.wait()
+            return retrieve(chunk)
+
+        return wait_and_retrieve
+
+
+def _begin(operations: Iterable[Any]) -> list[Any]:
+    return [op.op(op.tensor, op.peer, op.group, op.tag) for op in operations]
 
 
 def forget_hooks(made: Any) -> None:
