@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from typing import Any
 
 import torch
-from torch.distributed.pipelining import stage
+from torch.distributed.pipelining import schedules, stage
+
+from hybrid.engines.pipelining_calls import spare_calls
 
 # A pipeline of one stage, whose batch norm counts passes, and whose second step raises.
 PIPELINE = """
@@ -58,3 +61,59 @@ def test_torch_s_pipelines_still_do_in_each_micro_batch_what_is_left_out() -> No
     for function in (base._resolve_peer_global_rank, base._get_recv_ops):
         assert "cache" not in inspect.getsource(function)
     assert "torch.autograd.backward(" in inspect.getsource(stage.stage_backward)
+    steps = inspect.getsource(schedules.Schedule1F1B._step_microbatches)
+    assert "_wait_batch_p2p(_batch_p2p(fwd_recvs" in steps  # it begins to receive when it waits
+
+
+def test_a_stage_begins_all_receives_of_a_step_and_waits_for_each_when_it_is_needed() -> None:
+    """hybrid/engines/pipelining_calls.py::_Receives, on a CPU alone: NCCL's would wait for ever."""
+    for device, begun in (("cpu", ["f0", "f1", "f2", "b0", "b1", "b2"]), ("meta", [])):
+        made, done = _Stage(device), list[str]()
+        spare_calls(made, 3, lambda loss: loss)
+        made.done = done
+        for step in range(2):
+            left = [made.get_fwd_recv_ops(i) + made.get_bwd_recv_ops(i) for i in range(3)]
+            assert done == begun and [bool(ops) for ops in left] == [not begun] * 3, (device, step)
+            made._retrieve_recv_activations(1)
+            made._retrieve_recv_grads(2)
+            waits = ["wait f1", "take f1", "wait b2", "take b2"]
+            assert done[len(begun) :] == [w for w in waits if begun or w.startswith("take")]
+            done.clear()
+
+
+class _Stage:
+    """Stands for a `PipelineStage` that receives one tensor for each pass of a micro-batch."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.done = torch.device(device), list[str]()
+
+    def get_fwd_recv_ops(self, chunk: int) -> list[Any]:
+        return [_Receive(self, f"f{chunk}")]
+
+    def get_bwd_recv_ops(self, chunk: int) -> list[Any]:
+        return [_Receive(self, f"b{chunk}")]
+
+    def _retrieve_recv_activations(self, chunk: int) -> None:
+        self.done.append(f"take f{chunk}")
+
+    def _retrieve_recv_grads(self, chunk: int) -> None:
+        self.done.append(f"take b{chunk}")
+
+    def _resolve_peer_global_rank(self, peer: int) -> int:
+        return peer
+
+
+class _Receive:
+    """Stands for a `P2POp`, and for what it begins."""
+
+    tensor = peer = group = tag = None
+
+    def __init__(self, owner: _Stage, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def op(self, *_: Any) -> _Receive:
+        self.owner.done.append(self.name)
+        return self
+
+    def wait(self) -> None:
+        self.owner.done.append(f"wait {self.name}")
