@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.pipelining import schedules, stage
 
-from hybrid.engines.pipelining_calls import spare_calls
+from hybrid.engines.pipelining_calls import EarlyReceives
 
 # A pipeline of one stage, whose batch norm counts passes, and whose second step raises.
 PIPELINE = """
@@ -66,32 +66,36 @@ def test_torch_s_pipelines_still_do_in_each_micro_batch_what_is_left_out() -> No
 
 
 def test_a_stage_begins_all_receives_of_a_step_and_waits_for_each_when_it_is_needed() -> None:
-    """hybrid/engines/pipelining_calls.py::_Receives, on a CPU alone: NCCL's would wait for ever."""
-    for device, begun in (("cpu", ["f0", "f1", "f2", "b0", "b1", "b2"]), ("meta", [])):
-        made, done = _Stage(device), list[str]()
-        spare_calls(made, 3, lambda loss: loss)
-        made.done = done
-        for step in range(2):
-            left = [made.get_fwd_recv_ops(i) + made.get_bwd_recv_ops(i) for i in range(3)]
-            assert done == begun and [bool(ops) for ops in left] == [not begun] * 3, (device, step)
-            made._retrieve_recv_activations(1)
-            made._retrieve_recv_grads(2)
-            waits = ["wait f1", "take f1", "wait b2", "take b2"]
-            assert done[len(begun) :] == [w for w in waits if begun or w.startswith("take")]
-            done.clear()
+    """hybrid/engines/pipelining_calls.py::EarlyReceives"""
+    made, group = _Stage(), "group of gradients"
+    EarlyReceives(made, 3, group)  # type: ignore[arg-type]
+    for _ in range(2):
+        for chunk in range(3):
+            assert made.get_fwd_recv_ops(chunk) == made.get_bwd_recv_ops(chunk) == []
+        made._retrieve_recv_activations(1)
+        made._retrieve_recv_grads(2)
+        begun = ["f0 stage's", "f1 stage's", "f2 stage's", *[f"b{i} {group}" for i in range(3)]]
+        assert made.done == [*begun, "wait f1", "take f1", "wait b2", "take b2"]
+        made.done.clear()
+    assert [op.group for op in made.get_bwd_send_ops(1)] == [group]
 
 
 class _Stage:
     """Stands for a `PipelineStage` that receives one tensor for each pass of a micro-batch."""
 
-    def __init__(self, device: str) -> None:
-        self.device, self.done = torch.device(device), list[str]()
+    group = "stage's"
+
+    def __init__(self) -> None:
+        self.done = list[str]()
 
     def get_fwd_recv_ops(self, chunk: int) -> list[Any]:
-        return [_Receive(self, f"f{chunk}")]
+        return [_Operation(self.done, f"f{chunk}")]
 
     def get_bwd_recv_ops(self, chunk: int) -> list[Any]:
-        return [_Receive(self, f"b{chunk}")]
+        return [_Operation(self.done, f"b{chunk}")]
+
+    def get_bwd_send_ops(self, chunk: int) -> list[Any]:
+        return [_Operation(self.done, f"sent {chunk}")]
 
     def _retrieve_recv_activations(self, chunk: int) -> None:
         self.done.append(f"take f{chunk}")
@@ -99,21 +103,18 @@ class _Stage:
     def _retrieve_recv_grads(self, chunk: int) -> None:
         self.done.append(f"take b{chunk}")
 
-    def _resolve_peer_global_rank(self, peer: int) -> int:
-        return peer
 
-
-class _Receive:
+class _Operation:
     """Stands for a `P2POp`, and for what it begins."""
 
-    tensor = peer = group = tag = None
+    tensor = peer = tag = group = None
 
-    def __init__(self, owner: _Stage, name: str) -> None:
-        self.owner, self.name = owner, name
+    def __init__(self, done: list[str], name: str) -> None:
+        self.done, self.name = done, name
 
-    def op(self, *_: Any) -> _Receive:
-        self.owner.done.append(self.name)
+    def op(self, tensor: None, peer: None, group: str, tag: None) -> _Operation:
+        self.done.append(f"{self.name} {group}")
         return self
 
     def wait(self) -> None:
-        self.owner.done.append(f"wait {self.name}")
+        self.done.append(f"wait {self.name}")

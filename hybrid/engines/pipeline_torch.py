@@ -28,7 +28,7 @@ from .optimizer import (
     set_learning_rate,
 )
 from .pipeline_stage import Stage, make_contiguous
-from .pipelining_calls import StageModule, forget_hooks, spare_calls
+from .pipelining_calls import EarlyReceives, StageModule, forget_hooks, spare_calls
 from .precision import DTYPES, Stepped, round_at_use
 from .protocol import OwnState, make_receipt
 from .schedule import learning_rate
@@ -62,6 +62,8 @@ class TorchStage(Stage):
         self.counted_before = {p for p, _, first in self.tied if not first}  # by another stage
         self.scale = LossScale(job, self.device)
         self.scale.scale(torch.ones((), device=self.device))  # it makes its own tensors by a loss
+        # A group of all ranks once more, over gloo alone.
+        self.for_gradients = dist.new_group() if self.device.type == "cpu" else None
         kind = SCHEDULES[job.strategy.pipeline.schedule]
         self.schedule = self._make_schedule(kind, self.micro_batches, lambda loss, _: loss)
         self.numbers = torch.zeros(self.micro_batches)  # of which torch wants one a micro-batch
@@ -74,7 +76,9 @@ class TorchStage(Stage):
         loss: makes it take gradients too. The last stage gives it what it takes these of."""
         run = StageModule(self._try)
         stage = PipelineStage(run, self.stage, self.layout.pp, self.device)
-        spare_calls(stage, number, self._first_gradient)
+        spare_calls(stage, self._first_gradient)
+        if self.for_gradients is not None:
+            EarlyReceives(stage, number, self.for_gradients)
         return kind(stage, number, loss_fn=loss, scale_grads=False)
 
     def _run(self, schedule: Any, micro_batches: Sequence[MicroBatch], **options: Any) -> None:

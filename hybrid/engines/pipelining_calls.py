@@ -1,13 +1,14 @@
-"""This module spares `torch.distributed.pipelining` calls that are for nothing.
+"""This module spares `torch.distributed.pipelining` calls for nothing, and gloo's threads to spin.
 
 A pipeline of small steps waits where its last stage takes a moment longer than the first one's next
 forward pass, and gloo's threads then spin for a lock. benchmarks/LOG.md has the figures."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import stage
 
@@ -29,47 +30,53 @@ class StageModule(nn.Module):
         return self.function(self, *received)
 
 
-def spare_calls(
-    made: Any, number: int, first_gradient: Callable[[torch.Tensor], torch.Tensor]
-) -> None:
-    """Spare a `PipelineStage` calls for nothing in each of `number` micro-batches.
+def spare_calls(made: Any, first_gradient: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Spare a `PipelineStage` calls for nothing in each micro-batch.
 
     torch describes each output for a log that nobody writes, looks for tensors in a tuple of
     tensors as if that were any nesting, looks up the rank of a stage at each transfer, and
     describes again what it receives into the same memory. It begins each backward pass with ones:
-    here it is with what `first_gradient` returns for a loss. It begins to receive only when it
-    waits (`_Receives`). test_workarounds_pipelining.py tells when it has ceased."""
+    here it is with what `first_gradient` returns for a loss. test_workarounds_pipelining.py tells
+    when it has ceased."""
     stage.map_debug_info = _Described  # type: ignore[assignment]
     stage.flatten_args = _flatten  # type: ignore[assignment]
     made._resolve_peer_global_rank = functools.cache(made._resolve_peer_global_rank)
     made.get_fwd_recv_ops = functools.cache(made.get_fwd_recv_ops)
     made.get_bwd_recv_ops = functools.cache(made.get_bwd_recv_ops)
-    if made.device.type == "cpu":
-        _Receives(made, number)
     made.backward_maybe_with_nosync = functools.partial(_take_gradients, first_gradient)
 
 
-class _Receives:
-    """Begins all that a stage receives in a step before its first micro-batch.
+class EarlyReceives:
+    """Begins all that a stage receives in a step before its first micro-batch, over gloo.
 
-    What is asked for only when it is needed, gloo's sender holds back until then, and the asking
-    holds a lock that gloo's thread spins for. Messages from one rank come in the order in which
-    their receives began. NCCL could not do this: each receive would keep what is sent after it
-    waiting. made: the `PipelineStage`, whose methods this replaces. number: of micro-batches."""
+    gloo has one connection to each rank of a group. A rank's own thread locks it to send, and to
+    ask for a message, and gloo's thread spins where it finds it locked. So nothing is asked for
+    while others send, and gradients go over a group of their own. Messages from one rank come in
+    the order in which their receives began. With NCCL, receives would keep what is sent after them
+    waiting.
 
-    def __init__(self, made: Any, number: int) -> None:
+    made: the `PipelineStage`, whose methods this replaces. number: of its micro-batches. gradients:
+    a group of all ranks, in the order of the stage's."""
+
+    def __init__(self, made: Any, number: int, gradients: dist.ProcessGroup) -> None:
         self.number = number
-        self.operations = made.get_fwd_recv_ops, made.get_bwd_recv_ops
+        self.ways = (made.get_fwd_recv_ops, made.group), (made.get_bwd_recv_ops, gradients)
         self.begun: list[list[list[Any]]] = [[], []]  # forward, backward; by micro-batch
         made.get_fwd_recv_ops, made.get_bwd_recv_ops = self.begin, lambda chunk: []
+        made.get_bwd_send_ops = functools.partial(_in_group, gradients, made.get_bwd_send_ops)
         made._retrieve_recv_activations = self._after(0, made._retrieve_recv_activations)
         made._retrieve_recv_grads = self._after(1, made._retrieve_recv_grads)
 
     def begin(self, chunk: int) -> list[Any]:
         """Begin them with micro-batch 0, and return what is left to begin: nothing."""
         if chunk == 0:
-            every = range(self.number)
-            self.begun = [[_begin(ops(i)) for i in every] for ops in self.operations]
+            self.begun = [
+                [
+                    [op.op(op.tensor, op.peer, group, op.tag) for op in operations(i)]
+                    for i in range(self.number)
+                ]
+                for operations, group in self.ways
+            ]
         return []
 
     def _after(self, way: int, retrieve: Callable[[int], Any]) -> Callable[[int], Any]:
@@ -83,8 +90,14 @@ class _Receives:
         return wait_and_retrieve
 
 
-def _begin(operations: Iterable[Any]) -> list[Any]:
-    return [op.op(op.tensor, op.peer, op.group, op.tag) for op in operations]
+def _in_group(
+    group: dist.ProcessGroup, operations: Callable[[int], list[Any]], chunk: int
+) -> list[Any]:
+    """Return a micro-batch's operations in another group, of the same ranks."""
+    found = operations(chunk)
+    for operation in found:
+        operation.group = group
+    return found
 
 
 def forget_hooks(made: Any) -> None:
