@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -105,3 +107,39 @@ def test_an_emulation_has_the_threads_of_a_rank_that_it_plays(
         checked = check_job(job).job
         record = launch(checked, "local_sgd", 1, tmp_path / str(replicas), Progress(shared=True))
         assert record.environment["threads_per_rank"] == (2 if replicas else 4)
+
+
+SLICES = """
+import ctypes, os, platform, struct, threading
+from hybrid.launch.threads import short_time_slices
+def read():
+    found = ctypes.create_string_buffer(48)
+    number = {"x86_64": 315, "aarch64": 275}[platform.machine()]
+    assert ctypes.CDLL(None).syscall(number, 0, found, 48, 0) == 0
+    _, policy, _, nice, _, runtime, _, _ = struct.unpack("=IIQiIQQQ", found)
+    print(policy, nice, runtime)
+os.nice(3)
+read()
+with short_time_slices():
+    read()
+    thread = threading.Thread(target=read)
+    thread.start()
+    thread.join()
+read()
+os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+read()
+with short_time_slices():
+    read()
+"""
+
+
+@pytest.mark.skipif(
+    tuple(map(int, platform.release().split(".")[:2])) < (6, 12),
+    reason="Linux takes a length of time slices from 6.12 on",
+)
+def test_a_rank_s_threads_run_for_a_short_time_while_others_wait() -> None:
+    done = subprocess.run([sys.executable, "-c", SLICES], capture_output=True, text=True)
+    before, inside, in_thread, after, batch, in_batch = done.stdout.splitlines()
+    assert inside == in_thread == "0 3 100000", done.stdout + done.stderr
+    assert before == after and before.startswith("0 3 ") and before != inside
+    assert batch == in_batch and batch.startswith("3 3 ")

@@ -25,7 +25,7 @@ from .environment import num_local_ranks, restored_environment
 from .farewell import abandon_groups
 from .held_port import hold_port, is_held, take_held_port
 from .placement import OWN, Placement, export_rank_variables, loopback_address
-from .threads import set_num_threads
+from .threads import set_num_threads, short_time_slices
 
 DEFAULT_LIMITS = Launch()
 _joined = ExitStack()  # what `cleanup` undoes
@@ -57,6 +57,8 @@ def join_process_group(placement: Placement, limits: Launch = DEFAULT_LIMITS) ->
     device = placement.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif placement.world_size > 1:
+        _joined.enter_context(short_time_slices())
     timeout = timedelta(seconds=limits.setup_timeout_s)
     store.set_timeout(timeout)
     _set_default_timeouts(timeout, timeout)
