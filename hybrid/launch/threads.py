@@ -7,7 +7,6 @@ nothing. The module needs no torch."""
 import contextlib
 import ctypes
 import os
-import platform
 import struct
 import sys
 from collections.abc import Iterator
@@ -88,7 +87,7 @@ def short_time_slices() -> Iterator[None]:
 
 def _set_time_slice(nanoseconds: int) -> None:
     """Set how long this thread runs while others wait; 0: as Linux has it."""
-    number = SCHED_SETATTR.get(platform.machine())
+    number = SCHED_SETATTR.get(os.uname().machine)
     if sys.platform != "linux" or number is None or os.sched_getscheduler(0) != os.SCHED_OTHER:
         return
     nice = os.getpriority(os.PRIO_PROCESS, 0)
