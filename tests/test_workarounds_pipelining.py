@@ -83,8 +83,6 @@ def test_a_stage_begins_all_receives_of_a_step_and_waits_for_each_when_it_is_nee
 class _Stage:
     """Stands for a `PipelineStage` that receives one tensor for each pass of a micro-batch."""
 
-    group = "stage's"
-
     def __init__(self) -> None:
         self.done = list[str]()
 
@@ -107,7 +105,8 @@ class _Stage:
 class _Operation:
     """Stands for a `P2POp`, and for what it begins."""
 
-    tensor = peer = tag = group = None
+    tensor = peer = tag = None
+    group = "stage's"
 
     def __init__(self, done: list[str], name: str) -> None:
         self.done, self.name = done, name

@@ -53,14 +53,15 @@ class EarlyReceives:
     ask for a message, and gloo's thread spins where it finds it locked. So nothing is asked for
     while others send, and gradients go over a group of their own. Messages from one rank come in
     the order in which their receives began. With NCCL, receives would keep what is sent after them
-    waiting.
+    waiting. test_workarounds_pipelining.py tells when torch begins to receive earlier.
 
     made: the `PipelineStage`, whose methods this replaces. number: of its micro-batches. gradients:
     a group of all ranks, in the order of the stage's."""
 
     def __init__(self, made: Any, number: int, gradients: dist.ProcessGroup) -> None:
         self.number = number
-        self.ways = (made.get_fwd_recv_ops, made.group), (made.get_bwd_recv_ops, gradients)
+        backward = functools.partial(_in_group, gradients, made.get_bwd_recv_ops)
+        self.operations = made.get_fwd_recv_ops, backward
         self.begun: list[list[list[Any]]] = [[], []]  # forward, backward; by micro-batch
         made.get_fwd_recv_ops, made.get_bwd_recv_ops = self.begin, lambda chunk: []
         made.get_bwd_send_ops = functools.partial(_in_group, gradients, made.get_bwd_send_ops)
@@ -70,13 +71,8 @@ class EarlyReceives:
     def begin(self, chunk: int) -> list[Any]:
         """Begin them with micro-batch 0, and return what is left to begin: nothing."""
         if chunk == 0:
-            self.begun = [
-                [
-                    [op.op(op.tensor, op.peer, group, op.tag) for op in operations(i)]
-                    for i in range(self.number)
-                ]
-                for operations, group in self.ways
-            ]
+            every = range(self.number)
+            self.begun = [[_begin(ops(i)) for i in every] for ops in self.operations]
         return []
 
     def _after(self, way: int, retrieve: Callable[[int], Any]) -> Callable[[int], Any]:
@@ -88,6 +84,10 @@ class EarlyReceives:
             return retrieve(chunk)
 
         return wait_and_retrieve
+
+
+def _begin(operations: list[Any]) -> list[Any]:
+    return [op.op(op.tensor, op.peer, op.group, op.tag) for op in operations]
 
 
 def _in_group(

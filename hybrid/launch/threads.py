@@ -1,8 +1,8 @@
-"""This module sets how many threads a rank computes with where OMP_NUM_THREADS is not set.
+"""This module sets how many threads a rank computes with, and how long they run at a time.
 
-By default each rank uses every core, and ranks that share a host wait for one another: two ranks on
-two cores were 17 times slower. torchrun and accelerate set 1; deepspeed, mpirun and srun set
-nothing. The module needs no torch."""
+Without OMP_NUM_THREADS each rank uses every core, and ranks that share a host wait for one another:
+two ranks on two cores were 17 times slower. torchrun and accelerate set 1; deepspeed, mpirun and
+srun set nothing. The module needs no torch."""
 
 import contextlib
 import ctypes
