@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,6 +73,21 @@ def test_a_planted_fault_is_found(
     code, words = FAULTS[fault]
     found = judged(code, tmp_path / "case", 2 if fault == "a hang" else 30)
     assert any(words in problem for problem in found), found
+
+
+def test_a_process_is_found_while_the_kernel_loads_its_program(tmp_path: Path) -> None:
+    program = tmp_path / "sleep"
+    shutil.copy(str(shutil.which("sleep")), program)
+    missed = 0
+    for _ in range(30):
+        with program.open("rb") as file:  # so that it is read from the disk
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        started = subprocess.Popen([program, "60"], env={judge.MARK: "loading"})
+        missed += started.pid not in dict(judge.marked("loading"))
+        started.kill()
+        started.wait()
+    assert missed == 0
 
 
 def test_a_right_end_passes(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ MEMORY_KIB = 6 * 2**20  # of a process, so that no case takes the whole machine
 MOST_PROCESSES = 100  # more than a case of a few ranks and their helpers can need
 LONGEST = 3000  # characters of the line on what is wrong
 GRACE_S = 4.0
+LOADING_S = 2.0  # more than the kernel takes to load a program
 # What hybrid itself writes into the folder for the results, and so may write again.
 OURS = re.compile(
     r"(?:[^/]+/)?(?:(?:job|record|compare|eval|session|status|plan)\.json|steps\.jsonl|compare\.md|"
@@ -143,11 +144,24 @@ def marked(mark: str) -> Iterator[tuple[int, str]]:
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
             try:
-                if sought in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+                if sought in _environment(Path(f"/proc/{name}")).split(b"\0"):
                     words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
                     yield int(name), b" ".join(words[:6]).decode(errors="replace")[:120]
             except OSError:
                 continue
+
+
+def _environment(process: Path) -> bytes:
+    """Return the variables of a process in /proc; raises OSError for one that has ended.
+
+    While the kernel loads a program, from a slow disk for milliseconds, it has none."""
+    deadline = time.monotonic() + LOADING_S
+    while not (found := (process / "environ").read_bytes()) and time.monotonic() < deadline:
+        os.readlink(process / "exe")  # raises OSError where there is no program
+        if (process / "cmdline").read_bytes():
+            break  # it was started with no variables
+        time.sleep(0.001)
+    return found
 
 
 def kill(mark: str) -> None:
