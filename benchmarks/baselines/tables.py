@@ -70,7 +70,18 @@ def _how(found: dict[str, Any]) -> str:
         "difference; `equal` is a ratio inside it. Losses of the first five steps are those of the "
         "base to 1e-6, or the row is refused. Calls were "
         "counted twice and agree, unless a star says otherwise. That an exchange is asynchronous "
-        "is not seen here."
+        f"is not seen here.{_slices(found['sessions'])}"
+    )
+
+
+def _slices(sessions: list[Session]) -> str:
+    """Name the sessions whose ranks had the time slices of hybrid's own ranks."""
+    names = [s["strategy"] for s in sessions if s.get("short_time_slices")]
+    if not names:
+        return ""
+    return (
+        f" Under {', '.join(names)} every row, the hand-written loop too, runs in the short time "
+        "slices that hybrid gives its ranks (`hybrid/launch/threads.py`)."
     )
 
 

@@ -6,6 +6,7 @@ First each row makes some steps: rows whose losses differ from those of their ba
 others then count what their steps call, twice, and are timed in blocks that take turns.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hybrid.launch.threads import short_time_slices
+
 from .measuring import Clock, Counting, step_losses
 from .rows import Skipped, Turn, rows_of
 from .workloads import COMPARED, LOG_EVERY, Workload
@@ -29,6 +32,7 @@ from .workloads import COMPARED, LOG_EVERY, Workload
 EQUAL = 1e-6  # relative difference of losses
 TURN_S = 0.1  # of a row: what slows a machine for a second meets all, and few steps begin cold
 TIMEOUT = datetime.timedelta(minutes=5)
+ALL_ROWS = contextlib.ExitStack()  # what a rank is in until it ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,7 @@ def main() -> None:
     if rank == 0:
         session = {"strategy": plan.strategy, "workload": plan.workload, "ranks": world_size}
         session |= {"batch": workload.batch, "steps_of_block": steps, "rounds": rounds}
+        session |= {"short_time_slices": world_size > 1}
         session |= {"rows": found}
         Path(plan.file).write_text(json.dumps(session))
     sys.stdout.flush()
@@ -73,6 +78,7 @@ def _prepare(workload: Workload) -> None:
     """Join the process group, and keep DeepSpeed from compiling an all-reduce of its own.
     Building that takes up to a minute, and what it sends would be in no count."""
     if workload.world_size > 1:
+        ALL_ROWS.enter_context(short_time_slices())
         dist.init_process_group("gloo", timeout=TIMEOUT)
     if workload.stages > 1 or workload.strategy.startswith("zero"):
         import deepspeed
