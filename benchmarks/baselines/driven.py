@@ -3,7 +3,7 @@
 hybrid's own loop and transformers' Trainer call back after each step. Such a loop runs in a
 greenlet: it stops in that callback, and goes on there when it is asked for more steps. So the rows
 of one process take turns, all in its main thread, where a run's loop is too. In a thread of its
-own, the hand-written loop as well took up to 4 % longer (`LOG.md`).
+own, the hand-written loop as well took up to 4 % longer (`LOG_TESTS.md`).
 """
 
 import contextlib
