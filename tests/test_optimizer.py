@@ -20,6 +20,7 @@ from hybrid.engines.optimizer import (
     count_groups,
     no_decay_names,
     read_learning_rate,
+    rounds_by_place,
     set_learning_rate,
 )
 from hybrid.job.errors import RunError, Unsupported
@@ -178,6 +179,33 @@ def test_settings_reach_the_optimizer() -> None:
         assert adamw.defaults["fused"] == (precision != "fp16")
         flat = build_optimizer(asked, named, (), flat_ties=True)
         assert not flat.defaults["fused"], "copies of a parameter would drift apart"
+
+
+@pytest.mark.parametrize("width", [3, 24, 32, 48])
+@pytest.mark.parametrize("num_shares", [1, 2, 3])
+def test_copies_in_flat_buffers_stay_equal_where_places_do_not_matter(
+    width: int, num_shares: int
+) -> None:
+    """One buffer ends with the parameter and the other begins with it, as in two stages."""
+    layers = Layers([nn.Linear(width, 5, bias=False), nn.LayerNorm(width)])
+    by_place = rounds_by_place(layers, num_shares)
+    assert by_place == bool(width % (16 * num_shares))
+    draw = torch.Generator().manual_seed(3)
+    values, gradients = torch.randn(2, 5 * width, generator=draw)
+    found = []
+    for before, after in ((0, 7), (2, 0)):
+        buffers = [
+            torch.cat([torch.ones(before * width), part, torch.ones(after * width)])
+            for part in (values, gradients)
+        ]
+        flat = buffers[0].chunk(num_shares)
+        for share, gradient in zip(flat, buffers[1].chunk(num_shares), strict=True):
+            share.grad = gradient
+        optimizer = torch.optim.AdamW(flat, 0.1, fused=True)
+        for _ in range(9):
+            optimizer.step()
+        found.append(buffers[0][before * width :][: 5 * width])
+    assert by_place or torch.equal(*found)
 
 
 def test_every_group_takes_the_rate_of_the_step() -> None:

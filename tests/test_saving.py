@@ -45,11 +45,11 @@ def test_a_save_is_whole_and_in_the_promised_order(
     folder = tmp_path / "out" / "checkpoints"
     (saved,) = set(save_all(folder, 3))
     part = "step-00000003.part"
-    files = [("fdatasync", f"rank{rank:05d}.safetensors") for rank in range(RANKS)]
+    files = {("fdatasync", f"rank{rank:05d}.safetensors") for rank in range(RANKS)}
     assert done[:2] == [("fsync", "out"), ("fsync", tmp_path.name)]
-    assert sorted(done[2:6]) == files
+    assert set(done[2:-4]) == files  # a file that takes long is flushed while it is written too
     manifest = [("fsync", "manifest.json"), ("fsync", part)]
-    assert done[6:] == [*manifest, ("rename", part), ("fsync", "checkpoints")]
+    assert done[-4:] == [*manifest, ("rename", part), ("fsync", "checkpoints")]
     found, problems = verify(folder / "step-00000003", whole=True)
     assert problems == [] and found is not None and found.state_hash == saved.state_hash
 

@@ -15,6 +15,8 @@ from .own_optimizer import call_optimizer, is_own
 from .precision import GROWTH_STEPS, INITIAL_SCALE
 from .state import local_part
 
+AT_ONCE = 16  # or 8 or 4, by the processor: aten/src/ATen/native/cpu/FusedAdamKernel.cpp
+
 
 def build_optimizer(
     job: Job,
@@ -30,8 +32,7 @@ def build_optimizer(
 
     AdamW is fused, except under fp16: fused AdamW unscales gradients itself and does not see
     overflows in other ranks' shards. Nor is it where other ranks step copies of a parameter in flat
-    buffers (flat_ties): on a CPU it rounds a number otherwise where that is among the last few of a
-    tensor, so that copies which lie elsewhere in theirs drift apart."""
+    buffers that `rounds_by_place` (flat_ties): copies that lie elsewhere in theirs drift apart."""
     o = job.optimizer
     trained = {n: p for n, p in parameters.items() if p.requires_grad}
     decayed = [p for n, p in trained.items() if n not in no_decay]
@@ -49,6 +50,15 @@ def build_optimizer(
         return torch.optim.SGD(groups, o.lr, momentum=o.momentum)
     fused = job.train.precision != "fp16" and not flat_ties
     return torch.optim.AdamW(groups, o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, fused=fused)
+
+
+def rounds_by_place(layers: Layers, num_shares: int) -> bool:
+    """Tell whether fused AdamW may round a number otherwise for its place in a flat buffer, which has
+    any of the trained parameters and is cut into equal shares.
+
+    On a CPU it steps `AT_ONCE` numbers together, and the last few of a tensor one by one."""
+    trained = (p for p in layers.names() if p.requires_grad)
+    return any(p.numel() % (AT_ONCE * num_shares) for p in trained)
 
 
 def _split_off(group: dict[str, Any]) -> dict[str, Any]:

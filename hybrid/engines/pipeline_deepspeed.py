@@ -22,7 +22,13 @@ from .deepspeed_setup import (
     stepped,
 )
 from .guard import is_held, step_unless
-from .optimizer import build_optimizer, count_groups, read_learning_rate, set_learning_rate
+from .optimizer import (
+    build_optimizer,
+    count_groups,
+    read_learning_rate,
+    rounds_by_place,
+    set_learning_rate,
+)
 from .pipeline_instructions import (
     make_pipeline,
     reduce_in_buckets,
@@ -66,6 +72,7 @@ class StageEngine(DeepSpeedStage):
             own.register_forward_hook(lambda module, args, output: make_contiguous(output))
         parameters = self.assignment.parameters(own)
         flat_ties = self.assignment.has_ties and self.zero_stage > 0  # in ZeRO's flat buffers
+        flat_ties = flat_ties and rounds_by_place(layers, self.layout.dp)
         optimizer = build_optimizer(self.job, parameters, no_decay, num_groups, flat_ties)
         if self.zero_stage == 0:
             # In fp32 without ZeRO, DeepSpeed 0.19 takes the norm of the first stage alone, clips
