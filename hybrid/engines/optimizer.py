@@ -53,10 +53,10 @@ def build_optimizer(
 
 
 def rounds_by_place(layers: Layers, num_shares: int) -> bool:
-    """Tell whether fused AdamW may round a number otherwise for its place in a flat buffer, which has
-    any of the trained parameters and is cut into equal shares.
+    """Tell whether fused AdamW may round a number otherwise for its place in a flat buffer.
 
-    On a CPU it steps `AT_ONCE` numbers together, and the last few of a tensor one by one."""
+    The buffer has any of the trained parameters, and is cut into equal shares. On a CPU, AdamW
+    steps `AT_ONCE` numbers together, and the last few of a tensor one by one."""
     trained = (p for p in layers.names() if p.requires_grad)
     return any(p.numel() % (AT_ONCE * num_shares) for p in trained)
 
