@@ -32,7 +32,8 @@ def build_optimizer(
 
     AdamW is fused, except under fp16: fused AdamW unscales gradients itself and does not see
     overflows in other ranks' shards. Nor is it where other ranks step copies of a parameter in flat
-    buffers that `rounds_by_place` (flat_ties): copies that lie elsewhere in theirs drift apart."""
+    buffers and it would round each by its place there (flat_ties; see `rounds_by_place`): they
+    would drift apart."""
     o = job.optimizer
     trained = {n: p for n, p in parameters.items() if p.requires_grad}
     decayed = [p for n, p in trained.items() if n not in no_decay]
