@@ -18,7 +18,7 @@ from pathlib import Path
 from hybrid import records
 from hybrid.job.file import to_dict
 from tests.conftest import small_job
-from tests.pages import free_port
+from tests.ports import free_port
 
 from .faults import (
     FAULTS,

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.conftest import ROOT
+from tests.ports import free_port
 
 PAGES = sorted((ROOT / "launch").glob("*.md"))
 
@@ -41,13 +41,6 @@ def blocks() -> list[Block]:
                 Block(page.stem, how, [line for line in lines if not line.startswith("#")])
             )
     return found
-
-
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:

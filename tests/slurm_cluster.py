@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.ports import free_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 NODES = ("n1", "n2")
 KILL_WAIT_S = 5
@@ -63,7 +65,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     """A SLURM whose nodes are idle; gives the environment for its commands."""
     environ = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
     text = CONFIGURATION.format(
-        folder=folder, host=socket.gethostname(), ports=_free_ports(3), kill_wait=KILL_WAIT_S
+        folder=folder, host=socket.gethostname(), ports=free_ports(3), kill_wait=KILL_WAIT_S
     )
     (folder / "slurm.conf").write_text(text)
     (folder / "state").mkdir()
@@ -90,14 +92,6 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
 
 def _path() -> str:
     return os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
-
-
-def _free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def _idle(environ: dict[str, str]) -> bool:

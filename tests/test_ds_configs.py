@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from hybrid.layout import Layout
 from hybrid.models import build_model
 from tests import deepspeed_keys
 from tests.conftest import ROOT, small_job
+from tests.ports import free_port
 
 README = (ROOT / "ds_configs" / "README.md").read_text()
 COMMANDS = re.findall(r"^deepspeed .*", README, re.M)
@@ -188,12 +188,9 @@ def test_the_commands_name_every_file() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_plain_deepspeed_takes_a_file_as_it_is(name: str) -> None:
     (command,) = (c for c in COMMANDS if f"/{name}.json" in c)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launcher, *words = shlex.split(command)
     done = subprocess.Popen(
-        [Path(sys.executable).parent / launcher, "--master_port", str(port), *words],
+        [Path(sys.executable).parent / launcher, "--master_port", str(free_port()), *words],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": path_with_ours()},
         stdout=subprocess.PIPE,

@@ -15,7 +15,7 @@ import pytest
 from hybrid import records
 from hybrid.job.file import to_dict
 from tests.conftest import ROOT, small_job
-from tests.pages import free_port
+from tests.ports import free_port
 from tests.test_failures import ranks_of
 
 KEEP = """

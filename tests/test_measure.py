@@ -19,6 +19,7 @@ from torch import nn
 
 from hybrid.measure.memory import StorageMeter
 from hybrid.measure.traffic import CollectiveCounter, tcp_bytes_sent
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = ROOT / "tests" / "_measure_worker.py"
@@ -134,12 +135,6 @@ def test_a_meter_that_is_entered_cannot_be_entered_again() -> None:
 
 
 # Communication
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_workers(size: int, out: Path) -> list[dict[str, Any]]:

@@ -126,12 +126,17 @@ def main() -> int:
     store = dist.TCPStore(address, int(port), is_master=False)
     key = f"run/{store.add(_RUNS, 1)}"
     signal.signal(signal.SIGTERM, lambda *_: store.set(f"{key}/stop", ""))
-    with socket.socket() as free:  # where the ranks of this run meet, on this host
-        free.bind(("", 0))
-        meeting = free.getsockname()[1]
-    asked = {"nproc": int(nproc), "arguments": arguments, "port": meeting}
-    store.set(key, json.dumps(asked))
-    waiting, codes, failed = list(range(int(nproc))), list[int](), 0.0
+    with socket.socket() as held:  # nobody else is handed the port where the ranks meet, here
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # but rank 0 can listen there
+        held.bind(("", 0))
+        asked = {"nproc": int(nproc), "arguments": arguments, "port": held.getsockname()[1]}
+        store.set(key, json.dumps(asked))
+        return _wait_for_ranks(store, key, int(nproc))
+
+
+def _wait_for_ranks(store: dist.Store, key: str, nproc: int) -> int:
+    """Return the first status that is not 0. Where a rank fails, the others soon have to end."""
+    waiting, codes, failed = list(range(nproc)), list[int](), 0.0
     while waiting:
         for rank in [rank for rank in waiting if store.check([f"{key}/done/{rank}"])]:
             waiting.remove(rank)
