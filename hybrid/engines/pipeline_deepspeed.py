@@ -71,8 +71,8 @@ class StageEngine(DeepSpeedStage):
         if not self.reads_targets:
             own.register_forward_hook(lambda module, args, output: make_contiguous(output))
         parameters = self.assignment.parameters(own)
-        flat_ties = self.assignment.has_ties and self.zero_stage > 0  # in ZeRO's flat buffers
-        flat_ties = flat_ties and rounds_by_place(layers, self.layout.dp)
+        in_flat_buffers = self.assignment.has_ties and self.zero_stage > 0
+        flat_ties = in_flat_buffers and rounds_by_place(layers, self.layout.dp)
         optimizer = build_optimizer(self.job, parameters, no_decay, num_groups, flat_ties)
         if self.zero_stage == 0:
             # In fp32 without ZeRO, DeepSpeed 0.19 takes the norm of the first stage alone, clips
