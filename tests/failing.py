@@ -35,6 +35,26 @@ def raises() -> None:
     _in_step(act)
 
 
+def raises_while_others_sleep() -> None:
+    """The others are not in a collective when the launcher ends them for the one that raises."""
+    _in_step(lambda: time.sleep(60), but=True)
+    raises()
+
+
+def raises_and_others_are_ended() -> None:
+    """The launcher ends the others while they ask why they have lost the one that raises."""
+    from hybrid.launch.heartbeat import Heartbeat
+
+    ask = Heartbeat.first_cause
+
+    def first_cause(self: Heartbeat) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return ask(self)
+
+    Heartbeat.first_cause = first_cause  # type: ignore[method-assign]
+    raises()
+
+
 def is_killed() -> None:
     """As the kernel does when a host has no memory left."""
 
@@ -148,13 +168,14 @@ def _rank() -> int:
     return int(os.environ["RANK"])  # an engine may have set others of its kind since
 
 
-def _in_step(act: Callable[[], Any], everywhere: bool = False) -> None:
+def _in_step(act: Callable[[], Any], everywhere: bool = False, but: bool = False) -> None:
+    """Do it when the step begins. everywhere: on all ranks. but: on all except the guilty one."""
     from hybrid.measure.clock import Instruments
 
     enter = Instruments.step
 
     def step(self: Any, number: int, make: Callable[[], None]) -> None:
-        if number == IN_STEP and (everywhere or _rank() == GUILTY):
+        if number == IN_STEP and (everywhere or (_rank() == GUILTY) != but):
             _mark()
             act()
         enter(self, number, make)

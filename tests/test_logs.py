@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -113,6 +115,28 @@ def test_under_torchrun_a_rank_that_raises(tmp_path: Path) -> None:
     assert "planted: Python's words\nplanted: C's words\n" in log
     assert log.index(cause) < log.index("Traceback")
     assert "because of rank 1" in (tmp_path / "logs" / "rank0.log").read_text()
+    assert done.returncode == 1 and ranks_of(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["raises_while_others_sleep", "raises_and_others_are_ended"])
+def test_ranks_that_the_launcher_ends_say_for_whom(tmp_path: Path, fault: str) -> None:
+    guilty, host = random.Random(fault).randrange(4), socket.gethostname()
+    words = [str(ROOT / "tests" / "failing.py"), f"{fault}@{guilty}", *job_of(tmp_path)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node", "4", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+    )
+    for rank in {*range(4)} - {guilty}:
+        log = (tmp_path / "logs" / f"rank{rank}.log").read_text()
+        cause = f"ends, because of rank {guilty} on {host}: RuntimeError: planted: the sky fell"
+        assert f"hybrid: rank {rank} on {host} {cause}" in log
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert f"rank {guilty} on {host}: RuntimeError: planted: the sky fell" in record["reason"]
     assert done.returncode == 1 and ranks_of(tmp_path) == []
 
 

@@ -34,6 +34,7 @@ from .farewell import note_failure
 from .heartbeat import Doing, Heartbeat
 from .lost_peers import is_mismatch, is_peer_loss
 from .placement import Placement
+from .stopping import TOLD_TO_END
 
 OUT_OF_MEMORY = "out of memory"  # how what memory ran out for is described, and told again
 _WIDTH = 240  # bytes in `logs/rankN.where`
@@ -173,7 +174,9 @@ def leave_error(error: BaseException, status: RankStatus) -> Cause | None:
 def _ask_peers(peers: Heartbeat, error: BaseException, lost: bool, message: str) -> Cause | None:
     """Tell the other ranks that this one fails; return whose fault it is, if it is another's."""
     peers.fails(users_line(error) or innermost_line(error))
-    return peers.first_cause() if lost or is_mismatch(message) else None
+    if lost or is_mismatch(message):
+        return peers.first_cause()
+    return peers.failed_elsewhere() if message == TOLD_TO_END else None
 
 
 def _is_of_users_own(error: BaseException) -> bool:
@@ -185,7 +188,7 @@ def _is_of_users_own(error: BaseException) -> bool:
 def _first_words(error: BaseException) -> str:
     """Return the class of an error and the first line of its message."""
     if isinstance(error, SystemExit):
-        return str(error) if isinstance(error, Stopped) else "was told to end, by SIGTERM"
+        return str(error) if isinstance(error, Stopped) else TOLD_TO_END
     if sent := sent_message(error):
         return sent
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])

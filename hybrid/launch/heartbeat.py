@@ -23,7 +23,7 @@ from .blame import ENDED, Cause, Sign, find_cause
 from .bounded import run_within
 from .placement import Placement
 from .stall import LOOK_S, SHARE, StallWatch
-from .stopping import STOPPED, give_up, told
+from .stopping import STOPPED, TOLD_TO_END, give_up, told
 from .waiting import num_waits, waits_for
 
 T = TypeVar("T")
@@ -96,6 +96,12 @@ class Heartbeat:
         For a rank that lost a peer or waited in vain; it takes a few seconds."""
         return _bounded(self._ask, Cause(0, "its host", LOST_MEETING, "out of sight"))
 
+    def failed_elsewhere(self) -> Cause | None:
+        """Return the failure that another rank has reported by now, if one has.
+
+        For a rank that was told to end: one that was told so too has not failed."""
+        return _bounded(self._failed_elsewhere, None)
+
     def await_others(self, seconds: float) -> None:
         """Wait until all ranks that live have left too, for `seconds` at most.
 
@@ -130,12 +136,12 @@ class Heartbeat:
                     return
                 self.watch.patience_s = SHARE * self.timeout_s
                 self.watch.look(self._progress(doing), self._signs)
-                if told():
+                if told() and self._failed_at is None:
                     before, signs = signs, self._beats_of_others()
                     quiet = (
                         quiet + 1 if any(a == b for a, b in zip(before, signs, strict=False)) else 0
                     )
-                    if quiet == QUIET_BEATS or self._another_failed():
+                    if quiet == QUIET_BEATS or self._failed_elsewhere():
                         give_up()
                         return
             except RuntimeError:
@@ -159,12 +165,10 @@ class Heartbeat:
     def _beats_of_others(self) -> list[int]:
         return [sign.beat for rank, sign in enumerate(self._signs()) if rank != self.rank]
 
-    def _another_failed(self) -> bool:
-        """Tell whether another rank has reported that it fails, and was not told to stop."""
-        if not self.store.check([_CAUSE]):
-            return False
-        cause = Cause(**json.loads(self.store.get(_CAUSE)))
-        return cause.rank != self.rank and not cause.message.startswith(STOPPED)
+    def _failed_elsewhere(self) -> Cause | None:
+        cause = self._reported(0.0)
+        none = cause is None or cause.message.startswith((STOPPED, TOLD_TO_END))
+        return None if none else cause
 
     def _reported(self, patience_s: float) -> Cause | None:
         deadline = time.monotonic() + patience_s

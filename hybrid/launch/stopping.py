@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -21,6 +22,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A launcher passes on what a terminal or SLURM has sent to each of its processes already.
 SAME_S = 1.0
 STOPPED = "stopped by "  # how the reason of a run that was stopped begins
+TOLD_TO_END = "was told to end, by SIGTERM"  # the reason of a rank that has not failed itself
 SCONTROL_S = 30
 
 
@@ -46,6 +48,32 @@ def give_up() -> None:
     """End this rank, which was told to stop, at once: another one has failed, and none can save."""
     _Told.gave_up = True
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def unbroken(needed: bool) -> Iterator[None]:
+    """Let a rank that fails say why, though its launcher ends it for another rank's failure.
+
+    A launcher's SIGTERM may come before the rank knows why it has lost its peers. It is dropped,
+    since the rank ends anyway; one that comes `SAME_S` later ends the rank at once. A handler that
+    a caller has set stays, and so does that of `StopSignals`."""
+    before = signal.getsignal(signal.SIGTERM)
+    here = threading.current_thread() is threading.main_thread()
+    if not (needed and here and before in (signal.SIG_DFL, end_now)):
+        yield
+        return
+    came: list[float] = []
+
+    def take(number: int, frame: FrameType | None) -> None:
+        came.append(time.monotonic())
+        if came[-1] - came[0] > SAME_S:
+            os._exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, take)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def end_now(number: int, frame: FrameType | None = None) -> None:

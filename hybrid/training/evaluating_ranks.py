@@ -16,6 +16,7 @@ from ..launch.exchange import gather_objects
 from ..launch.failures import RankStatus, leave_error
 from ..launch.placement import Placement
 from ..launch.process_group import cleanup
+from ..launch.stopping import unbroken
 from ..models.shared import build_shared
 from ..models.starting import fill, match_names, require_fit
 from ..models.vector_functions import call_vector_functions_once
@@ -40,7 +41,8 @@ def evaluate_and_clean_up(
         return result
     except BaseException as raised:
         error = as_failure(raised)
-        cause = leave_error(error, status)
+        with unbroken(placement.under_foreign_launcher):
+            cause = leave_error(error, status)
         if cause is not None:
             raise PeerFailed(cause.describe()) from raised
         if error is not raised:

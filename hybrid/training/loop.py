@@ -28,7 +28,7 @@ from ..launch.exchange import gather_objects
 from ..launch.failures import RankStatus, leave_error
 from ..launch.placement import OWN, Placement, find_placement
 from ..launch.process_group import cleanup
-from ..launch.stopping import StopSignals, requeue
+from ..launch.stopping import StopSignals, requeue, unbroken
 from ..measure.traffic import uncounted
 from ..models.vector_functions import call_vector_functions_once
 from ..records import Record
@@ -104,8 +104,9 @@ def _train_and_clean_up(
             stops.leaves = True
             error = as_failure(raised)
             # This comes before `cleanup`, which can wait for a peer that is gone.
-            failure = failure_of(error, leave_error(error, status), stops)
-            _end_badly(choice, placement, out, failure)
+            with unbroken(placement.under_foreign_launcher):
+                failure = failure_of(error, leave_error(error, status), stops)
+                _end_badly(choice, placement, out, failure)
             if failure is not raised:
                 raise failure from raised
             raise
