@@ -70,7 +70,7 @@ def _how(found: dict[str, Any]) -> str:
         "difference; `equal` is a ratio inside it. Losses of the first five steps are those of the "
         "base to 1e-6, or the row is refused. Calls were "
         "counted twice and agree, unless a star says otherwise. That an exchange is asynchronous "
-        f"is not seen here.{_slices(found['sessions'])}"
+        f"is not seen here.{_slices(found['sessions'])}{_untimed(found['sessions'])}"
     )
 
 
@@ -83,6 +83,15 @@ def _slices(sessions: list[Session]) -> str:
         f" Under {', '.join(names)} every row, the hand-written loop too, runs in the short time "
         "slices that hybrid gives its ranks (`hybrid/launch/threads.py`)."
     )
+
+
+def _untimed(sessions: list[Session]) -> str:
+    """Name the sessions whose turns begin with steps that are not timed, as all do now."""
+    names = [s["strategy"] for s in sessions if s.get("untimed_steps")]
+    if not names:
+        return ""
+    steps = max(s.get("untimed_steps", 0) for s in sessions)
+    return f" Under {', '.join(names)} the first steps of a turn, {steps} at most, are not timed."
 
 
 def _promises(sessions: list[Session]) -> str:

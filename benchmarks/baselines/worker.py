@@ -66,7 +66,7 @@ def main() -> None:
     if rank == 0:
         session = {"strategy": plan.strategy, "workload": plan.workload, "ranks": world_size}
         session |= {"batch": workload.batch, "steps_of_block": steps, "rounds": rounds}
-        session |= {"short_time_slices": world_size > 1}
+        session |= {"short_time_slices": world_size > 1, "untimed_steps": LOG_EVERY}
         session |= {"rows": found}
         Path(plan.file).write_text(json.dumps(session))
     sys.stdout.flush()
@@ -177,7 +177,8 @@ def _time(
     """Time the rows, which take `rounds` turns in each block, each time in another order.
 
     `cpu_us` is of a step, the mean over the ranks; `wall_us` is the slowest rank's. A row that
-    repeats after more steps than its turn has makes as many."""
+    repeats after more steps than its turn has makes as many. The first steps of a turn are not
+    timed: they find the caches as another row left them, as no step of a run does."""
     for turn in turns:
         found[turn.row.name] |= {"cpu_us": [], "wall_us": []}
     for block in range(blocks):
@@ -198,6 +199,7 @@ def _time_round(turns: list[Turn], steps: int, seed: int) -> list[tuple[float, f
     for i in order:
         if dist.is_initialized():
             dist.barrier()
+        turns[i].run(min(LOG_EVERY, made[i]))
         turns[i].run(made[i], clocks[i])
     return [(c.cpu / n * 1e6, c.wall / n * 1e6) for c, n in zip(clocks, made, strict=True)]
 
