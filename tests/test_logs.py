@@ -89,9 +89,11 @@ def test_a_process_that_outlives_its_rank_holds_nothing_up(tmp_path: Path) -> No
     assert (words, (tmp_path / "rank1.log").read_text()) == ("late\n", "next run\n")
 
 
-def job_of(out: Path, steps: int = 4) -> list[str]:
+def job_of(out: Path, steps: int = 4, every: int | None = None) -> list[str]:
     """A command on the small job."""
-    records.write(to_dict(small_job(train__steps=steps)), out / "small.json")
+    records.write(
+        to_dict(small_job(train__steps=steps, checkpoint__every=every)), out / "small.json"
+    )
     return ["train", str(out / "small.json"), "--strategy", "ddp", "--out", str(out)]
 
 
@@ -119,10 +121,23 @@ def test_under_torchrun_a_rank_that_raises(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["raises_while_others_sleep", "raises_and_others_are_ended"])
-def test_ranks_that_the_launcher_ends_say_for_whom(tmp_path: Path, fault: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "every"),
+    [
+        ("raises_while_others_sleep", None),
+        ("raises_and_others_are_ended", None),
+        ("raises_and_others_are_ended", 1000),  # a job whose ranks save where a signal stops them
+    ],
+)
+def test_ranks_that_the_launcher_ends_say_for_whom(
+    tmp_path: Path, fault: str, every: int | None
+) -> None:
     guilty, host = random.Random(fault).randrange(4), socket.gethostname()
-    words = [str(ROOT / "tests" / "failing.py"), f"{fault}@{guilty}", *job_of(tmp_path)]
+    words = [
+        str(ROOT / "tests" / "failing.py"),
+        f"{fault}@{guilty}",
+        *job_of(tmp_path, every=every),
+    ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*launcher, "--nproc-per-node", "4", *words],
