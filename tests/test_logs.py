@@ -91,23 +91,26 @@ def test_a_process_that_outlives_its_rank_holds_nothing_up(tmp_path: Path) -> No
 
 def job_of(out: Path, steps: int = 4, every: int | None = None) -> list[str]:
     """A command on the small job."""
-    records.write(
-        to_dict(small_job(train__steps=steps, checkpoint__every=every)), out / "small.json"
-    )
+    job = small_job(train__steps=steps, checkpoint__every=every)
+    records.write(to_dict(job), out / "small.json")
     return ["train", str(out / "small.json"), "--strategy", "ddp", "--out", str(out)]
 
 
-@pytest.mark.slow
-def test_under_torchrun_a_rank_that_raises(tmp_path: Path) -> None:
-    words = [str(ROOT / "tests" / "failing.py"), "raises", *job_of(tmp_path)]
+def under_torchrun(nproc: int, fault: str, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command whose ranks meet this fault of tests/failing.py."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node", "2", *words],
+    return subprocess.run(
+        [*launcher, "--nproc-per-node", str(nproc), "tests/failing.py", fault, *command],
         capture_output=True,
         text=True,
         timeout=120,
         cwd=ROOT,
     )
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_rank_that_raises(tmp_path: Path) -> None:
+    done = under_torchrun(2, "raises", job_of(tmp_path))
     where, cause = [x for x in done.stderr.splitlines() if x.startswith("hybrid: ")][:2]
     assert where == f"hybrid: what each rank N prints is in {tmp_path}/logs/rankN.log"
     assert cause.startswith("hybrid: rank 1 on ") and "planted: the sky fell" in cause
@@ -133,19 +136,7 @@ def test_ranks_that_the_launcher_ends_say_for_whom(
     tmp_path: Path, fault: str, every: int | None
 ) -> None:
     guilty, host = random.Random(fault).randrange(4), socket.gethostname()
-    words = [
-        str(ROOT / "tests" / "failing.py"),
-        f"{fault}@{guilty}",
-        *job_of(tmp_path, every=every),
-    ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node", "4", *words],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-    )
+    done = under_torchrun(4, f"{fault}@{guilty}", job_of(tmp_path, every=every))
     for rank in {*range(4)} - {guilty}:
         log = (tmp_path / "logs" / f"rank{rank}.log").read_text()
         cause = f"ends, because of rank {guilty} on {host}: RuntimeError: planted: the sky fell"
