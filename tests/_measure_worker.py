@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from hybrid.checkpoint.writer import Writer
 from hybrid.measure.memory import StorageMeter
 from hybrid.measure.traffic import CollectiveCounter, tcp_bytes_sent
 
 STEPS = 3
+EXCHANGES = 20
 LARGE = 4_000_000  # bytes, so that what TCP and gloo add around them is small
 
 
@@ -138,6 +141,25 @@ def windows() -> dict[str, int]:
     return {**calls, "barrier_bytes": counter.counts()["barrier"].payload_bytes}
 
 
+def counted_beside_a_save() -> dict[str, Any]:
+    """What a writer exchanged while counters were started and stopped, and what they counted."""
+    writer, exchanged, counted = Writer(dist.get_world_size(), 20), list[Any](), set[str]()
+
+    def exchange() -> None:
+        for number in range(EXCHANGES):
+            exchanged.append(writer.gather([dist.get_rank(), number]))
+
+    writer.start(exchange)
+    while len(exchanged) < EXCHANGES:
+        counter = CollectiveCounter()
+        counter.start()
+        time.sleep(0)  # lets the thread call
+        counter.stop()
+        writer.take(wait=False)  # raises what has failed
+        counted |= counter.counts().keys()
+    return {"exchanged": exchanged, "counted": sorted(counted)}
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -152,6 +174,7 @@ def main(out: Path) -> None:
         "alone": count(lambda: dist.all_reduce(torch.ones(4), group=alone)),
         "hidden": count(hidden_calls),
         "windows": windows(),
+        "beside": counted_beside_a_save(),
         "ddp": train(DistributedDataParallel),
         "fsdp": train(shard),
     }

@@ -23,7 +23,7 @@ from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = ROOT / "tests" / "_measure_worker.py"
-STEPS = 3  # as in the worker
+STEPS, EXCHANGES = 3, 20  # as in the worker
 LARGE = 4_000_000
 
 
@@ -238,6 +238,13 @@ def test_objects_single_groups_and_calls_below_autograd_are_counted(
 def test_a_stopped_counter_counts_nothing(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["windows"] == {"window": 1, "pause": 1, "again": 2, "barrier_bytes": 0}
+
+
+def test_a_writer_exchanges_while_counters_start_and_stop(ranks: list[dict[str, Any]]) -> None:
+    """torch's dispatcher takes no lock where one thread changes the kernels that another calls."""
+    for rank in ranks:
+        table = [[[other, n] for other in range(len(ranks))] for n in range(EXCHANGES)]
+        assert rank["beside"] == {"exchanged": table, "counted": []}
 
 
 def test_only_one_counter_can_be_started() -> None:

@@ -1,7 +1,10 @@
 """Writes checkpoints in a thread beside the training, one at a time.
 
 The threads of all ranks exchange what `save` needs over a gloo group of their own, so that it never
-mixes with what the training sends. They touch no GPU and no other group."""
+mixes with what the training sends. They touch no GPU and no other group. They ask the group's
+backend and not `torch.distributed`, since the training may meanwhile start or stop the collective
+counter: torch's dispatcher reads its kernels without a lock, and a call by one thread while another
+one changes them crashes, or runs freed memory."""
 
 import threading
 import time
@@ -18,7 +21,6 @@ from ..job.errors import RunError
 from ..launch.exchange import gather_by
 from ..launch.process_group import keep_timeout
 from ..launch.waiting import stand_aside, thread_waits, waiting
-from ..measure.traffic import uncounted
 from .save import StateHashes
 
 LOOK_S = 0.005  # between looks at whether the thread is done
@@ -36,6 +38,7 @@ class Writer:
         timeout = timedelta(seconds=timeout_s)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         keep_timeout(self._group)
+        self._backend: Any = self._group and self._group._get_backend(torch.device("cpu"))
         self._thread: threading.Thread | None = None
         self._saved: StateHashes | None = None
         self._error: BaseException | None = None
@@ -46,7 +49,7 @@ class Writer:
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value; for the thread alone."""
-        if self._group is None:
+        if self._backend is None:
             return [value]
         return gather_by(self._all_gather, value, torch.device("cpu"))
 
@@ -56,7 +59,7 @@ class Writer:
         A thread that waits inside gloo cannot be ended, and would abort the process if its peers
         went away while the interpreter ends. So it looks instead."""
         found = [torch.empty_like(mine) for _ in range(self.world_size)]
-        work: Any = dist.all_gather(found, mine, group=self._group, async_op=True)
+        work = self._backend.allgather([found], [mine])
         with waiting("a checkpoint"):
             while not work.is_completed():
                 if self._closed:
@@ -89,8 +92,7 @@ class Writer:
             stand_aside()
             copy()
             self._copied.set()
-            with uncounted():
-                self._saved = work()
+            self._saved = work()
         except BaseException as error:
             self._error = error
         finally:

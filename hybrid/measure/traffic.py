@@ -136,7 +136,8 @@ class CollectiveCounter:
 
     A collective takes some 15 us more while the counter is started, and nothing more while it is
     stopped. A process can have one counter started at a time: torch refuses a second one's kernels.
-    """
+    While it starts and stops no other thread may call a collective of `torch.distributed`: torch's
+    dispatcher takes no lock to read its kernels. See `hybrid.checkpoint.writer`."""
 
     def __init__(self) -> None:
         self._library: torch.library.Library | None = None
