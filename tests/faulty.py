@@ -64,13 +64,13 @@ def samples_of_another_step() -> None:
 def _share_ids(change: Callable[[int, int], tuple[int, int]]) -> None:
     from hybrid.data.batches import BatchPlan
 
-    ids = BatchPlan.micro_batch_ids
+    ids = BatchPlan.micro_batch_arrays
 
-    def others(self: Any, step: int, share: int) -> list[list[int]]:
+    def others(self: Any, step: int, share: int) -> Any:
         share, step = change(share, step)
         return ids(self, step, share)
 
-    BatchPlan.micro_batch_ids = others  # type: ignore[method-assign]
+    BatchPlan.micro_batch_arrays = others  # type: ignore[method-assign]
 
 
 def targets_of_another_batch() -> None:

@@ -51,10 +51,15 @@ class BatchPlan:
 
     def batch(self, step: int) -> list[int]:
         """Returns the sample ids of the global batch of `step` (optimizer steps from 0)."""
-        return self._ids(*self._place(step))
+        ids: list[int] = self._ids(*self._place(step)).tolist()
+        return ids
 
     def micro_batch_ids(self, step: int, share: int) -> list[list[int]]:
         """Returns the sample ids of each micro-batch of a data-parallel rank; some may be empty."""
+        return [ids.tolist() for ids in self.micro_batch_arrays(step, share)]
+
+    def micro_batch_arrays(self, step: int, share: int) -> list[numpy.ndarray]:
+        """Returns the same as arrays, int64 [n], which are parts of one that is kept."""
         epoch, positions = self._place(step)
         mine = _runs(len(positions), self.shares)[share]
         ids = self._ids(epoch, positions[mine.start : mine.stop])
@@ -66,23 +71,23 @@ class BatchPlan:
         start = index * self.global_batch
         return epoch, range(start, min(start + self.global_batch, self.num_samples))
 
-    def _ids(self, epoch: int, positions: range) -> list[int]:
+    def _ids(self, epoch: int, positions: range) -> numpy.ndarray:
         """Returns the sample ids at positions of one global batch, or of a part of it."""
         if self.seed is None or not positions:
-            return list(positions)
+            return numpy.arange(positions.start, positions.stop)
         order = self.num_samples, self.seed, epoch
         if self.global_batch >= BLOCK:
-            return permute(positions, *order).tolist()
+            return permute(positions, *order).view(numpy.int64)
         size = BLOCK // self.global_batch * self.global_batch  # so that no batch is in two blocks
         first = positions.start // size * size
         block = _block(range(first, min(first + size, self.num_samples)), *order)
-        return block[positions.start - first : positions.stop - first].tolist()
+        return block[positions.start - first : positions.stop - first]
 
 
 @functools.lru_cache(maxsize=2)  # a run's steps ask for the same block many times in a row
 def _block(positions: range, num_samples: int, seed: int, epoch: int) -> numpy.ndarray:
     """Returns a part of an epoch's order, and keeps the last ones."""
-    return permute(positions, num_samples, seed, epoch)
+    return permute(positions, num_samples, seed, epoch).view(numpy.int64)
 
 
 @functools.lru_cache(maxsize=8)  # a plan has two sizes of batches, and as many of shares

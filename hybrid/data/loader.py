@@ -53,7 +53,7 @@ def was_changed(value: Any) -> bool:
 
 def load_micro_batch(
     samples: Sequence[Any],
-    ids: list[int],
+    ids: list[int] | torch.Tensor,
     size: int | None = None,
     *,
     inputs: bool = True,
@@ -63,26 +63,35 @@ def load_micro_batch(
 ) -> MicroBatch:
     """Loads the samples `ids` as tensors, padded to `size` rows with copies of the first sample.
 
-    With `size` None, only a micro-batch without samples is padded, to one row, since layers need
-    not accept an empty batch. Without `inputs` or `targets` that part is None; without both, no
-    sample is read. targets_per_sample: how many each has, where the set tells it. epoch: what a
-    set of `build_data` draws for a sample hangs on the epoch. Raises RunError, with the name of the
-    sample, where such a set cannot give it."""
-    count = None if targets_per_sample is None else targets_per_sample * len(ids)
-    padding = (max(1, len(ids)) if size is None else size) - len(ids)
-    numbers = torch.from_numpy(numpy.array(ids, dtype=numpy.int64))
+    ids: a list, or int64 [n], which the micro-batch then has. With `size` None, only a micro-batch
+    without samples is padded, to one row, since layers need not accept an empty batch. Without
+    `inputs` or `targets` that part is None; without both, no sample is read. targets_per_sample:
+    how many each has, where the set tells it. epoch: what a set of `build_data` draws for a sample
+    hangs on the epoch. Raises RunError, with the name of the sample, where such a set cannot give
+    it."""
+    numbers = ids if isinstance(ids, torch.Tensor) else _as_tensor(ids)
+    rows = numbers.shape[0]
+    count = None if targets_per_sample is None else targets_per_sample * rows
+    padding = (max(1, rows) if size is None else size) - rows
     if not (inputs or targets):
         return MicroBatch(None, None, numbers, count)
+    if not padding and (loaded := _select(samples, numbers, inputs, targets)) is not None:
+        return MicroBatch(*loaded, numbers, count)
+    ids = numbers.tolist()
     if isinstance(samples, JobSet):
         fixed = size is not None
-        rows = load_rows(samples, ids, padding, epoch, fixed, inputs, targets)
-        return MicroBatch(*rows, numbers, count)
+        loaded = load_rows(samples, ids, padding, epoch, fixed, inputs, targets)
+        return MicroBatch(*loaded, numbers, count)
     base, places = find_base(samples, [*ids, *[0] * padding] if padding else ids)
-    index = numbers if places is ids else torch.from_numpy(numpy.array(places, dtype=numpy.int64))
-    loaded = _select(base, index, inputs, targets)
+    loaded = _select(base, _as_tensor(places), inputs, targets)
     if loaded is None:
         loaded = collate_rows(_read_rows(base, places, padding), inputs, targets)
     return MicroBatch(*loaded, numbers, count)
+
+
+def _as_tensor(ids: list[int]) -> torch.Tensor:
+    """Return a list of ids, or of places, as int64 [n]."""
+    return torch.from_numpy(numpy.array(ids, dtype=numpy.int64))  # faster than torch's own
 
 
 def _select(base: Any, index: torch.Tensor, inputs: bool, targets: bool) -> tuple[Any, Any] | None:

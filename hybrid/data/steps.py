@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset
 
-from .batches import BatchPlan
+from .batches import BLOCK, BatchPlan
 from .loader import MicroBatch, load_micro_batch
 from .samples import JobSet, find_base, reader_of
 
@@ -38,6 +38,8 @@ class StepLoader:
     def __post_init__(self) -> None:
         self._ahead: dict[int, list[MicroBatch]] = {}
         self._steps = self._steps_at_once()
+        self._known_ids: dict[int, list[torch.Tensor]] = {}
+        self._planned = max(1, min(AHEAD_STEPS, BLOCK // self._batch()))  # steps at once
 
     def step(self, step: int) -> list[MicroBatch]:
         """Return the micro-batches of one step, share after share."""
@@ -49,25 +51,34 @@ class StepLoader:
 
     def step_alone(self, step: int) -> list[MicroBatch]:
         """Return the same, and load no other step with it."""
-        return [self._load(ids, self.plan.epoch(step), self.size) for ids in self._ids(step)]
+        epoch = self.plan.epoch(step)
+        return [self._load(ids, epoch, self.size) for ids in self._ids(step)]
 
     def close(self) -> None:
         """Do nothing; a loader with workers ends them."""
 
-    def _ids(self, step: int) -> list[list[int]]:
-        return [ids for share in self.shares for ids in self.plan.micro_batch_ids(step, share)]
+    def _ids(self, step: int) -> list[torch.Tensor]:
+        """Return the ids of a step's micro-batches, which are made for several steps at once."""
+        if step not in self._known_ids:
+            steps = range(step, step + self._planned)
+            self._known_ids = {planned: self._plan_ids(planned) for planned in steps}
+        return self._known_ids.pop(step)
 
-    def _ids_ahead(self, step: int) -> dict[int, list[list[int]]]:
+    def _plan_ids(self, step: int) -> list[torch.Tensor]:
+        arrays = (self.plan.micro_batch_arrays(step, share) for share in self.shares)
+        return [torch.from_numpy(ids.copy()) for of_share in arrays for ids in of_share]
+
+    def _ids_ahead(self, step: int) -> dict[int, list[torch.Tensor]]:
         """Return the ids of the steps that are loaded at once, up to the first that is padded."""
         found = {}
         for ahead in range(step, step + self._steps):
             every = self._ids(ahead)
-            if self.size is not None and any(len(ids) != self.size for ids in every):
+            if self.size is not None and any(ids.shape[0] != self.size for ids in every):
                 break
             found[ahead] = every
         return found
 
-    def _load(self, ids: list[int], epoch: int, size: int | None) -> MicroBatch:
+    def _load(self, ids: torch.Tensor, epoch: int, size: int | None) -> MicroBatch:
         return load_micro_batch(
             self.samples,
             ids,
@@ -88,10 +99,13 @@ class StepLoader:
             return 0
         loaded = itertools.compress(parts, (self.inputs, self.targets))
         row = sum(t[:1].numel() * t.element_size() for t in loaded)
-        batch = -(-self.plan.global_batch // self.plan.shares) * len(self.shares)
         least = 0 if self.size is None else 1
-        steps = max(least, min(AHEAD_STEPS, AHEAD_BYTES // max(1, row * batch)))
+        steps = max(least, min(AHEAD_STEPS, AHEAD_BYTES // max(1, row * self._batch())))
         return 0 if steps * len(self.shares) * self.plan.micro_batches == 1 else steps
+
+    def _batch(self) -> int:
+        """Return how many samples a step has here at most."""
+        return -(-self.plan.global_batch // self.plan.shares) * len(self.shares)
 
     def _load_ahead(self, step: int) -> dict[int, list[MicroBatch]]:
         """Load some steps as views of one large micro-batch.
@@ -101,15 +115,16 @@ class StepLoader:
         steps = self._ids_ahead(step)
         if not steps:
             return {step: self.step_alone(step)}
-        sizes = [len(ids) for every in steps.values() for ids in every]
-        whole = self._load([i for every in steps.values() for ids in every for i in ids], 0, None)
+        ids = [piece for every in steps.values() for piece in every]
+        sizes = [piece.shape[0] for piece in ids]
+        whole = self._load(torch.cat(ids), 0, None)
         if 0 in sizes or not (_is_aligned(whole.input, sizes) and _is_aligned(whole.target, sizes)):
             self._steps = 0
             return {step: self.step_alone(step)}
         pieces = zip(
             _split(whole.input, sizes),
             _split(whole.target, sizes),
-            whole.ids.split_with_sizes(sizes),
+            ids,
             [None if self.known is None else self.known * size for size in sizes],
             strict=True,
         )

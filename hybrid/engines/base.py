@@ -130,6 +130,8 @@ class BaseEngine(Engine):
     def results(self, wait: bool = True) -> list[StepResult]:
         if wait:
             self.queue.send()
+        if not self.queue.travelling:
+            return []  # as in most steps, where some are read together
         found = [self._result(step, rows) for step, rows in self.queue.take()]
         if found and not self.digests:
             self.digests = found[0].digest_by_rank

@@ -9,7 +9,9 @@ import torch
 
 from ..data.permutation import FIRST, GOLDEN, SECOND
 
-_U = numpy.uint64
+SALT = 0xD1B54A32D192ED03
+_GOLDEN, _FIRST, _SECOND, _SALT, _ONE = map(numpy.uint64, (GOLDEN, FIRST, SECOND, SALT, 1))
+_SHIFTS = [numpy.uint64(bits) for bits in (30, 27, 31)]
 
 
 def hash_ids(ids: torch.Tensor, salt: torch.Tensor | None = None) -> int:
@@ -46,21 +48,28 @@ def hash_together(several: Sequence[Samples]) -> None:
 
 def hash_each(parts: Sequence[torch.Tensor]) -> list[int]:
     """Return `hash_ids` of each part (int64 [n]); several small ones take as long as one."""
-    ends = [0, *itertools.accumulate(part.shape[0] for part in parts)]
-    sums = numpy.zeros(1 + ends[-1], numpy.uint64)
-    numpy.cumsum(_hashes(torch.cat(list(parts))), out=sums[1:])
-    found: list[int] = numpy.diff(sums[ends]).tolist()
-    return found
+    sizes = [part.shape[0] for part in parts]
+    ends = zip(itertools.accumulate(sizes), sizes, strict=True)
+    starts = [end - size for end, size in ends if size]  # `reduceat` takes no empty part for one
+    if not starts:
+        return [0] * len(sizes)
+    sums = iter(numpy.add.reduceat(_hashes(torch.cat(list(parts))), starts).tolist())
+    return [next(sums) if size else 0 for size in sizes]
 
 
 def _hashes(ids: torch.Tensor, salt: torch.Tensor | None = None) -> Any:
-    z = ids.cpu().numpy().astype(numpy.uint64)
-    z *= _U(GOLDEN)
+    z = _unsigned(ids) * _GOLDEN
     if salt is not None:
-        z += salt.cpu().numpy().astype(numpy.uint64) * _U(0xD1B54A32D192ED03)
-    z += _U(1)
-    for shift, factor in ((_U(30), _U(FIRST)), (_U(27), _U(SECOND))):
-        z ^= z >> shift
-        z *= factor
-    z ^= z >> _U(31)
+        z += _unsigned(salt) * _SALT
+    z += _ONE
+    z ^= z >> _SHIFTS[0]
+    z *= _FIRST
+    z ^= z >> _SHIFTS[1]
+    z *= _SECOND
+    z ^= z >> _SHIFTS[2]
     return z
+
+
+def _unsigned(numbers: torch.Tensor) -> Any:
+    """Return int64 numbers modulo 2**64."""
+    return numbers.cpu().numpy().view(numpy.uint64)

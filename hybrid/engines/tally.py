@@ -4,6 +4,7 @@ Every engine computes its loss through `Tally`, so that sums, counts and sample 
 batch that was really used, without padding."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -55,9 +56,17 @@ class Tally:
         self.device, self.counter, self.metrics = device, counter, metrics or {}
         self.parts: list[tuple[torch.Tensor, Any]] = []  # a loss and its count each, to be added
         self.samples = 0
-        self.scores = Scores()
-        self.measured: dict[str, list[Any]] = {name: [0.0, 0.0] for name in self.metrics}
         self.seen = Samples()
+
+    @functools.cached_property
+    def scores(self) -> Scores:
+        """Return the correct predictions so far."""
+        return Scores()
+
+    @functools.cached_property
+    def measured(self) -> dict[str, list[Any]]:
+        """Return the sum and the count of each metric so far."""
+        return {name: [0.0, 0.0] for name in self.metrics}
 
     def add(
         self,
@@ -77,8 +86,9 @@ class Tally:
             self.counter.see(output, micro_batch.target)
         if rows == 0:
             return _zero(loss, output, micro_batch.target)
-        output = real_rows(output, rows, padded)
-        target = real_rows(micro_batch.target, rows, padded)
+        target = micro_batch.target
+        if rows != padded:
+            output, target = (real_rows(value, rows, padded) for value in (output, target))
         if score:
             with LossCalls() as watched:
                 # Metrics take the targets after it, and a loss may change its own.

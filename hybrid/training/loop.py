@@ -257,9 +257,11 @@ class _Run(RunInProgress):
 
     def _note_steps(self, wait: bool = True) -> None:
         """Note the steps whose numbers have come; `wait`: all that have been made."""
-        for result in self.engine.results(wait):
+        results = self.engine.results(wait)
+        for result in results:
             self._note(self.steps.count, result)
-        self.steps.write(now=wait)
+        if wait or results:
+            self.steps.write(now=wait)
 
     def _note(self, step: int, result: StepResult) -> None:
         norm = result.grad_norm
