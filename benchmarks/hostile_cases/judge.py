@@ -26,6 +26,7 @@ MOST_PROCESSES = 100  # more than a case of a few ranks and their helpers can ne
 LONGEST = 3000  # characters of the line on what is wrong
 GRACE_S = 4.0
 LOADING_S = 2.0  # more than the kernel takes to load a program
+LOADED_S = 0.02  # and from its command line to its variables
 # What hybrid itself writes into the folder for the results, and so may write again.
 OURS = re.compile(
     r"(?:[^/]+/)?(?:(?:job|record|compare|eval|session|status|plan)\.json|steps\.jsonl|compare\.md|"
@@ -154,12 +155,14 @@ def marked(mark: str) -> Iterator[tuple[int, str]]:
 def _environment(process: Path) -> bytes:
     """Return the variables of a process in /proc; raises OSError for one that has ended.
 
-    While the kernel loads a program, from a slow disk for milliseconds, it has none."""
+    While the kernel loads a program, from a slow disk for milliseconds, it has none. Of a loaded
+    one the kernel makes the command line known first (Linux's `create_elf_tables`), so that one
+    without variables has none a moment later either."""
     deadline = time.monotonic() + LOADING_S
     while not (found := (process / "environ").read_bytes()) and time.monotonic() < deadline:
         os.readlink(process / "exe")  # raises OSError where there is no program
         if (process / "cmdline").read_bytes():
-            break  # it was started with no variables
+            deadline = min(deadline, time.monotonic() + LOADED_S)
         time.sleep(0.001)
     return found
 
