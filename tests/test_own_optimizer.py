@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import hybrid
-from hybrid.engines.optimizer import build_optimizer
+from hybrid.engines.optimizer import build_optimizer, drop_gradients
 from hybrid.engines.optimizer_trial import check_optimizer, small_shapes
 from hybrid.job.errors import JobError, Unsupported
 from hybrid.models import build_model
@@ -211,3 +212,27 @@ def test_one_of_ones_own_and_its_schedule_are_equal_under_every_strategy(tmp_pat
         assert rates == pytest.approx([0.0015, 0.00225, 0.0015, 0.00075])
     record = result.strategies["fsdp"]
     assert record.receipt and 0 < record.receipt.evidence["elements_outside_units"] < 100
+
+
+class Emptying(torch.optim.SGD):
+    """Has a `zero_grad` of its own, which says that it was called."""
+
+    calls = 0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.calls += 1
+        super().zero_grad(set_to_none)
+
+
+def test_gradients_are_dropped_and_a_zero_grad_of_ones_own_is_called() -> None:
+    parameters = [nn.Parameter(torch.ones(size)) for size in (3, 1)]
+    plain, own = torch.optim.SGD(parameters), Emptying(parameters)
+    replaced = torch.optim.SGD([{"params": [parameter]} for parameter in parameters])
+    calls: list[int] = []
+    replaced.zero_grad = lambda *_: calls.append(1)  # type: ignore[assignment, method-assign]
+    for optimizer, dropped in ((plain, True), (own, True), (replaced, False)):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        drop_gradients(optimizer)
+        assert [parameter.grad is None for parameter in parameters] == [dropped] * 2
+    assert own.calls == len(calls) == 1

@@ -253,7 +253,7 @@ def finish_step(optimizer: torch.optim.Optimizer, scale: LossScale, held: bool =
 def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Drop all gradients, as `zero_grad` of torch does; a class with one of its own has it called.
 
-    What torch's does beside that, for profilers, takes a step of a small model 40 us (LOG.md)."""
+    What torch's does beside that, for profilers, takes a step of a small model 30 us (LOG.md)."""
     own = type(optimizer).zero_grad is not torch.optim.Optimizer.zero_grad
     if own or "zero_grad" in vars(optimizer):
         optimizer.zero_grad()

@@ -59,7 +59,7 @@ def _sparing_class() -> type:
     It sends the loss from the last stage to all others and waits for it, which the row of a step
     does later; makes the same schedule anew; reads torch's version as text at every transfer; and
     asks of each of its attributes whether it is a parameter. test_workarounds.py tells when
-    DeepSpeed has stopped doing so; benchmarks/LOG.md says what it took."""
+    DeepSpeed has stopped doing so; benchmarks/LOG_PIPELINES.md says what it took."""
     from deepspeed.runtime.pipe import engine, p2p
 
     p2p.can_send_recv = functools.cache(p2p.can_send_recv)

@@ -1,7 +1,7 @@
 """This module spares torch's pipelines calls that are for nothing, and gloo's threads a spin.
 
 A pipeline of small steps waits where its last stage takes a moment longer than the first one's next
-forward pass, and gloo's threads then spin for a lock. benchmarks/LOG.md has the figures."""
+forward pass, and gloo's threads then spin for a lock: see benchmarks/LOG_PIPELINES.md."""
 
 import functools
 from collections.abc import Callable
