@@ -76,22 +76,24 @@ def _how(found: dict[str, Any]) -> str:
 
 def _slices(sessions: list[Session]) -> str:
     """Name the sessions whose ranks had the time slices of hybrid's own ranks."""
-    names = [s["strategy"] for s in sessions if s.get("short_time_slices")]
-    if not names:
-        return ""
-    return (
-        f" Under {', '.join(names)} every row, the hand-written loop too, runs in the short time "
-        "slices that hybrid gives its ranks (`hybrid/launch/threads.py`)."
+    words = (
+        "every row, the hand-written loop too, runs in the short time slices that hybrid gives its "
+        "ranks (`hybrid/launch/threads.py`)."
     )
+    return _under(sessions, "short_time_slices", words)
 
 
 def _untimed(sessions: list[Session]) -> str:
     """Name the sessions whose turns begin with steps that are not timed, as all do now."""
-    names = [s["strategy"] for s in sessions if s.get("untimed_steps")]
-    if not names:
-        return ""
-    steps = max(s.get("untimed_steps", 0) for s in sessions)
-    return f" Under {', '.join(names)} the first steps of a turn, {steps} at most, are not timed."
+    steps = max((s.get("untimed_steps", 0) for s in sessions), default=0)
+    words = f"the first steps of a turn, {steps} at most, are not timed."
+    return _under(sessions, "untimed_steps", words)
+
+
+def _under(sessions: list[Session], key: str, words: str) -> str:
+    """Say something of the sessions of which a key is true; nothing where there is none."""
+    names = [s["strategy"] for s in sessions if s.get(key)]
+    return f" Under {', '.join(names)} {words}" if names else ""
 
 
 def _promises(sessions: list[Session]) -> str:

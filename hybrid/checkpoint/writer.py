@@ -36,9 +36,9 @@ class Writer:
     def __init__(self, world_size: int, timeout_s: float) -> None:
         self.world_size = world_size
         timeout = timedelta(seconds=timeout_s)
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
-        keep_timeout(self._group)
-        self._backend: Any = self._group and self._group._get_backend(torch.device("cpu"))
+        group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
+        keep_timeout(group)
+        self._backend: Any = group and group._get_backend(torch.device("cpu"))
         self._thread: threading.Thread | None = None
         self._saved: StateHashes | None = None
         self._error: BaseException | None = None

@@ -111,11 +111,10 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
 
 def read_learning_rate(optimizer: Any) -> float:
     """Return the live optimizer's learning rate; raises RunError if its groups differ in it."""
-    first, *others = [float(group["lr"]) for group in optimizer.param_groups]
-    if any(rate != first for rate in others):
-        rates = sorted({first, *others})
-        raise RunError(f"parameter groups have different learning rates: {rates}")
-    return first
+    rates = {float(group["lr"]) for group in optimizer.param_groups}
+    if len(rates) != 1:
+        raise RunError(f"parameter groups have different learning rates: {sorted(rates)}")
+    return rates.pop()
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -86,9 +86,8 @@ class Tally:
             self.counter.see(output, micro_batch.target)
         if rows == 0:
             return _zero(loss, output, micro_batch.target)
-        target = micro_batch.target
-        if rows != padded:
-            output, target = (real_rows(value, rows, padded) for value in (output, target))
+        output = real_rows(output, rows, padded)
+        target = real_rows(micro_batch.target, rows, padded)
         if score:
             with LossCalls() as watched:
                 # Metrics take the targets after it, and a loss may change its own.
