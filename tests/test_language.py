@@ -1,7 +1,7 @@
 """A tiny GPT under every strategy: the same losses as one process and as a loop of plain torch, in
 fp32 and bf16, with tied weights, dropout, recomputed activations and batches that do not divide.
 
-Everything here reads four sets of runs on up to four processes, about four minutes on two cores.
+Everything here reads four sets of runs on up to four processes, about a minute on two cores.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from hybrid.launch.local import run_ranks
 from hybrid.models.dropout import mix, number_dropouts, use_rows
 from hybrid.models.gpt import gpt
 from hybrid.records import Comparison, Record
-from hybrid.strategies.registry import NAMES
+from hybrid.strategies import registry
 from tests.workloads import sentences
 
 pytestmark = pytest.mark.slow
 
-STEPS, WARMUP, LR, CLIP, DECAY = 24, 4, 0.003, 1.0, 0.1
+STEPS, WARMUP, LR, CLIP, DECAY = 12, 4, 0.003, 1.0, 0.1
 # In bf16 AdamW enlarges the rounding of a bias's gradient: over 40 seeds a weight differs by 0.13
 # in the median, and with this one by more than 0.25. Controls show that it is rounding.
 SEED = 5
@@ -66,7 +66,7 @@ def gpt_job(**changes: Any) -> hybrid.Job:
             "clip_norm": CLIP,
             "seed": SEED,
             "activation_checkpointing": True,
-            "eval_every": 12,
+            "eval_every": 6,
         },
         "strategy": {"local_sgd": {"sync_every": 2}},
     }
@@ -153,12 +153,12 @@ def low(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
 
 def test_all_strategies_are_equal(wide: tuple[Comparison, Path]) -> None:
     result, _ = wide
-    assert_held(result, NAMES)
-    for name in NAMES:
+    assert_held(result, registry.NAMES)
+    for name in registry.NAMES:
         parity = result.parity[name]
         assert parity.max_loss_diff is not None and parity.max_loss_diff < 1e-6, name
         steps = result.strategies[name].steps
-        assert [s.samples for s in steps] == [16, 16, 16, 12] * 6, name
+        assert [s.samples for s in steps] == [16, 16, 16, 12] * 3, name
         assert [s.targets for s in steps] == [s.targets for s in result.strategies["single"].steps]
         ledger = evidence(result.strategies[name])["precision"]
         assert ledger == dict.fromkeys(LEDGER, "fp32") | {"reductions": reductions(name)}, name
@@ -168,7 +168,8 @@ def test_clipping_schedule_and_dropout_had_something_to_do(wide: tuple[Compariso
     steps = wide[0].strategies["single"].steps
     clipped = [s.grad_norm is not None and s.grad_norm > CLIP for s in steps]
     assert any(clipped) and not all(clipped)
-    assert steps[3].lr == pytest.approx(LR) and steps[-1].lr < 0.01 * LR
+    last = (1 + math.cos(math.pi * (STEPS - 1 - WARMUP) / (STEPS - WARMUP))) / 2
+    assert [steps[3].lr, steps[-1].lr] == pytest.approx([LR, LR * last]) and last < 0.04
     losses, _, _ = plain_loop(2, dropout=0.0)
     assert abs(steps[0].loss - losses[0]) > 1e-3, "nothing was dropped"
 
@@ -176,7 +177,7 @@ def test_clipping_schedule_and_dropout_had_something_to_do(wide: tuple[Compariso
 def test_the_strategies_are_a_plain_loop(wide: tuple[Comparison, Path]) -> None:
     result, out = wide
     losses, norms, weights = plain_loop(STEPS)
-    for name in (name for name in NAMES if name != "local_sgd"):  # it is held to an emulation
+    for name in (n for n in registry.NAMES if n != "local_sgd"):  # it is held to an emulation
         steps = result.strategies[name].steps
         assert worst([s.loss for s in steps], losses) < 1e-6, name
         assert worst([s.grad_norm or 0.0 for s in steps], norms) < 1e-4, name
@@ -193,10 +194,10 @@ def test_evaluations_are_equal_on_a_tail_that_does_not_divide(
     result, _ = wide
     _, test = sentences()
     count = sum(int((target != -100).sum()) for _, target in test)
-    for name in NAMES:
+    for name in registry.NAMES:
         reference = result.strategies["single"]
         record = result.strategies[name]
-        assert [e.step for e in record.evals] == [0, 12, 24], name
+        assert [e.step for e in record.evals] == [0, 6, 12], name
         if name == "local_sgd":
             reference = result.controls["local_sgd_emulation"]
         for got, expected in zip(record.evals, reference.evals, strict=True):
@@ -230,7 +231,8 @@ def test_two_runs_of_a_layout_are_the_same_bit_by_bit(
 ) -> None:
     result, out = wide
     arguments = ["train", str(out / "2d" / "job.json"), "--strategy", "2d"]
-    run_ranks(4, [*arguments, "--out", str(tmp_path / "2d")], tmp_path)
+    arguments += ["--out", str(tmp_path / "2d")]
+    run_ranks(4, arguments, tmp_path, modules=registry.modules("2d"))
     again = records.read(Record, tmp_path / "2d" / "record.json")
     assert again.steps == result.strategies["2d"].steps
     assert again.evals == result.strategies["2d"].evals
@@ -240,9 +242,9 @@ def test_two_runs_of_a_layout_are_the_same_bit_by_bit(
 
 def test_all_strategies_agree_in_bf16(low: tuple[Comparison, Path], wide: Any) -> None:
     result, _ = low
-    assert_held(result, NAMES)
+    assert_held(result, registry.NAMES)
     exact = wide[0].strategies["single"]
-    for name in NAMES:
+    for name in registry.NAMES:
         record = result.strategies[name]
         assert record.weights is not None and exact.weights is not None
         starts = record.weights.initial
@@ -262,7 +264,7 @@ def test_the_ledger_says_where_each_engine_keeps_what(low: tuple[Comparison, Pat
                 "stored": stored,
                 "reductions": reductions(name),
             }, name
-    assert ENGINES["fp32"] | ENGINES["bf16"] == set(NAMES)
+    assert ENGINES["fp32"] | ENGINES["bf16"] == set(registry.NAMES)
 
 
 def test_final_weights_are_fp32_masters_and_tables_are_not_rounded(
@@ -270,7 +272,7 @@ def test_final_weights_are_fp32_masters_and_tables_are_not_rounded(
 ) -> None:
     _, out = low
     table = torch.tensor([10_000 ** (-i / 4) for i in range(4)])
-    for name in NAMES:
+    for name in registry.NAMES:
         weights = final_weights(out, name)
         assert {t.dtype for t in weights.values()} == {torch.float32}, name
         for layer in (1, 2, 3):

@@ -88,7 +88,7 @@ class Moves:
         folder.mkdir()
         (folder / "tasks.json").write_text(json.dumps([self._task(*row) for row in rows]))
         program = [sys.executable, str(ROOT / "tests" / "moving.py")]
-        modules = registry.modules("2d") if number else ()
+        modules = registry.modules("2d")
         given = [str(folder / "tasks.json"), str(folder)]
         run_ranks(ROWS[rows[0][0]][1], given, folder, program=program, modules=modules)
         found = iter(json.loads((folder / "results.json").read_text()))

@@ -1,5 +1,5 @@
 """Every strategy against a plain torch loop that uses nothing of this project: a user's own model
-and data by import path, one full batch of 60 samples in 4 micro-batches, AdamW, 20 steps."""
+and data by import path, one full batch of 60 samples in 4 micro-batches, AdamW, 10 steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hybrid.layout import split
 from tests.plain_loop import plain_loop, plain_order
 from tests.workloads import points, regression
 
-STEPS = 20
+STEPS = 10
 
 
 def own_job() -> hybrid.Job:

@@ -34,6 +34,7 @@ from hybrid.models import shared as shared_module
 from hybrid.models.layers import Layers
 from hybrid.models.losses import cross_entropy
 from hybrid.models.shared import _fill, build_shared, tempfile, write_nameless
+from hybrid.strategies import registry
 from tests.conftest import small_job
 
 PROGRAM = (sys.executable, "-m", "tests.test_shared_build")
@@ -135,7 +136,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tmp").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(folder / "tmp"))
-        run_ranks(3, [str(folder)], folder, program=PROGRAM)
+        run_ranks(
+            3, [str(folder)], folder, program=PROGRAM, modules=["pytest", *registry.EVERY_RANK]
+        )
     return folder
 
 

@@ -20,6 +20,7 @@ from hybrid.engines.optimizer_trial import check_optimizer
 from hybrid.job.errors import JobError
 from hybrid.launch.local import run_ranks
 from hybrid.models import build_model
+from hybrid.strategies import registry
 from tests import optimizers
 from tests.conftest import ROOT, small_job
 from tests.resuming import Case, run_case
@@ -129,7 +130,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Results:
     out = tmp_path_factory.mktemp("resuming")
     (out / "cases.json").write_text(json.dumps(CASES))
     program = [sys.executable, str(ROOT / "tests" / "resuming.py")]
-    modules = ["hybrid.engines.accelerated", "accelerate"]
+    modules = registry.modules("fsdp")
     run_ranks(4, [str(out / "cases.json"), str(out)], out, program=program, modules=modules)
     results: Results = json.loads((out / "result.json").read_text())
     return results

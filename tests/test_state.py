@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from hybrid import records
 from hybrid.job.file import to_dict
 from hybrid.launch.local import run_ranks
-from hybrid.strategies.registry import NAMES
+from hybrid.strategies import registry
 from tests.conftest import ROOT, small_job
 
 # Five layers, three heads, tied weights: FSDP2 then has a unit at the root, which evaluation leaves
@@ -24,7 +24,7 @@ GPT = {
     "train__global_batch": 14,
 }
 # Merges weight replicas by samples, and those of the sentences count unequal numbers of targets.
-CHANGES = {name: {} if name == "local_sgd" else GPT for name in NAMES}
+CHANGES = {name: {} if name == "local_sgd" else GPT for name in registry.NAMES}
 
 
 def weights_after(strategy: str, nproc: int, changes: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -33,7 +33,8 @@ def weights_after(strategy: str, nproc: int, changes: dict[str, Any], out: Path)
     job = small_job(**changes, **settings)
     records.write(to_dict(job), out / "job.json")
     program = [sys.executable, str(ROOT / "tests" / "roundtrip.py")]
-    run_ranks(nproc, [str(out / "job.json"), strategy, str(out)], out, program=program)
+    given = [str(out / "job.json"), strategy, str(out)]
+    run_ranks(nproc, given, out, program=program, modules=registry.modules(strategy))
     return load_file(out / "after.safetensors")
 
 
@@ -46,7 +47,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, dict[str, A
     }
 
 
-@pytest.mark.parametrize("strategy", [name for name in NAMES if name != "single"])
+@pytest.mark.parametrize("strategy", [name for name in registry.NAMES if name != "single"])
 def test_weights_go_out_and_in_after_an_evaluation(
     strategy: str, expected: dict[bool, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """Describes what a figure must be quoted with: date, host, processor, versions. No torch."""
 
+import functools
 import os
 import platform
 import socket
@@ -17,17 +18,24 @@ PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "numpy", "hybrid
 
 def describe_machine() -> dict[str, Any]:
     """Describe this machine and this process, as `machine` and `environment` in the records."""
-    return {
+    return installation() | {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
+        "cores": num_cores(),
+        "command": " ".join(sys.argv),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+@functools.cache
+def installation() -> dict[str, Any]:
+    """Describe what stays the same for this process and its forks, and takes programs to find."""
+    return {
         "system": platform.platform(),
         "processor": _processor(),
-        "cores": num_cores(),
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in PACKAGES},
         "commit": _commit(),
-        "command": " ".join(sys.argv),
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
 
 

@@ -40,6 +40,7 @@ EVERY_RANK = (
     "hybrid.launch.freed_memory",
     "hybrid.models.brought",
     "hybrid.models.hf.probe",
+    "hybrid.measure.machine:installation",  # git and others, once for all ranks
     "encodings.idna",  # a rank meets the others by the name of a host
     "torch._dynamo",  # an optimizer imports it when it is made, which takes a second
 )
