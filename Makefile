@@ -18,9 +18,8 @@ demo-gpt: $(INSTALLED)
 	  --set $(DEVICE) --out out/demo-gpt
 	$(BIN)/hybrid generate out/demo-gpt/2d --prompt "def " --tokens 300
 
-# Files run in the order of their names: xdist's own leaves those with few tests, the longest, to the end.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
