@@ -1,7 +1,7 @@
 """One rank of the processes that test_measure.py starts: communicates in known ways and writes what
 the instruments say about each to OUT/RANK.json.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python tests/_measure_worker.py OUT
+    _measure_worker.py OUT     (ranks by the usual variables)
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hybrid.checkpoint.writer import Writer
+from hybrid.launch.placement import find_placement
+from hybrid.launch.process_group import join_process_group
 from hybrid.measure.memory import StorageMeter
 from hybrid.measure.traffic import CollectiveCounter, tcp_bytes_sent
 
@@ -162,7 +164,7 @@ def counted_beside_a_save() -> dict[str, Any]:
 
 def main(out: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    join_process_group(find_placement())
     rank = dist.get_rank()
     for call in collectives().values():
         call()  # gloo connects pairs at their first use

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +15,12 @@ import pytest
 import torch
 from torch import nn
 
+from hybrid.launch.local import run_ranks
 from hybrid.measure.memory import StorageMeter
 from hybrid.measure.traffic import CollectiveCounter, tcp_bytes_sent
-from tests.ports import free_port
+from hybrid.strategies import registry
 
-ROOT = Path(__file__).resolve().parents[1]
-WORKER = ROOT / "tests" / "_measure_worker.py"
+WORKER = Path(__file__).with_name("_measure_worker.py")
 STEPS, EXCHANGES = 3, 20  # as in the worker
 LARGE = 4_000_000
 
@@ -138,34 +136,9 @@ def test_a_meter_that_is_entered_cannot_be_entered_again() -> None:
 
 
 def run_workers(size: int, out: Path) -> list[dict[str, Any]]:
-    """Starts a process a rank, waits for all, leaves none behind; what each wrote."""
-    common = {
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    processes = []
-    try:
-        for rank in range(size):
-            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with (out / f"{rank}.log").open("w") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(WORKER), str(out)],
-                        env={**os.environ, **common, **ranks},
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-        codes = [process.wait(timeout=100) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    logs = "".join((out / f"{rank}.log").read_text() for rank in range(size))
-    assert codes == [0] * size, logs
+    """What each rank wrote."""
+    program, modules = [sys.executable, str(WORKER)], registry.modules("fsdp")
+    run_ranks(size, [str(out)], out, program=program, modules=modules)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
 
 
