@@ -36,6 +36,8 @@ $(INSTALLED): pyproject.toml
 	@echo "[1/2] virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "[2/2] packages, a few minutes this once"
-	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[demo,text,track,report,dev]'
-	@$(BIN)/python -m compileall -q hybrid tests benchmarks  # as pip does, but for an editable one
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-compile \
+	  -e '.[demo,text,track,report,dev]'
+	@# pip would compile on one core, and no editable package; templates of some packages cannot be.
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV) hybrid tests benchmarks || true
 	@touch $@
